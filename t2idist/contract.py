@@ -1,0 +1,216 @@
+"""The seam between mathematics and machinery: what a system declares, and all that it sees of the engine.
+
+A *system* (one file in ``systems/``) is written as if there were one device and one group of samples. The engine
+turns it into a distributed run: it wraps each role's network, runs its BatchNorm and dropout per group, places the
+data, and averages gradients by each worker's share of the groups.
+
+Shapes: ``N = groups * group_size`` is the number of samples that a worker holds in a step; samples of one group are
+contiguous.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+# ------------------------------------------------------------------------------------------------ what data gives
+@dataclass(frozen=True)
+class Batch:
+    """One step's samples on one worker.
+
+    images: the pyramid, lowest size first, each (N, 3, S, S): uint8 on the host, after `to` floats in [-1, 1].
+    tokens: (N, max_words) int64, 0 = padding. lengths: (N,) int64, at least 1. class_ids: (N,) int64 (samples
+    of one class do not serve as each other's negatives). ids: sample keys, in order.
+    """
+
+    images: tuple[Tensor, ...]
+    tokens: Tensor
+    lengths: Tensor
+    class_ids: Tensor
+    ids: tuple[str, ...]
+    groups: int
+
+    @property
+    def group_size(self) -> int:
+        return len(self.ids) // self.groups
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
+        """The batch on `device`; uint8 pictures become `dtype` in [-1, 1] there."""
+
+        def picture(image: Tensor) -> Tensor:
+            moved = image.to(device, non_blocking=True)
+            return moved.to(dtype).div_(127.5).sub_(1.0) if image.dtype == torch.uint8 else moved.to(dtype)
+
+        moved: dict[str, Any] = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
+        return replace(self, images=tuple(picture(image) for image in self.images), **moved)
+
+
+# ------------------------------------------------------------------------------------------------ what a system declares
+@dataclass(frozen=True)
+class Schedule:
+    """A factor on the learning rate, as a function of images seen.
+
+    "constant": 1. "exponential": factor ** floor(images / every_images), not below `floor`.
+    "linear": 1 until `start_images`, then straight to `floor` at `end_images`.
+    """
+
+    kind: str = "constant"
+    factor: float = 1.0
+    every_images: float = 1.0
+    floor: float = 0.0
+    start_images: float = 0.0
+    end_images: float = 1.0
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Adam's settings; the defaults are the ones that every system of this family was published with."""
+
+    lr: float = 2e-4
+    beta1: float = 0.5
+    beta2: float = 0.999
+    eps: float = 1e-8
+    schedule: Schedule = Schedule()
+
+
+@dataclass
+class Role:
+    """A trained network: its optimiser, its EMA, its clipping.
+
+    ema_half_life_images: half-life of the exponential moving average of parameters and buffers, in images; None: no
+    EMA. clip_norm: largest 2-norm of the gradients of the parameters whose name starts with `clip_prefix`.
+    """
+
+    net: nn.Module
+    optimizer: Adam = field(default_factory=Adam)
+    ema_half_life_images: float | None = None
+    clip_norm: float | None = None
+    clip_prefix: str = ""
+
+
+@dataclass
+class Frozen:
+    """A network that is used and not trained: eval mode, no gradient to its weights, not in checkpoints.
+
+    Its weights come from network `network` of the export in slot `source` (the stage's `uses`).
+    """
+
+    net: nn.Module
+    source: str
+    network: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a system may know when it is built.
+
+    sources: for each export slot, the `config.json` of that export (``{"system", "config", "plan", ...}``), also
+    in a dry run, before the export exists. epoch_images: training samples in one epoch.
+    """
+
+    group_size: int
+    vocabulary_size: int
+    max_words: int
+    epoch_images: int
+    sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+Draw = Callable[..., Tensor]
+"""``draw(*shape) -> (N, *shape)`` standard normal."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Generated pictures.
+
+    images: lowest size first, each (N, 3, S, S) in [-1, 1]. attention: one (N, T, H, W) map per attention stage
+    (weights of each word at each place), or empty.
+    """
+
+    images: tuple[Tensor, ...]
+    attention: tuple[Tensor, ...] = ()
+
+
+class Train(Protocol):
+    """All that a system's step sees of the engine."""
+
+    images: int
+    """Images seen by the run before this step, over all workers."""
+    step: int
+    """Steps done before this one."""
+
+    def forward(self, role: str, fn: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run ``fn(net, *args)`` inside the role's distributed wrapper; `apply` must follow."""
+        ...
+
+    def apply(self, role: str, loss: Tensor) -> None:
+        """Backward of a scalar mean over the worker's samples, clip, optimiser step, EMA."""
+        ...
+
+    def update(self, role: str, fn: Callable[Concatenate[Any, P], Tensor], *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        """`forward` of a function that returns the loss, then `apply`; gives the detached loss."""
+        ...
+
+    def frozen(self, *names: str) -> contextlib.AbstractContextManager[Any]:
+        """Bare networks (one: the network; more: a tuple), without gradient to their weights, under autocast.
+
+        Names of roles (in their training mode) or of the system's `frozen` networks (in eval mode). Gradients
+        still flow to their inputs.
+        """
+        ...
+
+    def noise(self, *shape: int) -> Tensor:
+        """(N, *shape) standard normal; a function of (seed, step, group, place) and of the call's number in the step."""
+        ...
+
+    def report(self, name: str, value: Tensor) -> None:
+        """Log a scalar: averaged over workers by share and over the steps between two log lines."""
+        ...
+
+
+class System(Protocol):
+    """A published model: its networks and its one training step.
+
+    A module ``systems/<name>.py`` holds ``Config`` (a frozen dataclass; defaults are the paper's, with their source)
+    and ``build(config: Config, plan: Plan) -> System``, which draws initial weights from torch's global generator and
+    touches no device, file or clock.
+
+    roles: trained networks. frozen: networks of earlier exports. sizes: picture sizes that `step` wants, lowest first.
+    exports: names among roles and frozen that the stage's export holds (EMA weights where a role has EMA).
+    """
+
+    roles: dict[str, Role]
+    frozen: dict[str, Frozen]
+    sizes: tuple[int, ...]
+    exports: tuple[str, ...]
+
+    def step(self, batch: Batch, train: Train) -> None: ...
+
+
+class Draws(Protocol):
+    """A system that draws pictures from captions."""
+
+    def sample(self, nets: Mapping[str, nn.Module], tokens: Tensor, lengths: Tensor, draw: Draw) -> Sample:
+        """Pictures of N captions by `nets` (the exported networks, in eval mode), under no_grad by the caller."""
+        ...
+
+
+class Matches(Protocol):
+    """A system that places pictures and captions in one space (for R-precision)."""
+
+    def embed(self, nets: Mapping[str, nn.Module], images: Tensor, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Image codes and caption codes, each (N, D), of pictures (N, 3, S, S) in [-1, 1] of any size."""
+        ...

@@ -1,0 +1,366 @@
+"""The run's configuration: frozen dataclasses, and the strict loader that fills them from YAML and command-line words."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, Union
+
+import yaml
+
+C = TypeVar("C")
+
+PRECISIONS = ("bfloat16", "float32", "float64")
+
+
+def _positive(config: Any, where: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not value > 0:
+            raise ValueError(f"{where}.{name}: {value}; it must be above 0")
+
+
+# ------------------------------------------------------------------------------------------------ what a run is
+@dataclass(frozen=True)
+class DataConfig:
+    """Which pictures and captions, and how they are read.
+
+    source: "avatars" (made on first use), "emoji" (shipped with the package) or the URL of a shard set.
+    samples, size: number and pixels of avatars to make. max_words: longer captions lose random words (training) or
+    their end (evaluation). crop: the shorter side is resized to crop * size, then cropped at random; 1 = no crop.
+    """
+
+    source: str = "avatars"
+    samples: int = 4000
+    size: int = 64
+    max_words: int = 18
+    crop: float = 76 / 64
+    flip: bool = True
+    threads: int = 2
+    prefetch_batches: int = 4
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        _positive(self, "data", "samples", "size", "max_words", "threads", "prefetch_batches")
+        if not 1.0 <= self.crop <= 4.0:
+            raise ValueError(f"data.crop: {self.crop}; allowed are 1 (no crop) to 4")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage: a system, its scale and its budget.
+
+    group_size: samples that share BatchNorm statistics and negatives (the paper's batch size). groups: how many such
+    groups make a step. images: budget in images. uses: for each export slot of the system, the name of an earlier stage
+    or the URL of an export. model: the system's own settings (``Config`` in systems/<system>.py).
+    """
+
+    system: str
+    group_size: int
+    groups: int
+    images: int
+    uses: dict[str, str] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    max_groups_per_worker: int = 64
+    data: dict[str, Any] = field(default_factory=dict)
+    checkpoint_every_images: int = 50_000
+    pictures_every_images: int = 50_000
+
+    @property
+    def images_per_step(self) -> int:
+        return self.group_size * self.groups
+
+    @property
+    def steps(self) -> int:
+        return -(-self.images // self.images_per_step)
+
+    @property
+    def smallest_world(self) -> int:
+        return -(-self.groups // self.max_groups_per_worker)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """keep: how many of the newest committed checkpoints of a stage stay."""
+
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        _positive(self, "checkpoint", "keep")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What a person sees.
+
+    captions: fixed captions of the grids (none: taken from the test split). draws: noise draws per caption.
+    every_seconds: cadence of metric lines.
+    """
+
+    captions: tuple[str, ...] = ()
+    draws: int = 4
+    every_seconds: float = 5.0
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """How many workers, and what each one takes.
+
+    workers: a number, or [smallest, largest]: the run takes what the cluster has between the two. gpus_per_worker: 0 or
+    1. max_failures: worker failures that restart the group before the run gives up. timeout_seconds: a collective that
+    takes longer counts as a failure. address: of a running Ray cluster; "auto": the one this process belongs to, else
+    this machine.
+    """
+
+    workers: tuple[int, int] = (1, 1)
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: int = 0
+    max_failures: int = 10
+    timeout_seconds: float = 120.0
+    address: str = "auto"
+
+    def __post_init__(self) -> None:
+        smallest, largest = self.workers
+        if not 1 <= smallest <= largest:
+            raise ValueError(f"cluster.workers: {list(self.workers)}; give a number of at least 1, or [smallest, largest]")
+        if self.gpus_per_worker not in (0, 1):
+            raise ValueError(f"cluster.gpus_per_worker: {self.gpus_per_worker}; allowed are 0 and 1")
+        _positive(self, "cluster", "cpus_per_worker", "timeout_seconds")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run. name: names the folder under `storage`; the same name again resumes. about: said in the first line."""
+
+    name: str
+    stages: dict[str, StageConfig]
+    about: str = ""
+    storage: str = "runs"
+    seed: int = 0
+    precision: str = "bfloat16"
+    data: DataConfig = DataConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    report: ReportConfig = ReportConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    def __post_init__(self) -> None:
+        if not self.name or set(self.name) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-"):
+            raise ValueError(f"name: {self.name!r}; allowed are letters, digits, '.', '_' and '-'")
+        if self.name.startswith("."):
+            raise ValueError(f"name: {self.name!r}; it may not begin with a dot")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision: {self.precision!r}; allowed are {', '.join(PRECISIONS)}")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed: {self.seed}; allowed are 0 to {2**31 - 1}")
+        if not self.stages:
+            raise ValueError("stages: a run needs at least one stage")
+        for name, stage in self.stages.items():
+            if not name or set(name) - set("abcdefghijklmnopqrstuvwxyz0123456789_-"):
+                raise ValueError(f"stages.{name}: allowed in a stage's name are a-z, 0-9, '_' and '-'")
+            _positive(stage, f"stages.{name}", "group_size", "groups", "images", "max_groups_per_worker")
+            _positive(stage, f"stages.{name}", "checkpoint_every_images", "pictures_every_images")
+            self._check_scale(name, stage)
+
+    def _check_scale(self, name: str, stage: StageConfig) -> None:
+        smallest, largest = self.cluster.workers
+        if smallest < stage.smallest_world:
+            raise ValueError(
+                f"cluster.workers: {smallest} cannot hold stage {name}: {stage.groups} groups at most "
+                f"{stage.max_groups_per_worker} a worker need {stage.smallest_world}"
+            )
+        if largest > stage.groups:
+            raise ValueError(
+                f"cluster.workers: {largest} is more than the {stage.groups} groups of stage {name}; a worker runs at least "
+                f"one whole group: raise stages.{name}.groups or lower the workers"
+            )
+
+    def stage_data(self, stage: str) -> DataConfig:
+        """The data settings of a stage: the run's, with the stage's own over them."""
+        return from_dict(DataConfig, {**to_dict(self.data), **self.stages[stage].data}, f"stages.{stage}.data")
+
+
+# ------------------------------------------------------------------------------------------------ dataclasses from plain values
+def from_dict(cls: type[C], values: Any, path: str = "") -> C:
+    """A dataclass from nested mappings; every unknown key and wrong type is a ValueError that names its path."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{path or 'config'}: {values!r}; expected a mapping of keys")
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    dot = f"{path}." if path else ""
+    for key in values:
+        if key not in known:
+            raise ValueError(unknown_key(f"{dot}{key}", str(key), known))
+    missing = [
+        name
+        for name, f in known.items()
+        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"{dot}{missing[0]}: missing, and it has no default")
+    return cls(**{key: _value(hints[key], value, f"{dot}{key}") for key, value in values.items()})
+
+
+def unknown_key(path: str, key: str, known: Iterable[str]) -> str:
+    """The sentence for a key that is not there, with the nearest one that is."""
+    names = sorted(known)
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    hint = f"; did you mean '{near[0]}'?" if near else f"; known are {', '.join(names)}"
+    return f"{path}: unknown key{hint}"
+
+
+def _value(hint: Any, value: Any, path: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        rest = [a for a in arguments if a is not type(None)]
+        return _value(rest[0], value, path)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return value if isinstance(value, hint) else from_dict(hint, value, path)
+    if origin is tuple:
+        return _tuple(arguments, value, path)
+    if origin is dict:
+        if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
+            raise ValueError(f"{path}: {value!r}; expected a mapping of names")
+        return {k: _value(arguments[1], v, f"{path}.{k}") for k, v in value.items()}
+    if hint is Any:
+        return value
+    return _scalar(hint, value, path)
+
+
+def _tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
+    if arguments == (int, int) and isinstance(value, int) and not isinstance(value, bool):
+        return (value, value)
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{path}: {value!r}; expected a list")
+    if len(arguments) == 2 and arguments[1] is Ellipsis:
+        return tuple(_value(arguments[0], v, f"{path}[{i}]") for i, v in enumerate(value))
+    if len(value) != len(arguments):
+        raise ValueError(f"{path}: {list(value)!r}; expected {len(arguments)} values")
+    return tuple(_value(a, v, f"{path}[{i}]") for i, (a, v) in enumerate(zip(arguments, value, strict=True)))
+
+
+def _scalar(hint: Any, value: Any, path: str) -> Any:
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if hint is str and isinstance(value, str):
+        return value
+    name = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}.get(hint, str(hint))
+    raise ValueError(f"{path}: {value!r}; expected {name}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain values of a dataclass (tuples as lists), ready for YAML or JSON."""
+    plain: dict[str, Any] = _plain(dataclasses.asdict(config))
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+# ------------------------------------------------------------------------------------------------ YAML and command-line words
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's safe subset; a key that stands twice is an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Plain values of a YAML text; `where` names it in messages."""
+    loader = _StrictLoader(text)
+    try:
+        return loader.get_single_data()
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    finally:
+        loader.dispose()
+
+
+def to_yaml(config: Any) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=110)
+
+
+def configs_folder() -> Path:
+    """Where the recipes lie: `configs/` of the checkout, or beside the installed package."""
+    package = Path(__file__).parent
+    return next(p for p in (package.parent / "configs", package / "configs") if p.is_dir())
+
+
+def recipes() -> dict[str, list[str]]:
+    """Presets by recipe name."""
+    found = configs_folder()
+    return {d.name: sorted(p.stem for p in d.glob("*.yaml")) for d in sorted(found.iterdir()) if d.is_dir()}
+
+
+def load(recipe: str, words: Iterable[str] = ()) -> RunConfig:
+    """The configuration of a recipe (a name in configs/, or a .yaml file) under ``key.path=value`` words.
+
+    ``preset=NAME`` picks configs/<recipe>/<NAME>.yaml; the default is ``demo``. Raises ValueError with one sentence.
+    """
+    pairs = [_word(word) for word in words]
+    presets = [value for path, value in pairs if path == ["preset"]]
+    values = _read_recipe(recipe, str(presets[-1]) if presets else None)
+    for path, value in pairs:
+        if path != ["preset"]:
+            _set(values, path, value)
+    return from_dict(RunConfig, values)
+
+
+def _read_recipe(recipe: str, preset: str | None) -> dict[str, Any]:
+    if recipe.endswith((".yaml", ".yml")):
+        if preset:
+            raise ValueError(f"preset={preset}: a preset goes with a recipe's name, not with the file {recipe}")
+        file = Path(recipe)
+        if not file.is_file():
+            raise ValueError(f"{recipe}: no such file")
+    else:
+        known = recipes()
+        if recipe not in known:
+            raise ValueError(unknown_key(recipe, recipe, known).replace("unknown key", "no such recipe"))
+        preset = preset or "demo"
+        if preset not in known[recipe]:
+            raise ValueError(f"preset={preset}: {recipe} has {', '.join(known[recipe])}")
+        file = configs_folder() / recipe / f"{preset}.yaml"
+    values = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: expected a mapping of keys")
+    return values
+
+
+def _word(word: str) -> tuple[list[str], Any]:
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise ValueError(f"{word!r}: expected key.path=value")
+    return key.split("."), parse_yaml(text, word)
+
+
+def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
+    for i, key in enumerate(path[:-1]):
+        below = values.setdefault(key, {})
+        if not isinstance(below, dict):
+            raise ValueError(f"{'.'.join(path)}: '{'.'.join(path[: i + 1])}' is a value, not a section")
+        values = below
+    values[path[-1]] = value

@@ -1,0 +1,78 @@
+"""A group is a virtual worker: BatchNorm and dropout of a network written for one group, made right for several.
+
+A worker holds whole groups, one after the other on dimension 0. `convert` swaps the classes of the layers in place, so
+parameter names stay as they are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from t2idist.engine.noise import Noise
+
+
+class GroupedBatchNorm(_BatchNorm):
+    """BatchNorm with the statistics of each group of `group_size` samples.
+
+    Running statistics move by the mean over the groups; they are linear in the batch statistics, so their mean over workers
+    by share is what one worker with all groups would have.
+    """
+
+    group_size: int
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        return
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or input.shape[0] == self.group_size:
+            return super().forward(input)
+        assert input.shape[0] % self.group_size == 0, f"{input.shape[0]} samples are not whole groups of {self.group_size}"
+        groups = input.split(self.group_size)
+        if self.running_mean is None or self.running_var is None or self.momentum is None:
+            raise ValueError("BatchNorm without running statistics, or with a cumulative average, does not run in groups")
+        means = [self.running_mean.clone() for _ in groups]
+        variances = [self.running_var.clone() for _ in groups]
+        outputs = [
+            nn.functional.batch_norm(x, mean, variance, self.weight, self.bias, True, self.momentum, self.eps)
+            for x, mean, variance in zip(groups, means, variances, strict=True)
+        ]
+        with torch.no_grad():
+            self.running_mean.copy_(torch.stack(means).mean(0))
+            self.running_var.copy_(torch.stack(variances).mean(0))
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+        return torch.cat(outputs)
+
+
+class GroupedDropout(nn.Dropout):
+    """Dropout whose mask is a function of (seed, step, group, place)."""
+
+    noise: Noise
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return input
+        keep = self.noise.uniform(*input.shape[1:]) >= self.p
+        return input * keep.to(input.dtype) / (1 - self.p)
+
+
+def convert(net: nn.Module, group_size: int, noise: Noise) -> None:
+    """Make every BatchNorm and Dropout of a trained network run in groups.
+
+    Raises ValueError for layers that couple samples or draw in ways that are not known here.
+    """
+    for name, module in net.named_modules():
+        if isinstance(module, nn.SyncBatchNorm | nn.modules.dropout.AlphaDropout | nn.modules.dropout._DropoutNd) and not (
+            isinstance(module, nn.Dropout)
+        ):
+            raise ValueError(f"{name}: {type(module).__name__} does not run in groups; use BatchNorm or Dropout")
+        if isinstance(module, nn.RNNBase) and module.dropout > 0:
+            raise ValueError(f"{name}: dropout inside a recurrent layer draws by itself; use nn.Dropout around it")
+        if isinstance(module, _BatchNorm):
+            module.__class__ = GroupedBatchNorm
+            module.group_size = group_size  # type: ignore[assignment]
+        elif isinstance(module, nn.Dropout):
+            module.__class__ = GroupedDropout
+            module.noise = noise  # type: ignore[assignment]

@@ -1,0 +1,24 @@
+"""Learning rates and averaging as functions of images seen."""
+
+from __future__ import annotations
+
+import math
+
+from t2idist.contract import Schedule
+
+
+def factor(schedule: Schedule, images: int) -> float:
+    """What the learning rate is multiplied by after `images` images. Raises ValueError for an unknown kind."""
+    if schedule.kind == "constant":
+        return 1.0
+    if schedule.kind == "exponential":
+        return max(schedule.floor, schedule.factor ** math.floor(images / schedule.every_images))
+    if schedule.kind == "linear":
+        done = (images - schedule.start_images) / max(schedule.end_images - schedule.start_images, 1.0)
+        return 1.0 + (schedule.floor - 1.0) * min(max(done, 0.0), 1.0)
+    raise ValueError(f"schedule kind {schedule.kind!r}; allowed are constant, exponential, linear")
+
+
+def ema_decay(half_life_images: float, images_per_step: int) -> float:
+    """What the old average keeps in a step, so that half of it is left after `half_life_images`."""
+    return float(0.5 ** (images_per_step / half_life_images))

@@ -1,0 +1,68 @@
+"""Adversarial losses on logits: binary cross-entropy as published, in full precision.
+
+``real`` pairs a picture with its own caption, ``wrong`` a real picture with another's, ``fake`` a generated picture with
+the caption that it was drawn from; the unconditional head sees pictures alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from t2idist.nn.precision import full
+
+
+def says_real(logits: Tensor) -> Tensor:
+    """Mean cross-entropy of logits (N,) against target 1."""
+    return F.softplus(-full(logits)).mean()
+
+
+def says_fake(logits: Tensor) -> Tensor:
+    """Mean cross-entropy of logits (N,) against target 0."""
+    return F.softplus(full(logits)).mean()
+
+
+def says_fake_where(logits: Tensor, keep: Tensor, groups: int) -> Tensor:
+    """Cross-entropy against target 0 over the kept of each group (0 for a group that keeps none), mean over groups.
+
+    logits and keep (N,), N = groups * samples of a group.
+    """
+    terms = F.softplus(full(logits)).view(groups, -1)
+    kept = keep.view(groups, -1).to(terms.dtype)
+    return ((terms * kept).sum(1) / kept.sum(1).clamp(min=1)).mean()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A discriminator's five mean cross-entropies in its own update."""
+
+    real: Tensor
+    wrong: Tensor
+    fake: Tensor
+    real_alone: Tensor
+    fake_alone: Tensor
+
+
+def halves_and_thirds(v: Verdict) -> Tensor:
+    """AttnGAN, MirrorGAN and StackGAN v1's second stage: (real + real_alone) / 2 + (fake + wrong + fake_alone) / 3."""
+    return (v.real + v.real_alone) / 2 + (v.fake + v.wrong + v.fake_alone) / 3
+
+
+def conditional_only(real: Tensor, wrong: Tensor, fake: Tensor) -> Tensor:
+    """GAN-CLS, StackGAN v1's first stage and AttnDCGAN: real + (wrong + fake) / 2."""
+    return real + (wrong + fake) / 2
+
+
+def balanced_joint(v: Verdict) -> Tensor:
+    """StackGAN++'s joint loss (section 4.2, eq. 6) with a wrong-pair term: both heads weigh real and fake alike."""
+    return conditional_only(v.real, v.wrong, v.fake) + v.real_alone + v.fake_alone
+
+
+def authors_joint(v: Verdict) -> Tensor:
+    """StackGAN-v2's released joint loss, which has the unconditional head call the wrong pair's picture real, too.
+
+    That picture is a real one; here it is the same as in the real pair, so its term counts twice.
+    """
+    return v.real + v.wrong + v.fake + 2 * v.real_alone + v.fake_alone

@@ -1,0 +1,39 @@
+"""Word attention: for every place of a feature map, a mixture of the caption's words."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from t2idist.nn.precision import full
+
+
+class WordAttention(nn.Module):
+    """F^attn of AttnGAN (section 3.1, eq. 2): scores are h^T (U e), without scaling.
+
+    features (N, C, H, W), words (N, D, T), padding (N, T) true past the end of a caption -> context (N, C, H, W) and
+    weights (N, T, H, W) that sum to one over T.
+
+    compat "authors" repeats the released code's mask layout, which the released weights were trained with: row
+    b * H * W + q gets the padding of sample (b * H * W + q) mod B instead of b; B is then the samples of one group.
+    """
+
+    def __init__(self, channels: int, word_dim: int, compat: str = "") -> None:
+        super().__init__()
+        self.conv_context = nn.Conv2d(word_dim, channels, kernel_size=1, bias=False)
+        self.compat = compat
+
+    def forward(self, features: Tensor, words: Tensor, padding: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
+        count, channels, height, width = features.shape
+        places = height * width
+        projected = self.conv_context(words.unsqueeze(3)).squeeze(3)  # (N, C, T)
+        scores = torch.bmm(projected.transpose(1, 2), features.flatten(2).to(projected.dtype))  # (N, T, H*W)
+        if self.compat == "authors":
+            size = count // groups
+            rows = padding.view(groups, size, -1).repeat(1, places, 1)  # (groups, B * H*W, T)
+            hidden = rows.view(count, places, -1).transpose(1, 2)
+        else:
+            hidden = padding.unsqueeze(2)
+        weights = full(scores).masked_fill(hidden, float("-inf")).softmax(dim=1)
+        context = torch.bmm(projected, weights.to(projected.dtype))
+        return context.view(count, channels, height, width), weights.view(count, -1, height, width)

@@ -1,0 +1,72 @@
+"""The small blocks that generators and discriminators are built of; parameter names follow the published networks."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LEAK = 0.2
+"""Slope of LeakyReLU in every discriminator of the family."""
+
+
+class GLU(nn.Module):
+    """Gated linear unit over channels: the first half times the sigmoid of the second half."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.glu(x, dim=1)
+
+
+def conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
+    """3x3 convolution that keeps the size, without bias."""
+    return nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1, bias=False)
+
+
+def glu_block(channels_in: int, channels_out: int) -> nn.Sequential:
+    """conv3x3 + BatchNorm + GLU: (N, channels_in, H, W) -> (N, channels_out, H, W)."""
+    return nn.Sequential(conv3x3(channels_in, 2 * channels_out), nn.BatchNorm2d(2 * channels_out), GLU())
+
+
+def up_block(channels_in: int, channels_out: int) -> nn.Sequential:
+    """Nearest x2 + conv3x3 + BatchNorm + GLU: (N, channels_in, H, W) -> (N, channels_out, 2H, 2W)."""
+    return nn.Sequential(
+        nn.Upsample(scale_factor=2, mode="nearest"),
+        conv3x3(channels_in, 2 * channels_out),
+        nn.BatchNorm2d(2 * channels_out),
+        GLU(),
+    )
+
+
+class GLUResidual(nn.Module):
+    """x + BN(conv(GLU(BN(conv(x))))), without an activation at the end (StackGAN-v2, AttnGAN)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block = nn.Sequential(
+            conv3x3(channels, 2 * channels),
+            nn.BatchNorm2d(2 * channels),
+            GLU(),
+            conv3x3(channels, channels),
+            nn.BatchNorm2d(channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.block(x)
+
+
+def leaky_block(channels_in: int, channels_out: int) -> nn.Sequential:
+    """conv3x3 + BatchNorm + LeakyReLU, the discriminators' block that keeps the size."""
+    return nn.Sequential(
+        conv3x3(channels_in, channels_out), nn.BatchNorm2d(channels_out), nn.LeakyReLU(LEAK, inplace=True)
+    )
+
+
+def down_block(channels_in: int, channels_out: int, norm: bool = True) -> nn.Sequential:
+    """4x4 stride-2 convolution (+ BatchNorm) + LeakyReLU: (N, C, H, W) -> (N, channels_out, H/2, W/2)."""
+    conv = nn.Conv2d(channels_in, channels_out, kernel_size=4, stride=2, padding=1, bias=False)
+    activation = nn.LeakyReLU(LEAK, inplace=True)
+    return nn.Sequential(conv, nn.BatchNorm2d(channels_out), activation) if norm else nn.Sequential(conv, activation)
+
+
+def tile(vector: Tensor, like: Tensor) -> Tensor:
+    """(N, C) repeated over the places of `like` (N, _, H, W), in its precision: (N, C, H, W)."""
+    return vector.to(like.dtype)[:, :, None, None].expand(-1, -1, like.shape[2], like.shape[3])

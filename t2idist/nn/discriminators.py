@@ -1,0 +1,131 @@
+"""Discriminators of the trees: a trunk down to 4x4 places, a conditional and an unconditional head.
+
+The published layouts are those of 64, 128 and 256 pixels, and their parameter names are kept; below 64 there are fewer
+down blocks and the trunk ends with fewer channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from t2idist.nn.blocks import down_block, leaky_block, tile
+
+SIZES = (16, 32, 64, 128, 256)
+
+
+def logit_head(channels: int) -> nn.Sequential:
+    """(N, channels, 4, 4) -> (N, 1, 1, 1) logits."""
+    return nn.Sequential(nn.Conv2d(channels, 1, kernel_size=4, stride=4))
+
+
+def _trunk(width: int, size: int) -> tuple[list[tuple[str, nn.Module]], int]:
+    """Named parts of the trunk for pictures of `size` pixels, and the channels that come out at 4x4."""
+    downs = (size // 4).bit_length() - 1
+    first = min(downs, 4)
+    layers: list[nn.Module] = [*down_block(3, width, norm=False)]
+    for i in range(1, first):
+        layers += down_block(width << (i - 1), width << i)
+    parts: list[tuple[str, nn.Module]] = [(f"img_code_s{2**first}", nn.Sequential(*layers))]
+    top = width << (first - 1)
+    if downs >= 5:
+        parts.append(("img_code_s32", down_block(top, 2 * top)))
+    if downs == 5:
+        parts.append(("img_code_s32_1", leaky_block(2 * top, top)))
+    if downs == 6:
+        parts.append(("img_code_s64", down_block(2 * top, 4 * top)))
+        parts.append(("img_code_s64_1", leaky_block(4 * top, 2 * top)))
+        parts.append(("img_code_s64_2", leaky_block(2 * top, top)))
+    return parts, top
+
+
+class Discriminator(nn.Module):
+    """The trunk that both published kinds share: `features`, then the heads of a sub-class.
+
+    features: (N, 3, size, size) -> (N, C, 4, 4), C = 8 * width from 64 pixels up.
+    """
+
+    def __init__(self, width: int, size: int) -> None:
+        super().__init__()
+        if size not in SIZES:
+            raise ValueError(f"a discriminator for pictures of {size} pixels is asked for; there are {SIZES}")
+        parts, self.channels = _trunk(width, size)
+        self.trunk_names = tuple(name for name, _ in parts)
+        for name, part in parts:
+            self.add_module(name, part)
+
+    def features(self, images: Tensor) -> Tensor:
+        x = images
+        for name in self.trunk_names:
+            x = self.get_submodule(name)(x)
+        return x
+
+
+class LogitHead(nn.Module):
+    """AttnGAN's unconditional head: features (N, C, 4, 4) -> logits (N,)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.outlogits = logit_head(channels)
+
+    def forward(self, features: Tensor) -> Tensor:
+        out: Tensor = self.outlogits(features)
+        return out.view(-1)
+
+
+class ConditionalHead(nn.Module):
+    """AttnGAN's conditional head: features (N, C, 4, 4), condition (N, D), picture's channels first -> logits (N,)."""
+
+    def __init__(self, channels: int, condition_dim: int) -> None:
+        super().__init__()
+        self.jointConv = leaky_block(channels + condition_dim, channels)
+        self.outlogits = logit_head(channels)
+
+    def forward(self, features: Tensor, condition: Tensor) -> Tensor:
+        joint = torch.cat([features, tile(condition, features)], dim=1)
+        out: Tensor = self.outlogits(self.jointConv(joint))
+        return out.view(-1)
+
+
+class AttnDiscriminator(Discriminator):
+    """Discriminator of AttnGAN and MirrorGAN, with both heads."""
+
+    def __init__(self, width: int, size: int, condition_dim: int) -> None:
+        super().__init__(width, size)
+        self.UNCOND_DNET = LogitHead(self.channels)
+        self.COND_DNET = ConditionalHead(self.channels, condition_dim)
+
+    def conditional(self, features: Tensor, condition: Tensor) -> Tensor:
+        """(N, C, 4, 4), (N, condition_dim) -> logits (N,): is it a real picture of this condition?"""
+        out: Tensor = self.COND_DNET(features, condition)
+        return out
+
+    def unconditional(self, features: Tensor) -> Tensor:
+        """(N, C, 4, 4) -> logits (N,): is it a real picture?"""
+        out: Tensor = self.UNCOND_DNET(features)
+        return out
+
+
+class StackDiscriminator(Discriminator):
+    """Discriminator of StackGAN-v2: both heads with a condition, the unconditional one alone without.
+
+    The published nets name the only head of an unconditional tree like the conditional head of the other: `logits`.
+    """
+
+    def __init__(self, width: int, size: int, condition_dim: int | None) -> None:
+        super().__init__(width, size)
+        self.is_conditional = condition_dim is not None
+        self.logits = logit_head(self.channels)
+        if condition_dim is not None:
+            self.jointConv = leaky_block(self.channels + condition_dim, self.channels)
+            self.uncond_logits = logit_head(self.channels)
+
+    def conditional(self, features: Tensor, condition: Tensor) -> Tensor:
+        """(N, C, 4, 4), (N, condition_dim), the condition's channels first -> logits (N,)."""
+        out: Tensor = self.logits(self.jointConv(torch.cat([tile(condition, features), features], dim=1)))
+        return out.view(-1)
+
+    def unconditional(self, features: Tensor) -> Tensor:
+        """(N, C, 4, 4) -> logits (N,)."""
+        out: Tensor = self.uncond_logits(features) if self.is_conditional else self.logits(features)
+        return out.view(-1)

@@ -1,0 +1,109 @@
+"""Image encoders of the DAMSM: a picture to a vector for every region and one for the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from t2idist.nn.blocks import down_block
+from t2idist.nn.inception import InceptionV3
+
+TRUNKS = ("inception", "small")
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """(N, 3, H, W) -> (N, 3, size, size), bilinear, smoothed where it shrinks."""
+    if images.shape[2] == size and images.shape[3] == size:
+        return images
+    shrinks = images.shape[2] > size
+    return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False, antialias=shrinks)
+
+
+class InceptionEncoder(InceptionV3):
+    """AttnGAN's image encoder (section 3.2): Inception-v3, not trained, and two trained projections.
+
+    Pictures (N, 3, S, S) in [-1, 1] -> regions (N, embedding_dim, 289) and whole (N, embedding_dim). The trunk has no
+    gradient to its weights and stays in eval mode (the released code left it in train mode, so its running statistics
+    drifted, and then used it in eval mode).
+    """
+
+    def __init__(self, embedding_dim: int, image_size: int = 299) -> None:
+        super().__init__()
+        self.image_size = image_size
+        self.requires_grad_(False)
+        self.emb_features = nn.Conv2d(768, embedding_dim, kernel_size=1, bias=False)
+        self.emb_cnn_code = nn.Linear(2048, embedding_dim)
+        nn.init.uniform_(self.emb_features.weight, -0.1, 0.1)
+        nn.init.uniform_(self.emb_cnn_code.weight, -0.1, 0.1)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for name, child in self.named_children():
+            child.train(mode and name in ("emb_features", "emb_cnn_code"))
+        return self
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        regions, pooled = self.features(resize(images, self.image_size))
+        return self.emb_features(regions).flatten(2), self.emb_cnn_code(pooled)
+
+
+class SmallEncoder(nn.Module):
+    """A trunk small enough to be trained from scratch with the DAMSM on small pictures.
+
+    Pictures (N, 3, S, S) in [-1, 1] -> regions (N, embedding_dim, (image_size / 8)**2) and whole (N, embedding_dim).
+    """
+
+    def __init__(self, embedding_dim: int, image_size: int, width: int) -> None:
+        super().__init__()
+        if image_size < 32 or image_size % 16:
+            raise ValueError(f"image_size is {image_size}; the small trunk takes multiples of 16 from 32 up")
+        self.image_size = image_size
+        self.local = nn.Sequential(
+            down_block(3, width, norm=False), down_block(width, 2 * width), down_block(2 * width, 4 * width)
+        )
+        self.whole = down_block(4 * width, 8 * width)
+        self.emb_features = nn.Conv2d(4 * width, embedding_dim, kernel_size=1, bias=False)
+        self.emb_cnn_code = nn.Linear(8 * width, embedding_dim)
+        nn.init.uniform_(self.emb_features.weight, -0.1, 0.1)
+        nn.init.uniform_(self.emb_cnn_code.weight, -0.1, 0.1)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        regions = self.local(resize(images, self.image_size))
+        pooled = self.whole(regions).mean(dim=(2, 3))
+        return self.emb_features(regions).flatten(2), self.emb_cnn_code(pooled)
+
+
+def damsm_image_encoder(config: Mapping[str, Any]) -> InceptionEncoder | SmallEncoder:
+    """The image encoder that a `damsm` stage with this config trains; drawn anew."""
+    if config["trunk"] == "inception":
+        return InceptionEncoder(config["embedding_dim"], config["image_size"])
+    if config["trunk"] == "small":
+        return SmallEncoder(config["embedding_dim"], config["image_size"], config["trunk_width"])
+    raise ValueError(f"trunk is '{config['trunk']}'; it must be one of {', '.join(TRUNKS)}")
+
+
+def load_trunk(encoder: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put torchvision's Inception-v3 weights into the frozen trunk of an image encoder, in place.
+
+    Classifiers (`fc.*`, `AuxLogits.*`) are left out and missing `num_batches_tracked` keep their value. Raises
+    ValueError, naming the key, where the rest does not fit.
+    """
+    if not isinstance(encoder, InceptionEncoder):
+        raise ValueError("trunk_weights is given, but the trunk is not 'inception'; only that one takes weights")
+    own = {k: v for k, v in encoder.state_dict().items() if not k.startswith(("emb_features.", "emb_cnn_code."))}
+    given = {k.removeprefix("module."): v for k, v in weights.items()}
+    given = {k: v for k, v in given.items() if not k.startswith(("fc.", "AuxLogits."))}
+    unknown = sorted(given.keys() - own.keys())
+    missing = sorted(k for k in own.keys() - given.keys() if not k.endswith("num_batches_tracked"))
+    if unknown or missing:
+        what = f"does not have '{missing[0]}'" if missing else f"has '{unknown[0]}', which Inception-v3 does not"
+        raise ValueError(f"trunk_weights {what} ({len(missing)} names missing, {len(unknown)} unknown)")
+    for key, value in given.items():
+        if value.shape != own[key].shape:
+            raise ValueError(
+                f"trunk_weights: '{key}' has shape {tuple(value.shape)}; Inception-v3 has {tuple(own[key].shape)}"
+            )
+    encoder.load_state_dict(given, strict=False)

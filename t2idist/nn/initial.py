@@ -1,0 +1,34 @@
+"""Initial weights as the papers draw them. All work on the meta device too, where they draw nothing."""
+
+from __future__ import annotations
+
+from torch import nn
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+def orthogonal_(net: nn.Module) -> None:
+    """StackGAN-v2, AttnGAN and MirrorGAN: orthogonal convolutions and linear maps, BatchNorm N(1, 0.02), biases 0."""
+    for module in net.modules():
+        if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
+            nn.init.orthogonal_(module.weight)
+        elif isinstance(module, BATCH_NORMS):
+            nn.init.normal_(module.weight, 1.0, 0.02)
+        else:
+            continue
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def normal_(net: nn.Module) -> None:
+    """DCGAN, GAN-CLS and StackGAN v1: convolutions and linear maps N(0, 0.02), BatchNorm N(1, 0.02), biases 0."""
+    for module in net.modules():
+        if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
+            nn.init.normal_(module.weight, 0.0, 0.02)
+        elif isinstance(module, BATCH_NORMS):
+            nn.init.normal_(module.weight, 1.0, 0.02)
+        else:
+            continue
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,16 @@
+"""Where numbers are held in full precision although the engine's autocast holds matrix products in bfloat16."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def full(x: Tensor) -> Tensor:
+    """`x` in at least float32: half precision is widened, float32 and float64 stay as they are."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """A context, on the device of `x`, in which matrix products keep the precision of their inputs."""
+    return torch.autocast(x.device.type, enabled=False)

@@ -1,0 +1,42 @@
+"""Text encoders: tokens to a vector for every word and one for the sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from t2idist.nn.precision import full_precision
+
+
+class BiLSTM(nn.Module):
+    """AttnGAN's text encoder (section 3.2): embedding, dropout, one bidirectional LSTM layer.
+
+    tokens (N, T) int64 with 0 = padding, lengths (N,) at least 1, in any order -> words (N, embedding_dim, T), zero
+    past the length, and sentence (N, embedding_dim), the last state of both directions.
+    """
+
+    def __init__(self, vocabulary_size: int, embedding_dim: int, word_dim: int, dropout: float) -> None:
+        super().__init__()
+        if embedding_dim % 2:
+            raise ValueError(f"embedding_dim is {embedding_dim}; it must be even, half for each direction")
+        self.encoder = nn.Embedding(vocabulary_size, word_dim)
+        self.drop = nn.Dropout(dropout)
+        self.rnn = nn.LSTM(word_dim, embedding_dim // 2, batch_first=True, bidirectional=True)
+        nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        embedded = self.drop(self.encoder(tokens))
+        with full_precision(embedded):
+            packed = pack_padded_sequence(embedded, lengths.cpu(), batch_first=True, enforce_sorted=False)
+            states, (last, _) = self.rnn(packed)
+        words, _ = pad_packed_sequence(states, batch_first=True, total_length=tokens.shape[1])
+        return words.transpose(1, 2), torch.cat([last[0], last[1]], dim=1)
+
+
+def damsm_text_encoder(config: Mapping[str, Any], vocabulary_size: int) -> BiLSTM:
+    """The text encoder that a `damsm` stage with this config trains; drawn anew."""
+    return BiLSTM(vocabulary_size, config["embedding_dim"], config["word_dim"], config["dropout"])

@@ -1,0 +1,188 @@
+"""The generator trees of StackGAN++ and AttnGAN: one trunk, a picture at every branch.
+
+Widths are those of the papers, whose first branch is 64 pixels: the trunk starts with ``width * base_size / 4``
+channels on 4x4 places and reaches `width` channels at the first branch. Parameter names are the published ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from t2idist.nn.attention import WordAttention
+from t2idist.nn.blocks import GLU, GLUResidual, conv3x3, glu_block, tile, up_block
+from t2idist.nn.conditioning import ConditioningAugmentation
+from t2idist.nn.precision import full
+
+SEED_SIZE = 4
+"""Pixels a side of the first feature map."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a generator gives.
+
+    images: lowest size first, (N, 3, S, S) in [-1, 1]. mean, log_variance: (N, condition_dim) of the conditioning
+    Gaussian, None without a condition. attention: word weights (N, T, H, W) of each attention stage.
+    """
+
+    images: tuple[Tensor, ...]
+    mean: Tensor | None = None
+    log_variance: Tensor | None = None
+    attention: tuple[Tensor, ...] = ()
+
+
+def pyramid(base_size: int, branches: int) -> tuple[int, ...]:
+    """Picture sizes of a tree, lowest first; raises ValueError where a size is not one that the nets can have."""
+    if base_size not in (16, 32, 64):
+        raise ValueError(f"base_size is {base_size}; it must be 16, 32 or 64")
+    if branches < 1:
+        raise ValueError(f"branches is {branches}; it must be at least 1")
+    return tuple(base_size * 2**i for i in range(branches))
+
+
+class SeedStage(nn.Module):
+    """Vector to the first branch's features: (N, input_dim) -> (N, width, base_size, base_size)."""
+
+    def __init__(self, input_dim: int, width: int, base_size: int) -> None:
+        super().__init__()
+        self.ups = (base_size // SEED_SIZE).bit_length() - 1
+        channels = width * 2**self.ups
+        units = channels * SEED_SIZE * SEED_SIZE
+        self.fc = nn.Sequential(nn.Linear(input_dim, 2 * units, bias=False), nn.BatchNorm1d(2 * units), GLU())
+        for i in range(self.ups):
+            setattr(self, f"upsample{i + 1}", up_block(channels >> i, channels >> (i + 1)))
+
+    def forward(self, vector: Tensor) -> Tensor:
+        x = self.fc(vector)
+        x = x.view(x.shape[0], -1, SEED_SIZE, SEED_SIZE)
+        for i in range(self.ups):
+            x = self.get_submodule(f"upsample{i + 1}")(x)
+        return x
+
+
+class JointStage(nn.Module):
+    """StackGAN-v2's later stage: features and the tiled condition, (N, C, H, W) -> (N, C/2, 2H, 2W)."""
+
+    def __init__(self, channels: int, condition_dim: int, residuals: int) -> None:
+        super().__init__()
+        self.jointConv = glu_block(channels + condition_dim, channels)
+        self.residual = nn.Sequential(*(GLUResidual(channels) for _ in range(residuals)))
+        self.upsample = up_block(channels, channels // 2)
+
+    def forward(self, features: Tensor, condition: Tensor) -> Tensor:
+        joint = self.jointConv(torch.cat([tile(condition, features), features], dim=1))
+        out: Tensor = self.upsample(self.residual(joint))
+        return out
+
+
+class AttentionStage(nn.Module):
+    """AttnGAN's later stage: features and their word context, (N, C, H, W) -> (N, C, 2H, 2W) and word weights."""
+
+    def __init__(self, channels: int, word_dim: int, residuals: int, compat: str) -> None:
+        super().__init__()
+        self.att = WordAttention(channels, word_dim, compat)
+        self.residual = nn.Sequential(*(GLUResidual(2 * channels) for _ in range(residuals)))
+        self.upsample = up_block(2 * channels, channels)
+
+    def forward(self, features: Tensor, words: Tensor, padding: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        context, weights = self.att(features, words, padding, groups)
+        joint = torch.cat([features, context.to(features.dtype)], dim=1)
+        return self.upsample(self.residual(joint)), weights
+
+
+class ImageHead(nn.Module):
+    """Features to a picture in [-1, 1], in full precision."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.img = nn.Sequential(conv3x3(channels, 3))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.tanh(full(self.img(features)))
+
+
+class StackGenerator(nn.Module):
+    """The tree of StackGAN-v2 (StackGAN++, section 4), conditional where `text_dim` is given.
+
+    Branch i (0 first) has width / 2**i channels. forward(z (N, z_dim), normal (N, condition_dim), text (N, text_dim));
+    the unconditional tree takes z alone and uses it in the place of the condition at every stage.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        z_dim: int,
+        base_size: int,
+        branches: int,
+        residuals: int,
+        text_dim: int | None,
+        condition_dim: int,
+    ) -> None:
+        super().__init__()
+        self.branches = branches
+        joint_dim = z_dim if text_dim is None else condition_dim
+        self.ca_net = None if text_dim is None else ConditioningAugmentation(text_dim, condition_dim)
+        self.h_net1 = SeedStage(z_dim if text_dim is None else condition_dim + z_dim, width, base_size)
+        self.img_net1 = ImageHead(width)
+        for i in range(1, branches):
+            setattr(self, f"h_net{i + 1}", JointStage(width >> (i - 1), joint_dim, residuals))
+            setattr(self, f"img_net{i + 1}", ImageHead(width >> i))
+
+    def forward(self, z: Tensor, normal: Tensor | None = None, text: Tensor | None = None) -> Drawn:
+        if self.ca_net is None:
+            condition, mean, log_variance = z, None, None
+            features = self.h_net1(z)
+        else:
+            condition, mean, log_variance = self.ca_net(text, normal)
+            features = self.h_net1(torch.cat([condition, z], dim=1))
+        images = [self.img_net1(features)]
+        for i in range(1, self.branches):
+            features = self.get_submodule(f"h_net{i + 1}")(features, condition)
+            images.append(self.get_submodule(f"img_net{i + 1}")(features))
+        return Drawn(tuple(images), mean, log_variance)
+
+
+class AttentionGenerator(nn.Module):
+    """The attentional generator of AttnGAN (section 3.1): every branch has `width` channels.
+
+    forward(z (N, z_dim), normal (N, condition_dim), sentence (N, text_dim), words (N, text_dim, T), padding (N, T)).
+    compat: see `WordAttention`; only with compat "authors" does `groups` matter.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        z_dim: int,
+        base_size: int,
+        branches: int,
+        residuals: int,
+        text_dim: int,
+        condition_dim: int,
+        compat: str = "",
+    ) -> None:
+        super().__init__()
+        self.branches = branches
+        self.ca_net = ConditioningAugmentation(text_dim, condition_dim)
+        self.h_net1 = SeedStage(condition_dim + z_dim, width, base_size)
+        self.img_net1 = ImageHead(width)
+        for i in range(1, branches):
+            setattr(self, f"h_net{i + 1}", AttentionStage(width, text_dim, residuals, compat))
+            setattr(self, f"img_net{i + 1}", ImageHead(width))
+
+    def forward(
+        self, z: Tensor, normal: Tensor, sentence: Tensor, words: Tensor, padding: Tensor, groups: int = 1
+    ) -> Drawn:
+        condition, mean, log_variance = self.ca_net(sentence, normal)
+        features = self.h_net1(torch.cat([condition, z], dim=1))
+        images = [self.img_net1(features)]
+        attention = []
+        for i in range(1, self.branches):
+            features, weights = self.get_submodule(f"h_net{i + 1}")(features, words, padding, groups)
+            images.append(self.get_submodule(f"img_net{i + 1}")(features))
+            attention.append(weights)
+        return Drawn(tuple(images), mean, log_variance, tuple(attention))

@@ -7,6 +7,7 @@ hashes and which tensor lies where. A folder without a commit marker is not a ch
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any
 
@@ -63,9 +64,7 @@ class Writer(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        for number, plan in enumerate(plans):
-            plan.storage_data = f"part-{number:05d}.safetensors"
-        return plans
+        return [dataclasses.replace(plan, storage_data=f"part-{n:05d}.safetensors") for n, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         tensors: dict[str, Tensor] = {}

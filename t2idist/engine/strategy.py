@@ -1,10 +1,9 @@
 """How a role's network is wrapped: one module whose forward runs any function of the network, inside DDP or bare.
 
 Everything that a step does with a trained network happens inside one entry of the wrapper (`Held`), so several passes,
-BatchNorm, sub-modules and gradient penalties are all exact under DDP.
+BatchNorm, sub-modules and gradient penalties are all exact under DDP. (DDP reads its hook's annotations as they stand:
+no `from __future__ import annotations` here.)
 """
-
-from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
@@ -56,7 +55,7 @@ def wrap(net: nn.Module, precision: Precision, world: World) -> nn.Module:
     wrapped = DistributedDataParallel(
         held,
         process_group=world.group,
-        broadcast_buffers=False,
+        forward_sync_buffers=False,
         gradient_as_bucket_view=True,
         bucket_cap_mb=25,
     )

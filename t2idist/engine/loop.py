@@ -1,0 +1,59 @@
+"""The loop of a stage: steps, and at their cadences reports, pictures and checkpoints. All cadences are in images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+from torch import nn
+
+from t2idist.config import StageConfig
+from t2idist.contract import Batch
+from t2idist.engine.checkpoint import Checkpoints
+from t2idist.engine.metrics import Log
+from t2idist.engine.train import Trainer
+
+Look = Callable[[Mapping[str, nn.Module], int], Mapping[str, float]]
+"""Called on the first worker with the evaluation networks and the images seen; gives values to log."""
+
+
+def due(every_images: int, before: int, after: int) -> bool:
+    """Whether a multiple of `every_images` was reached between two counts."""
+    return after // every_images > before // every_images
+
+
+def report_every(stage: StageConfig) -> int:
+    """Images between two metric lines: about 300 lines a stage, and never more than one a step."""
+    return max(stage.images_per_step, stage.images // 300)
+
+
+def run(
+    trainer: Trainer,
+    batches: Iterator[Batch],
+    stage: StageConfig,
+    checkpoints: Checkpoints,
+    log: Log | None,
+    look: Look,
+) -> None:
+    """Train until the stage's budget is reached. `log` is None on all workers but the first."""
+    while trainer.step < stage.steps:
+        before = trainer.images
+        trainer.run_step(next(batches))
+        images, last = trainer.images, trainer.step == stage.steps
+        if log is not None:
+            log.stepped(images)
+        if last or due(report_every(stage), before, images):
+            values = trainer.take_reports()
+            if log is not None:
+                log.add(values, trainer.step)
+        paused = time.monotonic()
+        if last or due(stage.pictures_every_images, before, images):
+            nets = trainer.evaluation_nets()
+            if log is not None:
+                log.note(look(nets, images))
+        if last or due(stage.checkpoint_every_images, before, images):
+            if log is not None:
+                log.flush()
+            checkpoints.save(trainer)
+        if log is not None:
+            log.pause(time.monotonic() - paused)

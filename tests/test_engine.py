@@ -1,0 +1,283 @@
+"""The engine with a toy system: groups, roles, checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from t2idist import storage
+from t2idist.contract import Plan, Role
+from t2idist.engine import dcp, export
+from t2idist.engine.checkpoint import Checkpoints, list_folders
+from t2idist.engine.groups import convert
+from t2idist.engine.noise import Noise
+from t2idist.engine.strategy import Precision
+from t2idist.engine.train import Trainer
+from t2idist.engine.world import Share, World
+from tests import toys
+from tests.workers import Workers
+
+GROUPS, GROUP_SIZE = 4, 3
+PLAN = Plan(GROUP_SIZE, toys.VOCABULARY_SIZE, 5, 100)
+ALONE = World()
+
+
+def trainer(world: World, precision: str = "float64", seed: int = 3) -> Trainer:
+    torch.manual_seed(seed)
+    share = Share.of(world, GROUPS)
+    return Trainer(
+        toys.ToyGan(PLAN), stage="toy", seed=seed, group_size=GROUP_SIZE, share=share, world=world, precision=Precision(precision)
+    )
+
+
+def step(made: Trainer, count: int) -> None:
+    for _ in range(count):
+        made.run_step(toys.batch(made.step, made.share.lanes, GROUP_SIZE))
+
+
+def snapshot(made: Trainer) -> dict[str, Tensor]:
+    return {k: v.detach().clone() for k, v in (made.state() | made.settled_buffers()).items()}
+
+
+def after(world: World, count: int, precision: str) -> dict[str, Tensor]:
+    made = trainer(world, precision)
+    step(made, count)
+    return snapshot(made)
+
+
+def resumed(world: World, url: str, count: int, save: bool) -> dict[str, Tensor]:
+    """Train, save after `count` steps or resume from there, and go on to twice as many."""
+    made = trainer(world)
+    checkpoints = Checkpoints(url, world, 2, {"note": "x"})
+    if save:
+        step(made, count)
+        checkpoints.save(made)
+    else:
+        found = checkpoints.restore(made)
+        assert found is not None and found.marker["note"] == "x" and made.step == count
+    step(made, count)
+    return snapshot(made)
+
+
+def apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[k].double() - theirs[k].double()).norm() / (1 + theirs[k].double().norm())) for k in ours)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_any_number_of_workers_does_the_same_mathematics(workers: Workers, size: int) -> None:
+    alone = after(ALONE, 6, "float64")
+    for ours in workers.run(size, after, 6, "float64"):
+        assert apart(ours, alone) < 1e-11
+
+
+def test_float32_agrees_to_rounding(workers: Workers) -> None:
+    for ours in workers.run(3, after, 6, "float32"):
+        assert apart(ours, after(ALONE, 6, "float32")) < 1e-4
+
+
+def test_another_seed_is_another_run() -> None:
+    one, other = trainer(ALONE, seed=3), trainer(ALONE, seed=4)
+    other.state()["generator/net/seed.weight"].copy_(one.state()["generator/net/seed.weight"])
+    step(one, 1)
+    step(other, 1)
+    assert apart(snapshot(one), snapshot(other)) > 1e-3
+
+
+@pytest.mark.parametrize("saved_by", [1, 2, 3])
+@pytest.mark.parametrize("resumed_by", [1, 2, 3])
+def test_resume_on_any_number_of_workers(workers: Workers, tmp_path: Path, saved_by: int, resumed_by: int) -> None:
+    whole = workers.run(saved_by, resumed, str(tmp_path), 3, True)[0]
+    again = workers.run(resumed_by, resumed, str(tmp_path), 3, False)[0]
+    if saved_by == resumed_by:
+        assert all(torch.equal(whole[k], again[k]) for k in whole), "the same number of workers resumes bitwise"
+    assert apart(again, whole) < 1e-11
+
+
+def test_checkpoint_to_an_object_store_url() -> None:
+    url = "memory://checkpoints/run"
+    whole = resumed(ALONE, url, 2, True)
+    again = resumed(ALONE, url, 2, False)
+    assert all(torch.equal(whole[k], again[k]) for k in whole)
+
+
+@pytest.mark.parametrize("fault", ["torn marker", "no marker", "flipped byte", "cut part", "lost part"])
+def test_a_broken_checkpoint_is_found_and_the_previous_one_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    made = trainer(ALONE)
+    checkpoints = Checkpoints(str(tmp_path), ALONE, 2, {})
+    step(made, 1)
+    checkpoints.save(made)
+    kept = snapshot(made)
+    step(made, 1)
+    newest = Path(checkpoints.save(made))
+    marker, part = newest / dcp.COMMIT, next(newest.glob("*.safetensors"))
+    if fault == "torn marker":
+        marker.write_bytes(marker.read_bytes()[:-40])
+    elif fault == "no marker":
+        marker.unlink()
+    elif fault == "lost part":
+        part.unlink()
+    else:
+        data = bytearray(part.read_bytes())
+        data[-9] ^= 1
+        part.write_bytes(data if fault == "flipped byte" else data[:-100])
+    fresh = trainer(ALONE, seed=9)
+    found = checkpoints.restore(fresh)
+    assert found is not None and fresh.step == 1 and apart(snapshot(fresh), kept) == 0
+    named = part.name if "part" in fault or "byte" in fault else dcp.COMMIT
+    assert named in caplog.text
+
+
+def test_where_every_checkpoint_is_broken_the_run_stops(tmp_path: Path) -> None:
+    made = trainer(ALONE)
+    checkpoints = Checkpoints(str(tmp_path), ALONE, 2, {})
+    step(made, 1)
+    (Path(checkpoints.save(made)) / dcp.COMMIT).unlink()
+    with pytest.raises(ValueError, match="no checkpoint can be used.*commit.json: missing"):
+        checkpoints.restore(trainer(ALONE))
+
+
+def test_no_checkpoint_is_a_fresh_start(tmp_path: Path) -> None:
+    assert Checkpoints(str(tmp_path / "none"), ALONE, 2, {}).restore(trainer(ALONE)) is None
+
+
+def test_old_checkpoints_go_and_another_scale_is_refused(tmp_path: Path) -> None:
+    made = trainer(ALONE)
+    checkpoints = Checkpoints(str(tmp_path), ALONE, 2, {})
+    for _ in range(4):
+        step(made, 1)
+        checkpoints.save(made)
+    assert [int(name[:12]) for name in list_folders(str(tmp_path))] == [48, 36]
+    other = Trainer(
+        toys.ToyGan(PLAN), stage="toy", seed=3, group_size=GROUP_SIZE, share=Share(range(2), 2, 1), world=ALONE, precision=made.precision
+    )
+    with pytest.raises(ValueError, match="made with groups 4, and this run has groups 2"):
+        checkpoints.restore(other)
+
+
+def test_a_checkpoint_of_another_system_names_what_is_missing(tmp_path: Path) -> None:
+    made = trainer(ALONE)
+    step(made, 1)
+    url = Checkpoints(str(tmp_path), ALONE, 2, {}).save(made)
+    with pytest.raises(dcp.Broken, match="has no 'x'"):
+        dcp.load({"x": torch.zeros(1)}, url, dcp.read_marker(url), None)
+
+
+def test_batch_norm_in_groups_is_batch_norm_of_each_group() -> None:
+    torch.manual_seed(0)
+    plain, grouped = nn.BatchNorm2d(5), nn.BatchNorm2d(5)
+    convert(grouped, 4, Noise(0, "s", range(3), 4, torch.device("cpu"), torch.float32))
+    x = torch.randn(12, 5, 2, 2)
+    expected = torch.cat([plain(part) for part in x.split(4)])
+    assert torch.equal(grouped(x), expected)
+    means = torch.stack([part.mean((0, 2, 3)) for part in x.split(4)])
+    assert grouped.running_mean is not None
+    torch.testing.assert_close(grouped.running_mean, 0.1 * means.mean(0))
+    assert int(grouped.num_batches_tracked) == 1  # type: ignore[arg-type]
+
+
+def test_noise_depends_on_group_and_place_only() -> None:
+    def draw(lanes: range, at: int) -> Tensor:
+        noise = Noise(1, "stage", lanes, 2, torch.device("cpu"), torch.float64)
+        noise.start(at)
+        noise.normal(3)
+        return noise.normal(3)
+
+    whole = draw(range(4), 7)
+    assert torch.equal(whole, torch.cat([draw(range(1), 7), draw(range(1, 4), 7)]))
+    assert not torch.equal(whole, draw(range(4), 8)) and whole.unique().numel() == whole.numel()
+    assert abs(float(Noise(1, "s", range(1), 20000, ALONE.device, torch.float32).normal(2).std()) - 1) < 0.02
+
+
+def test_shares_are_whole_groups_and_even() -> None:
+    shares = [Share.of(World(r, 3), 7) for r in range(3)]
+    assert [list(s.lanes) for s in shares] == [[0, 1, 2], [3, 4], [5, 6]]
+    assert sum(s.fraction for s in shares) == pytest.approx(1) and sum(s.weight for s in shares) == pytest.approx(3)
+    with pytest.raises(ValueError, match="3 workers for 2 groups"):
+        Share.of(World(0, 3), 2)
+
+
+def test_layers_that_cannot_run_in_groups_are_refused() -> None:
+    noise = Noise(0, "s", range(1), 2, torch.device("cpu"), torch.float32)
+    with pytest.raises(ValueError, match="recurrent"):
+        convert(nn.Sequential(nn.LSTM(3, 3, num_layers=2, dropout=0.5)), 2, noise)
+    with pytest.raises(ValueError, match="Dropout2d"):
+        convert(nn.Sequential(nn.Dropout2d()), 2, noise)
+
+
+class Misused(toys.ToyGan):
+    def step(self, batch, train):  # type: ignore[no-untyped-def]
+        self.fault(batch, train)
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        (lambda b, t: (t.forward("generator", lambda n: 0), t.forward("generator", lambda n: 0)), "second forward"),
+        (lambda b, t: t.apply("generator", torch.zeros(())), "without forward"),
+        (lambda b, t: t.forward("generator", lambda n: 0), "forward without apply"),
+        (lambda b, t: t.update("discriminator", lambda n: n.body(b.images[0]).mean()), "head.weight got no gradient"),
+        (lambda b, t: t.update("discriminator", lambda n: n.body(b.images[0])), "must be a scalar"),
+    ],
+)
+def test_misuse_of_the_seam_is_caught(fault, sentence: str) -> None:  # type: ignore[no-untyped-def]
+    system = Misused(PLAN)
+    system.fault = fault  # type: ignore[attr-defined]
+    made = Trainer(
+        system, stage="toy", seed=0, group_size=GROUP_SIZE, share=Share.of(ALONE, 1), world=ALONE, precision=Precision("float32")
+    )
+    with pytest.raises(AssertionError, match=sentence):
+        made.run_step(toys.batch(0, range(1), GROUP_SIZE))
+
+
+def test_the_average_has_its_half_life_and_takes_buffers_along() -> None:
+    made = trainer(ALONE)
+    step(made, 1)
+    live = made.state()
+    ema, net = live["generator/ema/out.bias"], live["generator/net/out.bias"]
+    buffer = live["generator/ema/norm2.running_var"]
+    before, buffer_before = ema.clone(), buffer.clone()
+    step(made, 1)
+    keep = 0.5 ** (GROUPS * GROUP_SIZE / 200)
+    torch.testing.assert_close(ema, keep * before + (1 - keep) * net)
+    torch.testing.assert_close(buffer, keep * buffer_before + (1 - keep) * live["generator/net/norm2.running_var"])
+
+
+def test_export_round_trip_and_its_faults(tmp_path: Path) -> None:
+    made = trainer(ALONE, "float32")
+    step(made, 2)
+    index = {"system": "toy", "config": {}, "plan": {}, "vocabulary": ["<end>"], "images": made.images, "data": {"a": 1}}
+    export.write(str(tmp_path), made.evaluation_nets(), index)
+    found = export.read(str(tmp_path))
+    assert set(found.weights) == {"generator", "body"} and found.meta["data"] == {"a": 1}
+    ema = made.state()["generator/ema/conv.weight"]
+    assert torch.equal(found.weights["generator"]["conv.weight"], ema)
+    with pytest.raises(ValueError, match="no network 'x'; it has"):
+        export.read(str(tmp_path), ("x",))
+    with pytest.raises(ValueError, match="lacks 'seed.weight'"):
+        export.load_into(toys.Generator(), {k: v for k, v in found.weights["generator"].items() if k != "seed.weight"}, "e")
+    (tmp_path / "body.safetensors").write_bytes(b"x" * 10)
+    with pytest.raises(ValueError, match="body.safetensors: broken"):
+        export.read(str(tmp_path))
+    with pytest.raises(ValueError, match="no export here"):
+        export.read(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("url", ["pipe:cat /etc/passwd", "simplecache::s3://b/k", "s3://user:secret@host/key"])
+def test_urls_that_run_programs_or_hold_secrets_are_refused(url: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        storage.read_bytes(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_role_without_average_exports_its_live_weights() -> None:
+    made = trainer(ALONE)
+    step(made, 1)
+    body = made.evaluation_nets()["discriminator.body"]
+    assert torch.equal(body.state_dict()["0.weight"], made.state()["discriminator/net/body.0.weight"])
+    assert not body.training and isinstance(made.system.roles["generator"], Role)

@@ -7,10 +7,12 @@ the caption that it was drawn from; the unconditional head sees pictures alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from t2idist.losses.matching import WrongPairs
 from t2idist.nn.precision import full
 
 
@@ -43,6 +45,32 @@ class Verdict:
     fake: Tensor
     real_alone: Tensor
     fake_alone: Tensor
+
+
+class Judge(Protocol):
+    """A discriminator of two heads on one trunk."""
+
+    def features(self, images: Tensor) -> Tensor: ...
+
+    def conditional(self, features: Tensor, condition: Tensor) -> Tensor: ...
+
+    def unconditional(self, features: Tensor) -> Tensor: ...
+
+
+def judge_pairs(net: Judge, real: Tensor, fake: Tensor, condition: Tensor, pairs: WrongPairs, groups: int) -> Verdict:
+    """A discriminator's verdict on real and generated pictures (N, 3, S, S) of conditions (N, D).
+
+    One pass over the real pictures serves their own condition, the wrong one and the unconditional head.
+    """
+    real_features = net.features(real)
+    fake_features = net.features(fake)
+    return Verdict(
+        real=says_real(net.conditional(real_features, condition)),
+        wrong=says_fake_where(net.conditional(real_features, condition[pairs.caption]), pairs.keep, groups),
+        fake=says_fake(net.conditional(fake_features, condition)),
+        real_alone=says_real(net.unconditional(real_features)),
+        fake_alone=says_fake(net.unconditional(fake_features)),
+    )
 
 
 def halves_and_thirds(v: Verdict) -> Tensor:

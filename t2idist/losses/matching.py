@@ -19,32 +19,27 @@ SMALLEST_NORM = 1e-8
 
 @dataclass(frozen=True)
 class WrongPairs:
-    """Which pictures meet which captions: row k pairs picture `picture[k]` with caption `caption[k]`.
+    """Mismatches: picture n of the batch meets caption ``caption[n]``.
 
-    keep (K,): false where both are of one class, which makes no mismatch.
+    keep (N,): false where both are of one class, which makes no mismatch.
     """
 
-    picture: Tensor
     caption: Tensor
     keep: Tensor
 
 
-def wrong_pairs(class_ids: Tensor, groups: int, compat: str = "") -> WrongPairs:
+def wrong_pairs(class_ids: Tensor, groups: int) -> WrongPairs:
     """Mismatched pairs of N samples: every picture with the caption of the next sample in its group, the last with the first.
 
-    So every sample serves once as picture and once as caption, and pairs of one class are marked to be left out: their
-    caption may well be true. compat "authors": the last picture of a group has no partner (B - 1 pairs) and classes
-    do not matter.
+    So every sample serves once as picture and once as caption, BatchNorm sees whole groups, and a pair of one class,
+    whose caption may well be true, is marked to be left out. (AttnGAN's released code gives the last picture no partner and
+    takes pairs of one class for mismatches.) Raises ValueError where a group has one sample.
     """
     size = class_ids.shape[0] // groups
     if size < 2:
         raise ValueError(f"group_size is {size}; a mismatched pair needs at least 2 samples in a group")
-    rows = torch.arange(class_ids.shape[0], device=class_ids.device).view(groups, size)
-    if compat == "authors":
-        picture, caption = rows[:, :-1].reshape(-1), rows[:, 1:].reshape(-1)
-        return WrongPairs(picture, caption, torch.ones_like(picture, dtype=torch.bool))
-    caption = rows.roll(-1, dims=1).reshape(-1)
-    return WrongPairs(rows.reshape(-1), caption, class_ids != class_ids[caption])
+    caption = torch.arange(class_ids.shape[0], device=class_ids.device).view(groups, size).roll(-1, dims=1).reshape(-1)
+    return WrongPairs(caption, class_ids != class_ids[caption])
 
 
 @dataclass(frozen=True)
@@ -120,9 +115,7 @@ def word_losses(
         return _rank(gammas.ranking * similarity, class_ids)
 
 
-def sentence_losses(
-    images: Tensor, sentences: Tensor, class_ids: Tensor, groups: int, gammas: Gammas
-) -> RankingLosses:
+def sentence_losses(images: Tensor, sentences: Tensor, class_ids: Tensor, groups: int, gammas: Gammas) -> RankingLosses:
     """L_1^s and L_2^s of the DAMSM (section 3.2): cosines of image codes and sentence vectors, both (N, D)."""
     with full_precision(images):
         split = (groups, images.shape[0] // groups)

@@ -85,14 +85,12 @@ def damsm_image_encoder(config: Mapping[str, Any]) -> InceptionEncoder | SmallEn
     raise ValueError(f"trunk is '{config['trunk']}'; it must be one of {', '.join(TRUNKS)}")
 
 
-def load_trunk(encoder: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def load_trunk(encoder: InceptionEncoder, weights: Mapping[str, Tensor]) -> None:
     """Put torchvision's Inception-v3 weights into the frozen trunk of an image encoder, in place.
 
     Classifiers (`fc.*`, `AuxLogits.*`) are left out and missing `num_batches_tracked` keep their value. Raises
     ValueError, naming the key, where the rest does not fit.
     """
-    if not isinstance(encoder, InceptionEncoder):
-        raise ValueError("trunk_weights is given, but the trunk is not 'inception'; only that one takes weights")
     own = {k: v for k, v in encoder.state_dict().items() if not k.startswith(("emb_features.", "emb_cnn_code."))}
     given = {k.removeprefix("module."): v for k, v in weights.items()}
     given = {k: v for k, v in given.items() if not k.startswith(("fc.", "AuxLogits."))}

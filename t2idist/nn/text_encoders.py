@@ -40,3 +40,23 @@ class BiLSTM(nn.Module):
 def damsm_text_encoder(config: Mapping[str, Any], vocabulary_size: int) -> BiLSTM:
     """The text encoder that a `damsm` stage with this config trains; drawn anew."""
     return BiLSTM(vocabulary_size, config["embedding_dim"], config["word_dim"], config["dropout"])
+
+
+def text_encoder_of(export: Mapping[str, Any], vocabulary_size: int) -> BiLSTM:
+    """The text encoder that fits a `damsm` stage's export, by its index (``{"system", "config", "plan", ...}``).
+
+    Raises ValueError where the export is another system's, or knows another number of words than the data.
+    """
+    if export["system"] != "damsm":
+        raise ValueError(f"uses: damsm: the export is of system '{export['system']}'; it must be of 'damsm'")
+    theirs = export["plan"]["vocabulary_size"]
+    if theirs != vocabulary_size:
+        raise ValueError(
+            f"uses: damsm: its vocabulary has {theirs} words and this data's has {vocabulary_size}; train DAMSM on this data"
+        )
+    return damsm_text_encoder(export["config"], vocabulary_size)
+
+
+def padding_of(lengths: Tensor, max_words: int) -> Tensor:
+    """(N,) lengths -> (N, max_words), true past the end of a caption."""
+    return torch.arange(max_words, device=lengths.device) >= lengths.unsqueeze(1)

@@ -1,0 +1,143 @@
+"""AttnGAN: a tree of generators that attends to words, and a matching loss against a trained DAMSM (Xu et al. 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from t2idist.contract import Adam, Batch, Draw, Frozen, Plan, Role, Sample, Train
+from t2idist.losses.adversarial import halves_and_thirds, judge_pairs, says_real
+from t2idist.losses.image import kl_divergence
+from t2idist.losses.matching import Gammas, sentence_losses, word_losses, wrong_pairs
+from t2idist.nn.discriminators import AttnDiscriminator
+from t2idist.nn.image_encoders import damsm_image_encoder
+from t2idist.nn.initial import orthogonal_
+from t2idist.nn.text_encoders import padding_of, text_encoder_of
+from t2idist.nn.tree import AttentionGenerator, Drawn, pyramid
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults: the paper's settings for CUB, else the released ones.
+
+    compat: "authors" for the released weights, whose attention had its mask laid out wrongly (see WordAttention).
+    """
+
+    generator_width: int = 32  # GF_DIM; 48 for COCO
+    discriminator_width: int = 64  # DF_DIM; 96 for COCO
+    residuals: int = 2  # R_NUM; 3 for COCO
+    branches: int = 3
+    base_size: int = 64
+    z_dim: int = 100
+    condition_dim: int = 100
+    kl_weight: float = 1.0  # released code; the paper gives none
+    damsm_weight: float = 5.0  # lambda, section 4: 5 for CUB, 50 for COCO
+    gamma_attention: float = 5.0  # section 4; 4 in the released settings
+    gamma_words: float = 5.0
+    gamma_ranking: float = 10.0
+    generator_lr: float = 2e-4
+    discriminator_lr: float = 2e-4
+    ema_half_life_images: float = 13856.0  # released code: 0.999 a step at 20 images; 9699 for COCO's 14
+    compat: str = ""
+
+
+class AttnGan:
+    """The system; slot "damsm" gives its text and image encoder. Its export holds "generator" and "text"."""
+
+    def __init__(self, config: Config, plan: Plan) -> None:
+        self.config = config
+        source = plan.sources["damsm"]
+        embedding_dim: int = source["config"]["embedding_dim"]
+        self.sizes = pyramid(config.base_size, config.branches)
+        generator = AttentionGenerator(
+            width=config.generator_width,
+            z_dim=config.z_dim,
+            base_size=config.base_size,
+            branches=config.branches,
+            residuals=config.residuals,
+            text_dim=embedding_dim,
+            condition_dim=config.condition_dim,
+            compat=config.compat,
+        )
+        orthogonal_(generator)
+        self.roles = {"generator": Role(generator, Adam(lr=config.generator_lr), config.ema_half_life_images)}
+        for size in self.sizes:
+            judge = AttnDiscriminator(config.discriminator_width, size, embedding_dim)
+            orthogonal_(judge)
+            self.roles[f"discriminator_{size}"] = Role(judge, Adam(lr=config.discriminator_lr))
+        self.frozen = {
+            "text": Frozen(text_encoder_of(source, plan.vocabulary_size), "damsm", "text"),
+            "image": Frozen(damsm_image_encoder(source["config"]), "damsm", "image"),
+        }
+        self.exports = ("generator", "text")
+        self.gammas = Gammas(config.gamma_attention, config.gamma_words, config.gamma_ranking)
+
+    def step(self, batch: Batch, train: Train) -> None:
+        with torch.no_grad(), train.frozen("text") as text:
+            words, sentence = text(batch.tokens, batch.lengths)
+        z, normal = train.noise(self.config.z_dim), train.noise(self.config.condition_dim)
+        padding = padding_of(batch.lengths, batch.tokens.shape[1])
+        drawn = train.forward("generator", _draw, z, normal, sentence, words, padding, batch.groups)
+        pairs = wrong_pairs(batch.class_ids, batch.groups)
+        for size, real, fake in zip(self.sizes, batch.images, drawn.images, strict=True):
+            name = f"discriminator_{size}"
+            verdict = train.forward(name, judge_pairs, real, fake.detach(), sentence, pairs, batch.groups)
+            train.apply(name, halves_and_thirds(verdict))
+            for part, value in vars(verdict).items():
+                train.report(f"{name}/{part}", value)
+        train.apply("generator", self._generator_loss(drawn, words, sentence, batch, train))
+
+    def _generator_loss(self, drawn: Drawn, words: Tensor, sentence: Tensor, batch: Batch, train: Train) -> Tensor:
+        assert drawn.mean is not None and drawn.log_variance is not None
+        kl = kl_divergence(drawn.mean, drawn.log_variance)
+        train.report("generator/kl", kl)
+        loss = self.config.kl_weight * kl
+        for size, fake in zip(self.sizes, drawn.images, strict=True):
+            with train.frozen(f"discriminator_{size}") as judge:
+                features = judge.features(fake)
+                adversarial = says_real(judge.conditional(features, sentence)) + says_real(
+                    judge.unconditional(features)
+                )
+            train.report(f"generator/adversarial_{size}", adversarial)
+            loss = loss + adversarial
+        if self.config.damsm_weight:
+            matching = self._matching(drawn.images[-1], words, sentence, batch, train)
+            train.report("generator/damsm", matching)
+            loss = loss + self.config.damsm_weight * matching
+        return loss
+
+    def _matching(self, images: Tensor, words: Tensor, sentence: Tensor, batch: Batch, train: Train) -> Tensor:
+        """L_DAMSM of the largest pictures (section 3.2, eq. 14)."""
+        with train.frozen("image") as encoder:
+            regions, whole = encoder(images)
+        classes, groups = batch.class_ids, batch.groups
+        by_words = word_losses(regions, words, batch.lengths, classes, groups, self.gammas)
+        return by_words.sum() + sentence_losses(whole, sentence, classes, groups, self.gammas).sum()
+
+    def sample(self, nets: Mapping[str, nn.Module], tokens: Tensor, lengths: Tensor, draw: Draw) -> Sample:
+        words, sentence = nets["text"](tokens, lengths)
+        padding = padding_of(lengths, tokens.shape[1])
+        z, normal = draw(self.config.z_dim), draw(self.config.condition_dim)
+        drawn: Drawn = nets["generator"](z, normal, sentence, words, padding)
+        return Sample(drawn.images, drawn.attention)
+
+
+def _draw(
+    net: AttentionGenerator, z: Tensor, normal: Tensor, sentence: Tensor, words: Tensor, padding: Tensor, groups: int
+) -> Drawn:
+    drawn: Drawn = net(z, normal, sentence, words, padding, groups)
+    return drawn
+
+
+def build(config: Config, plan: Plan) -> AttnGan:
+    """The system with newly drawn weights. Raises ValueError, naming the key, where the config cannot be had."""
+    if config.compat not in ("", "authors"):
+        raise ValueError(f"compat is '{config.compat}'; it must be '' or 'authors'")
+    if plan.group_size < 2:
+        raise ValueError(
+            f"group_size is {plan.group_size}; attngan pairs pictures with wrong captions and takes at least 2"
+        )
+    return AttnGan(config, plan)

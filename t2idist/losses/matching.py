@@ -65,7 +65,7 @@ class RankingLosses:
 def _rank(similarity: Tensor, class_ids: Tensor) -> RankingLosses:
     """similarity (groups, B pictures, B captions), class_ids (N,): others of one's own class are no negatives."""
     groups, size, _ = similarity.shape
-    classes = class_ids.view(groups, size)
+    classes = _by_group(class_ids, groups)
     same = classes.unsqueeze(2) == classes.unsqueeze(1)
     others = ~torch.eye(size, dtype=torch.bool, device=similarity.device)
     logits = similarity.masked_fill(same & others, float("-inf"))
@@ -97,7 +97,13 @@ def word_similarity(regions: Tensor, words: Tensor, lengths: Tensor, gammas: Gam
     square = (mixed.view_as(weights) * weights).sum(4)
     norms = square.clamp(min=SMALLEST_NORM**2).sqrt() * words.norm(dim=2).unsqueeze(1)
     cosine = (weights * scores).sum(4) / norms.clamp(min=SMALLEST_NORM)
-    return (gammas.words * cosine).masked_fill(padding.unsqueeze(1), float("-inf")).logsumexp(dim=3)
+    evidence: Tensor = (gammas.words * cosine).masked_fill(padding.unsqueeze(1), float("-inf"))
+    return evidence.logsumexp(dim=3)
+
+
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """(N, ...) -> (groups, B, ...)."""
+    return x.reshape(groups, x.shape[0] // groups, *x.shape[1:])
 
 
 def word_losses(
@@ -108,9 +114,8 @@ def word_losses(
     regions (N, D, R), words (N, D, T), lengths and class_ids (N,).
     """
     with full_precision(regions):
-        split = (groups, regions.shape[0] // groups)
         similarity = word_similarity(
-            full(regions).unflatten(0, split), full(words).unflatten(0, split), lengths.view(split), gammas
+            _by_group(full(regions), groups), _by_group(full(words), groups), _by_group(lengths, groups), gammas
         )
         return _rank(gammas.ranking * similarity, class_ids)
 
@@ -118,9 +123,8 @@ def word_losses(
 def sentence_losses(images: Tensor, sentences: Tensor, class_ids: Tensor, groups: int, gammas: Gammas) -> RankingLosses:
     """L_1^s and L_2^s of the DAMSM (section 3.2): cosines of image codes and sentence vectors, both (N, D)."""
     with full_precision(images):
-        split = (groups, images.shape[0] // groups)
-        pictures = full(images).unflatten(0, split)
-        captions = full(sentences).unflatten(0, split)
+        pictures = _by_group(full(images), groups)
+        captions = _by_group(full(sentences), groups)
         norms = pictures.norm(dim=2).unsqueeze(2) * captions.norm(dim=2).unsqueeze(1)
         cosine = (pictures @ captions.transpose(1, 2)) / norms.clamp(min=SMALLEST_NORM)
         return _rank(gammas.ranking * cosine, class_ids)

@@ -50,7 +50,8 @@ class GLUResidual(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.block(x)
+        out: Tensor = x + self.block(x)
+        return out
 
 
 def leaky_block(channels_in: int, channels_out: int) -> nn.Sequential:

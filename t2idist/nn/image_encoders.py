@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2idist.nn.blocks import down_block
-from t2idist.nn.inception import InceptionV3
+from t2idist.nn.inception import InceptionTrunk
 
 TRUNKS = ("inception", "small")
 
@@ -22,7 +22,7 @@ def resize(images: Tensor, size: int) -> Tensor:
     return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False, antialias=shrinks)
 
 
-class InceptionEncoder(InceptionV3):
+class InceptionEncoder(InceptionTrunk):
     """AttnGAN's image encoder (section 3.2): Inception-v3, not trained, and two trained projections.
 
     Pictures (N, 3, S, S) in [-1, 1] -> regions (N, embedding_dim, 289) and whole (N, embedding_dim). The trunk has no

@@ -141,14 +141,13 @@ class BlockE(nn.Module):
         return torch.cat(parts, 1)
 
 
-class InceptionV3(nn.Module):
-    """Inception-v3 from the picture to its pooled features; `classes` adds the classifier `fc`.
+class InceptionTrunk(nn.Module):
+    """Inception-v3 from the picture to its pooled features.
 
-    Pictures (N, 3, S, S) in [-1, 1], S at least 75, trained at 299. There is no auxiliary classifier: leave `AuxLogits.*`
-    out when torchvision's weights are loaded.
+    Pictures (N, 3, S, S) in [-1, 1], S at least 75, trained at 299.
     """
 
-    def __init__(self, classes: int | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.Conv2d_1a_3x3 = ConvUnit(3, 32, 3, stride=2)
         self.Conv2d_2a_3x3 = ConvUnit(32, 32, 3)
@@ -166,8 +165,6 @@ class InceptionV3(nn.Module):
         self.Mixed_7a = BlockD(768)
         self.Mixed_7b = BlockE(1280)
         self.Mixed_7c = BlockE(2048)
-        if classes is not None:
-            self.fc = nn.Linear(2048, classes)
 
     def features(self, images: Tensor) -> InceptionFeatures:
         """(N, 3, S, S) in [-1, 1] -> regions and pooled features."""
@@ -179,7 +176,17 @@ class InceptionV3(nn.Module):
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(regions)))
         return InceptionFeatures(regions, x.mean(dim=(2, 3)))
 
+
+class InceptionV3(InceptionTrunk):
+    """The trunk with the classifier `fc`: pictures (N, 3, S, S) in [-1, 1] -> logits (N, classes).
+
+    There is no auxiliary classifier: leave `AuxLogits.*` out when torchvision's weights are loaded.
+    """
+
+    def __init__(self, classes: int = 1000) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2048, classes)
+
     def forward(self, images: Tensor) -> Tensor:
-        """Class logits (N, classes); only where the classifier was asked for."""
         out: Tensor = self.fc(self.features(images).pooled)
         return out

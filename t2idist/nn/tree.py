@@ -56,7 +56,7 @@ class SeedStage(nn.Module):
             setattr(self, f"upsample{i + 1}", up_block(channels >> i, channels >> (i + 1)))
 
     def forward(self, vector: Tensor) -> Tensor:
-        x = self.fc(vector)
+        x: Tensor = self.fc(vector)
         x = x.view(x.shape[0], -1, SEED_SIZE, SEED_SIZE)
         for i in range(self.ups):
             x = self.get_submodule(f"upsample{i + 1}")(x)

@@ -1,0 +1,386 @@
+"""A worker's stream of batches, made off the training thread.
+
+One thread walks the run's order and hands out work; a few threads read windows; `config.threads` threads decode, crop,
+flip and resize. Every random choice depends on (seed, position in the run), never on a worker or a thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from t2idist.config import DataConfig
+from t2idist.contract import Batch
+from t2idist.data.order import Order, Piece, Run, draws, permutation
+from t2idist.data.pictures import CAPTION, WORDS, crop_and_flip, decode, fill_pyramid
+from t2idist.data.reader import Bad, Encoded, ShardReader
+from t2idist.data.shards import Dataset, Split
+from t2idist.data.text import Vocabulary
+
+logger = logging.getLogger(__name__)
+
+_READ_THREADS = 4
+_DECODE_CHUNK = 8
+_RUN_SAMPLES = 256
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What goes where: sample `index` of the split, with its random words, into row `row` of the batch."""
+
+    row: int
+    index: int
+    draw: NDArray[np.uint64] | None
+    encoded: Encoded | Bad
+
+
+class _Arrays:
+    """Host memory of one batch; rows may be filled by several threads."""
+
+    def __init__(self, samples: int, sizes: Sequence[int], max_words: int) -> None:
+        self.images = [np.zeros((samples, 3, size, size), dtype=np.uint8) for size in sizes]
+        self.tokens = np.zeros((samples, max_words), dtype=np.int64)
+        self.lengths = np.ones(samples, dtype=np.int64)
+        self.class_ids = np.zeros(samples, dtype=np.int64)
+        self.ids = [""] * samples
+        self.bad: dict[int, str] = {}
+
+    def copy_row(self, source: int, target: int) -> None:
+        for image in self.images:
+            image[target] = image[source]
+        for array in (self.tokens, self.lengths, self.class_ids):
+            array[target] = array[source]
+        self.ids[target] = self.ids[source]
+
+    def rows(self, kept: Sequence[int]) -> _Arrays:
+        """Only these rows, in this order."""
+        if len(kept) == len(self.ids):
+            return self
+        fewer = _Arrays(0, (), 0)
+        fewer.images = [image[kept] for image in self.images]
+        fewer.tokens, fewer.lengths, fewer.class_ids = self.tokens[kept], self.lengths[kept], self.class_ids[kept]
+        fewer.ids = [self.ids[row] for row in kept]
+        return fewer
+
+    def batch(self, groups: int) -> Batch:
+        return Batch(
+            images=tuple(torch.from_numpy(image) for image in self.images),
+            tokens=torch.from_numpy(self.tokens),
+            lengths=torch.from_numpy(self.lengths),
+            class_ids=torch.from_numpy(self.class_ids),
+            ids=tuple(self.ids),
+            groups=groups,
+        )
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How a sample becomes a row. crop, flip: as in DataConfig. caption: which one, where nothing is drawn."""
+
+    split: Split
+    vocabulary: Vocabulary
+    max_words: int
+    crop: float
+    flip: bool
+    caption: int = 0
+
+    def fill(self, arrays: _Arrays, places: Sequence[_Place]) -> None:
+        """Fill the rows; those that cannot be filled are named in `arrays.bad`."""
+        for place in places:
+            try:
+                self._fill_one(arrays, place)
+            except ValueError as error:
+                arrays.bad[place.row] = str(error)
+
+    def _fill_one(self, arrays: _Arrays, place: _Place) -> None:
+        row = place.row
+        arrays.ids[row] = self.split.keys[place.index]
+        if isinstance(place.encoded, Bad):
+            raise ValueError(place.encoded.reason)
+        ids, length = self.words(place.index, place.draw)
+        outputs = [image[row] for image in arrays.images]
+        image = decode(place.encoded)
+        fill_pyramid(crop_and_flip(image, outputs[-1].shape[-1], self.crop, self.flip, place.draw), outputs)
+        arrays.tokens[row], arrays.lengths[row] = ids, length
+        arrays.class_ids[row] = self.split.class_ids[place.index]
+
+    def words(self, index: int, draw: NDArray[np.uint64] | None) -> tuple[NDArray[np.int64], int]:
+        """A caption's word numbers; a caption with no known word gives way to the next."""
+        captions = self.split.captions(index)
+        if not captions:
+            return np.zeros(self.max_words, dtype=np.int64), 1  # a set without captions: one word of padding
+        first = (self.caption if draw is None else int(draw[CAPTION])) % len(captions)
+        rng = None if draw is None else np.random.Generator(np.random.Philox(key=int(draw[WORDS])))
+        for caption in captions[first:] + captions[:first]:
+            try:
+                return self.vocabulary.encode(caption, self.max_words, rng)
+            except ValueError:
+                continue
+        raise ValueError("no caption of it has a word of the vocabulary")
+
+
+class _Lane:
+    """One group's windows: the one in use, and the next, which is read ahead from the middle of this one on."""
+
+    def __init__(self, number: int, order: Order, reader: ShardReader, pool: ThreadPoolExecutor) -> None:
+        self._number = number
+        self._order = order
+        self._reader = reader
+        self._pool = pool
+        self._reads: dict[tuple[int, int], list[Future[list[Encoded | Bad]]]] = {}
+        self._window: tuple[int, int] | None = None
+        self._samples: dict[int, Encoded | Bad] = {}
+
+    def take(self, piece: Piece) -> list[Encoded | Bad]:
+        """The samples at the piece's places, which are forgotten here."""
+        window = (piece.epoch, piece.number)
+        if window != self._window:
+            self._start(window)
+            read = [sample for run in self._reads.pop(window) for sample in run.result()]
+            self._window, self._samples = window, dict(enumerate(read))
+        places = self._order.window(piece.epoch, self._number, piece.number).permutation
+        end = piece.start + piece.count
+        if 2 * end >= len(places):
+            self._start(self._after(window))
+        return [self._samples.pop(int(i)) for i in places[piece.start : end]]
+
+    def _start(self, window: tuple[int, int]) -> None:
+        if window not in self._reads:
+            runs = self._order.window(window[0], self._number, window[1]).runs
+            self._reads[window] = [self._pool.submit(self._reader.read, run) for run in runs]
+
+    def _after(self, window: tuple[int, int]) -> tuple[int, int]:
+        epoch, number = window[0], window[1] + 1
+        while number >= self._order.lane_windows(epoch, self._number):  # a lane may have nothing in a tiny epoch
+            epoch, number = epoch + 1, 0
+        return epoch, number
+
+
+@dataclass(frozen=True)
+class _Ticket:
+    """A batch under way."""
+
+    arrays: _Arrays
+    work: list[Future[None]]
+
+
+class Loader(Iterator[Batch]):
+    """Endless batches of one worker's groups, from `step0` on: `next(loader)` is the batch of the next step.
+
+    quarantine: samples that could not be used, by key, with the reason; the place of such a sample is filled by the
+    good sample before it in its group (or the first good one), so that no other sample moves. wait_seconds: how long
+    `next` has waited in all. An exception in a thread is raised by `next`. `close` ends all threads.
+    """
+
+    def __init__(
+        self, recipe: _Recipe, reader: ShardReader, order: Order, config: DataConfig, sizes: Sequence[int],
+        groups: Sequence[int], step0: int, training: bool,
+    ) -> None:  # fmt: skip
+        self.quarantine: dict[str, str] = {}
+        self.wait_seconds = 0.0
+        self._recipe = recipe
+        self._order = order
+        self._sizes = tuple(sizes)
+        self._groups = tuple(groups)
+        self._step0 = step0
+        self._training = training
+        self._read_pool = ThreadPoolExecutor(_READ_THREADS, "read")
+        self._decode_pool = ThreadPoolExecutor(config.threads, "decode")
+        self._lanes = {group: _Lane(group, order, reader, self._read_pool) for group in groups}
+        self._queue: queue.Queue[_Ticket | BaseException] = queue.Queue(config.prefetch_batches)
+        self._closing = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._produce, name="batches", daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> Batch:
+        if self._failure is not None:
+            raise self._failure
+        if self._closing.is_set():
+            raise RuntimeError("this loader is closed")
+        began = time.perf_counter()
+        try:
+            ticket = self._queue.get()
+            if isinstance(ticket, BaseException):
+                raise ticket
+            for work in ticket.work:
+                work.result()
+            self._fill_gaps(ticket.arrays)
+        except BaseException as error:
+            self._failure = error
+            self.close()
+            raise
+        finally:
+            self.wait_seconds += time.perf_counter() - began
+        return ticket.arrays.batch(len(self._groups))
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all threads; may be called more than once."""
+        self._closing.set()
+        for pool in (self._read_pool, self._decode_pool):
+            pool.shutdown(wait=False, cancel_futures=True)
+        self._thread.join()
+        for pool in (self._read_pool, self._decode_pool):
+            pool.shutdown(wait=True)
+
+    def _fill_gaps(self, arrays: _Arrays) -> None:
+        size = self._order.group_size
+        for row, reason in sorted(arrays.bad.items()):
+            if arrays.ids[row] not in self.quarantine:
+                logger.warning("sample %s is left out: %s", arrays.ids[row], reason)
+            self.quarantine[arrays.ids[row]] = reason
+        for row in sorted(arrays.bad):
+            start = row - row % size
+            good = [other for other in range(start, start + size) if other not in arrays.bad]
+            if not good:
+                names = ", ".join(arrays.ids[start : start + size][:5])
+                raise ValueError(f"no sample of a group of {size} can be used (such as {names}): {arrays.bad[row]}")
+            before = [other for other in good if other < row]
+            arrays.copy_row(before[-1] if before else good[0], row)
+
+    def _produce(self) -> None:
+        step = self._step0
+        try:
+            while not self._closing.is_set():
+                self._put(self._start(step))
+                step += 1
+        except BaseException as error:  # handed on to whoever waits for batches
+            if not self._closing.is_set():
+                self._put(error)
+
+    def _put(self, item: _Ticket | BaseException) -> None:
+        while not self._closing.is_set():
+            try:
+                self._queue.put(item, timeout=0.2)
+                return
+            except queue.Full:
+                continue
+
+    def _start(self, step: int) -> _Ticket:
+        size = self._order.group_size
+        arrays = _Arrays(size * len(self._groups), self._sizes, self._recipe.max_words)
+        work = []
+        for number, group in enumerate(self._groups):
+            indices = self._order.sample_index(step, group)
+            random = draws(self._order.seed, self._order.position(step, group), size)
+            encoded = [sample for piece in self._order.pieces(step, group) for sample in self._lanes[group].take(piece)]
+            places = [
+                _Place(number * size + i, int(indices[i]), random[i] if self._training else None, encoded[i])
+                for i in range(size)
+            ]
+            for first in range(0, size, _DECODE_CHUNK):
+                chunk = places[first : first + _DECODE_CHUNK]
+                work.append(self._decode_pool.submit(self._recipe.fill, arrays, chunk))
+        return _Ticket(arrays, work)
+
+
+def open_loader(
+    dataset: Dataset,
+    split: str,
+    *,
+    config: DataConfig,
+    sizes: tuple[int, ...],
+    groups: Sequence[int],
+    total_groups: int,
+    group_size: int,
+    seed: int,
+    step0: int,
+    training: bool = True,
+) -> Loader:
+    """The batches of this worker's `groups` (of `total_groups`) from step `step0` on, groups in ascending order.
+
+    sizes: of the pictures, lowest first. seed: of the run. training: random crop, mirroring, caption and words; else
+    the centre and the first caption. Raises ValueError for sizes or groups that are not possible.
+    """
+    mine = sorted(set(groups))
+    if not mine or mine[0] < 0 or mine[-1] >= total_groups or len(mine) != len(groups):
+        raise ValueError(f"groups {list(groups)} of a worker: give at least one, each once, of 0 to {total_groups - 1}")
+    _check_picture_sizes(sizes)
+    of_split = dataset.split(split)
+    order = Order(seed, of_split.shard_sizes, total_groups, group_size)
+    recipe = _Recipe(of_split, dataset.vocabulary, config.max_words, config.crop, config.flip)
+    return Loader(recipe, ShardReader(dataset, split), order, config, sizes, mine, step0, training)
+
+
+@dataclass(frozen=True)
+class LoadedSplit:
+    """Samples of a split in memory.
+
+    batch: as one group, n samples in the order of the split, uint8 pictures. captions: all of each sample's.
+    attributes: names of those that each sample has.
+    """
+
+    batch: Batch
+    captions: tuple[tuple[str, ...], ...]
+    attributes: tuple[tuple[str, ...], ...]
+
+
+def load_split(
+    dataset: Dataset,
+    split: str,
+    *,
+    sizes: tuple[int, ...],
+    max_words: int,
+    limit: int | None = None,
+    seed: int = 0,
+    crop: float = 76 / 64,
+    caption: int = 0,
+) -> LoadedSplit:
+    """A split's samples for evaluation: centre crop, no mirroring, caption number `caption`.
+
+    sizes: lowest first. limit: at most so many samples, drawn by `seed` (None: all). crop: as in DataConfig. Samples
+    that cannot be used are left out, with a warning that names them.
+    """
+    _check_picture_sizes(sizes)
+    of_split = dataset.split(split)
+    chosen = np.arange(len(of_split))
+    if limit is not None and limit < len(of_split):
+        chosen = np.sort(permutation(len(of_split), "limit", seed)[:limit])
+    recipe = _Recipe(of_split, dataset.vocabulary, max_words, crop, flip=False, caption=caption)
+    reader = ShardReader(dataset, split)
+    arrays = _Arrays(len(chosen), sizes, max_words)
+
+    def fill(run: Run, first: int) -> None:
+        rows = range(*np.searchsorted(chosen, [first, first + run.count]))
+        if rows:
+            read = reader.read(run)
+            places = [_Place(row, int(chosen[row]), None, read[int(chosen[row]) - first]) for row in rows]
+            recipe.fill(arrays, places)
+
+    starts = np.cumsum([0, *of_split.shard_sizes])
+    with ThreadPoolExecutor(2, "load") as pool:
+        work = [
+            pool.submit(fill, Run(shard, first, min(_RUN_SAMPLES, size - first)), int(starts[shard]) + first)
+            for shard, size in enumerate(of_split.shard_sizes)
+            for first in range(0, size, _RUN_SAMPLES)
+        ]
+        for done in work:
+            done.result()
+    for row, reason in sorted(arrays.bad.items()):
+        logger.warning("sample %s is left out: %s", arrays.ids[row], reason)
+    good = [row for row in range(len(chosen)) if row not in arrays.bad]
+    return LoadedSplit(
+        batch=arrays.rows(good).batch(groups=1),
+        captions=tuple(tuple(of_split.captions(int(chosen[row]))) for row in good),
+        attributes=tuple(tuple(of_split.attributes(int(chosen[row]))) for row in good),
+    )
+
+
+def _check_picture_sizes(sizes: Sequence[int]) -> None:
+    if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
+        raise ValueError(f"picture sizes {list(sizes)}: give at least one, lowest first")

@@ -1,0 +1,66 @@
+"""Make the embedded emoji shards from an unpacked archive of captioned emoji pictures.
+
+    python tools/make_emoji_shards.py SOURCE_FOLDER OUT_FOLDER
+
+SOURCE_FOLDER holds captions.jsonl (one picture a line: image, split, captions, vendor, group, base) and the pictures.
+Kept are the vendors whose licences allow shipping with attribution (see NOTICE), English captions, and the archive's
+splits, which are by base emoji: no object of the test split is in any vendor's train split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from t2idist.data.shards import SampleRecord, write_shards
+
+VENDORS = ("fluent", "noto", "twemoji")
+LICENCE = (
+    "Fluent Emoji (c) Microsoft, MIT; Noto Emoji (c) Google, Apache-2.0; "
+    "Twemoji (c) Twitter and contributors, CC BY 4.0; captions from emojibase and CLDR, Unicode licence"
+)
+
+
+def record(row: dict[str, Any], folder: Path, classes: dict[str, int]) -> SampleRecord:
+    path = folder / row["image"]
+    data = path.read_bytes()
+    width, height = Image.open(io.BytesIO(data)).size
+    group = "_".join(word.title() for word in re.findall(r"[a-z]+", row["group"]))
+    return SampleRecord(
+        split=row["split"],
+        key=path.stem,
+        image=data,
+        extension=path.suffix[1:],
+        captions=tuple(row["captions"]),
+        width=width,
+        height=height,
+        attributes=(f"Vendor_{row['vendor'].title()}", f"Group_{group}"),
+        class_id=classes[row["base"]],
+    )
+
+
+def main(source: str, out: str) -> None:
+    folder = Path(source)
+    rows = [json.loads(line) for line in (folder / "captions.jsonl").read_text("utf-8").splitlines()]
+    rows = [row for row in rows if row["vendor"] in VENDORS]
+    classes = {base: number for number, base in enumerate(sorted({row["base"] for row in rows}))}
+    # mixed, so that neighbours are not three drawings of one emoji
+    rows.sort(key=lambda row: hashlib.blake2b(row["image"].encode()).digest())
+    samples = (record(row, folder, classes) for row in rows)
+    write_shards(
+        out, samples, source="emoji", licence=LICENCE, options={"vendors": list(VENDORS), "size": 64}, compress=True
+    )
+    print(f"{len(rows)} pictures of {len(classes)} emoji in {out}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    main(sys.argv[1], sys.argv[2])

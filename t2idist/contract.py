@@ -86,6 +86,20 @@ class Adam:
     schedule: Schedule = Schedule()
 
 
+@dataclass(frozen=True)
+class Pretrained:
+    """Weights from a file that a part of a network starts from.
+
+    url: a safetensors file, or a torch file of plain tensors; sha256: of its bytes. key: the config key that gives the
+    URL, for messages. load: takes the tensors by name; raises ValueError where they do not fit.
+    """
+
+    url: str
+    sha256: str
+    key: str
+    load: Callable[[dict[str, Tensor]], None]
+
+
 @dataclass
 class Role:
     """A trained network: its optimiser, its EMA, its clipping.
@@ -99,6 +113,7 @@ class Role:
     ema_half_life_images: float | None = None
     clip_norm: float | None = None
     clip_prefix: str = ""
+    pretrained: Pretrained | None = None
 
 
 @dataclass

@@ -278,6 +278,6 @@ def test_urls_that_run_programs_or_hold_secrets_are_refused(url: str) -> None:
 def test_a_role_without_average_exports_its_live_weights() -> None:
     made = trainer(ALONE)
     step(made, 1)
-    body = made.evaluation_nets()["discriminator.body"]
+    body = made.evaluation_nets()["body"]
     assert torch.equal(body.state_dict()["0.weight"], made.state()["discriminator/net/body.0.weight"])
     assert not body.training and isinstance(made.system.roles["generator"], Role)

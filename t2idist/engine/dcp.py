@@ -7,8 +7,12 @@ hashes and which tensor lies where. A folder without a commit marker is not a ch
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 import os
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import safetensors
@@ -179,10 +183,25 @@ def read_part(url: str, name: str, expected: dict[str, Any]) -> dict[str, Tensor
         raise Broken(f"{where}: not a safetensors file: {error}") from None
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without DCP's advice to a process that works alone on purpose, and its log of every failure that is handled."""
+    log = logging.getLogger("torch.distributed.checkpoint")
+    level = log.level
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        log.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            log.setLevel(level)
+
+
 def save(state: dict[str, Tensor], url: str, meta: dict[str, Any], group: Any) -> None:
     """Write `state` into `url` with all workers of `group` (None: this one alone), and commit it."""
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
-    dcp.save(state, storage_writer=Writer(url, meta), planner=planner, process_group=group, no_dist=group is None)
+    with _quiet():
+        dcp.save(state, storage_writer=Writer(url, meta), planner=planner, process_group=group, no_dist=group is None)
 
 
 def load(state: dict[str, Tensor], url: str, marker: dict[str, Any], group: Any) -> None:
@@ -190,7 +209,8 @@ def load(state: dict[str, Tensor], url: str, marker: dict[str, Any], group: Any)
     _check_names(state, url, marker)
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
     try:
-        dcp.load(state, storage_reader=Reader(url, marker), planner=planner, process_group=group, no_dist=group is None)
+        with _quiet():
+            dcp.load(state, storage_reader=Reader(url, marker), planner=planner, process_group=group, no_dist=group is None)
     except dcp.CheckpointException as error:
         raise Broken("; ".join(sorted({str(cause) for cause, _ in error.failures.values()}))) from None
 

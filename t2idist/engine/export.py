@@ -38,13 +38,12 @@ def exists(url: str) -> bool:
 
 
 def write(url: str, nets: Mapping[str, nn.Module], index: dict[str, Any]) -> None:
-    """Write networks (named as the system's `exports`; a file bears the last part of a dotted name) and the index.
+    """Write networks, a file each, and the index.
 
     index: at least ``system``, ``config``, ``plan``, ``vocabulary`` and ``images``.
     """
     networks = {}
-    for dotted, net in nets.items():
-        name = dotted.rpartition(".")[2]
+    for name, net in nets.items():
         tensors = {key: value.detach().cpu().contiguous().clone() for key, value in net.state_dict().items()}
         data = safetensors.torch.save(tensors)
         file = f"{name}.safetensors"

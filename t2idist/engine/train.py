@@ -96,7 +96,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def frozen(self, *names: str) -> Iterator[Any]:
-        nets = [self._frozen[n] if n in self._frozen else _reach(self._live[n.split(".")[0]].role.net, n) for n in names]
+        nets = [self._frozen[n] if n in self._frozen else self._bare(n) for n in names]
         weights = [p for net in nets for p in net.parameters() if p.requires_grad]
         for weight in weights:
             weight.requires_grad_(False)
@@ -106,6 +106,11 @@ class Trainer:
         finally:
             for weight in weights:
                 weight.requires_grad_(True)
+
+    def _bare(self, name: str) -> nn.Module:
+        """The live network that ``role`` or ``role.part`` names."""
+        role, _, part = name.partition(".")
+        return self._live[role].role.net.get_submodule(part)
 
     def noise(self, *shape: int) -> Tensor:
         return self.noise_source.normal(*shape)
@@ -131,7 +136,7 @@ class Trainer:
     def evaluation_nets(self) -> dict[str, nn.Module]:
         """Copies of the networks to export or to look at: EMA where a role has it, settled buffers, eval mode.
 
-        A collective. Keys are the system's `exports`.
+        A collective. Keys are the system's `exports`, each by the last part of its name.
         """
         settled = self.settled_buffers()
         nets: dict[str, nn.Module] = {}
@@ -139,14 +144,14 @@ class Trainer:
             if name in self._frozen:
                 nets[name] = self._frozen[name]
                 continue
-            role = name.split(".")[0]
+            role, _, part = name.partition(".")
             live = self._live[role]
             kind, source = ("net", live.role.net) if live.ema is None else ("ema", live.ema)
             whole = copy.deepcopy(source).eval().requires_grad_(False)
             prefix = f"{role}/{kind}/"
             own = {k.removeprefix(prefix): v for k, v in settled.items() if k.startswith(prefix)}
             whole.load_state_dict(own, strict=False)
-            nets[name] = _reach(whole, name)
+            nets[part.rpartition(".")[2] or role] = whole.get_submodule(part)
         return nets
 
     def _clip(self, role: Role) -> None:
@@ -215,8 +220,3 @@ def _average(ema: nn.Module, net: nn.Module, keep: float) -> None:
         torch._foreach_lerp_([theirs[k] for k in floating], [ours[k] for k in floating], 1 - keep)
         for key in theirs.keys() - set(floating):
             theirs[key].copy_(ours[key])
-
-
-def _reach(net: nn.Module, name: str) -> nn.Module:
-    """The sub-module that a dotted name ``role.child`` means."""
-    return net.get_submodule(name.partition(".")[2])

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
 
-from t2idist.contract import Adam, Batch, Frozen, Plan, Role, Schedule, Train
+from t2idist.contract import Adam, Batch, Frozen, Plan, Pretrained, Role, Schedule, Train
 from t2idist.losses.matching import Gammas, RankingLosses, sentence_losses, word_losses
-from t2idist.nn.image_encoders import damsm_image_encoder
+from t2idist.nn.image_encoders import InceptionEncoder, damsm_image_encoder, load_trunk
 from t2idist.nn.text_encoders import damsm_text_encoder
 
 
@@ -61,7 +62,13 @@ class Damsm:
             floor=config.lr_floor,
         )
         adam = Adam(lr=config.lr, schedule=schedule)
-        self.roles = {"damsm": Role(encoders, adam, clip_norm=config.clip_norm, clip_prefix="text.")}
+        pretrained = None
+        if isinstance(encoders.image, InceptionEncoder):
+            fill = functools.partial(load_trunk, encoders.image)
+            pretrained = Pretrained(config.trunk_weights, config.trunk_sha256, "trunk_weights", fill)
+        self.roles = {
+            "damsm": Role(encoders, adam, clip_norm=config.clip_norm, clip_prefix="text.", pretrained=pretrained)
+        }
         self.frozen: dict[str, Frozen] = {}
         self.sizes = (config.image_size,)
         self.exports = ("damsm.text", "damsm.image")

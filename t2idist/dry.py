@@ -1,0 +1,175 @@
+"""What can be known of a run without a cluster: checks before anything starts, and the page that ``--dry-run`` prints."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from t2idist import stages, storage
+from t2idist.config import DataConfig, RunConfig, parse_yaml, to_dict, to_yaml
+from t2idist.contract import System
+from t2idist.data.shards import Dataset
+from t2idist.data.sources import open_dataset
+from t2idist.engine import export, pretrained
+
+ADJUSTABLE = ("about", "storage", "report", "checkpoint", "cluster")
+ADJUSTABLE_STAGE = ("images", "max_groups_per_worker", "checkpoint_every_images", "pictures_every_images")
+ADJUSTABLE_DATA = ("threads", "prefetch_batches", "cache")
+
+
+def check(config: RunConfig) -> None:
+    """All that can be found wrong before a worker starts. Raises ValueError, one sentence."""
+    stages.check_uses(config)
+    for name in config.stages:
+        dataset = _dataset(config.stage_data(name))
+        vocabulary_size, epoch_images = _extent(dataset)
+        if dataset is not None:
+            _check_vocabulary(config, name, dataset)
+        system = _on_meta(config, name, vocabulary_size, epoch_images)
+        for role in system.roles.values():
+            if role.pretrained is not None:
+                pretrained.check(role.pretrained, f"stages.{name}.model")
+    _check_same_run(config)
+    _check_writable(stages.run_url(config))
+
+
+def describe(config: RunConfig) -> str:
+    """The resolved config, and of each stage its networks, memory, epochs and steps. Raises ValueError as `check` does."""
+    stages.check_uses(config)
+    lines = [to_yaml(config).rstrip(), ""]
+    for name in config.stages:
+        data = config.stage_data(name)
+        dataset = _dataset(data) if data.source else None
+        vocabulary_size, epoch_images = _extent(dataset)
+        if dataset is not None:
+            _check_vocabulary(config, name, dataset)
+        system = _on_meta(config, name, vocabulary_size, epoch_images)
+        lines += [*_stage_lines(config, name, system, dataset), ""]
+    _check_same_run(config)
+    return "\n".join(lines).rstrip()
+
+
+def _stage_lines(config: RunConfig, name: str, system: System, dataset: Dataset | None) -> Iterator[str]:
+    stage = config.stages[name]
+    yield (
+        f"stage {name} ({stage.system}): {stage.groups} groups x {stage.group_size} = {stage.images_per_step:,} images a step, "
+        f"{stage.steps:,} steps, {stage.images:,} images"
+    )
+    yield from _network_lines(system)
+    smallest, largest = config.cluster.workers
+    memory = _state_bytes(system, config.precision)
+    yield (
+        f"  memory per worker {memory / 2**30:.2f} GiB for weights, gradients, Adam and EMA; activations come on top, "
+        f"for {-(-stage.groups // largest)} to {-(-stage.groups // smallest)} groups of {stage.group_size}"
+    )
+    if dataset is None:
+        yield "  data.source is not given: images per epoch and the vocabulary are not known"
+    else:
+        images = len(dataset.split("train"))
+        yield f"  {images:,} images per epoch, {stage.images / images:.1f} epochs, vocabulary of {len(dataset.vocabulary):,} words"
+    for role in system.roles.values():
+        if role.pretrained is not None and not role.pretrained.url:
+            yield f"  stages.{name}.model.{role.pretrained.key} is not given; the run needs it"
+
+
+def _network_lines(system: System) -> Iterator[str]:
+    """Parameters by kind of network: ``G``, then every ``D`` from the lowest scale up, then all else by name."""
+    kinds: dict[str, list[str]] = {}
+    for role_name, role in system.roles.items():
+        kind = {"generator": "G", "discriminator": "D"}.get(role_name.partition("_")[0], role_name)
+        total, trained = _parameters(role.net)
+        kinds.setdefault(kind, []).append(f"{total:,}" + (f" ({trained:,} trained)" if trained != total else ""))
+    for kind, counts in kinds.items():
+        yield f"  {kind} {' / '.join(counts)} parameters"
+    for frozen_name, frozen in system.frozen.items():
+        yield f"  {frozen_name} {_parameters(frozen.net)[0]:,} parameters, frozen, from {frozen.source}"
+
+
+def _parameters(net: nn.Module) -> tuple[int, int]:
+    counts = [(p.numel(), p.requires_grad) for p in net.parameters()]
+    return sum(n for n, _ in counts), sum(n for n, trained in counts if trained)
+
+
+def _state_bytes(system: System, precision: str) -> int:
+    each = 8 if precision == "float64" else 4
+    numbers = 0
+    for role in system.roles.values():
+        total, trained = _parameters(role.net)
+        numbers += total + 3 * trained + (total if role.ema_half_life_images is not None else 0)
+    return each * (numbers + sum(_parameters(f.net)[0] for f in system.frozen.values()))
+
+
+def _on_meta(config: RunConfig, name: str, vocabulary_size: int, epoch_images: int) -> System:
+    with torch.device("meta"):
+        return stages.build(config, name, stages.plan(config, name, vocabulary_size, epoch_images))
+
+
+def _dataset(data: DataConfig) -> Dataset | None:
+    """The data as far as it is there: avatars that are not made yet are not made for a check."""
+    if not data.source:
+        raise ValueError("data.source: not given; give avatars, emoji or the URL of a shard set")
+    return open_dataset(data)
+
+
+def _extent(dataset: Dataset | None) -> tuple[int, int]:
+    return (1, 1) if dataset is None else (len(dataset.vocabulary), len(dataset.split("train")))
+
+
+def _check_vocabulary(config: RunConfig, name: str, dataset: Dataset) -> None:
+    """Whether the exports from elsewhere that a stage uses know the data's words."""
+    words = {}
+    for slot, source in config.stages[name].uses.items():
+        url = stages.source_url(config, source)
+        if source not in config.stages or export.exists(url):
+            words[slot] = export.read_index(url)["vocabulary"]
+    try:
+        stages.vocabulary_of(dataset.vocabulary, words)
+    except ValueError as error:
+        raise ValueError(f"stages.{name}.{error}") from None
+
+
+def _check_same_run(config: RunConfig) -> None:
+    """Whether a run of this name that is there already was started with the same mathematics."""
+    where = storage.join(stages.run_url(config), "config.yaml")
+    if not storage.exists(where):
+        return
+    before = _fixed(parse_yaml(storage.read_bytes(where).decode(), where))
+    now = _fixed(to_dict(config))
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if changed:
+        key = changed[0]
+        raise ValueError(
+            f"{key}: {now.get(key)!r}, but the run {config.name} in {storage.redact(config.storage)} was started with "
+            f"{before.get(key)!r}; give name=ANOTHER for a new run"
+        )
+
+
+def _fixed(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Flat keys and values that may not change between two attempts at a run."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        where = f"{path}.{key}" if path else key
+        parts = where.split(".")
+        if parts[0] in ADJUSTABLE or (parts[0] == "stages" and parts[-1] in ADJUSTABLE_STAGE and len(parts) == 3):
+            continue
+        if "data" in (parts[0], parts[2] if len(parts) > 3 else "") and parts[-1] in ADJUSTABLE_DATA:
+            continue
+        flat |= _fixed(value, where) if isinstance(value, dict) else {where: value}
+    return flat
+
+
+def _check_writable(url: str) -> None:
+    probe = storage.join(url, ".writable")
+    try:
+        storage.write_bytes(probe, b"")
+        storage.remove(probe)
+    except Exception as error:
+        raise ValueError(f"storage: cannot write to {storage.redact(url)}: {type(error).__name__}: {error}") from None
+
+
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

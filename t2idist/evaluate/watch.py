@@ -1,0 +1,58 @@
+"""What the first worker looks at during training: pictures of a system that draws, R-precision of one that matches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from t2idist import storage
+from t2idist.config import RunConfig
+from t2idist.contract import System
+from t2idist.data.shards import Dataset
+from t2idist.data.stream import load_split
+from t2idist.evaluate.monitor import Monitor, can_draw, can_match, score_matching
+
+GRID_CAPTIONS = 8
+VAL_PICTURES = 1000
+
+
+class Watcher:
+    """Looks at a stage's networks at a cadence. folder: the stage's."""
+
+    def __init__(
+        self, system: System, dataset: Dataset, config: RunConfig, stage: str, folder: str, device: torch.device
+    ) -> None:
+        self._system, self._device, self._seed = system, device, config.seed
+        data = config.stage_data(stage)
+        self._monitor, self._val = None, None
+        if can_draw(system):
+            test = load_split(
+                dataset, "test", sizes=system.sizes, max_words=data.max_words, limit=GRID_CAPTIONS, crop=data.crop
+            )
+            given = config.report.captions
+            captions = given or tuple(captions[0] for captions in test.captions)
+            self._monitor = Monitor(
+                system,
+                dataset.vocabulary,
+                captions,
+                max_words=data.max_words,
+                draws=config.report.draws,
+                seed=config.seed,
+                folder=storage.join(folder, "pictures"),
+                device=device,
+                real=None if given else test.batch.images[-1],
+            )
+        if can_match(system):
+            self._val = load_split(
+                dataset, "val", sizes=system.sizes, max_words=data.max_words, limit=VAL_PICTURES, crop=data.crop
+            )
+
+    def look(self, nets: Mapping[str, nn.Module], images_seen: int) -> Mapping[str, float]:
+        """Write the pictures, and give the measured values."""
+        if self._monitor is not None:
+            self._monitor.write(nets, images_seen)
+        if self._val is None:
+            return {}
+        return score_matching(self._system, nets, self._val.batch, seed=self._seed, device=self._device)

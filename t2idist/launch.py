@@ -1,0 +1,178 @@
+"""Ray Train: how a run gets its workers. The only file on ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+import threading
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayError
+from ray.train import FailureConfig, RunConfig as RayRunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+
+from t2idist import stages, storage, worker
+from t2idist.config import RunConfig, from_dict, to_dict
+from t2idist.engine.metrics import PROGRESS
+from t2idist.evaluate.progress import ProgressPrinter
+
+logger = logging.getLogger(__name__)
+
+CONTROLLER_RETRIES = 3
+"""Times that `fit` is called again after a failure that Ray's own counters do not cover (its controller's)."""
+
+
+def alone(config: RunConfig) -> None:
+    """The run on one worker in this process, without Ray."""
+    printer = ProgressPrinter(sys.stdout)
+    device = torch.device("cuda" if config.cluster.gpus_per_worker else "cpu")
+    worker.main(config, device, printer.show)
+    printer.close()
+
+
+def submit(config: RunConfig) -> None:
+    """The run on the workers of a Ray cluster, or of this machine where there is none.
+
+    Raises ValueError for a cluster that cannot hold the smallest number of workers, RuntimeError where the run failed.
+    """
+    _connect(config)
+    _check_cluster(config)
+    with _Progress(config):
+        for retry in range(CONTROLLER_RETRIES + 1):
+            try:
+                _trainer(config).fit()
+                return
+            except TrainingFailedError as error:
+                _explain(error)
+                raise RuntimeError(f"the run failed: {_cause(error)}") from None
+            except RayError as error:
+                if retry == CONTROLLER_RETRIES:
+                    raise RuntimeError(f"the run failed: {error}") from None
+                logger.warning("Ray Train's controller failed (%s); the run is taken up again", error)
+
+
+def _connect(config: RunConfig) -> None:
+    """Join the cluster that this process belongs to (or `cluster.address`), else start Ray on this machine."""
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if ray.is_initialized():
+        return
+    address = None if config.cluster.address == "auto" else config.cluster.address
+    if address is None and "RAY_ADDRESS" not in os.environ:
+        needed = config.cluster.workers[0] * config.cluster.cpus_per_worker
+        cpus = max(os.cpu_count() or 1, int(needed))
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            configure_logging=False,
+            _temp_dir=tempfile.mkdtemp(prefix="t2idist-ray-"),
+        )
+    else:
+        ray.init(address=address, logging_level=logging.WARNING)
+
+
+def _check_cluster(config: RunConfig) -> None:
+    """Whether the smallest world fits into what the cluster has now."""
+    have = ray.cluster_resources()
+    smallest = config.cluster.workers[0]
+    for kind, each in (("CPU", config.cluster.cpus_per_worker), ("GPU", float(config.cluster.gpus_per_worker))):
+        if smallest * each > have.get(kind, 0.0):
+            raise ValueError(
+                f"cluster.workers: {smallest} workers of {each:g} {kind} each need {smallest * each:g}; "
+                f"the cluster has {have.get(kind, 0.0):g} {kind}"
+            )
+
+
+def _trainer(config: RunConfig) -> TorchTrainer:
+    cluster = config.cluster
+    smallest, largest = cluster.workers
+    resources = {"CPU": cluster.cpus_per_worker}
+    if cluster.gpus_per_worker:
+        resources["GPU"] = float(cluster.gpus_per_worker)
+    return TorchTrainer(
+        _work,
+        train_loop_config=to_dict(config),
+        scaling_config=ScalingConfig(
+            num_workers=smallest if smallest == largest else (smallest, largest),
+            use_gpu=bool(cluster.gpus_per_worker),
+            resources_per_worker=resources,
+        ),
+        torch_config=TorchConfig(timeout_s=int(cluster.timeout_seconds)),
+        run_config=RayRunConfig(
+            name=config.name,
+            storage_path=_ray_folder(),
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            worker_runtime_env={"env_vars": _environment(config)},
+        ),
+    )
+
+
+def _ray_folder() -> str:
+    """Where Ray Train keeps its own notes of this attempt. The run's state is in our checkpoints, not here."""
+    return tempfile.mkdtemp(prefix="t2idist-train-")
+
+
+def _environment(config: RunConfig) -> dict[str, str]:
+    threads = str(max(1, int(config.cluster.cpus_per_worker)))
+    return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+
+
+def _work(settings: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    config = from_dict(RunConfig, settings)
+    if not config.cluster.gpus_per_worker:
+        torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+    worker.main(config, get_device())
+
+
+def _cause(error: BaseException) -> str:
+    """The last line of a failure: what a person needs first."""
+    inner = getattr(error, "worker_failures", None) or {}
+    causes = [str(failure) for failure in inner.values()] or [str(error)]
+    lines = [line.strip() for line in causes[0].splitlines() if line.strip()]
+    return lines[-1] if lines else repr(error)
+
+
+def _explain(error: BaseException) -> None:
+    logger.debug("%s", error)
+
+
+class _Progress:
+    """Shows the run's progress, read from storage, while the driver waits."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._where = storage.join(stages.run_url(config), PROGRESS)
+        self._printer = ProgressPrinter(sys.stdout)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
+        self._seen: Any = self._read()
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._printer.close()
+
+    def _read(self) -> Any:
+        try:
+            return storage.read_json(self._where)
+        except (OSError, ValueError):
+            return None
+
+    def _follow(self) -> None:
+        ended = False
+        while not ended:
+            ended = self._ended.wait(1.0)
+            message = self._read()
+            if message is not None and message != self._seen:
+                self._seen = message
+                self._printer.show(message)

@@ -1,0 +1,99 @@
+"""A run's stages: where each one's files lie, what it is built from, and how its system is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from t2idist import storage, systems
+from t2idist.config import RunConfig, from_dict, to_dict
+from t2idist.contract import Plan, System
+from t2idist.data.text import Vocabulary
+from t2idist.engine import export
+
+
+def run_url(config: RunConfig) -> str:
+    return storage.join(storage.absolute(config.storage), config.name)
+
+
+def stage_url(config: RunConfig, stage: str) -> str:
+    return storage.join(run_url(config), stage)
+
+
+def export_url(config: RunConfig, stage: str) -> str:
+    return storage.join(stage_url(config, stage), "export")
+
+
+def source_url(config: RunConfig, source: str) -> str:
+    """The export that a stage's `uses` names: an earlier stage of the run, or a URL."""
+    return export_url(config, source) if source in config.stages else storage.absolute(source)
+
+
+def model_config(config: RunConfig, stage: str) -> Any:
+    """The system's own settings of a stage, checked. Raises ValueError that names the key."""
+    settings = config.stages[stage]
+    try:
+        module = systems.load(settings.system)
+    except ValueError as error:
+        raise ValueError(f"stages.{stage}.{error}") from None
+    where = f"stages.{stage}.model"
+    try:
+        return from_dict(module.Config, settings.model, where)
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+
+
+def check_uses(config: RunConfig) -> None:
+    """Whether every stage only uses stages before it. Raises ValueError."""
+    before: list[str] = []
+    for name, stage in config.stages.items():
+        for slot, source in stage.uses.items():
+            if source in config.stages and source not in before:
+                raise ValueError(f"stages.{name}.uses.{slot}: stage '{source}' does not come before '{name}'")
+        before.append(name)
+
+
+def plan(config: RunConfig, stage: str, vocabulary_size: int, epoch_images: int) -> Plan:
+    """What the stage's system is built from. Exports that are not there yet are described by the stage that will make them."""
+    settings = config.stages[stage]
+    sources = {slot: _source(config, source, vocabulary_size, epoch_images) for slot, source in settings.uses.items()}
+    return Plan(settings.group_size, vocabulary_size, config.stage_data(stage).max_words, epoch_images, sources)
+
+
+def _source(config: RunConfig, source: str, vocabulary_size: int, epoch_images: int) -> Mapping[str, Any]:
+    url = source_url(config, source)
+    if source in config.stages and not export.exists(url):
+        made = plan(config, source, vocabulary_size, epoch_images)
+        settings = to_dict(model_config(config, source))
+        return {"system": config.stages[source].system, "config": settings, "plan": asdict(made)}
+    index = export.read_index(url)
+    return {key: index[key] for key in ("system", "config", "plan")}
+
+
+def build(config: RunConfig, stage: str, made: Plan) -> System:
+    """The stage's system, with initial weights from torch's global generator. Raises ValueError that names the stage."""
+    settings = model_config(config, stage)
+    try:
+        return systems.load(config.stages[stage].system).build(settings, made)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"stages.{stage}: {error}") from None
+
+
+def vocabulary_of(data: Vocabulary, sources: Mapping[str, list[str]]) -> Vocabulary:
+    """The vocabulary that a stage's captions are numbered with: its encoder's where it uses one, else the data's.
+
+    Raises ValueError where the encoder does not know words of the data.
+    """
+    chosen = data
+    for slot, words in sources.items():
+        known = Vocabulary(words)
+        missing = [word for word in data.words if word not in known.numbers]
+        if missing:
+            raise ValueError(
+                f"uses.{slot}: its vocabulary of {len(known)} words does not fit the data: {len(missing)} of the data's "
+                f"{len(data)} words are not in it ({', '.join(missing[:5])}...); train the encoder on this data, or give the "
+                "data that it was trained on"
+            )
+        chosen = known
+    return chosen

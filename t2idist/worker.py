@@ -1,0 +1,212 @@
+"""One worker's run: each stage in turn, from its data and sources to its export.
+
+The same code runs in every Ray Train worker and, alone, under ``--local``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import t2idist
+from t2idist import stages, storage
+from t2idist.config import RunConfig, to_dict, to_yaml
+from t2idist.contract import Plan
+from t2idist.data.shards import Dataset
+from t2idist.data.sources import open_dataset
+from t2idist.data.stream import open_loader
+from t2idist.engine import export, loop, pretrained
+from t2idist.engine.checkpoint import Checkpoints
+from t2idist.engine.metrics import Log, now
+from t2idist.engine.noise import key
+from t2idist.engine.strategy import Precision
+from t2idist.engine.train import Trainer
+from t2idist.engine.world import Share, World
+from t2idist.evaluate import report
+from t2idist.evaluate.watch import Watcher
+
+logger = logging.getLogger(__name__)
+
+Watch = Callable[[dict[str, Any]], None]
+ATTEMPTS = "attempts.json"
+
+
+def main(config: RunConfig, device: torch.device, watch: Watch | None = None) -> None:
+    """Run all stages that have no export yet. `watch` gets the progress messages of the first worker."""
+    world = _world(device)
+    url = stages.run_url(config)
+    restarts = 0
+    if world.first:
+        storage.write_bytes(storage.join(url, "config.yaml"), to_yaml(config).encode())
+        storage.write_json(storage.join(url, "versions.json"), versions(world))
+        restarts = _count_attempt(url, world)
+    restarts = world.from_first(restarts)
+    for index, name in enumerate(config.stages):
+        done = world.from_first(export.exists(stages.export_url(config, name)))
+        if done:
+            continue
+        facts = {
+            "run": config.name,
+            "stage": name,
+            "stage_index": index,
+            "stages": len(config.stages),
+            "restarts": restarts,
+            "workers": world.size,
+        }
+        _run_stage(config, name, world, facts, watch)
+    if world.first:
+        storage.write_bytes(storage.join(url, "report.html"), report.build(url).encode())
+    world.barrier()
+
+
+def _world(device: torch.device) -> World:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        return World(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD)
+    return World(device=device)
+
+
+def _run_stage(config: RunConfig, name: str, world: World, facts: Mapping[str, Any], watch: Watch | None) -> None:
+    stage = config.stages[name]
+    dataset = open_dataset(config.stage_data(name))
+    sources = _read_sources(config, name)
+    vocabulary = stages.vocabulary_of(dataset.vocabulary, {slot: s.vocabulary for slot, s in sources.items()})
+    dataset = dataclasses.replace(dataset, vocabulary=vocabulary)
+    plan = stages.plan(config, name, len(vocabulary), len(dataset.split("train")))
+    torch.manual_seed(key(config.seed, name))
+    system = stages.build(config, name, plan)
+    for frozen in system.frozen.values():
+        source = sources[frozen.source]
+        export.load_into(frozen.net, source.weights[frozen.network], f"{source.url}: {frozen.network}")
+    for role in system.roles.values():
+        if role.pretrained is not None:
+            pretrained.load(role.pretrained, f"stages.{name}.model")
+    share = Share.of(world, stage.groups)
+    trainer = Trainer(
+        system,
+        stage=name,
+        seed=config.seed,
+        group_size=stage.group_size,
+        share=share,
+        world=world,
+        precision=Precision(config.precision),
+    )
+    meta = {"config": to_dict(config), "vocabulary": list(vocabulary.words), "versions": versions(world)}
+    checkpoints = Checkpoints(storage.join(stages.stage_url(config, name), "checkpoints"), world, config.checkpoint.keep, meta)
+    found = checkpoints.restore(trainer)
+    if found is not None and world.first:
+        logger.info("stage %s goes on from %s images (%s)", name, found.images, found.url)
+    log, watcher = None, None
+    if world.first:
+        watcher = Watcher(system, dataset, config, name, stages.stage_url(config, name), world.device)
+        log = Log(
+            stages.run_url(config),
+            name,
+            images=trainer.images,
+            step=trainer.step,
+            budget_images=stage.steps * stage.images_per_step,
+            facts=facts,
+            watch=watch,
+        )
+        log.tell("training")
+    loader = open_loader(
+        dataset,
+        "train",
+        config=config.stage_data(name),
+        sizes=system.sizes,
+        groups=list(share.lanes),
+        total_groups=stage.groups,
+        group_size=stage.group_size,
+        seed=key(config.seed, name, "data"),
+        step0=trainer.step,
+    )
+    try:
+        loop.run(trainer, iter(loader), stage, checkpoints, log, watcher.look if watcher is not None else _no_look)
+    finally:
+        loader.close()
+        if log is not None:
+            log.close()
+    _finish(config, name, trainer, dataset, plan, log)
+
+
+def _no_look(nets: Mapping[str, nn.Module], images: int) -> Mapping[str, float]:
+    raise AssertionError("only the first worker looks")
+
+
+def _finish(config: RunConfig, name: str, trainer: Trainer, dataset: Dataset, plan: Plan, log: Log | None) -> None:
+    nets = trainer.evaluation_nets()
+    if trainer.world.first:
+        index = {
+            "system": config.stages[name].system,
+            "config": to_dict(stages.model_config(config, name)),
+            "plan": dataclasses.asdict(plan),
+            "vocabulary": list(dataset.vocabulary.words),
+            "images": trainer.images,
+            "data": {"source": dataset.source, "licence": dataset.licence, "settings": to_dict(config.stage_data(name))},
+            "versions": versions(trainer.world),
+            "seed": config.seed,
+        }
+        export.write(stages.export_url(config, name), nets, index)
+        assert log is not None
+        log.tell("done")
+    trainer.world.barrier()
+
+
+def _read_sources(config: RunConfig, name: str) -> dict[str, export.Export]:
+    return {slot: export.read(stages.source_url(config, source)) for slot, source in config.stages[name].uses.items()}
+
+
+def _count_attempt(url: str, world: World) -> int:
+    """Note that an attempt at this run begins; gives how many there were before."""
+    where = storage.join(url, ATTEMPTS)
+    attempts = storage.read_json(where) if storage.exists(where) else []
+    storage.write_json(where, [*attempts, {"time": now(), "workers": world.size}])
+    return len(attempts)
+
+
+def versions(world: World) -> dict[str, Any]:
+    """What the run ran on."""
+    import ray
+
+    found: dict[str, Any] = {
+        "t2idist": t2idist.__version__,
+        "git": _git(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "ray": ray.__version__,
+        "workers": world.size,
+        "device": str(world.device),
+        "cpu": _cpu(),
+        "cpu_cores": os.cpu_count(),
+        "threads_per_worker": torch.get_num_threads(),
+    }
+    if world.device.type != "cpu":
+        found["accelerator"] = torch.get_device_module(world.device).get_device_name(world.device)
+    return found
+
+
+def _git() -> str:
+    """The commit of the checkout, "+" where files differ from it; "unknown" for an installed package."""
+    root = Path(t2idist.__file__).parent.parent
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

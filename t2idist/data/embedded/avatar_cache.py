@@ -43,13 +43,17 @@ def ensure_avatars(samples: int, size: int, cache: str | None, processes: int | 
             logger.info("drawing %d avatars of %d pixels into %s (once)", samples, size, folder)
             write_shards(
                 str(unfinished),
-                _with_progress(_records(samples, size, processes or len(os.sched_getaffinity(0))), samples),
+                _with_progress(_records(samples, size, processes or _cores()), samples),
                 source="avatars",
                 licence=LICENCE,
                 options={"samples": samples, "size": size, "version": VERSION},
             )
             os.rename(unfinished, folder)
     return str(folder)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _records(samples: int, size: int, processes: int) -> Iterator[SampleRecord]:
@@ -99,8 +103,8 @@ def _exactly(stream: IO[bytes], count: int) -> bytes:
 
 def _end(painter: subprocess.Popen[bytes]) -> None:
     assert painter.stdout is not None
-    painter.stdout.close()
     painter.terminate()
+    painter.stdout.close()
     painter.wait()
 
 

@@ -274,7 +274,7 @@ def painter(size: int) -> Callable[[int], bytes]:
 
     def paint(number: int) -> bytes:
         svg = Avatar(style, {**face(number).options, "size": size}).to_string()
-        rendered = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size))
+        rendered = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True))
         out = io.BytesIO()
         Image.open(io.BytesIO(rendered)).convert("RGB").save(out, "PNG")
         return out.getvalue()

@@ -26,13 +26,30 @@ def glu_block(channels_in: int, channels_out: int) -> nn.Sequential:
     return nn.Sequential(conv3x3(channels_in, 2 * channels_out), nn.BatchNorm2d(2 * channels_out), GLU())
 
 
+class UpConv2d(nn.Conv2d):
+    """Nearest x2, then this 3x3 convolution, in one pass: (N, C, H, W) -> (N, channels_out, 2H, 2W).
+
+    The two linear maps are one transposed convolution of stride 2, whose 4x4 kernel is the 3x3 one spread over 2x2 places:
+    16 products for each input place instead of 36. The weight is that of the 3x3 convolution.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__(channels_in, channels_out, kernel_size=3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = F.pad(self.weight.flip(2, 3), (1, 1, 1, 1))
+        rows = padded[:, :, 1:] + padded[:, :, :-1]
+        kernel = rows[:, :, :, 1:] + rows[:, :, :, :-1]  # (channels_out, C, 4, 4)
+        return F.conv_transpose2d(x, kernel.transpose(0, 1), stride=2, padding=1)
+
+
 def up_block(channels_in: int, channels_out: int) -> nn.Sequential:
-    """Nearest x2 + conv3x3 + BatchNorm + GLU: (N, channels_in, H, W) -> (N, channels_out, 2H, 2W)."""
+    """Nearest x2 + conv3x3 + BatchNorm + GLU: (N, channels_in, H, W) -> (N, channels_out, 2H, 2W).
+
+    The first entry stands where the published networks have the layer that repeats pixels.
+    """
     return nn.Sequential(
-        nn.Upsample(scale_factor=2, mode="nearest"),
-        conv3x3(channels_in, 2 * channels_out),
-        nn.BatchNorm2d(2 * channels_out),
-        GLU(),
+        nn.Identity(), UpConv2d(channels_in, 2 * channels_out), nn.BatchNorm2d(2 * channels_out), GLU()
     )
 
 

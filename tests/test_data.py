@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import logging
@@ -12,6 +13,8 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -166,6 +169,12 @@ def damaged(tmp_path: Path, what: str) -> Path:
         description["splits"]["train"]["shards"][0]["name"] = "../x.tar"
     elif what == "count":
         description["splits"]["train"]["shards"][1]["samples"] -= 1
+    elif what == "places":
+        table = pq.read_table(folder / "manifest.parquet")
+        moved = pa.array([offset + 512 for offset in table["offset"].to_pylist()])
+        pq.write_table(table.set_column(3, "offset", moved), folder / "manifest.parquet")
+        data = (folder / "manifest.parquet").read_bytes()
+        description["manifest"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     elif what == "json":
         (folder / "dataset.json").write_text("{")
         return folder
@@ -183,6 +192,7 @@ def damaged(tmp_path: Path, what: str) -> Path:
         ("keys", "not a shard set's description.*vocabulary"),
         ("outside", "shard name '../x.tar'; allowed are plain file names"),
         ("count", "manifest.parquet: 30 rows; dataset.json counts 29|do not fit"),
+        ("places", "the places of the samples of train-00000.tar do not fit its size"),
         ("json", "not JSON"),
     ],
 )
@@ -202,14 +212,24 @@ def test_missing_sets_splits_and_sources_give_a_sentence(small: Dataset, tmp_pat
         open_dataset(DataConfig(source="pipe:cat /etc/passwd"))
 
 
-@pytest.mark.parametrize("name", ["/etc/x.png", "../x.png", "s0002.pkl"])
-def test_a_hostile_member_spoils_only_its_own_sample(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("s0002.x/../y.png", "'s0002.x/../y.png' is not allowed"),
+        ("/etc/x.png", "no tar header of sample s0002"),
+        ("s0002.pkl", "no picture (webp, png, jpg) among its members ['pkl']"),
+    ],
+)
+def test_a_hostile_member_spoils_only_its_own_sample(
+    tmp_path: Path, name: str, says: str, monkeypatch: pytest.MonkeyPatch
+):
     real = ShardPacker._member
     renamed = {"s0002.png": name}
     monkeypatch.setattr(ShardPacker, "_member", lambda self, n, data: real(self, renamed.get(n, n), data))
     dataset = write(tmp_path / "set", [sample(n) for n in range(5)])
     read = ShardReader(dataset, "train").read(Run(0, 0, 5))
     assert [isinstance(found, Bad) for found in read] == [False, False, True, False, False]
+    assert isinstance(read[2], Bad) and says in read[2].reason
 
 
 def test_a_gzip_bomb_is_not_unpacked(tmp_path: Path):
@@ -298,6 +318,13 @@ def test_draws_differ_between_epochs_and_seeds_but_not_runs(small: Dataset):
             pictures.setdefault(key, []).append(batch.images[1][row])
     differ = [not torch.equal(first, second) for first, second in pictures.values()]
     assert len(differ) == 60 and np.mean(differ) > 0.8
+
+
+def test_each_place_of_each_group_has_draws_of_its_own(tmp_path: Path):
+    dataset = write(tmp_path / "set", [sample(n, image=png(0)) for n in range(24)])
+    config = DataConfig(max_words=5, crop=4.0, flip=False)
+    (batch,) = take(loader(dataset, [0, 1, 2, 3], config=config), 1)
+    assert len({picture.numpy().tobytes() for picture in batch.images[1]}) == 24  # one picture, 24 crops
 
 
 def test_evaluation_stream_draws_nothing(small: Dataset):

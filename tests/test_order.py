@@ -59,6 +59,8 @@ def test_epochs_lanes_and_seeds_differ():
     seen = sequence(order, 100)
     assert not np.array_equal(seen[:1000], seen[1000:])
     assert not np.array_equal(seen[:1000], sequence(Order(1, [500, 500], 2, 10, 50, 200), 50))
+    first_lane = [{i for w in range(3) for i in order.window(epoch, 0, w).indices} for epoch in (0, 1)]
+    assert first_lane[0] != first_lane[1], "a lane gets other parts in the next epoch"
     assert np.mean(np.abs(np.diff(seen[:1000])) == 1) < 0.05, "neighbours in a shard stay neighbours in training"
 
 

@@ -1,4 +1,4 @@
-"""The run's configuration: frozen dataclasses, and the strict loader that fills them from YAML and command-line words."""
+"""The run's configuration: frozen dataclasses, and the strict loader that fills them from YAML and words."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _positive(config: Any, where: str, *names: str) -> None:
             raise ValueError(f"{where}.{name}: {value}; it must be above 0")
 
 
-# ------------------------------------------------------------------------------------------------ what a run is
+# ------------------------------------------------------------ what a run is
 @dataclass(frozen=True)
 class DataConfig:
     """Which pictures and captions, and how they are read.
@@ -127,7 +127,9 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         smallest, largest = self.workers
         if not 1 <= smallest <= largest:
-            raise ValueError(f"cluster.workers: {list(self.workers)}; give a number of at least 1, or [smallest, largest]")
+            raise ValueError(
+                f"cluster.workers: {list(self.workers)}; give a number of at least 1, or [smallest, largest]"
+            )
         if self.gpus_per_worker not in (0, 1):
             raise ValueError(f"cluster.gpus_per_worker: {self.gpus_per_worker}; allowed are 0 and 1")
         _positive(self, "cluster", "cpus_per_worker", "timeout_seconds")
@@ -135,7 +137,7 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run. name: names the folder under `storage`; the same name again resumes. about: said in the first line."""
+    """A whole run. name: the folder under `storage`; the same name again resumes. about: said in the first line."""
 
     name: str
     stages: dict[str, StageConfig]
@@ -175,8 +177,8 @@ class RunConfig:
             )
         if largest > stage.groups:
             raise ValueError(
-                f"cluster.workers: {largest} is more than the {stage.groups} groups of stage {name}; a worker runs at least "
-                f"one whole group: raise stages.{name}.groups or lower the workers"
+                f"cluster.workers: {largest} is more than the {stage.groups} groups of stage {name}; a worker runs at "
+                f"least one whole group: raise stages.{name}.groups or lower the workers"
             )
 
     def stage_data(self, stage: str) -> DataConfig:
@@ -184,7 +186,7 @@ class RunConfig:
         return from_dict(DataConfig, {**to_dict(self.data), **self.stages[stage].data}, f"stages.{stage}.data")
 
 
-# ------------------------------------------------------------------------------------------------ dataclasses from plain values
+# ------------------------------------------------------------ dataclasses from plain values
 def from_dict(cls: type[C], values: Any, path: str = "") -> C:
     """A dataclass from nested mappings; every unknown key and wrong type is a ValueError that names its path."""
     if not isinstance(values, Mapping):
@@ -274,7 +276,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-# ------------------------------------------------------------------------------------------------ YAML and command-line words
+# ------------------------------------------------------------ YAML and command-line words
 class _StrictLoader(yaml.SafeLoader):
     """YAML's safe subset; a key that stands twice is an error."""
 

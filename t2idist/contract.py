@@ -22,7 +22,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-# ------------------------------------------------------------------------------------------------ what data gives
+# ------------------------------------------------------------ what data gives
 @dataclass(frozen=True)
 class Batch:
     """One step's samples on one worker.
@@ -58,7 +58,7 @@ class Batch:
         return replace(self, images=tuple(picture(image) for image in self.images), **moved)
 
 
-# ------------------------------------------------------------------------------------------------ what a system declares
+# ------------------------------------------------------------ what a system declares
 @dataclass(frozen=True)
 class Schedule:
     """A factor on the learning rate, as a function of images seen.
@@ -162,10 +162,15 @@ class Sample:
 class Train(Protocol):
     """All that a system's step sees of the engine."""
 
-    images: int
-    """Images seen by the run before this step, over all workers."""
-    step: int
-    """Steps done before this one."""
+    @property
+    def images(self) -> int:
+        """Images seen by the run before this step, over all workers."""
+        ...
+
+    @property
+    def step(self) -> int:
+        """Steps done before this one."""
+        ...
 
     def forward(self, role: str, fn: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run ``fn(net, *args)`` inside the role's distributed wrapper; `apply` must follow."""
@@ -188,7 +193,7 @@ class Train(Protocol):
         ...
 
     def noise(self, *shape: int) -> Tensor:
-        """(N, *shape) standard normal; a function of (seed, step, group, place) and of the call's number in the step."""
+        """(N, *shape) standard normal: a function of (seed, step, group, place) and of the number of the call."""
         ...
 
     def report(self, name: str, value: Tensor) -> None:
@@ -226,6 +231,8 @@ class Draws(Protocol):
 class Matches(Protocol):
     """A system that places pictures and captions in one space (for R-precision)."""
 
-    def embed(self, nets: Mapping[str, nn.Module], images: Tensor, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def embed(
+        self, nets: Mapping[str, nn.Module], images: Tensor, tokens: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Image codes and caption codes, each (N, D), of pictures (N, 3, S, S) in [-1, 1] of any size."""
         ...

@@ -1,8 +1,7 @@
-"""What can be known of a run without a cluster: checks before anything starts, and the page that ``--dry-run`` prints."""
+"""What can be known of a run without a cluster: checks before anything starts, and the page of ``--dry-run``."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,8 +26,7 @@ def check(config: RunConfig) -> None:
     for name in config.stages:
         dataset = _dataset(config.stage_data(name))
         vocabulary_size, epoch_images = _extent(dataset)
-        if dataset is not None:
-            _check_vocabulary(config, name, dataset)
+        _check_vocabulary(config, name, dataset)
         system = _on_meta(config, name, vocabulary_size, epoch_images)
         for role in system.roles.values():
             if role.pretrained is not None:
@@ -38,7 +36,7 @@ def check(config: RunConfig) -> None:
 
 
 def describe(config: RunConfig) -> str:
-    """The resolved config, and of each stage its networks, memory, epochs and steps. Raises ValueError as `check` does."""
+    """The resolved config, and each stage's networks, memory, epochs and steps. Raises ValueError as `check` does."""
     stages.check_uses(config)
     lines = [to_yaml(config).rstrip(), ""]
     for name in config.stages:
@@ -56,8 +54,8 @@ def describe(config: RunConfig) -> str:
 def _stage_lines(config: RunConfig, name: str, system: System, dataset: Dataset | None) -> Iterator[str]:
     stage = config.stages[name]
     yield (
-        f"stage {name} ({stage.system}): {stage.groups} groups x {stage.group_size} = {stage.images_per_step:,} images a step, "
-        f"{stage.steps:,} steps, {stage.images:,} images"
+        f"stage {name} ({stage.system}): {stage.groups} groups x {stage.group_size} = {stage.images_per_step:,} images "
+        f"a step, {stage.steps:,} steps, {stage.images:,} images"
     )
     yield from _network_lines(system)
     smallest, largest = config.cluster.workers
@@ -70,7 +68,8 @@ def _stage_lines(config: RunConfig, name: str, system: System, dataset: Dataset 
         yield "  data.source is not given: images per epoch and the vocabulary are not known"
     else:
         images = len(dataset.split("train"))
-        yield f"  {images:,} images per epoch, {stage.images / images:.1f} epochs, vocabulary of {len(dataset.vocabulary):,} words"
+        words = len(dataset.vocabulary)
+        yield f"  {images:,} images per epoch, {stage.images / images:.1f} epochs, vocabulary of {words:,} words"
     for role in system.roles.values():
         if role.pretrained is not None and not role.pretrained.url:
             yield f"  stages.{name}.model.{role.pretrained.key} is not given; the run needs it"
@@ -108,8 +107,7 @@ def _on_meta(config: RunConfig, name: str, vocabulary_size: int, epoch_images: i
         return stages.build(config, name, stages.plan(config, name, vocabulary_size, epoch_images))
 
 
-def _dataset(data: DataConfig) -> Dataset | None:
-    """The data as far as it is there: avatars that are not made yet are not made for a check."""
+def _dataset(data: DataConfig) -> Dataset:
     if not data.source:
         raise ValueError("data.source: not given; give avatars, emoji or the URL of a shard set")
     return open_dataset(data)
@@ -169,7 +167,3 @@ def _check_writable(url: str) -> None:
         storage.remove(probe)
     except Exception as error:
         raise ValueError(f"storage: cannot write to {storage.redact(url)}: {type(error).__name__}: {error}") from None
-
-
-def installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None

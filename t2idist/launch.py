@@ -12,7 +12,8 @@ from typing import Any
 import ray
 import torch
 from ray.exceptions import RayError
-from ray.train import FailureConfig, RunConfig as RayRunConfig, ScalingConfig, TrainingFailedError
+from ray.train import FailureConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from t2idist import stages, storage, worker
@@ -39,25 +40,27 @@ def submit(config: RunConfig) -> None:
 
     Raises ValueError for a cluster that cannot hold the smallest number of workers, RuntimeError where the run failed.
     """
+    worker.clear_fatal(config)
     _connect(config)
     _check_cluster(config)
     with _Progress(config):
         for retry in range(CONTROLLER_RETRIES + 1):
             try:
                 _trainer(config).fit()
-                return
-            except TrainingFailedError as error:
-                _explain(error)
+                break
+            except WorkerGroupError as error:
                 raise RuntimeError(f"the run failed: {_cause(error)}") from None
-            except RayError as error:
+            except (TrainingFailedError, RayError) as error:
                 if retry == CONTROLLER_RETRIES:
-                    raise RuntimeError(f"the run failed: {error}") from None
-                logger.warning("Ray Train's controller failed (%s); the run is taken up again", error)
+                    raise RuntimeError(f"the run failed: {_cause(error)}") from None
+                logger.warning("Ray Train's controller failed (%s); the run is taken up again", _cause(error))
+    fatal = worker.read_fatal(config)
+    if fatal is not None:
+        raise RuntimeError(f"the run failed: {fatal}")
 
 
 def _connect(config: RunConfig) -> None:
     """Join the cluster that this process belongs to (or `cluster.address`), else start Ray on this machine."""
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if ray.is_initialized():
         return
@@ -69,8 +72,8 @@ def _connect(config: RunConfig) -> None:
             address="local",
             num_cpus=cpus,
             include_dashboard=False,
-            logging_level=logging.WARNING,
-            configure_logging=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
             _temp_dir=tempfile.mkdtemp(prefix="t2idist-ray-"),
         )
     else:
@@ -79,7 +82,7 @@ def _connect(config: RunConfig) -> None:
 
 def _check_cluster(config: RunConfig) -> None:
     """Whether the smallest world fits into what the cluster has now."""
-    have = ray.cluster_resources()
+    have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     smallest = config.cluster.workers[0]
     for kind, each in (("CPU", config.cluster.cpus_per_worker), ("GPU", float(config.cluster.gpus_per_worker))):
         if smallest * each > have.get(kind, 0.0):
@@ -99,7 +102,7 @@ def _trainer(config: RunConfig) -> TorchTrainer:
         _work,
         train_loop_config=to_dict(config),
         scaling_config=ScalingConfig(
-            num_workers=smallest if smallest == largest else (smallest, largest),
+            num_workers=smallest if smallest == largest else (smallest, largest),  # type: ignore[arg-type]
             use_gpu=bool(cluster.gpus_per_worker),
             resources_per_worker=resources,
         ),
@@ -108,7 +111,7 @@ def _trainer(config: RunConfig) -> TorchTrainer:
             name=config.name,
             storage_path=_ray_folder(),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            worker_runtime_env={"env_vars": _environment(config)},
+            worker_runtime_env={"env_vars": _environment(config)},  # type: ignore[call-arg]
         ),
     )
 
@@ -140,10 +143,6 @@ def _cause(error: BaseException) -> str:
     return lines[-1] if lines else repr(error)
 
 
-def _explain(error: BaseException) -> None:
-    logger.debug("%s", error)
-
-
 class _Progress:
     """Shows the run's progress, read from storage, while the driver waits."""
 
@@ -153,6 +152,7 @@ class _Progress:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._seen: Any = self._read()
+        self._told: set[str] = set()
 
     def __enter__(self) -> None:
         self._thread.start()
@@ -175,4 +175,8 @@ class _Progress:
             message = self._read()
             if message is not None and message != self._seen:
                 self._seen = message
+                for text in message.get("messages", []):
+                    if text not in self._told:
+                        self._told.add(text)
+                        self._printer.message(text)
                 self._printer.show(message)

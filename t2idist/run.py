@@ -17,7 +17,9 @@ logger = logging.getLogger(__name__)
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m t2idist.run", description=__doc__)
     made.add_argument("recipe", help="a recipe's name (a folder in configs/) or a .yaml file")
-    made.add_argument("settings", nargs="*", metavar="key.path=value", help="over the recipe; preset=NAME picks its file")
+    made.add_argument(
+        "settings", nargs="*", metavar="key.path=value", help="over the recipe; preset=NAME picks its file"
+    )
     made.add_argument("--dry-run", action="store_true", help="check, print what would run, and exit")
     made.add_argument("--local", action="store_true", help="one worker in this process, without Ray")
     return made
@@ -43,6 +45,7 @@ def main(words: Sequence[str] | None = None) -> int:
 def _run(config: RunConfig, dry_run: bool, local: bool) -> int:
     from t2idist import dry, stages
 
+    config = stages.anchored(config)
     print(f"{config.name}: {config.about or ', '.join(config.stages)}", flush=True)
     if dry_run:
         print(dry.describe(config), flush=True)

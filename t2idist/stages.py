@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from t2idist import storage, systems
@@ -13,8 +13,23 @@ from t2idist.data.text import Vocabulary
 from t2idist.engine import export
 
 
+def anchored(config: RunConfig) -> RunConfig:
+    """The config with relative local paths made absolute, as workers elsewhere need them."""
+    data = config.data
+    if "/" in data.source:
+        data = replace(data, source=storage.absolute(data.source))
+    made = {
+        name: replace(
+            stage,
+            uses={s: u if u in config.stages else storage.absolute(u) for s, u in stage.uses.items()},
+        )
+        for name, stage in config.stages.items()
+    }
+    return replace(config, storage=storage.absolute(config.storage), data=data, stages=made)
+
+
 def run_url(config: RunConfig) -> str:
-    return storage.join(storage.absolute(config.storage), config.name)
+    return storage.join(config.storage, config.name)
 
 
 def stage_url(config: RunConfig, stage: str) -> str:
@@ -27,7 +42,7 @@ def export_url(config: RunConfig, stage: str) -> str:
 
 def source_url(config: RunConfig, source: str) -> str:
     """The export that a stage's `uses` names: an earlier stage of the run, or a URL."""
-    return export_url(config, source) if source in config.stages else storage.absolute(source)
+    return export_url(config, source) if source in config.stages else source
 
 
 def model_config(config: RunConfig, stage: str) -> Any:
@@ -55,7 +70,7 @@ def check_uses(config: RunConfig) -> None:
 
 
 def plan(config: RunConfig, stage: str, vocabulary_size: int, epoch_images: int) -> Plan:
-    """What the stage's system is built from. Exports that are not there yet are described by the stage that will make them."""
+    """What the stage's system is built from; an export that is not there yet is described by its stage."""
     settings = config.stages[stage]
     sources = {slot: _source(config, source, vocabulary_size, epoch_images) for slot, source in settings.uses.items()}
     return Plan(settings.group_size, vocabulary_size, config.stage_data(stage).max_words, epoch_images, sources)
@@ -72,7 +87,7 @@ def _source(config: RunConfig, source: str, vocabulary_size: int, epoch_images: 
 
 
 def build(config: RunConfig, stage: str, made: Plan) -> System:
-    """The stage's system, with initial weights from torch's global generator. Raises ValueError that names the stage."""
+    """The stage's system; initial weights from torch's global generator. Raises ValueError that names the stage."""
     settings = model_config(config, stage)
     try:
         return systems.load(config.stages[stage].system).build(settings, made)
@@ -91,9 +106,9 @@ def vocabulary_of(data: Vocabulary, sources: Mapping[str, list[str]]) -> Vocabul
         missing = [word for word in data.words if word not in known.numbers]
         if missing:
             raise ValueError(
-                f"uses.{slot}: its vocabulary of {len(known)} words does not fit the data: {len(missing)} of the data's "
-                f"{len(data)} words are not in it ({', '.join(missing[:5])}...); train the encoder on this data, or give the "
-                "data that it was trained on"
+                f"uses.{slot}: its vocabulary of {len(known)} words does not fit the data: {len(missing)} of the "
+                f"data's {len(data)} words are not in it ({', '.join(missing[:5])}...); train the encoder on this "
+                "data, or give the data that it was trained on"
             )
         chosen = known
     return chosen

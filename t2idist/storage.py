@@ -30,9 +30,13 @@ def _scheme(url: str) -> str:
 def _filesystem(url: str) -> tuple[Any, str]:
     scheme = _scheme(url)
     if scheme in REFUSED or "::" in url:
-        raise ValueError(f"{redact(url)}: the protocol '{scheme}' is not allowed; give a local path or an object store URL")
+        raise ValueError(
+            f"{redact(url)}: the protocol '{scheme}' is not allowed; give a local path or an object store URL"
+        )
     if re.search(r"://[^/]*@", url):
-        raise ValueError(f"{redact(url)}: credentials do not belong in a URL; use the environment or the store's own files")
+        raise ValueError(
+            f"{redact(url)}: credentials do not belong in a URL; use the environment or the store's own files"
+        )
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:

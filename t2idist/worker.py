@@ -39,12 +39,37 @@ logger = logging.getLogger(__name__)
 
 Watch = Callable[[dict[str, Any]], None]
 ATTEMPTS = "attempts.json"
+FATAL = "fatal.json"
 
 
 def main(config: RunConfig, device: torch.device, watch: Watch | None = None) -> None:
     """Run all stages that have no export yet. `watch` gets the progress messages of the first worker."""
     world = _world(device)
+    if world.from_first(read_fatal(config)) is not None:
+        return
+    try:
+        _run(config, world, watch)
+    except (ValueError, AssertionError) as error:
+        sentence = str(error) if isinstance(error, ValueError) else f"a fault of the program: {error!r}"
+        storage.write_json(storage.join(stages.run_url(config), FATAL), {"error": sentence})
+        raise
+
+
+def read_fatal(config: RunConfig) -> str | None:
+    """Why the run cannot go on, however often it is restarted; None where nothing is known against it."""
+    where = storage.join(stages.run_url(config), FATAL)
+    return str(storage.read_json(where)["error"]) if storage.exists(where) else None
+
+
+def clear_fatal(config: RunConfig) -> None:
+    """A new submission begins without the last one's verdict."""
+    storage.remove(storage.join(stages.run_url(config), FATAL))
+
+
+def _run(config: RunConfig, world: World, watch: Watch | None) -> None:
     url = stages.run_url(config)
+    messages = _Messages()
+    logging.getLogger("t2idist").addHandler(messages)
     restarts = 0
     if world.first:
         storage.write_bytes(storage.join(url, "config.yaml"), to_yaml(config).encode())
@@ -62,11 +87,24 @@ def main(config: RunConfig, device: torch.device, watch: Watch | None = None) ->
             "stages": len(config.stages),
             "restarts": restarts,
             "workers": world.size,
+            "messages": messages.texts,
         }
         _run_stage(config, name, world, facts, watch)
     if world.first:
         storage.write_bytes(storage.join(url, "report.html"), report.build(url).encode())
     world.barrier()
+
+
+class _Messages(logging.Handler):
+    """Keeps the latest warnings, which travel with the progress messages."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(f"{record.levelname.lower()}: {record.getMessage()}")
+        del self.texts[:-20]
 
 
 def _world(device: torch.device) -> World:
@@ -101,7 +139,9 @@ def _run_stage(config: RunConfig, name: str, world: World, facts: Mapping[str, A
         precision=Precision(config.precision),
     )
     meta = {"config": to_dict(config), "vocabulary": list(vocabulary.words), "versions": versions(world)}
-    checkpoints = Checkpoints(storage.join(stages.stage_url(config, name), "checkpoints"), world, config.checkpoint.keep, meta)
+    checkpoints = Checkpoints(
+        storage.join(stages.stage_url(config, name), "checkpoints"), world, config.checkpoint.keep, meta
+    )
     found = checkpoints.restore(trainer)
     if found is not None and world.first:
         logger.info("stage %s goes on from %s images (%s)", name, found.images, found.url)
@@ -151,7 +191,11 @@ def _finish(config: RunConfig, name: str, trainer: Trainer, dataset: Dataset, pl
             "plan": dataclasses.asdict(plan),
             "vocabulary": list(dataset.vocabulary.words),
             "images": trainer.images,
-            "data": {"source": dataset.source, "licence": dataset.licence, "settings": to_dict(config.stage_data(name))},
+            "data": {
+                "source": dataset.source,
+                "licence": dataset.licence,
+                "settings": to_dict(config.stage_data(name)),
+            },
             "versions": versions(trainer.world),
             "seed": config.seed,
         }

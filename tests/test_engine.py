@@ -29,7 +29,13 @@ def trainer(world: World, precision: str = "float64", seed: int = 3) -> Trainer:
     torch.manual_seed(seed)
     share = Share.of(world, GROUPS)
     return Trainer(
-        toys.ToyGan(PLAN), stage="toy", seed=seed, group_size=GROUP_SIZE, share=share, world=world, precision=Precision(precision)
+        toys.ToyGan(PLAN),
+        stage="toy",
+        seed=seed,
+        group_size=GROUP_SIZE,
+        share=share,
+        world=world,
+        precision=Precision(precision),
     )
 
 
@@ -154,7 +160,13 @@ def test_old_checkpoints_go_and_another_scale_is_refused(tmp_path: Path) -> None
         checkpoints.save(made)
     assert [int(name[:12]) for name in list_folders(str(tmp_path))] == [48, 36]
     other = Trainer(
-        toys.ToyGan(PLAN), stage="toy", seed=3, group_size=GROUP_SIZE, share=Share(range(2), 2, 1), world=ALONE, precision=made.precision
+        toys.ToyGan(PLAN),
+        stage="toy",
+        seed=3,
+        group_size=GROUP_SIZE,
+        share=Share(range(2), 2, 1),
+        world=ALONE,
+        precision=made.precision,
     )
     with pytest.raises(ValueError, match="made with groups 4, and this run has groups 2"):
         checkpoints.restore(other)
@@ -229,7 +241,13 @@ def test_misuse_of_the_seam_is_caught(fault, sentence: str) -> None:  # type: ig
     system = Misused(PLAN)
     system.fault = fault  # type: ignore[attr-defined]
     made = Trainer(
-        system, stage="toy", seed=0, group_size=GROUP_SIZE, share=Share.of(ALONE, 1), world=ALONE, precision=Precision("float32")
+        system,
+        stage="toy",
+        seed=0,
+        group_size=GROUP_SIZE,
+        share=Share.of(ALONE, 1),
+        world=ALONE,
+        precision=Precision("float32"),
     )
     with pytest.raises(AssertionError, match=sentence):
         made.run_step(toys.batch(0, range(1), GROUP_SIZE))
@@ -251,7 +269,14 @@ def test_the_average_has_its_half_life_and_takes_buffers_along() -> None:
 def test_export_round_trip_and_its_faults(tmp_path: Path) -> None:
     made = trainer(ALONE, "float32")
     step(made, 2)
-    index = {"system": "toy", "config": {}, "plan": {}, "vocabulary": ["<end>"], "images": made.images, "data": {"a": 1}}
+    index = {
+        "system": "toy",
+        "config": {},
+        "plan": {},
+        "vocabulary": ["<end>"],
+        "images": made.images,
+        "data": {"a": 1},
+    }
     export.write(str(tmp_path), made.evaluation_nets(), index)
     found = export.read(str(tmp_path))
     assert set(found.weights) == {"generator", "body"} and found.meta["data"] == {"a": 1}
@@ -260,7 +285,9 @@ def test_export_round_trip_and_its_faults(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no network 'x'; it has"):
         export.read(str(tmp_path), ("x",))
     with pytest.raises(ValueError, match="lacks 'seed.weight'"):
-        export.load_into(toys.Generator(), {k: v for k, v in found.weights["generator"].items() if k != "seed.weight"}, "e")
+        export.load_into(
+            toys.Generator(), {k: v for k, v in found.weights["generator"].items() if k != "seed.weight"}, "e"
+        )
     (tmp_path / "body.safetensors").write_bytes(b"x" * 10)
     with pytest.raises(ValueError, match="body.safetensors: broken"):
         export.read(str(tmp_path))

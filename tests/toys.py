@@ -44,7 +44,9 @@ class ToyGan:
         schedule = Schedule("linear", start_images=100, end_images=400, floor=0.1)
         self.roles = {
             "generator": Role(Generator(), Adam(lr=1e-3), ema_half_life_images=200.0),
-            "discriminator": Role(Discriminator(), Adam(lr=1e-3, schedule=schedule), clip_norm=1.0, clip_prefix="body."),
+            "discriminator": Role(
+                Discriminator(), Adam(lr=1e-3, schedule=schedule), clip_norm=1.0, clip_prefix="body."
+            ),
         }
         self.frozen: dict[str, Frozen] = {}
         self.sizes = (8,)
@@ -87,7 +89,9 @@ def batch(step: int, lanes: range, group_size: int, sizes: tuple[int, ...] = (8,
         lengths.append(length)
         ids += [f"{step}-{lane}-{place}" for place in range(group_size)]
     numbers = torch.tensor([hash_of(key) for key in ids])
-    return Batch(tuple(torch.cat(s) for s in images), torch.cat(tokens), torch.cat(lengths), numbers, tuple(ids), len(lanes))
+    return Batch(
+        tuple(torch.cat(s) for s in images), torch.cat(tokens), torch.cat(lengths), numbers, tuple(ids), len(lanes)
+    )
 
 
 def hash_of(key: str) -> int:

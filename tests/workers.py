@@ -27,7 +27,9 @@ class Workers:
         self._answers = context.Queue()
         self._numbers = itertools.count()
         self._processes = [
-            context.Process(target=_serve, args=(rank, self._folder.name, self._calls[rank], self._answers), daemon=True)
+            context.Process(
+                target=_serve, args=(rank, self._folder.name, self._calls[rank], self._answers), daemon=True
+            )
             for rank in range(MOST)
         ]
         for process in self._processes:

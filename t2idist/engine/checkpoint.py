@@ -84,7 +84,8 @@ class Checkpoints:
         return Found(url, marker["images"], marker)
 
     def _prune(self) -> None:
-        committed, torn = [], []
+        committed: list[str] = []
+        torn: list[str] = []
         for folder in list_folders(self.url):
             complete = storage.exists(storage.join(self.url, folder, dcp.COMMIT))
             (committed if complete else torn).append(folder)

@@ -1,8 +1,8 @@
 """How torch.distributed.checkpoint meets storage: safetensors files written by all workers, and one JSON commit marker.
 
-DCP plans who writes which tensor (each once, evenly over the workers) and runs the collectives; this file gives it a writer
-and a reader. Nothing is pickled: every part is a safetensors file, and ``commit.json``, written last, holds their sizes and
-hashes and which tensor lies where. A folder without a commit marker is not a checkpoint.
+DCP plans who writes which tensor (each once, evenly over the workers) and runs the collectives; this file gives it a
+writer and a reader. Nothing is pickled: every part is a safetensors file, and ``commit.json``, written last, holds
+their sizes and hashes and which tensor lies where. A folder without a commit marker is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -29,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
@@ -38,7 +40,16 @@ COMMIT = "commit.json"
 FORMAT = 1
 DTYPES = {
     str(d).removeprefix("torch."): d
-    for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
+    for d in (
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.uint8,
+        torch.bool,
+    )
 }
 
 
@@ -155,7 +166,9 @@ def read_marker(url: str) -> dict[str, Any]:
         marker = storage.read_json(where)
         if marker["format"] != FORMAT:
             raise Broken(f"{where}: format {marker['format']}; this version reads {FORMAT}")
-        if not all(tensor["dtype"] in DTYPES and tensor["file"] in marker["files"] for tensor in marker["tensors"].values()):
+        if not all(
+            tensor["dtype"] in DTYPES and tensor["file"] in marker["files"] for tensor in marker["tensors"].values()
+        ):
             raise Broken(f"{where}: names a tensor type or a file that it does not describe")
     except Broken:
         raise
@@ -199,19 +212,21 @@ def _quiet() -> Iterator[None]:
 
 def save(state: dict[str, Tensor], url: str, meta: dict[str, Any], group: Any) -> None:
     """Write `state` into `url` with all workers of `group` (None: this one alone), and commit it."""
-    planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
+    planner = DefaultSavePlanner(flatten_state_dict=False)
     with _quiet():
-        dcp.save(state, storage_writer=Writer(url, meta), planner=planner, process_group=group, no_dist=group is None)
+        save_state(state, storage_writer=Writer(url, meta), planner=planner, process_group=group, no_dist=group is None)
 
 
 def load(state: dict[str, Tensor], url: str, marker: dict[str, Any], group: Any) -> None:
     """Fill the tensors of `state` in place. Raises `Broken` on every worker where one finds a fault."""
     _check_names(state, url, marker)
-    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
+    planner = DefaultLoadPlanner(flatten_state_dict=False)
     try:
         with _quiet():
-            dcp.load(state, storage_reader=Reader(url, marker), planner=planner, process_group=group, no_dist=group is None)
-    except dcp.CheckpointException as error:
+            load_state(
+                state, storage_reader=Reader(url, marker), planner=planner, process_group=group, no_dist=group is None
+            )
+    except CheckpointException as error:
         raise Broken("; ".join(sorted({str(cause) for cause, _ in error.failures.values()}))) from None
 
 

@@ -16,8 +16,8 @@ from t2idist.engine.noise import Noise
 class GroupedBatchNorm(_BatchNorm):
     """BatchNorm with the statistics of each group of `group_size` samples.
 
-    Running statistics move by the mean over the groups; they are linear in the batch statistics, so their mean over workers
-    by share is what one worker with all groups would have.
+    Running statistics move by the mean over the groups; they are linear in the batch statistics, so their mean over
+    workers by share is what one worker with all groups would have.
     """
 
     group_size: int
@@ -28,10 +28,14 @@ class GroupedBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or input.shape[0] == self.group_size:
             return super().forward(input)
-        assert input.shape[0] % self.group_size == 0, f"{input.shape[0]} samples are not whole groups of {self.group_size}"
-        groups = input.split(self.group_size)
+        assert input.shape[0] % self.group_size == 0, (
+            f"{input.shape[0]} samples are not whole groups of {self.group_size}"
+        )
+        groups = torch.split(input, self.group_size)
         if self.running_mean is None or self.running_var is None or self.momentum is None:
-            raise ValueError("BatchNorm without running statistics, or with a cumulative average, does not run in groups")
+            raise ValueError(
+                "BatchNorm without running statistics, or with a cumulative average, does not run in groups"
+            )
         means = [self.running_mean.clone() for _ in groups]
         variances = [self.running_var.clone() for _ in groups]
         outputs = [
@@ -64,9 +68,9 @@ def convert(net: nn.Module, group_size: int, noise: Noise) -> None:
     Raises ValueError for layers that couple samples or draw in ways that are not known here.
     """
     for name, module in net.named_modules():
-        if isinstance(module, nn.SyncBatchNorm | nn.modules.dropout.AlphaDropout | nn.modules.dropout._DropoutNd) and not (
-            isinstance(module, nn.Dropout)
-        ):
+        if isinstance(
+            module, nn.SyncBatchNorm | nn.modules.dropout.AlphaDropout | nn.modules.dropout._DropoutNd
+        ) and not (isinstance(module, nn.Dropout)):
             raise ValueError(f"{name}: {type(module).__name__} does not run in groups; use BatchNorm or Dropout")
         if isinstance(module, nn.RNNBase) and module.dropout > 0:
             raise ValueError(f"{name}: dropout inside a recurrent layer draws by itself; use nn.Dropout around it")

@@ -24,7 +24,9 @@ class Noise:
     Drawn on the CPU in float32 whatever the device and precision, so that every worker and machine agrees.
     """
 
-    def __init__(self, seed: int, stage: str, lanes: range, group_size: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, seed: int, stage: str, lanes: range, group_size: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.seed, self.stage, self.lanes, self.group_size = seed, stage, lanes, group_size
         self.device, self.dtype = device, dtype
         self.step, self.calls = 0, 0

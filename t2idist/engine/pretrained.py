@@ -18,8 +18,15 @@ def check(pretrained: Pretrained, where: str) -> None:
     """Whether the file is named with its hash and is there. Raises ValueError that names the key under `where`."""
     if not pretrained.url:
         raise ValueError(f"{where}.{pretrained.key}: missing; give the path or URL of the weights, and their sha256")
+    path = storage.local_path(pretrained.url)
+    if path is not None and not path.is_absolute():
+        raise ValueError(
+            f"{where}.{pretrained.key}: {pretrained.url}: workers may run elsewhere; give an absolute path or a URL"
+        )
     if len(pretrained.sha256) != 64:
-        raise ValueError(f"{where}: {pretrained.key} has no sha256 of 64 digits beside it; an unchecked file is not opened")
+        raise ValueError(
+            f"{where}: {pretrained.key} has no sha256 of 64 digits beside it; an unchecked file is not opened"
+        )
     if not storage.exists(pretrained.url):
         raise ValueError(f"{where}.{pretrained.key}: {storage.redact(pretrained.url)}: no such file")
 

@@ -64,7 +64,7 @@ def wrap(net: nn.Module, precision: Precision, world: World) -> nn.Module:
     return wrapped
 
 
-def _mean_in_rank_order(world: World, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _mean_in_rank_order(world: World, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
     """The mean of a bucket over workers, each element summed in the order of ranks.
 
     A ring adds an element's parts in an order that depends on where the element lies in the bucket, and DDP lays its

@@ -37,7 +37,15 @@ class Trainer:
     """
 
     def __init__(
-        self, system: System, *, stage: str, seed: int, group_size: int, share: Share, world: World, precision: Precision
+        self,
+        system: System,
+        *,
+        stage: str,
+        seed: int,
+        group_size: int,
+        share: Share,
+        world: World,
+        precision: Precision,
     ) -> None:
         self.system, self.world, self.share, self.precision = system, world, share, precision
         self.group_size = group_size
@@ -92,7 +100,8 @@ class Trainer:
     def update(self, role: str, fn: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         loss = self.forward(role, fn, *args, **kwargs)
         self.apply(role, loss)
-        return loss.detach()
+        detached: Tensor = loss.detach()
+        return detached
 
     @contextlib.contextmanager
     def frozen(self, *names: str) -> Iterator[Any]:
@@ -171,7 +180,7 @@ class Trainer:
         }
 
     def settled_buffers(self) -> dict[str, Tensor]:
-        """Every floating buffer's mean over workers by share: what one worker with all groups would hold. A collective."""
+        """Floating buffers' means over workers by share: what one worker with all groups would hold. A collective."""
         return mean_by_share(self._float_buffers(), self.world, self.share)
 
     def state(self) -> dict[str, Tensor]:

@@ -81,8 +81,7 @@ def mean_by_share(tensors: Mapping[str, Tensor], world: World, share: Share) -> 
     if world.group is None or not tensors:
         return {name: tensor.clone() for name, tensor in tensors.items()}
     flat = torch.cat([tensor.detach().double().flatten() for tensor in tensors.values()]) * share.fraction
-    parts = world.sum(flat).split([tensor.numel() for tensor in tensors.values()])
+    parts = torch.split(world.sum(flat), [tensor.numel() for tensor in tensors.values()])
     return {
-        name: part.view_as(tensor).to(tensor.dtype)
-        for (name, tensor), part in zip(tensors.items(), parts, strict=True)
+        name: part.view_as(tensor).to(tensor.dtype) for (name, tensor), part in zip(tensors.items(), parts, strict=True)
     }

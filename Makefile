@@ -1,0 +1,39 @@
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo demo-long test test-quick test-slow lint clean
+
+# The main job on the embedded data: DAMSM, AttnGAN, then its honest score; about ten minutes on two cores.
+demo: $(INSTALLED)
+	$(BIN)/python -m t2idist.run attngan storage=runs
+	$(BIN)/python tools/score_demo.py runs/attngan-demo
+
+demo-long: $(INSTALLED)
+	$(BIN)/python -m t2idist.run attngan preset=demo-long storage=runs
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-quick: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m "not slow and not ray"
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check t2idist tests tools
+	$(BIN)/ruff format --check t2idist tests tools
+	$(BIN)/mypy
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; give it as make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

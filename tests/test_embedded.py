@@ -39,8 +39,8 @@ def test_embedded_emoji_are_whole_and_small():
 
 
 @pytest.fixture(scope="module")
-def avatars(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dataset]:
-    yield open_dataset(DataConfig(source="avatars", samples=60, size=48, cache=str(tmp_path_factory.mktemp("cache"))))
+def avatars(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return open_dataset(DataConfig(source="avatars", samples=60, size=48, cache=str(tmp_path_factory.mktemp("cache"))))
 
 
 def test_avatars_are_a_function_of_their_number(avatars: Dataset, tmp_path: Path):

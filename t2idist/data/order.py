@@ -28,7 +28,7 @@ _WINDOWS_KEPT_PER_LANE = 3
 
 def philox(purpose: str, *numbers: int, counter: int = 0) -> np.random.Philox:
     """A counter-based generator keyed by a purpose and integers (BLAKE2b of both), the same in every process."""
-    packed = purpose.encode() + b"\0" + struct.pack(f"<{len(numbers)}q", *numbers)
+    packed = purpose.encode() + b"\0" + struct.pack(f"<{len(numbers)}Q", *(number % 2**64 for number in numbers))
     key = int.from_bytes(hashlib.blake2b(packed, digest_size=16).digest(), "little")
     return np.random.Philox(key=key, counter=counter)
 

@@ -15,7 +15,7 @@ from t2idist.data.order import Run
 from t2idist.data.shards import EXTENSIONS, Dataset, Shard
 
 os.environ["WDS_SECURE"] = "1"  # no pipe: URLs, should webdataset ever be handed one; read when it is imported
-from webdataset.tariterators import group_by_keys, tar_file_expander  # noqa: E402
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 _INFLATED_BYTES_KEPT = 64 << 20
 

@@ -1,0 +1,164 @@
+"""Losses: the published values, and that nothing crosses a group's border."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from t2idist.losses.adversarial import (
+    Verdict,
+    authors_joint,
+    balanced_joint,
+    conditional_only,
+    halves_and_thirds,
+    says_fake,
+    says_fake_where,
+    says_real,
+)
+from t2idist.losses.image import colour_consistency, kl_divergence
+from t2idist.losses.matching import Gammas, sentence_losses, word_losses, word_similarity, wrong_pairs
+
+NONE_ALIKE = torch.arange(4)
+LENGTHS = torch.tensor([12, 9, 7, 5])
+
+
+@pytest.fixture
+def codes() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    regions, words = torch.randn(4, 256, 17, 17), torch.randn(4, 256, 12)
+    images, sentences = torch.randn(4, 256), torch.randn(4, 256)
+    assert regions.sum().item() == pytest.approx(-1106.935988, abs=1e-2)
+    assert words.sum().item() == pytest.approx(-103.233789, abs=1e-3)
+    return regions.flatten(2), words, images, sentences
+
+
+@pytest.mark.parametrize(
+    ("attention", "classes", "expected"),
+    [
+        (4.0, [3, 5, 3, 8], (2.679309, 1.601061, 1.270727, 1.261330)),
+        (4.0, [0, 1, 2, 3], (3.106028, 1.721844, 1.354413, 1.340845)),
+        (5.0, [3, 5, 3, 8], (2.644973, 1.575387, 1.270727, 1.261330)),
+    ],
+)
+def test_damsm_values(codes: tuple[Tensor, ...], attention: float, classes: list[int], expected: tuple[float]) -> None:
+    regions, words, images, sentences = codes
+    gammas, ids = Gammas(attention, 5.0, 10.0), torch.tensor(classes)
+    by_word = word_losses(regions, words, LENGTHS, ids, 1, gammas)
+    by_sentence = sentence_losses(images, sentences, ids, 1, gammas)
+    got = [by_word.caption_of_image, by_word.image_of_caption]
+    got += [by_sentence.caption_of_image, by_sentence.image_of_caption]
+    assert [x.item() for x in got] == pytest.approx(expected, abs=5e-6)
+
+
+def test_word_similarity_is_the_papers_formula_pair_by_pair() -> None:
+    torch.manual_seed(1)
+    regions, words = torch.randn(3, 6, 5).double(), torch.randn(3, 6, 4).double()
+    lengths = torch.tensor([4, 1, 3])
+    gammas = Gammas(4.0, 5.0, 10.0)
+    got = word_similarity(regions[None], words[None], lengths[None], gammas)[0]
+    for i in range(3):
+        for j in range(3):
+            e = words[j, :, : lengths[j]]
+            attention = (gammas.attention * (e.T @ regions[i]).softmax(0)).softmax(1)
+            context = regions[i] @ attention.T
+            evidence = torch.logsumexp(gammas.words * F.cosine_similarity(context, e, dim=0), 0)
+            assert got[i, j].item() == pytest.approx(evidence.item(), abs=1e-10)
+
+
+def test_damsm_losses_of_two_groups_are_the_mean_of_each(codes: tuple[Tensor, ...]) -> None:
+    regions, words, images, sentences = (x.double() for x in codes)
+    ids, gammas = torch.tensor([1, 1, 1, 2]), Gammas()
+    halves = (slice(2), slice(2, 4))
+    both = word_losses(regions, words, LENGTHS, ids, 2, gammas).sum()
+    each = [word_losses(regions[h], words[h], LENGTHS[h], ids[h], 1, gammas).sum() for h in halves]
+    torch.testing.assert_close(both, torch.stack(each).mean(), atol=1e-12, rtol=0)
+    whole = word_losses(regions, words, LENGTHS, ids, 1, gammas).sum()
+    assert abs(whole.item() - both.item()) > 0.1
+    both = sentence_losses(images, sentences, ids, 2, gammas).sum()
+    each = [sentence_losses(images[h], sentences[h], ids[h], 1, gammas).sum() for h in halves]
+    torch.testing.assert_close(both, torch.stack(each).mean(), atol=1e-12, rtol=0)
+
+
+def test_damsm_losses_do_not_see_padding_and_have_finite_gradients(codes: tuple[Tensor, ...]) -> None:
+    regions, words = codes[0].requires_grad_(), codes[1]
+    filled = words.clone()
+    filled[1, :, 9:] = 100.0
+    zeroed = words.clone()
+    zeroed[1, :, 9:] = 0.0
+    zeroed.requires_grad_()
+    one = word_losses(regions, filled, LENGTHS, NONE_ALIKE, 1, Gammas()).sum()
+    other = word_losses(regions, zeroed, LENGTHS, NONE_ALIKE, 1, Gammas()).sum()
+    torch.testing.assert_close(one, other)
+    other.backward()
+    assert regions.grad is not None and regions.grad.isfinite().all() and regions.grad.abs().max() > 0
+    assert zeroed.grad is not None and zeroed.grad.isfinite().all() and zeroed.grad[1, :, 9:].abs().max() == 0
+
+
+def test_damsm_losses_are_in_full_precision_under_autocast(codes: tuple[Tensor, ...]) -> None:
+    regions, words, images, sentences = codes
+    plain = word_losses(regions, words, LENGTHS, NONE_ALIKE, 1, Gammas()).sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = word_losses(regions, words, LENGTHS, NONE_ALIKE, 1, Gammas()).sum()
+        halved = sentence_losses(images.bfloat16(), sentences.bfloat16(), NONE_ALIKE, 1, Gammas()).sum()
+    assert torch.equal(cast, plain)
+    assert halved.dtype == torch.float32
+
+
+def test_wrong_pairs_stay_in_their_group_and_leave_out_one_class() -> None:
+    pairs = wrong_pairs(torch.tensor([7, 7, 8, 1, 2, 1]), groups=2)
+    assert pairs.caption.tolist() == [1, 2, 0, 4, 5, 3]
+    assert pairs.keep.tolist() == [False, True, True, True, True, False]
+    with pytest.raises(ValueError, match="group_size is 1"):
+        wrong_pairs(torch.arange(3), groups=3)
+
+
+def test_kept_terms_are_averaged_in_each_group() -> None:
+    logits = torch.tensor([0.0, 5.0, 1.0, 2.0, 9.0, 9.0])
+    keep = torch.tensor([True, False, True, True, False, False])
+    terms = F.softplus(logits)
+    expected = ((terms[0]) + (terms[2] + terms[3]) / 2 + 0) / 3
+    torch.testing.assert_close(says_fake_where(logits, keep, groups=3), expected)
+    torch.testing.assert_close(says_fake_where(logits, torch.ones(6, dtype=torch.bool), 2), says_fake(logits))
+
+
+def test_discriminator_losses_have_the_published_values() -> None:
+    torch.manual_seed(0)
+    real, fake, wrong, real_alone, fake_alone = torch.randn(5, 4)
+    verdict = Verdict(
+        says_real(real), says_fake(wrong[:3]), says_fake(fake), says_real(real_alone), says_fake(fake_alone)
+    )
+    assert halves_and_thirds(verdict).item() == pytest.approx(1.9574025, abs=1e-6)
+    assert conditional_only(verdict.real, verdict.wrong, verdict.fake).item() == pytest.approx(2.1567173, abs=1e-6)
+
+
+def test_stackgan_losses_weigh_their_terms() -> None:
+    verdict = Verdict(*(torch.tensor(float(10**i)) for i in range(5)))  # real, wrong, fake, real_alone, fake_alone
+    assert balanced_joint(verdict).item() == 1 + (10 + 100) / 2 + 1000 + 10000
+    assert authors_joint(verdict).item() == 1 + 10 + 100 + 2 * 1000 + 10000
+
+
+def test_cross_entropy_is_full_precision_and_stable() -> None:
+    assert says_real(torch.tensor([-200.0])).item() == pytest.approx(200.0)
+    assert says_fake(torch.tensor([-200.0])).item() == pytest.approx(0.0)
+    assert says_real(torch.zeros(3, dtype=torch.bfloat16)).item() == pytest.approx(math.log(2), abs=1e-7)
+
+
+def test_kl_value() -> None:
+    torch.manual_seed(0)
+    assert kl_divergence(torch.randn(4, 100), torch.randn(4, 100)).item() == pytest.approx(0.8998332, abs=1e-6)
+    assert kl_divergence(torch.zeros(2, 3), torch.zeros(2, 3)).item() == 0
+
+
+def test_colour_consistency_by_hand() -> None:
+    high = torch.zeros(1, 3, 4, 4)
+    high[0, 0, :, ::2] = 1.0  # mean 1/2, variance 1/4 of red
+    low = torch.zeros(1, 3, 2, 2, requires_grad=True)
+    assert colour_consistency(high, low).item() == pytest.approx(0.25 + 5 * 0.0625)
+    assert colour_consistency(high, low, "authors").item() == pytest.approx(0.25 / 3 + 5 * 0.0625 / 9)
+    grown = F.interpolate(torch.randn(2, 3, 4, 4), scale_factor=2)
+    assert colour_consistency(grown, grown[:, :, ::2, ::2]).item() == pytest.approx(0, abs=1e-9)
+    assert colour_consistency(high, low).requires_grad and not colour_consistency(high, low, "authors").requires_grad

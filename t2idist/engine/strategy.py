@@ -79,7 +79,7 @@ def _mean_in_rank_order(world: World, bucket: dist.GradBucket) -> torch.futures.
     total = parts[0].clone()
     for part in parts[1:]:
         total += part
-    dist.all_gather_into_tensor(padded, total.div_(world.size), group=world.group)
+    dist.all_gather_single(padded, total.div_(world.size), group=world.group)
     done: torch.futures.Future[Tensor] = torch.futures.Future()
     done.set_result(padded[: gradient.numel()])
     return done

@@ -1,0 +1,69 @@
+"""Every system at small widths, as a run's stages: what the generic tests are run over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from t2idist import stages
+from t2idist.config import RunConfig, from_dict
+from t2idist.contract import System
+from t2idist.engine.strategy import Precision
+from t2idist.engine.train import Trainer
+from t2idist.engine.world import Share, World
+from tests import toys
+
+GROUPS, GROUP_SIZE, MAX_WORDS, EPOCH_IMAGES = 4, 3, 6, 50
+
+DAMSM = {"embedding_dim": 16, "word_dim": 8, "trunk": "small", "trunk_width": 4, "image_size": 32}
+TREE = {"base_size": 16, "branches": 2, "residuals": 1, "z_dim": 6, "condition_dim": 6, "ema_half_life_images": 100}
+MODELS: dict[str, dict[str, Any]] = {
+    "damsm": DAMSM,
+    "attngan": {**TREE, "generator_width": 8, "discriminator_width": 8},
+    "stackgan_pp": {**TREE, "generator_width": 8, "discriminator_width": 4, "colour_weight": 5.0},
+}
+
+
+def config(system: str, precision: str = "float64") -> RunConfig:
+    """A run of one system, after a DAMSM where it uses one."""
+    scale = {"group_size": GROUP_SIZE, "groups": GROUPS, "images": 240}
+    made: dict[str, Any] = {"damsm": {"system": "damsm", **scale, "model": DAMSM}}
+    if system != "damsm":
+        made[system] = {"system": system, **scale, "model": MODELS[system], "uses": {"damsm": "damsm"}}
+    return from_dict(
+        RunConfig, {"name": "small", "precision": precision, "data": {"max_words": MAX_WORDS}, "stages": made}
+    )
+
+
+def build(system: str) -> System:
+    """The system with weights that are a function of its name alone; frozen networks are those of a fresh DAMSM."""
+    run = config(system)
+    plan = stages.plan(run, system, toys.VOCABULARY_SIZE, EPOCH_IMAGES)
+    torch.manual_seed(11)
+    made = stages.build(run, system, plan)
+    if made.frozen:
+        torch.manual_seed(12)
+        source = stages.build(run, "damsm", stages.plan(run, "damsm", toys.VOCABULARY_SIZE, EPOCH_IMAGES))
+        for frozen in made.frozen.values():
+            trained = next(role.net for role in source.roles.values()).get_submodule(frozen.network)
+            frozen.net.load_state_dict(trained.state_dict())
+    return made
+
+
+def trainer(world: World, system: str, precision: str, groups: int = GROUPS) -> Trainer:
+    share = Share.of(world, groups)
+    return Trainer(
+        build(system),
+        stage=system,
+        seed=5,
+        group_size=GROUP_SIZE,
+        share=share,
+        world=world,
+        precision=Precision(precision),
+    )
+
+
+def run_steps(made: Trainer, count: int) -> None:
+    for _ in range(count):
+        made.run_step(toys.batch(made.step, made.share.lanes, GROUP_SIZE, made.system.sizes, MAX_WORDS))

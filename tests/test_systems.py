@@ -1,0 +1,128 @@
+"""What holds for every file in systems/, without a line of its own: see small.py for the widths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from t2idist import systems
+from t2idist.engine import export
+from t2idist.engine.checkpoint import Checkpoints
+from t2idist.engine.train import Trainer
+from t2idist.engine.world import World
+from tests import small, toys
+from tests.workers import Workers
+
+NAMES = systems.names()
+ALONE = World()
+STEPS = 10
+
+
+def snapshot(made: Trainer) -> dict[str, Tensor]:
+    """Parameters, EMA, settled buffers and optimiser moments by name."""
+    return {k: v.detach().clone() for k, v in (made.state() | made.settled_buffers()).items()}
+
+
+def after(world: World, system: str, precision: str, steps: int) -> dict[str, Tensor]:
+    made = small.trainer(world, system, precision)
+    small.run_steps(made, steps)
+    return snapshot(made)
+
+
+def resumed(world: World, system: str, url: str) -> dict[str, Tensor]:
+    """Step 3 of a run that another world saved at, taken up here, and on to step 6."""
+    made = small.trainer(world, system, "float64")
+    found = Checkpoints(url, world, 2, {}).restore(made)
+    assert found is not None and made.step == 3
+    small.run_steps(made, 3)
+    return snapshot(made)
+
+
+def saved(world: World, system: str, url: str) -> dict[str, Tensor]:
+    made = small.trainer(world, system, "float64")
+    small.run_steps(made, 3)
+    Checkpoints(url, world, 2, {}).save(made)
+    small.run_steps(made, 3)
+    return snapshot(made)
+
+
+def apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
+    """By name, the distance of two states relative to each tensor's norm."""
+    assert ours.keys() == theirs.keys()
+    return {
+        k: float((ours[k].double() - v.double()).norm() / v.double().norm().clamp_min(1e-30))
+        for k, v in theirs.items()
+        if not torch.equal(ours[k], v)
+    }
+
+
+def test_every_system_is_tested() -> None:
+    assert set(small.MODELS) == set(NAMES)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("system", NAMES)
+def test_any_number_of_workers_trains_the_same_model(workers: Workers, system: str, size: int) -> None:
+    alone = workers.run(1, after, system, "float64", STEPS)[0]
+    for ours in workers.run(size, after, system, "float64", STEPS):
+        worst = apart(ours, alone)
+        assert max(worst.values(), default=0.0) < 1e-9, max(worst.items(), key=lambda item: item[1])
+
+
+@pytest.mark.parametrize("system", NAMES)
+def test_in_float32_it_is_the_same_to_rounding(workers: Workers, system: str) -> None:
+    alone = workers.run(1, after, system, "float32", STEPS)[0]
+    for ours in workers.run(3, after, system, "float32", STEPS):
+        worst = apart(ours, alone)
+        assert max(worst.values(), default=0.0) < 1e-4, max(worst.items(), key=lambda item: item[1])
+
+
+@pytest.mark.parametrize("system", NAMES)
+def test_stopped_and_resumed_elsewhere(workers: Workers, tmp_path: Path, system: str) -> None:
+    whole = workers.run(3, saved, system, str(tmp_path))[0]
+    same = workers.run(3, resumed, system, str(tmp_path))[0]
+    assert all(torch.equal(whole[k], same[k]) for k in whole), "the same number of workers resumes bitwise"
+    for size in (1, 2):
+        other = workers.run(size, resumed, system, str(tmp_path))[0]
+        assert max(apart(other, whole).values(), default=0.0) < 1e-9
+
+
+@pytest.mark.parametrize("system", NAMES)
+def test_bfloat16_trains_with_finite_numbers(system: str) -> None:
+    made = small.trainer(ALONE, system, "bfloat16", groups=2)
+    small.run_steps(made, 2)
+    assert all(bool(torch.isfinite(v).all()) for v in snapshot(made).values())
+    assert all(v == v for v in made.take_reports().values())
+
+
+@pytest.mark.parametrize("system", NAMES)
+def test_what_a_system_exports_samples_the_same_again(tmp_path: Path, system: str) -> None:
+    made = small.trainer(ALONE, system, "float32")
+    small.run_steps(made, 1)
+    nets = made.evaluation_nets()
+    index = {"system": system, "config": {}, "plan": {}, "vocabulary": [], "images": made.images}
+    export.write(str(tmp_path), nets, index)
+    other = small.trainer(ALONE, system, "float32").evaluation_nets()
+    for name, weights in export.read(str(tmp_path)).weights.items():
+        export.load_into(other[name], weights, name)
+    batch = toys.batch(0, range(2), small.GROUP_SIZE, made.system.sizes, small.MAX_WORDS).to(ALONE.device, torch.float32)
+    assert torch.equal(use(made, nets, batch), use(made, other, batch))
+
+
+def use(made: Trainer, nets: object, batch: object) -> Tensor:
+    """What the system's exported networks give: its largest pictures, or its codes."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(len(batch.ids), *shape, generator=torch.Generator().manual_seed(1))  # type: ignore[attr-defined]
+
+    with torch.no_grad():
+        if hasattr(made.system, "sample"):
+            drawn = made.system.sample(nets, batch.tokens, batch.lengths, draw)  # type: ignore[attr-defined]
+            assert [image.shape[-1] for image in drawn.images] == list(made.system.sizes)
+            assert float(drawn.images[-1].std()) > 0.01
+            return drawn.images[-1]
+        codes = made.system.embed(nets, batch.images[-1], batch.tokens, batch.lengths)  # type: ignore[attr-defined]
+        return torch.cat(codes)

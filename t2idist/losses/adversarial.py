@@ -1,7 +1,7 @@
 """Adversarial losses on logits: binary cross-entropy as published, in full precision.
 
-``real`` pairs a picture with its own caption, ``wrong`` a real picture with another's, ``fake`` a generated picture with
-the caption that it was drawn from; the unconditional head sees pictures alone.
+``real`` pairs a picture with its own caption, ``wrong`` a real picture with another's, ``fake`` a generated picture
+with the caption that it was drawn from; the unconditional head sees pictures alone.
 """
 
 from __future__ import annotations

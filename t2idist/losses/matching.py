@@ -29,11 +29,11 @@ class WrongPairs:
 
 
 def wrong_pairs(class_ids: Tensor, groups: int) -> WrongPairs:
-    """Mismatched pairs of N samples: every picture with the caption of the next sample in its group, the last with the first.
+    """Mismatched pairs of N samples: every picture with the caption of the next sample of its group, round the end.
 
     So every sample serves once as picture and once as caption, BatchNorm sees whole groups, and a pair of one class,
-    whose caption may well be true, is marked to be left out. (AttnGAN's released code gives the last picture no partner and
-    takes pairs of one class for mismatches.) Raises ValueError where a group has one sample.
+    whose caption may well be true, is marked to be left out. (AttnGAN's released code gives the last picture no
+    partner and takes pairs of one class for mismatches.) Raises ValueError where a group has one sample.
     """
     size = class_ids.shape[0] // groups
     if size < 2:

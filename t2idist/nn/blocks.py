@@ -29,8 +29,8 @@ def glu_block(channels_in: int, channels_out: int) -> nn.Sequential:
 class UpConv2d(nn.Conv2d):
     """Nearest x2, then this 3x3 convolution, in one pass: (N, C, H, W) -> (N, channels_out, 2H, 2W).
 
-    The two linear maps are one transposed convolution of stride 2, whose 4x4 kernel is the 3x3 one spread over 2x2 places:
-    16 products for each input place instead of 36. The weight is that of the 3x3 convolution.
+    The two linear maps are one transposed convolution of stride 2, whose 4x4 kernel is the 3x3 one spread over 2x2
+    places: 16 products for each input place instead of 36. The weight is that of the 3x3 convolution.
     """
 
     def __init__(self, channels_in: int, channels_out: int) -> None:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from t2idist.nn.precision import full_precision
+from t2idist.nn.precision import full, full_precision
+
+SMALLEST_NORM = 1e-8
 
 
 class BiLSTM(nn.Module):
@@ -52,9 +54,20 @@ def text_encoder_of(export: Mapping[str, Any], vocabulary_size: int) -> BiLSTM:
     theirs = export["plan"]["vocabulary_size"]
     if theirs != vocabulary_size:
         raise ValueError(
-            f"uses: damsm: its vocabulary has {theirs} words and this data's has {vocabulary_size}; train DAMSM on this data"
+            f"uses: damsm: its vocabulary has {theirs} words and this data's has {vocabulary_size}; "
+            "train DAMSM on this data"
         )
     return damsm_text_encoder(export["config"], vocabulary_size)
+
+
+def unit_scale(sentence: Tensor) -> Tensor:
+    """(N, D) with a root mean square of 1 in every row.
+
+    An encoder that was trained on cosines, as the DAMSM is, leaves the length of its vectors to chance.
+    """
+    x = full(sentence)
+    norm: Tensor = x.norm(dim=1, keepdim=True)
+    return x * (x.shape[1] ** 0.5 / norm.clamp(min=SMALLEST_NORM))
 
 
 def padding_of(lengths: Tensor, max_words: int) -> Tensor:

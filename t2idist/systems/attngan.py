@@ -136,6 +136,8 @@ def build(config: Config, plan: Plan) -> AttnGan:
     """The system with newly drawn weights. Raises ValueError, naming the key, where the config cannot be had."""
     if config.compat not in ("", "authors"):
         raise ValueError(f"compat is '{config.compat}'; it must be '' or 'authors'")
+    if "damsm" not in plan.sources:
+        raise ValueError("uses.damsm is missing; attngan takes its text and image encoder from a damsm stage or export")
     if plan.group_size < 2:
         raise ValueError(
             f"group_size is {plan.group_size}; attngan pairs pictures with wrong captions and takes at least 2"

@@ -18,8 +18,8 @@ from t2idist.nn.text_encoders import damsm_text_encoder
 class Config:
     """Defaults: AttnGAN's paper, else its released settings.
 
-    trunk: "inception" (image_size 299, weights from `trunk_weights`, a safetensors file with torchvision's names and the
-    given sha256) or "small" (trained from scratch, `trunk_width` channels after its first layer).
+    trunk: "inception" (image_size 299, weights from `trunk_weights`, a file with torchvision's names and the given
+    sha256) or "small" (trained from scratch, `trunk_width` channels after its first layer).
     """
 
     embedding_dim: int = 256

@@ -14,7 +14,7 @@ from t2idist.losses.image import colour_consistency, kl_divergence
 from t2idist.losses.matching import wrong_pairs
 from t2idist.nn.discriminators import StackDiscriminator
 from t2idist.nn.initial import orthogonal_
-from t2idist.nn.text_encoders import text_encoder_of
+from t2idist.nn.text_encoders import text_encoder_of, unit_scale
 from t2idist.nn.tree import Drawn, StackGenerator, pyramid
 
 
@@ -76,7 +76,7 @@ class StackGanPP:
         z = train.noise(self.config.z_dim)
         if self.config.conditional:
             with torch.no_grad(), train.frozen("text") as text:
-                sentence = text(batch.tokens, batch.lengths)[1]
+                sentence = unit_scale(text(batch.tokens, batch.lengths)[1])
             drawn = train.forward("generator", _draw, z, train.noise(self.config.condition_dim), sentence)
             self._judge_pairs(drawn, batch, train)
         else:
@@ -131,7 +131,7 @@ class StackGanPP:
         z = draw(self.config.z_dim)
         if not self.config.conditional:
             return Sample(_draw(nets["generator"], z, None, None).images)
-        sentence = nets["text"](tokens, lengths)[1]
+        sentence = unit_scale(nets["text"](tokens, lengths)[1])
         return Sample(_draw(nets["generator"], z, draw(self.config.condition_dim), sentence).images)
 
 
@@ -148,6 +148,8 @@ def build(config: Config, plan: Plan) -> StackGanPP:
     """The system with newly drawn weights. Raises ValueError, naming the key, where the config cannot be had."""
     if config.compat not in ("", "authors"):
         raise ValueError(f"compat is '{config.compat}'; it must be '' or 'authors'")
+    if config.conditional and "damsm" not in plan.sources:
+        raise ValueError("uses.damsm is missing; stackgan_pp takes sentence vectors from it, or set conditional: false")
     if config.conditional and plan.group_size < 2:
         raise ValueError(
             f"group_size is {plan.group_size}; stackgan_pp pairs pictures with wrong captions and takes at least 2"

@@ -76,12 +76,15 @@ def _stage_lines(config: RunConfig, name: str, system: System, dataset: Dataset 
 
 
 def _network_lines(system: System) -> Iterator[str]:
-    """Parameters by kind of network: ``G``, then every ``D`` from the lowest scale up, then all else by name."""
+    """Parameters by kind of network: ``G``, every ``D`` from the lowest scale up, and all else by name and by part."""
     kinds: dict[str, list[str]] = {}
     for role_name, role in system.roles.items():
         kind = {"generator": "G", "discriminator": "D"}.get(role_name.partition("_")[0], role_name)
-        total, trained = _parameters(role.net)
-        kinds.setdefault(kind, []).append(f"{total:,}" + (f" ({trained:,} trained)" if trained != total else ""))
+        exported = [name.partition(".")[2] for name in system.exports if name.startswith(f"{role_name}.")]
+        for part in exported or [""]:
+            total, trained = _parameters(role.net.get_submodule(part))
+            counted = f"{total:,}" + (f" ({trained:,} trained)" if trained != total else "")
+            kinds.setdefault(part or kind, []).append(counted)
     for kind, counts in kinds.items():
         yield f"  {kind} {' / '.join(counts)} parameters"
     for frozen_name, frozen in system.frozen.items():

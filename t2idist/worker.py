@@ -6,6 +6,7 @@ The same code runs in every Ray Train worker and, alone, under ``--local``.
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import logging
 import os
 import platform
@@ -219,14 +220,12 @@ def _count_attempt(url: str, world: World) -> int:
 
 def versions(world: World) -> dict[str, Any]:
     """What the run ran on."""
-    import ray
-
     found: dict[str, Any] = {
         "t2idist": t2idist.__version__,
         "git": _git(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "ray": ray.__version__,
+        "ray": importlib.metadata.version("ray"),
         "workers": world.size,
         "device": str(world.device),
         "cpu": _cpu(),

@@ -1,0 +1,124 @@
+"""Who may import whom, and what never stands in which folder: the layers of the house, read from the source."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "t2idist"
+FILES = sorted(ROOT.rglob("*.py"))
+
+# a layer and what it may import of the package, besides itself
+ALLOWED: dict[str, set[str]] = {
+    "contract": set(),
+    "config": set(),
+    "storage": set(),
+    "nn": set(),
+    "losses": {"nn.precision"},
+    "systems": {"contract", "nn", "losses"},
+    "engine": {"contract", "storage", "config"},
+    "data": {"contract", "storage", "config"},
+    "evaluate": {"contract", "nn", "losses", "data", "storage", "config", "engine.export", "systems"},
+    "stages": {"config", "contract", "storage", "systems", "engine.export", "data.text"},
+    "dry": {"config", "contract", "storage", "stages", "data", "engine"},
+    "worker": {"config", "contract", "storage", "stages", "data", "engine", "evaluate"},
+    "launch": {"config", "storage", "stages", "worker", "engine.metrics", "evaluate.progress"},
+    "run": {"config", "stages", "dry", "launch"},
+}
+ONLY_IN: dict[str, set[str]] = {
+    "ray": {"launch.py"},
+    "fsspec": {"storage.py"},
+    "s3fs": set(),
+    "deepspeed": {"engine/zero.py"},
+    "webdataset": {"data/reader.py"},
+}
+OUTSIDE: dict[str, set[str]] = {"config": {"torch"}, "storage": {"torch"}}
+
+
+def layer(file: Path) -> str:
+    return file.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Full names of all modules that a file imports."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            yield node.module or ""
+            if node.module == "t2idist" or (node.module or "").startswith("t2idist."):
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.parent.joinpath(*name.split("."))
+    return path.with_suffix(".py").exists() or path.is_dir()
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_imports_keep_to_the_layers(file: Path) -> None:
+    own = layer(file)
+    if own == "__init__":
+        return
+    allowed = ALLOWED[own] | {own}
+    for name in imports(file):
+        if not name.startswith("t2idist.") or not is_module(name):
+            continue
+        below = name.removeprefix("t2idist.")
+        within = any(below == a or below.startswith(f"{a}.") or a.startswith(f"{below}.") for a in allowed)
+        assert within, f"{own} may not import {name}"
+        if own == "systems" and file.name != "__init__.py":
+            assert not below.startswith("systems."), f"{file.name}: a system may not import another"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_some_packages_are_used_in_one_place(file: Path) -> None:
+    here = str(file.relative_to(ROOT))
+    packages = {name.partition(".")[0] for name in imports(file)}
+    for package, places in ONLY_IN.items():
+        assert package not in packages or here in places, f"{here} imports {package}"
+    assert not packages & OUTSIDE.get(layer(file), set())
+    if any(name.startswith("torch.distributed") for name in imports(file)):
+        assert here.startswith("engine/") or here == "worker.py"
+
+
+@pytest.mark.parametrize("folder", ["systems", "nn", "losses"])
+def test_mathematics_knows_nothing_of_machines(folder: str) -> None:
+    for file in (ROOT / folder).glob("*.py"):
+        for token in tokenize.generate_tokens(io.StringIO(file.read_text()).readline):
+            words = re.findall(r"[a-z]+", token.string.lower().replace("world_size", "worldsize"))
+            assert not {"rank", "worldsize", "cuda"} & set(words), f"{file.name}:{token.start[0]}: {token.string}"
+
+
+def calls(file: Path) -> Iterator[tuple[int, str, ast.Call]]:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Call):
+            yield node.lineno, ast.unparse(node.func), node
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_no_code_runs_from_data(file: Path) -> None:
+    banned = {"pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load", "eval", "exec", "os.system", "os.popen"}
+    for line, name, call in calls(file):
+        assert name not in banned, f"{file.name}:{line}: {name}"
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        if name.startswith("subprocess."):
+            assert keywords.get("shell", "False") == "False", f"{file.name}:{line}: a shell"
+        if name == "torch.load":
+            assert keywords.get("weights_only") == "True", f"{file.name}:{line}: torch.load runs code"
+
+
+def test_files_and_functions_stay_short() -> None:
+    for file in FILES:
+        text = file.read_text()
+        assert text.count("\n") <= 420, f"{file}: {text.count(chr(10))} lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert (node.end_lineno or 0) - node.lineno <= 65, f"{file.name}: {node.name} is too long"

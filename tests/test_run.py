@@ -1,0 +1,155 @@
+"""Whole runs by the command line: alone, killed and taken up again, and on two real Ray workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from t2idist.engine import export
+from tests import small
+
+ROOT = Path(__file__).parent.parent
+TREE = {**small.TREE, "branches": 2, "base_size": 16}
+
+
+def recipe(folder: Path, system: str = "attngan", **top: Any) -> Path:
+    """A small run on the emoji that ship: DAMSM and a GAN, seconds long."""
+    scale = {"group_size": 4, "groups": 2, "images": 64, "checkpoint_every_images": 16, "pictures_every_images": 32}
+    stages = {
+        "damsm": {"system": "damsm", **scale, "model": small.DAMSM},
+        system: {"system": system, **scale, "uses": {"damsm": "damsm"}, "model": small.MODELS[system]},
+    }
+    values = {
+        "name": "tiny",
+        "storage": str(folder / "runs"),
+        "precision": "float32",
+        "data": {"source": "emoji", "max_words": 8, "threads": 1},
+        "cluster": {"workers": [1, 2]},
+        "stages": stages,
+        **top,
+    }
+    file = folder / "tiny.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "t2idist.run", *words]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def run(*words: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*words), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def weights(folder: Path, stage: str) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in sorted((folder / "runs/tiny" / stage / "export").glob("*.safetensors"))}
+
+
+def check_finished(folder: Path, system: str = "attngan") -> None:
+    at = folder / "runs/tiny"
+    assert export.read_index(str(at / "damsm/export"))["images"] == 64
+    assert set(export.read(str(at / system / "export")).weights) == {"generator", "text"}
+    lines = [json.loads(line) for line in (at / system / "metrics.jsonl").read_text().splitlines()]
+    images = [line["images"] for line in lines]
+    assert images == sorted(set(images)) and images[-1] == 64
+    assert any(key.startswith("generator/") for key in lines[-1])
+    assert list((at / system / "events").iterdir())
+    assert (at / system / "pictures/images_000000064.png").exists()
+    page = (at / "report.html").read_text()
+    assert "data:image/png;base64," in page and "http://" not in page.replace("http://www.w3.org", "")
+
+
+@pytest.mark.parametrize("system", ["attngan", "stackgan_pp"])
+def test_killed_and_taken_up_again_gives_the_same_model(tmp_path: Path, system: str) -> None:
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    whole, killed = recipe(tmp_path / "whole", system), recipe(tmp_path / "killed", system)
+    done = run(str(whole), "--local")
+    assert done.returncode == 0, done.stderr
+    check_finished(tmp_path / "whole", system)
+    process = subprocess.Popen(command(str(killed), "--local"), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
+    checkpoints = tmp_path / "killed/runs/tiny" / system / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("*/commit.json")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed/runs/tiny" / system / "export/export.json").exists()
+    again = run(str(killed), "--local")
+    assert again.returncode == 0, again.stderr
+    assert "restarts 1" in again.stdout
+    check_finished(tmp_path / "killed", system)
+    for stage in ("damsm", system):
+        assert weights(tmp_path / "killed", stage) == weights(tmp_path / "whole", stage)
+
+
+def test_a_run_that_is_done_is_done(tmp_path: Path) -> None:
+    file = recipe(tmp_path)
+    assert run(str(file), "--local").returncode == 0
+    before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.safetensors")}
+    assert run(str(file), "--local").returncode == 0
+    assert before == {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.safetensors")}
+
+
+def test_an_encoder_that_does_not_know_the_words_is_refused(tmp_path: Path) -> None:
+    file = recipe(tmp_path)
+    assert run(str(file), "--local").returncode == 0
+    encoder = tmp_path / "runs/tiny/damsm/export"
+    index = json.loads((encoder / "export.json").read_text())
+    index["vocabulary"] = index["vocabulary"][:100]
+    (encoder / "export.json").write_text(json.dumps(index))
+    refused = run(str(file), "--local", "name=other", f"stages.attngan.uses={{damsm: {encoder}}}")
+    assert refused.returncode == 2
+    assert "does not fit the data" in refused.stderr and len(refused.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.ray
+def test_two_ray_workers_train_what_one_trains(tmp_path: Path) -> None:
+    for name in ("alone", "cluster"):
+        (tmp_path / name).mkdir()
+    assert run(str(recipe(tmp_path / "alone")), "--local").returncode == 0
+    done = run(str(recipe(tmp_path / "cluster", cluster={"workers": 2, "cpus_per_worker": 1})))
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "workers 2" in done.stdout
+    check_finished(tmp_path / "cluster")
+    for stage, file in (("damsm", "text"), ("attngan", "generator")):
+        ours = load_file(tmp_path / "cluster/runs/tiny" / stage / f"export/{file}.safetensors")
+        theirs = load_file(tmp_path / "alone/runs/tiny" / stage / f"export/{file}.safetensors")
+        for name, value in theirs.items():
+            assert float((ours[name] - value).norm()) <= 1e-3 * float(value.norm()) + 1e-6, name
+
+
+@pytest.mark.ray
+def test_a_fault_that_a_restart_cannot_mend_ends_the_run_with_its_sentence(tmp_path: Path) -> None:
+    file = recipe(tmp_path)
+    run(str(file), "--local", "stages.attngan.images=32")
+    (tmp_path / "runs/tiny/attngan/export/export.json").unlink()
+    for marker in (tmp_path / "runs/tiny/attngan/checkpoints").glob("*/commit.json"):
+        marker.write_text("{")
+    failed = run(str(file))
+    assert failed.returncode == 1
+    assert "the run failed: " in failed.stderr and "no checkpoint can be used" in failed.stderr
+
+
+@pytest.mark.ray
+def test_more_workers_than_the_machine_has_is_a_sentence(tmp_path: Path) -> None:
+    refused = run(str(recipe(tmp_path)), "cluster.gpus_per_worker=1", "cluster.address=auto")
+    assert refused.returncode == 2
+    assert "the cluster has 0 GPU" in refused.stderr

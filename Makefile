@@ -17,7 +17,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m "not slow"
 
 test-quick: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m "not slow and not ray"
+	$(BIN)/python -m pytest -q -m "not slow and not whole"
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m slow

@@ -39,7 +39,7 @@ def recipe(folder: Path, system: str = "attngan", **top: Any) -> Path:
         **top,
     }
     file = folder / "tiny.yaml"
-    file.write_text(yaml.safe_dump(values))
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
     return file
 
 
@@ -72,10 +72,10 @@ def check_finished(folder: Path, system: str = "attngan") -> None:
     assert list((at / system / "events").iterdir())
     assert (at / system / "pictures/images_000000064.png").exists()
     page = (at / "report.html").read_text()
-    assert "data:image/png;base64," in page and "http://" not in page.replace("http://www.w3.org", "")
+    assert "data:image/" in page and "http://" not in page.replace("http://www.w3.org", "")
 
 
-@pytest.mark.parametrize("system", ["attngan", "stackgan_pp"])
+@pytest.mark.parametrize("system", ["attngan", pytest.param("stackgan_pp", marks=pytest.mark.whole)])
 def test_killed_and_taken_up_again_gives_the_same_model(tmp_path: Path, system: str) -> None:
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
@@ -100,6 +100,7 @@ def test_killed_and_taken_up_again_gives_the_same_model(tmp_path: Path, system: 
         assert weights(tmp_path / "killed", stage) == weights(tmp_path / "whole", stage)
 
 
+@pytest.mark.whole
 def test_a_run_that_is_done_is_done(tmp_path: Path) -> None:
     file = recipe(tmp_path)
     assert run(str(file), "--local").returncode == 0
@@ -108,6 +109,7 @@ def test_a_run_that_is_done_is_done(tmp_path: Path) -> None:
     assert before == {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.safetensors")}
 
 
+@pytest.mark.whole
 def test_an_encoder_that_does_not_know_the_words_is_refused(tmp_path: Path) -> None:
     file = recipe(tmp_path)
     assert run(str(file), "--local").returncode == 0
@@ -120,7 +122,7 @@ def test_an_encoder_that_does_not_know_the_words_is_refused(tmp_path: Path) -> N
     assert "does not fit the data" in refused.stderr and len(refused.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.ray
+@pytest.mark.whole
 def test_two_ray_workers_train_what_one_trains(tmp_path: Path) -> None:
     for name in ("alone", "cluster"):
         (tmp_path / name).mkdir()
@@ -133,10 +135,12 @@ def test_two_ray_workers_train_what_one_trains(tmp_path: Path) -> None:
         ours = load_file(tmp_path / "cluster/runs/tiny" / stage / f"export/{file}.safetensors")
         theirs = load_file(tmp_path / "alone/runs/tiny" / stage / f"export/{file}.safetensors")
         for name, value in theirs.items():
-            assert float((ours[name] - value).norm()) <= 1e-3 * float(value.norm()) + 1e-6, name
+            assert float((ours[name].double() - value.double()).norm()) <= 1e-3 * float(value.double().norm()) + 1e-6, (
+                name
+            )
 
 
-@pytest.mark.ray
+@pytest.mark.whole
 def test_a_fault_that_a_restart_cannot_mend_ends_the_run_with_its_sentence(tmp_path: Path) -> None:
     file = recipe(tmp_path)
     run(str(file), "--local", "stages.attngan.images=32")
@@ -148,7 +152,7 @@ def test_a_fault_that_a_restart_cannot_mend_ends_the_run_with_its_sentence(tmp_p
     assert "the run failed: " in failed.stderr and "no checkpoint can be used" in failed.stderr
 
 
-@pytest.mark.ray
+@pytest.mark.whole
 def test_more_workers_than_the_machine_has_is_a_sentence(tmp_path: Path) -> None:
     refused = run(str(recipe(tmp_path)), "cluster.gpus_per_worker=1", "cluster.address=auto")
     assert refused.returncode == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,14 +61,14 @@ def text_encoder_of(export: Mapping[str, Any], vocabulary_size: int) -> BiLSTM:
     return damsm_text_encoder(export["config"], vocabulary_size)
 
 
-def unit_scale(sentence: Tensor) -> Tensor:
-    """(N, D) with a root mean square of 1 in every row.
+def unit_scale(text: Tensor) -> Tensor:
+    """Vectors (N, D) or (N, D, T) scaled to a root mean square of 1 over D; zeros stay zeros.
 
     An encoder that was trained on cosines, as the DAMSM is, leaves the length of its vectors to chance.
     """
-    x = full(sentence)
+    x = full(text)
     norm: Tensor = x.norm(dim=1, keepdim=True)
-    return x * (x.shape[1] ** 0.5 / norm.clamp(min=SMALLEST_NORM))
+    return x / norm.clamp(min=SMALLEST_NORM) * math.sqrt(x.shape[1])
 
 
 def padding_of(lengths: Tensor, max_words: int) -> Tensor:

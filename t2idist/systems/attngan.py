@@ -15,7 +15,7 @@ from t2idist.losses.matching import Gammas, sentence_losses, word_losses, wrong_
 from t2idist.nn.discriminators import AttnDiscriminator
 from t2idist.nn.image_encoders import damsm_image_encoder
 from t2idist.nn.initial import orthogonal_
-from t2idist.nn.text_encoders import padding_of, text_encoder_of
+from t2idist.nn.text_encoders import padding_of, text_encoder_of, unit_scale
 from t2idist.nn.tree import AttentionGenerator, Drawn, pyramid
 
 
@@ -23,6 +23,8 @@ from t2idist.nn.tree import AttentionGenerator, Drawn, pyramid
 class Config:
     """Defaults: the paper's settings for CUB, else the released ones.
 
+    unit_text: sentence and words have unit scale where the generator and the discriminators read them. Not in the
+    paper: the DAMSM's cosines leave their length to chance, and where it is small the condition is heard late.
     compat: "authors" for the released weights, whose attention had its mask laid out wrongly (see WordAttention).
     """
 
@@ -41,6 +43,7 @@ class Config:
     generator_lr: float = 2e-4
     discriminator_lr: float = 2e-4
     ema_half_life_images: float = 13856.0  # released code: 0.999 a step at 20 images; 9699 for COCO's 14
+    unit_text: bool = False
     compat: str = ""
 
 
@@ -78,19 +81,29 @@ class AttnGan:
     def step(self, batch: Batch, train: Train) -> None:
         with torch.no_grad(), train.frozen("text") as text:
             words, sentence = text(batch.tokens, batch.lengths)
+        read, condition = self._read(words, sentence)
         z, normal = train.noise(self.config.z_dim), train.noise(self.config.condition_dim)
         padding = padding_of(batch.lengths, batch.tokens.shape[1])
-        drawn = train.forward("generator", _draw, z, normal, sentence, words, padding, batch.groups)
+        drawn = train.forward("generator", _draw, z, normal, condition, read, padding, batch.groups)
         pairs = wrong_pairs(batch.class_ids, batch.groups)
         for size, real, fake in zip(self.sizes, batch.images, drawn.images, strict=True):
             name = f"discriminator_{size}"
-            verdict = train.forward(name, judge_pairs, real, fake.detach(), sentence, pairs, batch.groups)
+            verdict = train.forward(name, judge_pairs, real, fake.detach(), condition, pairs, batch.groups)
             train.apply(name, halves_and_thirds(verdict))
             for part, value in vars(verdict).items():
                 train.report(f"{name}/{part}", value)
-        train.apply("generator", self._generator_loss(drawn, words, sentence, batch, train))
+        loss = self._generator_loss(drawn, condition, train)
+        if self.config.damsm_weight:
+            matching = self._matching(drawn.images[-1], words, sentence, batch, train)
+            train.report("generator/damsm", matching)
+            loss = loss + self.config.damsm_weight * matching
+        train.apply("generator", loss)
 
-    def _generator_loss(self, drawn: Drawn, words: Tensor, sentence: Tensor, batch: Batch, train: Train) -> Tensor:
+    def _read(self, words: Tensor, sentence: Tensor) -> tuple[Tensor, Tensor]:
+        """Words and sentence as generator and discriminators get them."""
+        return (unit_scale(words), unit_scale(sentence)) if self.config.unit_text else (words, sentence)
+
+    def _generator_loss(self, drawn: Drawn, condition: Tensor, train: Train) -> Tensor:
         assert drawn.mean is not None and drawn.log_variance is not None
         kl = kl_divergence(drawn.mean, drawn.log_variance)
         train.report("generator/kl", kl)
@@ -98,15 +111,11 @@ class AttnGan:
         for size, fake in zip(self.sizes, drawn.images, strict=True):
             with train.frozen(f"discriminator_{size}") as judge:
                 features = judge.features(fake)
-                adversarial = says_real(judge.conditional(features, sentence)) + says_real(
+                adversarial = says_real(judge.conditional(features, condition)) + says_real(
                     judge.unconditional(features)
                 )
             train.report(f"generator/adversarial_{size}", adversarial)
             loss = loss + adversarial
-        if self.config.damsm_weight:
-            matching = self._matching(drawn.images[-1], words, sentence, batch, train)
-            train.report("generator/damsm", matching)
-            loss = loss + self.config.damsm_weight * matching
         return loss
 
     def _matching(self, images: Tensor, words: Tensor, sentence: Tensor, batch: Batch, train: Train) -> Tensor:
@@ -118,7 +127,7 @@ class AttnGan:
         return by_words.sum() + sentence_losses(whole, sentence, classes, groups, self.gammas).sum()
 
     def sample(self, nets: Mapping[str, nn.Module], tokens: Tensor, lengths: Tensor, draw: Draw) -> Sample:
-        words, sentence = nets["text"](tokens, lengths)
+        words, sentence = self._read(*nets["text"](tokens, lengths))
         padding = padding_of(lengths, tokens.shape[1])
         z, normal = draw(self.config.z_dim), draw(self.config.condition_dim)
         drawn: Drawn = nets["generator"](z, normal, sentence, words, padding)

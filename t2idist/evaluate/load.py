@@ -1,0 +1,64 @@
+"""An export made into networks that draw or match."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from t2idist import storage
+from t2idist.config import from_dict
+from t2idist.contract import Plan, System
+from t2idist.data.text import Vocabulary
+from t2idist.engine import export
+from t2idist.systems import load as load_system
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An export, ready to use: nets by export name, in eval mode and without gradient, on the chosen device."""
+
+    url: str
+    name: str
+    system: System
+    nets: dict[str, nn.Module]
+    vocabulary: Vocabulary
+    plan: Plan
+    images: int
+    meta: Mapping[str, Any]
+
+
+def load(url: str, device: torch.device) -> Loaded:
+    """Read the export at `url`, build its system and put the weights in.
+
+    Raises ValueError, one sentence, where the export is missing, torn, or does not fit the system that it names.
+    """
+    where = storage.redact(url)
+    found = export.read(url)
+    module = load_system(found.system)
+    config = from_dict(module.Config, found.config, f"{where}: config")
+    try:
+        plan = Plan(**found.plan)
+    except TypeError as error:
+        raise ValueError(f"{where}: plan: {error}") from None
+    with torch.device("meta"):  # so that nothing is drawn for networks that the export does not hold
+        system = module.build(config, plan)
+    nets = {}
+    for dotted in system.exports:
+        name = dotted.rpartition(".")[2]
+        if name not in found.weights:
+            raise ValueError(f"{where}: network '{name}' is missing; it holds {', '.join(sorted(found.weights))}")
+        net = network(system, dotted).to_empty(device=device)
+        export.load_into(net, found.weights[name], f"{where}: network '{name}'")
+        nets[name] = net.eval().requires_grad_(False)
+    return Loaded(url, found.system, system, nets, Vocabulary(found.vocabulary), plan, found.images, found.meta)
+
+
+def network(system: System, dotted: str) -> nn.Module:
+    """The network of a name in `exports`: a role, a frozen network, or a part of one ("damsm.text")."""
+    head, _, part = dotted.partition(".")
+    net = system.roles[head].net if head in system.roles else system.frozen[head].net
+    return net.get_submodule(part)

@@ -1,0 +1,152 @@
+"""What one worker draws and scores at a cadence: the grid of fixed captions by fixed noise, attention, R-precision."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from t2idist import storage
+from t2idist.contract import Batch, Draws, Matches, System
+from t2idist.data.text import Vocabulary, tokenise
+from t2idist.evaluate.draw import encode, generate
+from t2idist.evaluate.pictures import attention_figure, grid, png_bytes, stacked
+from t2idist.evaluate.r_precision import most_candidates, r_precision
+
+logger = logging.getLogger(__name__)
+
+CANDIDATES = 100
+ATTENTION_CAPTIONS = 2
+
+
+def can_draw(system: System) -> bool:
+    """Whether the system draws pictures from captions (contract.Draws)."""
+    return callable(getattr(system, "sample", None))
+
+
+def can_match(system: System) -> bool:
+    """Whether the system places pictures and captions in one space (contract.Matches)."""
+    return callable(getattr(system, "embed", None))
+
+
+class Monitor:
+    """Draws the same captions with the same noise at every cadence.
+
+    captions: one row of the grid each. max_words: the encoder's. draws: noise draws, one column each; a column has the
+    same noise in every row. real: (R, 3, S, S) in [-1, 1] or uint8, a real picture of each caption, shown beside.
+    folder: URL under which pictures are written.
+    """
+
+    def __init__(
+        self,
+        system: System,
+        vocabulary: Vocabulary,
+        captions: Sequence[str],
+        *,
+        max_words: int,
+        draws: int,
+        seed: int,
+        folder: str,
+        device: torch.device,
+        real: Tensor | None = None,
+    ) -> None:
+        self._system = cast(Draws, system)
+        self._captions = list(captions)
+        self._draws = draws
+        self._seed = seed
+        self._folder = folder
+        self._device = device
+        self._real = None if real is None else as_floats(real)
+        tokens, lengths = encode(vocabulary, self._captions, max_words)
+        self._tokens = tokens.repeat_interleave(draws, 0)
+        self._lengths = lengths.repeat_interleave(draws, 0)
+        self._words = [known_words(vocabulary, caption)[:max_words] for caption in self._captions]
+
+    def write(self, nets: Mapping[str, nn.Module], images_seen: int) -> list[str]:
+        """Draw by `nets` (the exported networks) and write the grid, and attention where there is any; gives the URLs.
+
+        The networks are put into eval mode and back. Nothing random of the caller is touched.
+        """
+        places = [i % self._draws for i in range(len(self._tokens))]
+        with evaluating(nets):
+            sample = generate(
+                self._system, nets, self._tokens, self._lengths, places=places, seed=self._seed, device=self._device
+            )
+        written = [storage.join(self._folder, f"images_{images_seen:09d}.png")]
+        storage.write_bytes(written[0], png_bytes(grid(sample.images, self._captions, self._draws, self._real)))
+        if sample.attention:
+            written.append(storage.join(self._folder, f"attention_{images_seen:09d}.png"))
+            rows = [i * self._draws for i in range(min(ATTENTION_CAPTIONS, len(self._captions)))]
+            figures = [
+                attention_figure(
+                    sample.images[-1][row], self._words[row // self._draws], [m[row] for m in sample.attention]
+                )
+                for row in rows
+            ]
+            storage.write_bytes(written[1], png_bytes(stacked(figures)))
+        return written
+
+
+def score_matching(
+    system: System,
+    nets: Mapping[str, nn.Module],
+    batch: Batch,
+    *,
+    seed: int,
+    device: torch.device,
+    rows_at_once: int = 100,
+) -> dict[str, float]:
+    """R-precision of a system with `embed` on all pictures of `batch` (the val split): metrics by name.
+
+    "val/r_precision" is out of 100 candidates; where the pictures give too few, the name says out of how many
+    ("val/r_precision_of_37"), and fewer than two candidates give no metric.
+    """
+    candidates = min(CANDIDATES, most_candidates(batch.class_ids))
+    if candidates < 2:
+        return {}
+    with evaluating(nets):
+        images, captions = embed_all(cast(Matches, system), nets, batch, device=device, rows_at_once=rows_at_once)
+    score = r_precision(images, captions, seed=seed, class_ids=batch.class_ids, candidates=candidates)
+    name = "val/r_precision" if candidates == CANDIDATES else f"val/r_precision_of_{candidates}"
+    return {name: score.mean}
+
+
+def embed_all(
+    system: Matches, nets: Mapping[str, nn.Module], batch: Batch, *, device: torch.device, rows_at_once: int = 100
+) -> tuple[Tensor, Tensor]:
+    """Image and caption codes (n, D) of all samples, on the host in float32, from the largest pictures of the batch."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+    with torch.inference_mode():
+        for start in range(0, len(batch.tokens), rows_at_once):
+            rows = slice(start, start + rows_at_once)
+            pictures = as_floats(batch.images[-1][rows]).to(device)
+            pairs.append(system.embed(nets, pictures, batch.tokens[rows].to(device), batch.lengths[rows].to(device)))
+    return torch.cat([a.float().cpu() for a, _ in pairs]), torch.cat([b.float().cpu() for _, b in pairs])
+
+
+def as_floats(images: Tensor) -> Tensor:
+    """Pictures as floats in [-1, 1], whether they come so or as uint8."""
+    return images.float().div(127.5).sub(1.0) if images.dtype == torch.uint8 else images.float()
+
+
+def known_words(vocabulary: Vocabulary, caption: str) -> list[str]:
+    """The caption's words that have a token, in order."""
+    unknown = set(vocabulary.unknown(caption))
+    return [word for word in tokenise(caption) if word not in unknown]
+
+
+@contextmanager
+def evaluating(nets: Mapping[str, nn.Module]) -> Iterator[None]:
+    """The networks in eval mode inside, and each module in its own mode again after."""
+    modes = [(module, module.training) for net in nets.values() for module in net.modules()]
+    for net in nets.values():
+        net.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,167 @@
+"""Pictures for people: grids of captions by noise draws, and the attention of every word."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+PAPER = (255, 255, 255)
+INK = (28, 30, 36)
+FAINT = (120, 124, 134)
+GAP = 4
+BLOCK_GAP = 14
+SMALLEST_CELL = 96
+CAPTION_WIDTH = 250
+WORDS_A_ROW = 9
+
+_HEAT = np.array([(18, 10, 60), (120, 28, 109), (229, 80, 57), (252, 165, 10), (252, 255, 164)], dtype=np.float32)
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """A PIL picture of one image (3, H, W) in [-1, 1]."""
+    levels = ((image.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
+
+
+def png_bytes(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=False)
+    return buffer.getvalue()
+
+
+def grid(scales: Sequence[Tensor], captions: Sequence[str], columns: int, real: Tensor | None = None) -> Image.Image:
+    """Fixed captions (rows) by fixed noise draws (columns), one block of columns for each scale, largest last.
+
+    scales: lowest size first, each (R * columns, 3, S, S) in [-1, 1] in row-major order, R = number of captions. Small
+    sizes are enlarged without smoothing, so that all scales show equally large. real: (R, 3, S, S), a real picture of
+    each caption, shown in a first block.
+    """
+    rows = len(captions)
+    for images in scales:
+        if len(images) != rows * columns:
+            raise ValueError(f"grid: {len(images)} images; {rows} captions in {columns} columns need {rows * columns}")
+    if real is not None and len(real) != rows:
+        raise ValueError(f"grid: {len(real)} real images for {rows} captions")
+    cell = _cell(max(int(images.shape[-1]) for images in scales))
+    blocks = [] if real is None else [("real", real, 1)]
+    blocks += [(f"{int(images.shape[-1])} px", images, columns) for images in scales]
+    label_font, head_font = ImageFont.load_default(size=17), ImageFont.load_default(size=15)
+    top = 30
+    width = CAPTION_WIDTH + sum(n * (cell + GAP) + BLOCK_GAP for _, _, n in blocks) + BLOCK_GAP
+    sheet = Image.new("RGB", (width, top + rows * (cell + GAP) + GAP), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for row, caption in enumerate(captions):
+        _caption(pen, caption, label_font, (12, top + row * (cell + GAP)), (CAPTION_WIDTH - 24, cell))
+    left = CAPTION_WIDTH
+    for title, images, n in blocks:
+        pen.text((left, 7), title, font=head_font, fill=FAINT)
+        for i in range(rows * n):
+            place = (left + (i % n) * (cell + GAP), top + (i // n) * (cell + GAP))
+            sheet.paste(_enlarged(to_picture(images[i]), cell), place)
+        left += n * (cell + GAP) + BLOCK_GAP
+    return sheet
+
+
+def attention_figure(image: Tensor, words: Sequence[str], maps: Sequence[Tensor]) -> Image.Image:
+    """Every word beside its map laid over the picture, one band for each attention stage (AttnGAN, figures 4 and 5).
+
+    image: (3, S, S) in [-1, 1]. maps: for each stage (T, h, w), T at least the number of words: the weight of each
+    word at each place, which sum to 1 over the words. A map's brightness is relative to its own peak; the peak is
+    printed beside the word, so that a word that draws no attention is known from one that does.
+    """
+    short = next((m for m in maps if len(m) < len(words)), None)
+    if short is not None:
+        raise ValueError(f"attention_figure: {len(short)} maps for {len(words)} words")
+    cell = _cell(int(image.shape[-1]))
+    picture = _enlarged(to_picture(image), cell)
+    word_font, note_font = ImageFont.load_default(size=17), ImageFont.load_default(size=14)
+    lines = max(1, -(-len(words) // WORDS_A_ROW))
+    across = -(-max(len(words), 1) // lines)
+    line, head = cell + 46, 28
+    width = BLOCK_GAP + cell + BLOCK_GAP * 2 + across * (cell + GAP * 2) + BLOCK_GAP
+    sheet = Image.new("RGB", (width, GAP * 2 + max(1, len(maps)) * (head + lines * line)), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for stage, stage_maps in enumerate(maps):
+        top = GAP + stage * (head + lines * line)
+        title = f"attention stage {stage + 1}, {int(stage_maps.shape[-2])} x {int(stage_maps.shape[-1])}"
+        pen.text((BLOCK_GAP, top + 5), title, font=note_font, fill=FAINT)
+        sheet.paste(picture, (BLOCK_GAP, top + head))
+        for i, word in enumerate(words):
+            x = BLOCK_GAP * 3 + cell + (i % across) * (cell + GAP * 2)
+            y = top + head + (i // across) * line
+            weights = stage_maps[i].detach().float().cpu().numpy()
+            sheet.paste(_overlay(picture, weights), (x, y))
+            pen.text((x + 1, y + cell + 2), _fitted(pen, word, word_font, cell), font=word_font, fill=INK)
+            pen.text((x + 1, y + cell + 22), f"peak {weights.max():.2f}", font=note_font, fill=FAINT)
+    return sheet
+
+
+def stacked(figures: Sequence[Image.Image]) -> Image.Image:
+    """The figures below each other on one sheet."""
+    sheet = Image.new("RGB", (max(f.width for f in figures), sum(f.height for f in figures)), PAPER)
+    top = 0
+    for figure in figures:
+        sheet.paste(figure, (0, top))
+        top += figure.height
+    return sheet
+
+
+def _cell(size: int) -> int:
+    """The shown size of pictures of `size` pixels: a whole multiple, large enough to see."""
+    return size * -(-SMALLEST_CELL // size)
+
+
+def _enlarged(picture: Image.Image, cell: int) -> Image.Image:
+    if picture.size == (cell, cell):
+        return picture
+    return picture.resize((cell, cell), Image.Resampling.NEAREST)
+
+
+def _overlay(picture: Image.Image, weights: np.ndarray) -> Image.Image:
+    """The map in heat colours over the darkened picture."""
+    peak = float(weights.max())
+    strength = Image.fromarray((weights / peak if peak > 0 else weights).astype(np.float32), mode="F")
+    s = np.clip(np.asarray(strength.resize(picture.size, Image.Resampling.BICUBIC)), 0, 1)[..., None]
+    position = s[..., 0] * (len(_HEAT) - 1)
+    heat = np.stack([np.interp(position, range(len(_HEAT)), _HEAT[:, c]) for c in range(3)], -1)
+    base = np.asarray(picture, dtype=np.float32)
+    dim = base.mean(-1, keepdims=True) * 0.35 + 12
+    lit = 0.5 * base + 0.5 * heat
+    return Image.fromarray((dim * (1 - s) + lit * s).clip(0, 255).astype(np.uint8))
+
+
+def _fitted(pen: ImageDraw.ImageDraw, word: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    if pen.textlength(word, font=font) <= width:
+        return word
+    while word and pen.textlength(word + "..", font=font) > width:
+        word = word[:-1]
+    return word + ".."
+
+
+def _caption(
+    pen: ImageDraw.ImageDraw,
+    caption: str,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    corner: tuple[int, int],
+    box: tuple[int, int],
+) -> None:
+    """The caption wrapped into its box, centred in height; what does not fit ends in dots."""
+    lines, line = [], ""
+    for word in caption.split():
+        longer = f"{line} {word}".strip()
+        if line and pen.textlength(longer, font=font) > box[0]:
+            lines.append(line)
+            line = word
+        else:
+            line = longer
+    lines.append(line)
+    room = max(1, box[1] // 20)
+    if len(lines) > room:
+        lines = [*lines[: room - 1], lines[room - 1] + " .."]
+    y = corner[1] + max(0, (box[1] - 20 * len(lines)) // 2)
+    for i, text in enumerate(lines):
+        pen.text((corner[0], y + 20 * i), _fitted(pen, text, font, box[0]), font=font, fill=INK)

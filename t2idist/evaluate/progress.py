@@ -1,0 +1,141 @@
+"""The progress line: rewritten in place on a terminal, and at most one line every half minute in a log file."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
+
+_OUTCOMES = ("done", "failed", "stopped")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 42s, 8m12s, 3h05m, 2d04h."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+def count(images: float) -> str:
+    """A number of images in three or four digits: 812, 12.8k, 128k, 1.25M."""
+    if images < 1000:
+        return f"{images:.0f}"
+    if images < 999_950:
+        return f"{images / 1000:.1f}k"
+    return f"{images / 1e6:.2f}M"
+
+
+def losses_in_short(losses: Mapping[str, float]) -> list[str]:
+    """The losses of a step in a few words: the sum over each kind of network.
+
+    "generator/..." become G and "discriminator_64/..." D (averaged over discriminators); other networks keep their
+    names. Names of metrics ("val/...") and of settings ("lr/...") are left out.
+    """
+    by_network: dict[str, float] = {}
+    for name, value in losses.items():
+        network, slash, part = name.partition("/")
+        if network in ("val", "lr", "time", "norm") or (slash and part.startswith(("accuracy", "logit", "norm"))):
+            continue
+        by_network[network] = by_network.get(network, 0.0) + value
+    sums: dict[str, list[float]] = {}
+    for network, value in by_network.items():
+        kind = {"generator": "G", "discriminator": "D"}.get(network.split("_")[0], network)
+        sums.setdefault(kind, []).append(value)
+    return [f"{kind} {_three_digits(sum(values) / len(values))}" for kind, values in sums.items()]
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def line(progress: Mapping[str, Any], width: int = 200) -> str:
+    """One compact line for a person; `progress` is what progress.json holds. What is missing in it is left out.
+
+    Less important words go first where `width` is too small; the line is never longer.
+    """
+    head = f"{progress['stage']} {progress['stage_index'] + 1}/{progress['stages']}"
+    if progress["state"] in _OUTCOMES:
+        head += f"  {progress['state']}"
+    images, budget = progress["images"], max(progress["budget_images"], 1)
+    parts = [head, f"{100 * images / budget:3.0f}%", f"{count(images)}/{count(budget)} images"]
+    speed = progress.get("images_per_second")
+    if speed:
+        parts.append(f"{speed:.0f} images/s" if speed >= 10 else f"{speed:.2f} images/s")
+    losses = losses_in_short(progress.get("losses") or {})
+    parts.append(" ".join(losses))
+    left = progress.get("seconds_left")
+    parts.append(f"left {duration(left)}" if left is not None and progress["state"] not in _OUTCOMES else "")
+    parts.append(f"restarts {progress['restarts']}" if "restarts" in progress else "")
+    parts.append(f"workers {progress['workers']}" if "workers" in progress else "")
+    if progress["state"] not in (*_OUTCOMES, "training"):
+        parts.append(str(progress["state"]))
+    shown = [p for p in parts if p]
+    for least in (" ".join(losses), f"workers {progress.get('workers')}", parts[2]):
+        if len("  ".join(shown)) > width and least in shown:
+            shown.remove(least)
+    return "  ".join(shown)[:width]
+
+
+class ProgressPrinter:
+    """Shows progress on a stream without flooding it.
+
+    On a terminal one line is rewritten in place; elsewhere a line is printed when the stage, the state, the number of
+    restarts or of workers changes, and otherwise at most every `every_seconds_log` seconds.
+    """
+
+    def __init__(
+        self,
+        stream: TextIO,
+        every_seconds_log: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+        columns: Callable[[], int] | None = None,
+    ) -> None:
+        self._stream = stream
+        self._every_seconds = every_seconds_log
+        self._clock = clock
+        self._columns = columns or _terminal_columns
+        self._terminal = stream.isatty()
+        self._last_key: tuple[Any, ...] | None = None
+        self._last_time = float("-inf")
+        self._open_line = False
+
+    def show(self, progress: Mapping[str, Any]) -> None:
+        """Show the latest progress.json; call it as often as you like."""
+        key = tuple(progress.get(k) for k in ("run", "stage", "state", "restarts", "workers"))
+        now = self._clock()
+        changed = key != self._last_key
+        if self._terminal:
+            stage_changed = self._last_key is not None and key[:2] != self._last_key[:2]
+            if stage_changed:
+                self.close()
+            width = max(20, self._columns() - 1)
+            self._stream.write("\r" + line(progress, width).ljust(width))
+            self._open_line = True
+        elif changed or now - self._last_time >= self._every_seconds:
+            self._stream.write(line(progress) + "\n")
+            self._last_time = now
+        self._last_key = key
+        self._stream.flush()
+
+    def message(self, text: str) -> None:
+        """A line of its own, that the progress line does not overwrite."""
+        self.close()
+        self._stream.write(text + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """End the line that is being rewritten."""
+        if self._open_line:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._open_line = False
+
+
+def _terminal_columns() -> int:
+    return shutil.get_terminal_size((100, 24)).columns

@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 # The main job on the embedded data: DAMSM, AttnGAN, then its honest score; about ten minutes on two cores.
 demo: $(INSTALLED)
 	$(BIN)/python -m t2idist.run attngan storage=runs
-	$(BIN)/python tools/score_demo.py runs/attngan-demo
+	$(BIN)/python tools/score_demo.py runs/attngan-demo --judge runs/attngan-demo/judge/export
 
 demo-long: $(INSTALLED)
 	$(BIN)/python -m t2idist.run attngan preset=demo-long storage=runs

@@ -17,7 +17,7 @@ from t2idist.nn.discriminators import SIZES, AttnDiscriminator, StackDiscriminat
 from t2idist.nn.image_encoders import InceptionEncoder, SmallEncoder, damsm_image_encoder, load_trunk
 from t2idist.nn.inception import InceptionTrunk, InceptionV3
 from t2idist.nn.initial import normal_, orthogonal_
-from t2idist.nn.text_encoders import BiLSTM
+from t2idist.nn.text_encoders import BiLSTM, unit_scale
 from t2idist.nn.tree import AttentionGenerator, StackGenerator, pyramid
 from tests.recipe import fill, fingerprint, parameters, weight
 
@@ -229,6 +229,16 @@ def test_text_encoder_does_not_see_padding() -> None:
     torch.testing.assert_close(words[1:2, :, :2], alone)
     torch.testing.assert_close(sentence[1:2], alone_sentence)
     assert words[1, :, 2:].abs().max() == 0
+
+
+def test_unit_scale_keeps_direction_and_padding() -> None:
+    torch.manual_seed(0)
+    words = 0.01 * torch.randn(2, 16, 3)
+    words[1, :, 2] = 0.0
+    scaled = unit_scale(words.bfloat16())
+    assert scaled.dtype == torch.float32 and scaled[1, :, 2].abs().max() == 0
+    torch.testing.assert_close(scaled[0].square().mean(0), torch.ones(3))
+    torch.testing.assert_close(F.cosine_similarity(unit_scale(words)[0], words[0], dim=0), torch.ones(3))
 
 
 @pytest.mark.parametrize("base_size", [16, 32, 64])

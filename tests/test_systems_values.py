@@ -192,7 +192,12 @@ def follows(run: Trainer) -> float:
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"), [("attngan", {"damsm_weight": 1.0}), ("stackgan_pp", {"colour_weight": 1.0})]
+    ("name", "settings"),
+    [
+        ("attngan", {"damsm_weight": 1.0}),
+        ("attngan", {"damsm_weight": 0.0, "unit_text": True}),
+        ("stackgan_pp", {"colour_weight": 1.0}),
+    ],
 )
 def test_conditional_trees_learn_to_follow_captions(
     trained_damsm: Trainer, name: str, settings: dict[str, float]

@@ -62,7 +62,7 @@ class RankingLosses:
         return self.caption_of_image + self.image_of_caption
 
 
-def _rank(similarity: Tensor, class_ids: Tensor) -> RankingLosses:
+def _ranking_losses(similarity: Tensor, class_ids: Tensor) -> RankingLosses:
     """similarity (groups, B pictures, B captions), class_ids (N,): others of one's own class are no negatives."""
     groups, size, _ = similarity.shape
     classes = _by_group(class_ids, groups)
@@ -117,7 +117,7 @@ def word_losses(
         similarity = word_similarity(
             _by_group(full(regions), groups), _by_group(full(words), groups), _by_group(lengths, groups), gammas
         )
-        return _rank(gammas.ranking * similarity, class_ids)
+        return _ranking_losses(gammas.ranking * similarity, class_ids)
 
 
 def sentence_losses(images: Tensor, sentences: Tensor, class_ids: Tensor, groups: int, gammas: Gammas) -> RankingLosses:
@@ -127,4 +127,4 @@ def sentence_losses(images: Tensor, sentences: Tensor, class_ids: Tensor, groups
         captions = _by_group(full(sentences), groups)
         norms = pictures.norm(dim=2).unsqueeze(2) * captions.norm(dim=2).unsqueeze(1)
         cosine = (pictures @ captions.transpose(1, 2)) / norms.clamp(min=SMALLEST_NORM)
-        return _rank(gammas.ranking * cosine, class_ids)
+        return _ranking_losses(gammas.ranking * cosine, class_ids)

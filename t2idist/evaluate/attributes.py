@@ -133,5 +133,5 @@ def balanced_accuracy(decided: Tensor, wanted: Tensor) -> tuple[float, int]:
     present = wanted != ABSENT
     if not present.any():
         raise ValueError("balanced accuracy: no sample to judge")
-    shares = [float((decided[wanted == c] == c).double().mean()) for c in wanted[present].unique()]
+    shares = [float((decided[wanted == c] == c).double().mean()) for c in sorted(set(wanted[present].tolist()))]
     return sum(shares) / len(shares), int(present.sum())

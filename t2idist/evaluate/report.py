@@ -70,7 +70,8 @@ def write(run_url: str) -> str:
 def _header(run: RunFolder) -> str:
     done = [stage for stage in run.stages if stage.metrics]
     systems = " then ".join(dict.fromkeys(stage.system for stage in run.stages)) or "no stage"
-    about = str(run.config.get("about") or "")
+    about = str(run.config.get("about") or "").rstrip(".")
+    about = f"{about[:1].upper()}{about[1:]}." if about else ""
     images = sum(stage.images for stage in done)
     seconds = sum(stage.seconds for stage in done)
     restarts = len(run.restarts)
@@ -263,7 +264,7 @@ def _curves(stage: Stage, drawn: list[charts.Chart]) -> str:
         network, slash, part = name.partition("/")
         groups.setdefault(network, []).append(charts.Series(part if slash else name, *stage.series(name)))
     titles = {"val": "validation", "lr": "learning rate"}
-    order = sorted(groups, key=lambda group: (group in ("lr", "time", "norm"), group == "val"))
+    order = sorted(groups, key=lambda group: (group == "lr", group == "val", group != "generator"))
     html = []
 
     def add(title: str, series: Sequence[charts.Series], note: str = "") -> None:

@@ -25,6 +25,11 @@ def _positive(config: Any, where: str, *names: str) -> None:
             raise ValueError(f"{where}.{name}: {value}; it must be above 0")
 
 
+def _check_seed(where: str, seed: int) -> None:
+    if not 0 <= seed < 2**31:
+        raise ValueError(f"{where}: {seed}; allowed are 0 to {2**31 - 1}")
+
+
 # ------------------------------------------------------------ what a run is
 @dataclass(frozen=True)
 class DataConfig:
@@ -57,7 +62,8 @@ class StageConfig:
 
     group_size: samples that share BatchNorm statistics and negatives (the paper's batch size). groups: how many such
     groups make a step. images: budget in images. uses: for each export slot of the system, the name of an earlier stage
-    or the URL of an export. model: the system's own settings (``Config`` in systems/<system>.py).
+    or the URL of an export. model: the system's own settings (``Config`` in systems/<system>.py). data: over the run's
+    data settings. seed: another one than the run's (a judge's, say).
     """
 
     system: str
@@ -68,6 +74,7 @@ class StageConfig:
     model: dict[str, Any] = field(default_factory=dict)
     max_groups_per_worker: int = 64
     data: dict[str, Any] = field(default_factory=dict)
+    seed: int | None = None
     checkpoint_every_images: int = 50_000
     pictures_every_images: int = 50_000
 
@@ -157,13 +164,13 @@ class RunConfig:
             raise ValueError(f"name: {self.name!r}; it may not begin with a dot")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision: {self.precision!r}; allowed are {', '.join(PRECISIONS)}")
-        if not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed: {self.seed}; allowed are 0 to {2**31 - 1}")
+        _check_seed("seed", self.seed)
         if not self.stages:
             raise ValueError("stages: a run needs at least one stage")
         for name, stage in self.stages.items():
             if not name or set(name) - set("abcdefghijklmnopqrstuvwxyz0123456789_-"):
                 raise ValueError(f"stages.{name}: allowed in a stage's name are a-z, 0-9, '_' and '-'")
+            _check_seed(f"stages.{name}.seed", stage.seed or 0)
             _positive(stage, f"stages.{name}", "group_size", "groups", "images", "max_groups_per_worker")
             _positive(stage, f"stages.{name}", "checkpoint_every_images", "pictures_every_images")
             self._check_scale(name, stage)
@@ -180,6 +187,11 @@ class RunConfig:
                 f"cluster.workers: {largest} is more than the {stage.groups} groups of stage {name}; a worker runs at "
                 f"least one whole group: raise stages.{name}.groups or lower the workers"
             )
+
+    def stage_seed(self, stage: str) -> int:
+        """The seed of a stage: its own, or the run's."""
+        own = self.stages[stage].seed
+        return self.seed if own is None else own
 
     def stage_data(self, stage: str) -> DataConfig:
         """The data settings of a stage: the run's, with the stage's own over them."""
@@ -283,6 +295,8 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", key_node.start_mark)

@@ -68,6 +68,7 @@ def _connect(config: RunConfig) -> None:
     if address is None and "RAY_ADDRESS" not in os.environ:
         needed = config.cluster.workers[0] * config.cluster.cpus_per_worker
         cpus = max(os.cpu_count() or 1, int(needed))
+        os.environ.setdefault("RAY_worker_niceness", "0")
         ray.init(
             address="local",
             num_cpus=cpus,

@@ -121,7 +121,8 @@ def _run_stage(config: RunConfig, name: str, world: World, facts: Mapping[str, A
     vocabulary = stages.vocabulary_of(dataset.vocabulary, {slot: s.vocabulary for slot, s in sources.items()})
     dataset = dataclasses.replace(dataset, vocabulary=vocabulary)
     plan = stages.plan(config, name, len(vocabulary), len(dataset.split("train")))
-    torch.manual_seed(key(config.seed, name))
+    seed = config.stage_seed(name)
+    torch.manual_seed(key(seed, name))
     system = stages.build(config, name, plan)
     for frozen in system.frozen.values():
         source = sources[frozen.source]
@@ -133,7 +134,7 @@ def _run_stage(config: RunConfig, name: str, world: World, facts: Mapping[str, A
     trainer = Trainer(
         system,
         stage=name,
-        seed=config.seed,
+        seed=seed,
         group_size=stage.group_size,
         share=share,
         world=world,
@@ -167,7 +168,7 @@ def _run_stage(config: RunConfig, name: str, world: World, facts: Mapping[str, A
         groups=list(share.lanes),
         total_groups=stage.groups,
         group_size=stage.group_size,
-        seed=key(config.seed, name, "data"),
+        seed=key(seed, name, "data"),
         step0=trainer.step,
     )
     try:
@@ -198,7 +199,7 @@ def _finish(config: RunConfig, name: str, trainer: Trainer, dataset: Dataset, pl
                 "settings": to_dict(config.stage_data(name)),
             },
             "versions": versions(trainer.world),
-            "seed": config.seed,
+            "seed": config.stage_seed(name),
         }
         export.write(stages.export_url(config, name), nets, index)
         assert log is not None

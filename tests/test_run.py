@@ -157,3 +157,50 @@ def test_more_workers_than_the_machine_has_is_a_sentence(tmp_path: Path) -> None
     refused = run(str(recipe(tmp_path)), "cluster.gpus_per_worker=1", "cluster.address=auto")
     assert refused.returncode == 2
     assert "the cluster has 0 GPU" in refused.stderr
+
+
+def train_workers(mark: str) -> list[int]:
+    """Process ids of the Ray Train workers that bear `mark` in their environment."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            title, env = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
+        except OSError:
+            continue
+        if title.startswith(b"ray::RayTrainWorker") and f"T2IDIST_MARK={mark}".encode() in env:
+            found.append(int(process.name))
+    return sorted(found)
+
+
+@pytest.mark.whole
+def test_a_worker_killed_in_the_middle_is_replaced_and_the_model_is_the_same(tmp_path: Path) -> None:
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    longer = ["stages.attngan.images=320", "stages.attngan.checkpoint_every_images=32"]
+    assert run(str(recipe(tmp_path / "whole")), "--local", *longer).returncode == 0
+    file = recipe(tmp_path / "killed", cluster={"workers": 2, "cpus_per_worker": 1})
+    mark = f"{os.getpid()}-{time.time_ns()}"
+    process = subprocess.Popen(
+        command(str(file), *longer),
+        cwd=ROOT,
+        env={**environment(), "T2IDIST_MARK": mark},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    checkpoints = tmp_path / "killed/runs/tiny/attngan/checkpoints"
+    deadline = time.monotonic() + 200
+    while not list(checkpoints.glob("*/commit.json")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(train_workers(mark)[-1], signal.SIGKILL)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err + out
+    assert "restarts 1" in out
+    ours = load_file(tmp_path / "killed/runs/tiny/attngan/export/generator.safetensors")
+    theirs = load_file(tmp_path / "whole/runs/tiny/attngan/export/generator.safetensors")
+    for name, value in theirs.items():
+        assert float((ours[name].double() - value.double()).norm()) <= 1e-2 * float(value.double().norm()) + 1e-6, name
+    lines = [json.loads(line) for line in (checkpoints.parent / "metrics.jsonl").read_text().splitlines()]
+    images = [line["images"] for line in lines]
+    assert images == sorted(set(images)) and images[-1] == 320

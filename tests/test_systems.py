@@ -108,7 +108,9 @@ def test_what_a_system_exports_samples_the_same_again(tmp_path: Path, system: st
     other = small.trainer(ALONE, system, "float32").evaluation_nets()
     for name, weights in export.read(str(tmp_path)).weights.items():
         export.load_into(other[name], weights, name)
-    batch = toys.batch(0, range(2), small.GROUP_SIZE, made.system.sizes, small.MAX_WORDS).to(ALONE.device, torch.float32)
+    batch = toys.batch(0, range(2), small.GROUP_SIZE, made.system.sizes, small.MAX_WORDS).to(
+        ALONE.device, torch.float32
+    )
     assert torch.equal(use(made, nets, batch), use(made, other, batch))
 
 

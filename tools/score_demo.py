@@ -65,7 +65,7 @@ def score(run_url: str, judge_url: str | None, seed: int) -> list[Row]:
     drawn = [_draw(loaded, captions, seed, first) for first in (0, len(captions))]
     rows = _attribute_rows(train, test, drawn[0], seed)
     if judge_url is not None:
-        rows.append(_matching_row(judge_url, config.seed, captions, test.batch, drawn[0], seed))
+        rows.append(_matching_row(judge_url, config.stage_seed(stage), captions, test.batch, drawn[0], seed))
     rows.append(_difference_row(drawn[0], drawn[1], test.batch))
     return rows
 

@@ -1,0 +1,67 @@
+"""``ray job submit`` of the main command to a cluster that was started by hand, as a user would."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.test_run import ROOT, check_finished, recipe
+
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@pytest.fixture
+def head() -> Iterator[tuple[str, dict[str, str]]]:
+    """A head node on this machine, with a token: its dashboard's address, and the environment of its users."""
+    with tempfile.TemporaryDirectory(prefix="t2idist-head-", ignore_cleanup_errors=True) as temporary:
+        env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64, "OMP_NUM_THREADS": "1"}
+        env["RAY_TMPDIR"] = temporary
+        port, dashboard = free_port(), free_port()
+        start = [RAY, "start", "--head", "--block", "--num-cpus=2", f"--port={port}", "--ray-client-server-port=0"]
+        more = [f"--dashboard-port={dashboard}", f"--temp-dir={temporary}", "--disable-usage-stats"]
+        node = subprocess.Popen([*start, *more], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            yield f"http://127.0.0.1:{dashboard}", env
+        finally:
+            node.terminate()
+            node.wait(60)
+
+
+@pytest.mark.whole
+def test_a_submitted_job_trains_on_the_cluster(head: tuple[str, dict[str, str]], tmp_path: Path) -> None:
+    address, env = head
+    file = recipe(tmp_path, cluster={"workers": [1, 2], "cpus_per_worker": 1})
+    submit = [RAY, "job", "submit", "--address", address, "--working-dir", str(ROOT), "--"]
+    ask = [RAY, "job", "list", "--address", address]
+    for _ in range(60):
+        if subprocess.run(ask, env=env, capture_output=True, check=False).returncode == 0:
+            break
+    command = [*submit, sys.executable, "-m", "t2idist.run", str(file)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "workers 2" in done.stdout
+    check_finished(tmp_path)
+    wrong = subprocess.run(
+        [*submit, sys.executable, "-m", "t2idist.run", "atngan"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert wrong.returncode != 0
+    assert "did you mean 'attngan'" in wrong.stdout + wrong.stderr

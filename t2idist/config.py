@@ -106,12 +106,13 @@ class ReportConfig:
     """What a person sees.
 
     captions: fixed captions of the grids (none: taken from the test split). draws: noise draws per caption.
-    every_seconds: cadence of metric lines.
     """
 
     captions: tuple[str, ...] = ()
     draws: int = 4
-    every_seconds: float = 5.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "report", "draws")
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ CONTROLLER_RETRIES = 3
 
 def alone(config: RunConfig) -> None:
     """The run on one worker in this process, without Ray."""
+    worker.clear_fatal(config)
     printer = ProgressPrinter(sys.stdout)
     device = torch.device("cuda" if config.cluster.gpus_per_worker else "cpu")
     worker.main(config, device, printer.show)
@@ -41,12 +42,21 @@ def submit(config: RunConfig) -> None:
     Raises ValueError for a cluster that cannot hold the smallest number of workers, RuntimeError where the run failed.
     """
     worker.clear_fatal(config)
-    _connect(config)
-    _check_cluster(config)
+    with tempfile.TemporaryDirectory(prefix="t2idist-ray-", ignore_cleanup_errors=True) as folder:
+        _connect(config, folder)
+        try:
+            _check_cluster(config)
+            _fit(config, folder)
+        finally:
+            ray.shutdown()
+
+
+def _fit(config: RunConfig, folder: str) -> None:
+    """Run the trainer to its end, again where Ray's controller failed, which its own counters do not cover."""
     with _Progress(config):
         for retry in range(CONTROLLER_RETRIES + 1):
             try:
-                _trainer(config).fit()
+                _trainer(config, folder).fit()
                 break
             except WorkerGroupError as error:
                 raise RuntimeError(f"the run failed: {_cause(error)}") from None
@@ -59,8 +69,8 @@ def submit(config: RunConfig) -> None:
         raise RuntimeError(f"the run failed: {fatal}")
 
 
-def _connect(config: RunConfig) -> None:
-    """Join the cluster that this process belongs to (or `cluster.address`), else start Ray on this machine."""
+def _connect(config: RunConfig, folder: str) -> None:
+    """Join the cluster that this process belongs to (or `cluster.address`), else start Ray here (files in `folder`)."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if ray.is_initialized():
         return
@@ -75,7 +85,7 @@ def _connect(config: RunConfig) -> None:
             include_dashboard=False,
             logging_level=logging.ERROR,
             log_to_driver=False,
-            _temp_dir=tempfile.mkdtemp(prefix="t2idist-ray-"),
+            _temp_dir=folder,
         )
     else:
         ray.init(address=address, logging_level=logging.WARNING)
@@ -93,7 +103,8 @@ def _check_cluster(config: RunConfig) -> None:
             )
 
 
-def _trainer(config: RunConfig) -> TorchTrainer:
+def _trainer(config: RunConfig, folder: str) -> TorchTrainer:
+    """Ray's trainer; `folder` takes its own notes of this attempt. The run's state is in our checkpoints, not there."""
     cluster = config.cluster
     smallest, largest = cluster.workers
     resources = {"CPU": cluster.cpus_per_worker}
@@ -110,16 +121,11 @@ def _trainer(config: RunConfig) -> TorchTrainer:
         torch_config=TorchConfig(timeout_s=int(cluster.timeout_seconds)),
         run_config=RayRunConfig(
             name=config.name,
-            storage_path=_ray_folder(),
+            storage_path=folder,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             worker_runtime_env={"env_vars": _environment(config)},  # type: ignore[call-arg]
         ),
     )
-
-
-def _ray_folder() -> str:
-    """Where Ray Train keeps its own notes of this attempt. The run's state is in our checkpoints, not here."""
-    return tempfile.mkdtemp(prefix="t2idist-train-")
 
 
 def _environment(config: RunConfig) -> dict[str, str]:

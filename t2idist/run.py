@@ -40,6 +40,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
 
 
 def _run(config: RunConfig, dry_run: bool, local: bool) -> int:

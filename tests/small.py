@@ -32,7 +32,14 @@ def config(system: str, precision: str = "float64") -> RunConfig:
     if system != "damsm":
         made[system] = {"system": system, **scale, "model": MODELS[system], "uses": {"damsm": "damsm"}}
     return from_dict(
-        RunConfig, {"name": "small", "precision": precision, "data": {"max_words": MAX_WORDS}, "stages": made}
+        RunConfig,
+        {
+            "name": "small",
+            "storage": "memory://small",
+            "precision": precision,
+            "data": {"max_words": MAX_WORDS},
+            "stages": made,
+        },
     )
 
 

@@ -103,10 +103,10 @@ def test_a_key_that_stands_twice_is_an_error() -> None:
         parse_yaml("a: !!python/object/apply:os.system ['true']", "file.yaml")
 
 
-def test_every_recipe_can_be_built_and_names_its_preset() -> None:
+def test_every_recipe_can_be_built_and_names_its_preset(tmp_path: Path) -> None:
     assert {"attngan", "stackgan_pp"} <= set(configuration.recipes())
     for recipe, preset in RECIPES:
-        config = load(recipe, [f"preset={preset}"])
+        config = load(recipe, [f"preset={preset}", f"storage={tmp_path}"])
         assert config.about and len(config.stages) >= 2
         for name in config.stages:
             with torch.device("meta"):
@@ -122,17 +122,17 @@ def test_every_recipe_can_be_built_and_names_its_preset() -> None:
     ],
 )
 def test_a_dry_run_prints_the_published_numbers(
-    recipe: str, preset: str, counts: list[str], capsys: pytest.CaptureFixture[str]
+    recipe: str, preset: str, counts: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert run.main([recipe, f"preset={preset}", "--dry-run"]) == 0
+    assert run.main([recipe, f"preset={preset}", f"storage={tmp_path}", "--dry-run"]) == 0
     page = capsys.readouterr().out
     assert all(count in page for count in counts)
     assert "memory per worker" in page and "images a step" in page
     assert "(721,152 trained)" in page or recipe == "stackgan_pp"
 
 
-def test_the_bare_command_says_that_it_is_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run.main(["attngan", "--dry-run", "data.source=emoji"]) == 0
+def test_the_bare_command_says_that_it_is_the_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run.main(["attngan", "--dry-run", "data.source=emoji", f"storage={tmp_path}"]) == 0
     page = capsys.readouterr().out
     assert "demo preset" in page.splitlines()[0]
     assert "images per epoch" in page and "vocabulary of 3,5" in page

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,10 +30,11 @@ def head() -> Iterator[tuple[str, dict[str, str]]]:
     with tempfile.TemporaryDirectory(prefix="t2idist-head-", ignore_cleanup_errors=True) as temporary:
         env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64, "OMP_NUM_THREADS": "1"}
         env["RAY_TMPDIR"] = temporary
-        port, dashboard = free_port(), free_port()
-        start = [RAY, "start", "--head", "--block", "--num-cpus=2", f"--port={port}", "--ray-client-server-port=0"]
-        more = [f"--dashboard-port={dashboard}", f"--temp-dir={temporary}", "--disable-usage-stats"]
-        node = subprocess.Popen([*start, *more], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        dashboard = free_port()
+        start = [RAY, "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats", f"--temp-dir={temporary}"]
+        kinds = ("port", "ray-client-server-port", "dashboard-agent-listen-port")
+        ports = [f"--dashboard-port={dashboard}", *(f"--{kind}={free_port()}" for kind in kinds)]
+        node = subprocess.Popen([*start, *ports], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             yield f"http://127.0.0.1:{dashboard}", env
         finally:
@@ -46,9 +48,10 @@ def test_a_submitted_job_trains_on_the_cluster(head: tuple[str, dict[str, str]],
     file = recipe(tmp_path, cluster={"workers": [1, 2], "cpus_per_worker": 1})
     submit = [RAY, "job", "submit", "--address", address, "--working-dir", str(ROOT), "--"]
     ask = [RAY, "job", "list", "--address", address]
-    for _ in range(60):
-        if subprocess.run(ask, env=env, capture_output=True, check=False).returncode == 0:
-            break
+    deadline = time.monotonic() + 90
+    while subprocess.run(ask, env=env, capture_output=True, check=False).returncode != 0:
+        assert time.monotonic() < deadline, "the head's dashboard does not answer"
+        time.sleep(0.5)
     command = [*submit, sys.executable, "-m", "t2idist.run", str(file)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -109,6 +109,8 @@ class _Messages(logging.Handler):
 
 
 def _world(device: torch.device) -> World:
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device.index or 0)  # where collectives of plain objects put their bytes
     if dist.is_initialized() and dist.get_world_size() > 1:
         return World(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD)
     return World(device=device)

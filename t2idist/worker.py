@@ -22,7 +22,7 @@ from torch import nn
 import t2idist
 from t2idist import stages, storage
 from t2idist.config import RunConfig, to_dict, to_yaml
-from t2idist.contract import Plan
+from t2idist.contract import Plan, System
 from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_dataset
 from t2idist.data.stream import open_loader
@@ -71,10 +71,11 @@ def _run(config: RunConfig, world: World, watch: Watch | None) -> None:
     url = stages.run_url(config)
     messages = _Messages()
     logging.getLogger("t2idist").addHandler(messages)
+    ran_on = versions(world)
     restarts = 0
     if world.first:
         storage.write_bytes(storage.join(url, "config.yaml"), to_yaml(config).encode())
-        storage.write_json(storage.join(url, "versions.json"), versions(world))
+        storage.write_json(storage.join(url, "versions.json"), ran_on)
         restarts = _count_attempt(url, world)
     restarts = world.from_first(restarts)
     for index, name in enumerate(config.stages):
@@ -90,9 +91,9 @@ def _run(config: RunConfig, world: World, watch: Watch | None) -> None:
             "workers": world.size,
             "messages": messages.texts,
         }
-        _run_stage(config, name, world, facts, watch)
+        _run_stage(config, name, world, ran_on, facts, watch)
     if world.first:
-        storage.write_bytes(storage.join(url, "report.html"), report.build(url).encode())
+        report.write(url)
     world.barrier()
 
 
@@ -116,7 +117,14 @@ def _world(device: torch.device) -> World:
     return World(device=device)
 
 
-def _run_stage(config: RunConfig, name: str, world: World, facts: Mapping[str, Any], watch: Watch | None) -> None:
+def _run_stage(
+    config: RunConfig,
+    name: str,
+    world: World,
+    ran_on: dict[str, Any],
+    facts: Mapping[str, Any],
+    watch: Watch | None,
+) -> None:
     stage = config.stages[name]
     dataset = open_dataset(config.stage_data(name))
     sources = _read_sources(config, name)
@@ -124,14 +132,7 @@ def _run_stage(config: RunConfig, name: str, world: World, facts: Mapping[str, A
     dataset = dataclasses.replace(dataset, vocabulary=vocabulary)
     plan = stages.plan(config, name, len(vocabulary), len(dataset.split("train")))
     seed = config.stage_seed(name)
-    torch.manual_seed(key(seed, name))
-    system = stages.build(config, name, plan)
-    for frozen in system.frozen.values():
-        source = sources[frozen.source]
-        export.load_into(frozen.net, source.weights[frozen.network], f"{source.url}: {frozen.network}")
-    for role in system.roles.values():
-        if role.pretrained is not None:
-            pretrained.load(role.pretrained, f"stages.{name}.model")
+    system = _build(config, name, plan, sources)
     share = Share.of(world, stage.groups)
     trainer = Trainer(
         system,
@@ -142,7 +143,7 @@ def _run_stage(config: RunConfig, name: str, world: World, facts: Mapping[str, A
         world=world,
         precision=Precision(config.precision),
     )
-    meta = {"config": to_dict(config), "vocabulary": list(vocabulary.words), "versions": versions(world)}
+    meta = {"config": to_dict(config), "vocabulary": list(vocabulary.words), "versions": ran_on}
     checkpoints = Checkpoints(
         storage.join(stages.stage_url(config, name), "checkpoints"), world, config.checkpoint.keep, meta
     )
@@ -179,14 +180,35 @@ def _run_stage(config: RunConfig, name: str, world: World, facts: Mapping[str, A
         loader.close()
         if log is not None:
             log.close()
-    _finish(config, name, trainer, dataset, plan, log)
+    _finish(config, name, trainer, dataset, plan, ran_on, log)
+
+
+def _build(config: RunConfig, name: str, plan: Plan, sources: Mapping[str, export.Export]) -> System:
+    """The stage's system with its initial weights, those of earlier exports and those from files."""
+    torch.manual_seed(key(config.stage_seed(name), name))
+    system = stages.build(config, name, plan)
+    for frozen in system.frozen.values():
+        source = sources[frozen.source]
+        export.load_into(frozen.net, source.weights[frozen.network], f"{source.url}: {frozen.network}")
+    for role in system.roles.values():
+        if role.pretrained is not None:
+            pretrained.load(role.pretrained, f"stages.{name}.model")
+    return system
 
 
 def _no_look(nets: Mapping[str, nn.Module], images: int) -> Mapping[str, float]:
     raise AssertionError("only the first worker looks")
 
 
-def _finish(config: RunConfig, name: str, trainer: Trainer, dataset: Dataset, plan: Plan, log: Log | None) -> None:
+def _finish(
+    config: RunConfig,
+    name: str,
+    trainer: Trainer,
+    dataset: Dataset,
+    plan: Plan,
+    ran_on: dict[str, Any],
+    log: Log | None,
+) -> None:
     nets = trainer.evaluation_nets()
     if trainer.world.first:
         index = {
@@ -200,7 +222,7 @@ def _finish(config: RunConfig, name: str, trainer: Trainer, dataset: Dataset, pl
                 "licence": dataset.licence,
                 "settings": to_dict(config.stage_data(name)),
             },
-            "versions": versions(trainer.world),
+            "versions": ran_on,
             "seed": config.stage_seed(name),
         }
         export.write(stages.export_url(config, name), nets, index)

@@ -188,7 +188,7 @@ def damaged(tmp_path: Path, what: str) -> Path:
         ("cut", r"train-00001.tar: has \d+ bytes; dataset.json says \d+ bytes"),
         ("missing", "train-00001.tar: is missing"),
         ("manifest", "manifest.parquet: its .* bytes are not those"),
-        ("version", "schema version 7; this program reads 1"),
+        ("version", "schema version 7; this program reads 2"),
         ("keys", "not a shard set's description.*vocabulary"),
         ("outside", "shard name '../x.tar'; allowed are plain file names"),
         ("count", "manifest.parquet: 30 rows; dataset.json counts 29|do not fit"),
@@ -358,7 +358,7 @@ def test_bad_samples_are_filled_from_their_group_and_named(tmp_path: Path, caplo
         for stream in streams:
             stream.close()
     assert set(quarantine) == bad
-    assert "checksum" in quarantine["s0003"] and "does not decode" in quarantine["s0007"]
+    assert "hash" in quarantine["s0003"] and "does not decode" in quarantine["s0007"]
     assert sum("is left out" in message for message in caplog.messages) == 3  # once each, over four epochs
     seen = 0
     for good, patched in pairs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import tarfile
@@ -61,7 +62,7 @@ class ShardReader:
             )
         pieces = [data[offsets[i] - start : offsets[i] - start + lengths[i]] for i in places]
         keys = [self._split.keys[i] for i in places]
-        sound = [zlib.crc32(piece) == self._split.crcs[i] for piece, i in zip(pieces, places, strict=True)]
+        sound = [hashlib.sha256(piece).digest() == self._split.sha256(i) for piece, i in zip(pieces, places, strict=True)]
         if all(sound):
             try:
                 found = _expand(keys[0], data)
@@ -69,7 +70,7 @@ class ShardReader:
             except (KeyError, ValueError, tarfile.TarError, OSError, EOFError):
                 pass  # find out below which sample it is
         return [
-            _expand_one(key, piece) if good else Bad("its bytes differ from the manifest's checksum")
+            _expand_one(key, piece) if good else Bad("its bytes differ from the manifest's hash")
             for key, piece, good in zip(keys, pieces, sound, strict=True)
         ]
 

@@ -8,12 +8,12 @@ dataset.json is written last: a set without it is not finished.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import logging
 import re
 import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +30,7 @@ from t2idist.data.text import END, Vocabulary, count_words
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 DESCRIPTION = "dataset.json"
 MANIFEST = "manifest.parquet"
 EXTENSIONS = ("webp", "png", "jpg")
@@ -45,8 +45,8 @@ _COLUMNS = pa.schema(
         ("shard", pa.string()),
         ("key", pa.string()),
         ("offset", pa.int64()),
-        ("bytes", pa.int64()),
-        ("crc32", pa.uint32()),
+        ("size", pa.int64()),
+        ("sha256", pa.binary(32)),
         ("captions", pa.list_(pa.string())),
         ("attributes", pa.list_(pa.string())),
         ("class_id", pa.int64()),
@@ -112,7 +112,7 @@ class ShardPacker:
         self._member(f"{sample.key}.{sample.extension}", sample.image)
         self._member(f"{sample.key}.json", json.dumps(facts, ensure_ascii=False, sort_keys=True).encode())
         data = self._tar.getbuffer()[offset:]
-        place = {"offset": offset, "bytes": len(data), "crc32": zlib.crc32(data)}
+        place = {"offset": offset, "size": len(data), "sha256": hashlib.sha256(data).digest()}
         seen = {"split": sample.split, "key": sample.key, "width": sample.width, "height": sample.height}
         self.rows.append({**seen, **place, **facts})
 
@@ -225,7 +225,7 @@ def write_index(
 class Split:
     """The samples of one split, by index 0 .. len - 1, in the order of the shards.
 
-    offsets, lengths: (n,) bytes in the tar. crcs: (n,). class_ids: (n,), a sample's own index where the data has none.
+    offsets, lengths: (n,) bytes in the tar. class_ids: (n,), a sample's own index where the data has none.
     """
 
     def __init__(self, name: str, shards: tuple[Shard, ...], table: pa.Table) -> None:
@@ -233,8 +233,8 @@ class Split:
         self.shards = shards
         self.keys: list[str] = table["key"].to_pylist()
         self.offsets: NDArray[np.int64] = table["offset"].to_numpy()
-        self.lengths: NDArray[np.int64] = table["bytes"].to_numpy()
-        self.crcs: NDArray[np.uint32] = table["crc32"].to_numpy()
+        self.lengths: NDArray[np.int64] = table["size"].to_numpy()
+        self._hashes = table["sha256"].combine_chunks()
         own = pa.array(np.arange(len(table), dtype=np.int64))
         self.class_ids: NDArray[np.int64] = table["class_id"].combine_chunks().fill_null(-1).to_numpy()
         self.class_ids = np.where(self.class_ids < 0, own.to_numpy(), self.class_ids)
@@ -248,6 +248,11 @@ class Split:
     def shard_sizes(self) -> list[int]:
         """Samples per shard."""
         return [shard.samples for shard in self.shards]
+
+    def sha256(self, index: int) -> bytes:
+        """Of the sample's bytes in the tar, headers and padding included."""
+        found: bytes = self._hashes[index].as_py()
+        return found
 
     def captions(self, index: int) -> list[str]:
         found: list[str] = self._captions[index].as_py()

@@ -17,7 +17,7 @@ from typing import IO
 from filelock import FileLock
 
 from t2idist.data.embedded.avatars import LICENCE, VERSION, face
-from t2idist.data.shards import DESCRIPTION, SampleRecord, write_shards
+from t2idist.data.shards import DESCRIPTION, SCHEMA_VERSION, SampleRecord, write_shards
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def ensure_avatars(samples: int, size: int, cache: str | None, processes: int | 
     half-made set is never seen: it is renamed into place when it is whole. Raises RuntimeError where drawing fails.
     """
     root = Path(cache).expanduser() if cache else Path.home() / ".cache" / "t2idist"
-    folder = root / f"avatars-{samples}-{size}-v{VERSION}"
+    folder = root / f"avatars-{samples}-{size}-v{VERSION}-{SCHEMA_VERSION}"
     if (folder / DESCRIPTION).exists():
         return str(folder)
     root.mkdir(parents=True, exist_ok=True)

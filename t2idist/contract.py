@@ -45,17 +45,18 @@ class Batch:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
         """The batch on `device`; uint8 pictures become `dtype` in [-1, 1] there."""
-
-        def picture(image: Tensor) -> Tensor:
-            moved = image.to(device, non_blocking=True)
-            return moved.to(dtype).div_(127.5).sub_(1.0) if image.dtype == torch.uint8 else moved.to(dtype)
-
         moved: dict[str, Any] = {
             f.name: getattr(self, f.name).to(device, non_blocking=True)
             for f in fields(self)
             if isinstance(getattr(self, f.name), Tensor)
         }
-        return replace(self, images=tuple(picture(image) for image in self.images), **moved)
+        pictures = tuple(as_floats(image.to(device, non_blocking=True), dtype) for image in self.images)
+        return replace(self, images=pictures, **moved)
+
+
+def as_floats(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Pictures in [-1, 1], whether they come so or as uint8."""
+    return images.to(dtype).div_(127.5).sub_(1.0) if images.dtype == torch.uint8 else images.to(dtype)
 
 
 # ------------------------------------------------------------ what a system declares

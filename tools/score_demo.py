@@ -20,14 +20,14 @@ from torch import Tensor
 
 from t2idist import storage
 from t2idist.config import DataConfig, RunConfig, from_dict, parse_yaml
-from t2idist.contract import Batch, Draws, Matches
+from t2idist.contract import Batch, Draws, Matches, as_floats
 from t2idist.data.sources import open_dataset
 from t2idist.data.stream import LoadedSplit, load_split
 from t2idist.evaluate import report
 from t2idist.evaluate.attributes import TRAITS, answers, balanced_accuracy, decide, train_judge
 from t2idist.evaluate.draw import encode, generate
 from t2idist.evaluate.load import Loaded, load
-from t2idist.evaluate.monitor import as_floats, can_draw, can_match, embed_all
+from t2idist.evaluate.monitor import can_draw, can_match, embed_all
 from t2idist.evaluate.r_precision import r_precision
 
 CPU = torch.device("cpu")

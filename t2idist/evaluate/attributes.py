@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from t2idist.evaluate.monitor import as_floats
+from t2idist.contract import as_floats
 
 ABSENT = -1
 """The class of a sample to which a trait does not apply (the hair colour of a bald head)."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from t2idist import storage
-from t2idist.contract import Batch, Draws, Matches, System
+from t2idist.contract import Batch, Draws, Matches, System, as_floats
 from t2idist.data.text import Vocabulary, tokenise
 from t2idist.evaluate.draw import encode, generate
 from t2idist.evaluate.pictures import attention_figure, grid, png_bytes, stacked
@@ -126,11 +126,6 @@ def embed_all(
             pictures = as_floats(batch.images[-1][rows]).to(device)
             pairs.append(system.embed(nets, pictures, batch.tokens[rows].to(device), batch.lengths[rows].to(device)))
     return torch.cat([a.float().cpu() for a, _ in pairs]), torch.cat([b.float().cpu() for _, b in pairs])
-
-
-def as_floats(images: Tensor) -> Tensor:
-    """Pictures as floats in [-1, 1], whether they come so or as uint8."""
-    return images.float().div(127.5).sub(1.0) if images.dtype == torch.uint8 else images.float()
 
 
 def known_words(vocabulary: Vocabulary, caption: str) -> list[str]:

@@ -29,7 +29,12 @@ class Watcher:
         self._monitor, self._val = None, None
         if can_draw(system):
             test = load_split(
-                dataset, "test", sizes=system.sizes, max_words=data.max_words, limit=GRID_CAPTIONS, crop=data.crop
+                dataset,
+                shown_split(dataset),
+                sizes=system.sizes,
+                max_words=data.max_words,
+                limit=GRID_CAPTIONS,
+                crop=data.crop,
             )
             given = config.report.captions
             captions = given or tuple(captions[0] for captions in test.captions)
@@ -44,7 +49,7 @@ class Watcher:
                 device=device,
                 real=None if given else test.batch.images[-1],
             )
-        if can_match(system):
+        if can_match(system) and "val" in dataset.splits:
             self._val = load_split(
                 dataset, "val", sizes=system.sizes, max_words=data.max_words, limit=VAL_PICTURES, crop=data.crop
             )
@@ -56,3 +61,11 @@ class Watcher:
         if self._val is None:
             return {}
         return score_matching(self._system, nets, self._val.batch, seed=self._seed, device=self._device)
+
+
+def shown_split(dataset: Dataset) -> str:
+    """The split whose captions the grids show: the first of test, val and train that has captions."""
+    for name in ("test", "val"):
+        if name in dataset.splits and dataset.split(name).captions(0):
+            return name
+    return "train"

@@ -38,6 +38,7 @@ class DataConfig:
     source: "avatars" (made on first use), "emoji" (shipped with the package) or the URL of a shard set.
     samples, size: number and pixels of avatars to make. max_words: longer captions lose random words (training) or
     their end (evaluation). crop: the shorter side is resized to crop * size, then cropped at random; 1 = no crop.
+    endpoint_url: the address of an S3 service (MinIO, Ceph, SeaweedFS) where it is not the environment's.
     """
 
     source: str = "avatars"
@@ -49,8 +50,11 @@ class DataConfig:
     threads: int = 2
     prefetch_batches: int = 4
     cache: str | None = None
+    endpoint_url: str | None = None
 
     def __post_init__(self) -> None:
+        if self.endpoint_url is not None and "@" in self.endpoint_url:
+            raise ValueError("data.endpoint_url: credentials do not belong in it; use the environment or files")
         _positive(self, "data", "samples", "size", "max_words", "threads", "prefetch_batches")
         if not 1.0 <= self.crop <= 4.0:
             raise ValueError(f"data.crop: {self.crop}; allowed are 1 (no crop) to 4")
@@ -105,11 +109,13 @@ class CheckpointConfig:
 class ReportConfig:
     """What a person sees.
 
-    captions: fixed captions of the grids (none: taken from the test split). draws: noise draws per caption.
+    captions: fixed captions of the grids (none: taken from the test split). draws: noise draws per caption. ledger:
+    keep the ids of the samples of every step in {stage}/ledger/.
     """
 
     captions: tuple[str, ...] = ()
     draws: int = 4
+    ledger: bool = False
 
     def __post_init__(self) -> None:
         _positive(self, "report", "draws")

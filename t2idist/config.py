@@ -38,7 +38,10 @@ class DataConfig:
     source: "avatars" (made on first use), "emoji" (shipped with the package) or the URL of a shard set.
     samples, size: number and pixels of avatars to make. max_words: longer captions lose random words (training) or
     their end (evaluation). crop: the shorter side is resized to crop * size, then cropped at random; 1 = no crop.
-    endpoint_url: the address of an S3 service (MinIO, Ceph, SeaweedFS) where it is not the environment's.
+    threads: that decode. prefetch_mib: memory for samples that are read or decoded ahead. max_bad: share of samples
+    that may be unusable before the run stops. cache: folder for avatars and cached shards (none: ~/.cache/t2idist).
+    cache_gib: how much of a remote data set's shards may lie there (0: read by ranges only). endpoint_url: the address
+    of an S3 service (MinIO, Ceph, SeaweedFS) where it is not the environment's.
     """
 
     source: str = "avatars"
@@ -48,14 +51,20 @@ class DataConfig:
     crop: float = 76 / 64
     flip: bool = True
     threads: int = 2
-    prefetch_batches: int = 4
+    prefetch_mib: int = 256
+    max_bad: float = 0.01
     cache: str | None = None
+    cache_gib: float = 0.0
     endpoint_url: str | None = None
 
     def __post_init__(self) -> None:
         if self.endpoint_url is not None and "@" in self.endpoint_url:
             raise ValueError("data.endpoint_url: credentials do not belong in it; use the environment or files")
-        _positive(self, "data", "samples", "size", "max_words", "threads", "prefetch_batches")
+        _positive(self, "data", "samples", "size", "max_words", "threads", "prefetch_mib")
+        if not 0.0 <= self.max_bad <= 1.0:
+            raise ValueError(f"data.max_bad: {self.max_bad}; allowed are 0 (none) to 1 (any share of the samples)")
+        if not 0.0 <= self.cache_gib <= 1e6:
+            raise ValueError(f"data.cache_gib: {self.cache_gib}; allowed are 0 (no cache) and more")
         if not 1.0 <= self.crop <= 4.0:
             raise ValueError(f"data.crop: {self.crop}; allowed are 1 (no crop) to 4")
 

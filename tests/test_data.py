@@ -297,7 +297,7 @@ def test_stream_is_the_order_and_each_epoch_has_each_sample(small: Dataset):
 
 def test_any_workers_and_any_resume_give_the_same(small: Dataset):
     whole = take(loader(small, [0, 1, 2, 3]), 6)
-    one_thread = DataConfig(max_words=5, threads=1, prefetch_batches=1)
+    one_thread = DataConfig(max_words=5, threads=1, prefetch_mib=1)
     for owned in ([0, 2], [1], [3]):
         for batch, all_groups in zip(take(loader(small, owned, 3, config=one_thread), 3), whole[3:], strict=True):
             rows = [group * 6 + place for group in owned for place in range(6)]
@@ -355,6 +355,8 @@ def test_bad_samples_are_filled_from_their_group_and_named(tmp_path: Path, caplo
         streams = [loader(d, [0, 1, 2, 3]) for d in (clean, dataset)]
         pairs = [(next(streams[0]), next(streams[1])) for _ in range(5)]
         quarantine = streams[1].quarantine
+        assert (streams[0].samples_read, streams[0].bad_reads) == (120, 0)
+        assert (streams[1].samples_read, streams[1].bad_reads) == (120, 12)
         for stream in streams:
             stream.close()
     assert set(quarantine) == bad

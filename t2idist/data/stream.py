@@ -177,8 +177,9 @@ class Loader(Iterator[Batch]):
     """Endless batches of one worker's groups, from `step0` on: `next(loader)` is the batch of the next step.
 
     quarantine: samples that could not be used, by key, with the reason; the place of such a sample is filled by the
-    good sample before it in its group (or the first good one), so that no other sample moves. wait_seconds: how long
-    `next` has waited in all. An exception in a thread is raised by `next`. `close` ends all threads.
+    good sample before it in its group (or the first good one), so that no other sample moves. samples_read, bad_reads:
+    places of the batches so far, and those of them that were filled so. wait_seconds: how long `next` has waited in
+    all. An exception in a thread is raised by `next`. `close` ends all threads.
     """
 
     def __init__(
@@ -186,6 +187,8 @@ class Loader(Iterator[Batch]):
         groups: Sequence[int], step0: int, training: bool,
     ) -> None:  # fmt: skip
         self.quarantine: dict[str, str] = {}
+        self.samples_read = 0
+        self.bad_reads = 0
         self.wait_seconds = 0.0
         self._recipe = recipe
         self._order = order
@@ -196,7 +199,7 @@ class Loader(Iterator[Batch]):
         self._read_pool = ThreadPoolExecutor(_READ_THREADS, "read")
         self._decode_pool = ThreadPoolExecutor(config.threads, "decode")
         self._lanes = {group: _Lane(group, order, reader, self._read_pool) for group in groups}
-        self._queue: queue.Queue[_Ticket | BaseException] = queue.Queue(config.prefetch_batches)
+        self._queue: queue.Queue[_Ticket | BaseException] = queue.Queue(4)
         self._closing = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._produce, name="batches", daemon=True)
@@ -240,6 +243,8 @@ class Loader(Iterator[Batch]):
 
     def _fill_gaps(self, arrays: _Arrays) -> None:
         size = self._order.group_size
+        self.samples_read += len(arrays.ids)
+        self.bad_reads += len(arrays.bad)
         for row, reason in sorted(arrays.bad.items()):
             if arrays.ids[row] not in self.quarantine:
                 logger.warning("sample %s is left out: %s", arrays.ids[row], reason)

@@ -265,7 +265,11 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """An opened shard set. vocabulary: of all its captions. word_counts: by word. source, licence: for reports."""
+    """An opened shard set.
+
+    vocabulary: of all its captions. word_counts: by word. source, licence: for reports. endpoint_url: of the object
+    store, where it is not the usual one.
+    """
 
     url: str
     splits: dict[str, Split]
@@ -275,13 +279,15 @@ class Dataset:
     source: str
     licence: str
     options: dict[str, Any]
+    endpoint_url: str | None = None
 
     @classmethod
-    def open(cls, url: str, check_sizes: bool = True) -> Dataset:
+    def open(cls, url: str, check_sizes: bool = True, endpoint_url: str | None = None) -> Dataset:
         """Open the shard set at `url`.
 
-        check_sizes: also ask storage for the size of every shard. Raises ValueError, naming the URL and what is wrong,
-        for a missing or unfinished set, another schema version, and a manifest or sizes that do not fit.
+        check_sizes: also ask storage for the size of every shard. endpoint_url: of the object store. Raises
+        ValueError, naming the URL and what is wrong, for a missing or unfinished set, another schema version, and a
+        manifest or sizes that do not fit.
         """
         where = storage.redact(url)
         if not storage.exists(storage.join(url, DESCRIPTION)):
@@ -302,7 +308,7 @@ class Dataset:
         splits = _split_table(where, shards, table)
         if check_sizes:
             _check_sizes(url, [shard for of_split in shards.values() for shard in of_split])
-        return cls(url, splits, Vocabulary([END, *counts]), counts, names, source, licence, options)
+        return cls(url, splits, Vocabulary([END, *counts]), counts, names, source, licence, options, endpoint_url)
 
     def split(self, name: str) -> Split:
         """The split `name`; raises ValueError that names what exists."""

@@ -21,10 +21,13 @@ from PIL import Image
 
 from t2idist.config import DataConfig
 from t2idist.contract import Batch
+from t2idist.data import samples
 from t2idist.data.order import Order, Run, draws
+from t2idist.data.pack import write_shards
 from t2idist.data.pictures import crop_and_flip, decode, fill_pyramid
 from t2idist.data.reader import Bad, Encoded, ShardReader
-from t2idist.data.shards import Dataset, SampleRecord, ShardPacker, write_shards
+from t2idist.data.samples import SampleRecord
+from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_dataset
 from t2idist.data.stream import Loader, load_split, open_loader
 from t2idist.data.text import Vocabulary, tokenise
@@ -223,9 +226,9 @@ def test_missing_sets_splits_and_sources_give_a_sentence(small: Dataset, tmp_pat
 def test_a_hostile_member_spoils_only_its_own_sample(
     tmp_path: Path, name: str, says: str, monkeypatch: pytest.MonkeyPatch
 ):
-    real = ShardPacker._member
+    real = samples.member
     renamed = {"s0002.png": name}
-    monkeypatch.setattr(ShardPacker, "_member", lambda self, n, data: real(self, renamed.get(n, n), data))
+    monkeypatch.setattr(samples, "member", lambda n, data: real(renamed.get(n, n), data))
     dataset = write(tmp_path / "set", [sample(n) for n in range(5)])
     read = ShardReader(dataset, "train").read(Run(0, 0, 5))
     assert [isinstance(found, Bad) for found in read] == [False, False, True, False, False]

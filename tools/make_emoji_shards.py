@@ -19,7 +19,8 @@ from typing import Any
 
 from PIL import Image
 
-from t2idist.data.shards import SampleRecord, write_shards
+from t2idist.data.pack import write_shards
+from t2idist.data.samples import SampleRecord
 
 VENDORS = ("fluent", "noto", "twemoji")
 LICENCE = (

@@ -1,23 +1,16 @@
-"""A shard set: tar shards, one manifest.parquet and one dataset.json; this file writes it and opens it.
+"""A shard set: tar shards, one manifest.parquet and one dataset.json; this file opens it, data/pack.py writes it.
 
-A sample is two consecutive tar members, ``<key>.<webp|png|jpg>`` and ``<key>.json``, so that any webdataset reader can
-use the shards alone. The manifest knows where each sample lies, so that a reader can take any range of samples.
-dataset.json is written last: a set without it is not finished.
+The manifest knows where each sample lies, so that a reader can take any range of samples. Any webdataset reader can
+use the shards alone. dataset.json is written last: a set without it is not finished.
 """
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import io
-import json
-import logging
 import re
-import tarfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,20 +19,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from t2idist import storage
-from t2idist.data.text import END, Vocabulary, count_words
-
-logger = logging.getLogger(__name__)
+from t2idist.data.samples import EXTENSIONS as EXTENSIONS
+from t2idist.data.text import END, Vocabulary
 
 SCHEMA_VERSION = 2
 DESCRIPTION = "dataset.json"
 MANIFEST = "manifest.parquet"
-EXTENSIONS = ("webp", "png", "jpg")
-KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,90}")
-"""Keys have no dots (a dot ends a webdataset key) and no slashes, and fit a plain tar header."""
-
-_NAME_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,120}")
-_TAR_END = bytes(2 * tarfile.BLOCKSIZE)
-_COLUMNS = pa.schema(
+COLUMNS = pa.schema(
     [
         ("split", pa.string()),
         ("shard", pa.string()),
@@ -55,33 +41,7 @@ _COLUMNS = pa.schema(
     ]
 )
 
-
-# ------------------------------------------------------------------------------------------------ writing
-@dataclass(frozen=True)
-class SampleRecord:
-    """One picture with what is known about it, as the writer takes it.
-
-    image: encoded bytes, stored as they are. extension: webp, png or jpg. class_id: samples of one class are not each
-    other's negatives (None: each sample is its own class). width, height: of the encoded picture, in pixels.
-    """
-
-    split: str
-    key: str
-    image: bytes
-    extension: str
-    captions: tuple[str, ...]
-    width: int
-    height: int
-    attributes: tuple[str, ...] = ()
-    class_id: int | None = None
-
-    def __post_init__(self) -> None:
-        if not KEY_PATTERN.fullmatch(self.key):
-            raise ValueError(f"sample key {self.key!r}: allowed are 1 to 90 letters, digits, '_' and '-'")
-        if not KEY_PATTERN.fullmatch(self.split):
-            raise ValueError(f"split {self.split!r} of sample {self.key}: allowed are letters, digits, '_' and '-'")
-        if self.extension not in EXTENSIONS:
-            raise ValueError(f"sample {self.key}: extension {self.extension!r}; allowed are {', '.join(EXTENSIONS)}")
+_NAME_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,120}")
 
 
 @dataclass(frozen=True)
@@ -95,133 +55,6 @@ class Shard:
     tar_bytes: int
 
 
-class ShardPacker:
-    """Makes one shard's bytes; the same samples give the same bytes."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self._tar = io.BytesIO()
-
-    @property
-    def tar_bytes(self) -> int:
-        return self._tar.tell()
-
-    def add(self, sample: SampleRecord) -> None:
-        offset = self._tar.tell()
-        facts = {"captions": sample.captions, "attributes": sample.attributes, "class_id": sample.class_id}
-        self._member(f"{sample.key}.{sample.extension}", sample.image)
-        self._member(f"{sample.key}.json", json.dumps(facts, ensure_ascii=False, sort_keys=True).encode())
-        data = self._tar.getbuffer()[offset:]
-        place = {"offset": offset, "size": len(data), "sha256": hashlib.sha256(data).digest()}
-        seen = {"split": sample.split, "key": sample.key, "width": sample.width, "height": sample.height}
-        self.rows.append({**seen, **place, **facts})
-
-    def _member(self, name: str, data: bytes) -> None:
-        info = tarfile.TarInfo(name)
-        info.size = len(data)
-        info.mode = 0o444
-        self._tar.write(info.tobuf(tarfile.USTAR_FORMAT))
-        self._tar.write(data)
-        self._tar.write(bytes(-len(data) % tarfile.BLOCKSIZE))
-
-    def finish(self, name: str, compress: bool) -> tuple[Shard, bytes]:
-        """The shard's description and its bytes; fills in the rows' shard."""
-        tar = self._tar.getvalue() + _TAR_END
-        data = gzip.compress(tar, compresslevel=9, mtime=0) if compress else tar
-        for row in self.rows:
-            row["shard"] = name
-        return Shard(name, len(self.rows), len(data), storage.sha256(data), len(tar)), data
-
-
-def write_shards(
-    url: str,
-    samples: Iterable[SampleRecord],
-    *,
-    source: str,
-    licence: str,
-    options: Mapping[str, Any] | None = None,
-    shard_samples: int = 1000,
-    shard_bytes: int = 100 << 20,
-    compress: bool = False,
-    min_count: int = 1,
-) -> None:
-    """Write a shard set; the same samples in the same order give the same bytes.
-
-    samples: of all splits, mixed as they come; each split keeps its order. A shard ends at `shard_samples` samples or
-    `shard_bytes` bytes. compress: gzip the shards (for small sets that ship; a reader then takes whole shards).
-    min_count: words that are rarer are left out of the vocabulary, which is made of the captions of all splits.
-    Raises ValueError for a key that comes twice, and when there is no sample.
-    """
-    if storage.exists(storage.join(url, DESCRIPTION)):
-        raise ValueError(f"{storage.redact(url)}: holds a finished shard set already; remove it or give another folder")
-    open_shards: dict[str, ShardPacker] = {}
-    shards: dict[str, list[Shard]] = {}
-    rows: dict[str, list[dict[str, Any]]] = {}
-    keys: set[str] = set()
-
-    def close(split: str) -> None:
-        packer = open_shards.pop(split)
-        name = f"{split}-{len(shards[split]):05d}.tar{'.gz' if compress else ''}"
-        shard, data = packer.finish(name, compress)
-        storage.write_bytes(storage.join(url, name), data)
-        shards[split].append(shard)
-        rows[split].extend(packer.rows)
-
-    for sample in samples:
-        if sample.key in keys:
-            raise ValueError(f"sample key {sample.key!r} comes twice; each sample needs a key of its own")
-        keys.add(sample.key)
-        shards.setdefault(sample.split, [])
-        rows.setdefault(sample.split, [])
-        packer = open_shards.setdefault(sample.split, ShardPacker())
-        packer.add(sample)
-        if len(packer.rows) >= shard_samples or packer.tar_bytes >= shard_bytes:
-            close(sample.split)
-    for split in sorted(open_shards):
-        close(split)
-    if not keys:
-        raise ValueError(f"{storage.redact(url)}: no sample to write")
-    write_index(
-        url, {s: shards[s] for s in sorted(shards)}, [row for s in sorted(rows) for row in rows[s]],
-        source=source, licence=licence, options=options or {}, min_count=min_count,
-    )  # fmt: skip
-
-
-def write_index(
-    url: str,
-    shards: Mapping[str, Sequence[Shard]],
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    source: str,
-    licence: str,
-    options: Mapping[str, Any],
-    min_count: int,
-) -> None:
-    """Write manifest.parquet and then dataset.json for shards that are written already; rows: by split and shard."""
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=_COLUMNS), sink, compression="zstd")
-    manifest = sink.getvalue()
-    storage.write_bytes(storage.join(url, MANIFEST), manifest)
-    counts = count_words(caption for row in rows for caption in row["captions"])
-    words = Vocabulary.from_counts(counts, min_count).words[1:]
-    splits = {
-        split: {"samples": sum(shard.samples for shard in of_split), "shards": [asdict(shard) for shard in of_split]}
-        for split, of_split in shards.items()
-    }
-    description = {
-        "schema": SCHEMA_VERSION,
-        "source": source,
-        "licence": licence,
-        "options": dict(options),
-        "manifest": {"bytes": len(manifest), "sha256": storage.sha256(manifest)},
-        "splits": splits,
-        "attributes": sorted({name for row in rows for name in row["attributes"]}),
-        "vocabulary": {word: counts[word] for word in words},
-    }
-    storage.write_json(storage.join(url, DESCRIPTION), description)
-
-
-# ------------------------------------------------------------------------------------------------ reading
 class Split:
     """The samples of one split, by index 0 .. len - 1, in the order of the shards.
 
@@ -290,9 +123,9 @@ class Dataset:
         manifest or sizes that do not fit.
         """
         where = storage.redact(url)
-        if not storage.exists(storage.join(url, DESCRIPTION)):
+        if not storage.exists(storage.join(url, DESCRIPTION), endpoint_url=endpoint_url):
             raise ValueError(f"{where}: no {DESCRIPTION} there, so no finished shard set; is the URL right?")
-        description = storage.read_json(storage.join(url, DESCRIPTION))
+        description = storage.read_json(storage.join(url, DESCRIPTION), endpoint_url=endpoint_url)
         version = description.get("schema") if isinstance(description, dict) else None
         if version != SCHEMA_VERSION:
             raise ValueError(f"{where}/{DESCRIPTION}: schema version {version!r}; this program reads {SCHEMA_VERSION}")
@@ -302,12 +135,13 @@ class Dataset:
             counts = {str(word): int(count) for word, count in description["vocabulary"].items()}
             names = tuple(str(name) for name in description["attributes"])
             source, licence, options = (description[key] for key in ("source", "licence", "options"))
-            table = _read_manifest(url, int(description["manifest"]["bytes"]), description["manifest"]["sha256"])
+            manifest = description["manifest"]
+            table = _read_manifest(url, int(manifest["bytes"]), manifest["sha256"], endpoint_url)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{where}/{DESCRIPTION}: not a shard set's description: {error!r}") from None
         splits = _split_table(where, shards, table)
         if check_sizes:
-            _check_sizes(url, [shard for of_split in shards.values() for shard in of_split])
+            _check_sizes(url, [shard for of_split in shards.values() for shard in of_split], endpoint_url)
         return cls(url, splits, Vocabulary([END, *counts]), counts, names, source, licence, options, endpoint_url)
 
     def split(self, name: str) -> Split:
@@ -317,10 +151,10 @@ class Dataset:
         return self.splits[name]
 
 
-def _read_manifest(url: str, size: int, sha256: str) -> pa.Table:
+def _read_manifest(url: str, size: int, sha256: str, endpoint_url: str | None) -> pa.Table:
     where = f"{storage.redact(url)}/{MANIFEST}"
     try:
-        data = storage.read_bytes(storage.join(url, MANIFEST))
+        data = storage.read_bytes(storage.join(url, MANIFEST), endpoint_url=endpoint_url)
     except FileNotFoundError:
         raise ValueError(f"{where}: missing, though {DESCRIPTION} names it") from None
     if len(data) != size or storage.sha256(data) != sha256:
@@ -331,8 +165,8 @@ def _read_manifest(url: str, size: int, sha256: str) -> pa.Table:
         table = pq.read_table(pa.BufferReader(data))
     except pa.ArrowException as error:
         raise ValueError(f"{where}: not a parquet file: {error}") from None
-    if not table.schema.equals(_COLUMNS):
-        raise ValueError(f"{where}: columns {table.schema.names}; expected {_COLUMNS.names} with their types")
+    if not table.schema.equals(COLUMNS):
+        raise ValueError(f"{where}: columns {table.schema.names}; expected {COLUMNS.names} with their types")
     return table.combine_chunks()
 
 
@@ -369,10 +203,10 @@ def _check_offsets(where: str, split: Split) -> None:
         first += shard.samples
 
 
-def _check_sizes(url: str, shards: Sequence[Shard]) -> None:
+def _check_sizes(url: str, shards: Sequence[Shard], endpoint_url: str | None) -> None:
     def found(shard: Shard) -> int | None:
         try:
-            return storage.size(storage.join(url, shard.name))
+            return storage.size(storage.join(url, shard.name), endpoint_url=endpoint_url)
         except FileNotFoundError:
             return None
 

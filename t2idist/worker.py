@@ -25,9 +25,10 @@ from t2idist.config import RunConfig, to_dict, to_yaml
 from t2idist.contract import Plan, System
 from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_dataset
-from t2idist.data.stream import open_loader
+from t2idist.data.stream import Loader, open_loader
 from t2idist.engine import export, loop, pretrained
 from t2idist.engine.checkpoint import Checkpoints
+from t2idist.engine.intake import Intake
 from t2idist.engine.metrics import Log, now
 from t2idist.engine.noise import key
 from t2idist.engine.strategy import Precision
@@ -163,24 +164,39 @@ def _run_stage(
             watch=watch,
         )
         log.tell("training")
-    loader = open_loader(
-        dataset,
-        "train",
-        config=config.stage_data(name),
-        sizes=system.sizes,
-        groups=list(share.lanes),
-        total_groups=stage.groups,
-        group_size=stage.group_size,
-        seed=key(seed, name, "data"),
-        step0=trainer.step,
+    loader = _open_loader(config, name, dataset, system, trainer)
+    batches = Intake(
+        loader,
+        world,
+        share,
+        stages.stage_url(config, name),
+        step=trainer.step,
+        attempt=checkpoints.attempt,
+        max_bad=config.stage_data(name).max_bad,
+        epoch_images=plan.epoch_images,
+        ledger=config.report.ledger,
     )
     try:
-        loop.run(trainer, iter(loader), stage, checkpoints, log, watcher.look if watcher is not None else _no_look)
+        loop.run(trainer, batches, stage, checkpoints, log, watcher.look if watcher is not None else _no_look)
     finally:
         loader.close()
         if log is not None:
             log.close()
     _finish(config, name, trainer, dataset, plan, ran_on, log)
+
+
+def _open_loader(config: RunConfig, name: str, dataset: Dataset, system: System, trainer: Trainer) -> Loader:
+    return open_loader(
+        dataset,
+        "train",
+        config=config.stage_data(name),
+        sizes=system.sizes,
+        groups=list(trainer.share.lanes),
+        total_groups=trainer.share.groups,
+        group_size=trainer.group_size,
+        seed=key(config.stage_seed(name), name, "data"),
+        step0=trainer.step,
+    )
 
 
 def _build(config: RunConfig, name: str, plan: Plan, sources: Mapping[str, export.Export]) -> System:

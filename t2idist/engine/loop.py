@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 from torch import nn
 
 from t2idist.config import StageConfig
-from t2idist.contract import Batch
 from t2idist.engine.checkpoint import Checkpoints
+from t2idist.engine.intake import Intake
 from t2idist.engine.metrics import Log
 from t2idist.engine.train import Trainer
 
@@ -29,7 +29,7 @@ def report_every(stage: StageConfig) -> int:
 
 def run(
     trainer: Trainer,
-    batches: Iterator[Batch],
+    batches: Intake,
     stage: StageConfig,
     checkpoints: Checkpoints,
     log: Log | None,
@@ -43,7 +43,7 @@ def run(
         if log is not None:
             log.stepped(images)
         if last or due(report_every(stage), before, images):
-            values = trainer.take_reports()
+            values = trainer.take_reports() | batches.settle()
             if log is not None:
                 log.add(values, trainer.step)
         paused = time.monotonic()
@@ -54,6 +54,7 @@ def run(
         if last or due(stage.checkpoint_every_images, before, images):
             if log is not None:
                 log.flush()
+            batches.write_ledger()
             checkpoints.save(trainer)
         if log is not None:
             log.pause(time.monotonic() - paused)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -115,6 +116,23 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """What happens to steps whose losses or gradients are not finite: each is skipped.
+
+    skips_in_a_row: so many lead back to the last checkpoint, with fresh noise. rollbacks: after so many of a stage the
+    run ends.
+    """
+
+    skips_in_a_row: int = 10
+    rollbacks: int = 3
+
+    def __post_init__(self) -> None:
+        _positive(self, "guard", "skips_in_a_row")
+        if self.rollbacks < 0:
+            raise ValueError(f"guard.rollbacks: {self.rollbacks}; it must be at least 0")
+
+
+@dataclass(frozen=True)
 class ReportConfig:
     """What a person sees.
 
@@ -170,6 +188,7 @@ class RunConfig:
     precision: str = "bfloat16"
     data: DataConfig = DataConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     report: ReportConfig = ReportConfig()
     cluster: ClusterConfig = ClusterConfig()
 
@@ -318,6 +337,12 @@ class _StrictLoader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 takes 1e-4 for a word; everybody means the number
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def parse_yaml(text: str, where: str) -> Any:

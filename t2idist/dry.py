@@ -15,9 +15,9 @@ from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_dataset
 from t2idist.engine import export, pretrained
 
-ADJUSTABLE = ("about", "storage", "report", "checkpoint", "cluster")
+ADJUSTABLE = ("about", "storage", "report", "checkpoint", "cluster", "guard")
 ADJUSTABLE_STAGE = ("images", "max_groups_per_worker", "checkpoint_every_images", "pictures_every_images")
-ADJUSTABLE_DATA = ("threads", "prefetch_batches", "cache")
+ADJUSTABLE_DATA = ("threads", "prefetch_mib", "cache", "cache_gib", "endpoint_url", "max_bad")
 
 
 def check(config: RunConfig) -> None:

@@ -28,6 +28,7 @@ from t2idist.data.sources import open_dataset
 from t2idist.data.stream import Loader, open_loader
 from t2idist.engine import export, loop, pretrained
 from t2idist.engine.checkpoint import Checkpoints
+from t2idist.engine.guard import Diverged
 from t2idist.engine.intake import Intake
 from t2idist.engine.metrics import Log, now
 from t2idist.engine.noise import key
@@ -92,7 +93,7 @@ def _run(config: RunConfig, world: World, watch: Watch | None) -> None:
             "workers": world.size,
             "messages": messages.texts,
         }
-        _run_stage(config, name, world, ran_on, facts, watch)
+        _run_guarded(config, name, world, ran_on, facts, watch)
     if world.first:
         report.write(url)
     world.barrier()
@@ -118,6 +119,26 @@ def _world(device: torch.device) -> World:
     return World(device=device)
 
 
+def _run_guarded(
+    config: RunConfig,
+    name: str,
+    world: World,
+    ran_on: dict[str, Any],
+    facts: Mapping[str, Any],
+    watch: Watch | None,
+) -> None:
+    """Run a stage; where it diverges, again from its last checkpoint with fresh noise, up to the limit."""
+    for rollback in range(config.guard.rollbacks + 1):
+        try:
+            _run_stage(config, name, world, ran_on, facts, watch, rollback)
+            return
+        except Diverged as diverged:
+            if rollback == config.guard.rollbacks:
+                raise ValueError(f"stage {name} diverged {rollback + 1} times: {diverged}") from None
+            if world.first:
+                logger.warning("stage %s goes back to its last checkpoint: %s", name, diverged)
+
+
 def _run_stage(
     config: RunConfig,
     name: str,
@@ -125,6 +146,7 @@ def _run_stage(
     ran_on: dict[str, Any],
     facts: Mapping[str, Any],
     watch: Watch | None,
+    rollback: int,
 ) -> None:
     stage = config.stages[name]
     dataset = open_dataset(config.stage_data(name))
@@ -138,7 +160,7 @@ def _run_stage(
     trainer = Trainer(
         system,
         stage=name,
-        seed=seed,
+        seed=key(seed, "rollback", rollback) if rollback else seed,
         group_size=stage.group_size,
         share=share,
         world=world,
@@ -177,7 +199,8 @@ def _run_stage(
         ledger=config.report.ledger,
     )
     try:
-        loop.run(trainer, batches, stage, checkpoints, log, watcher.look if watcher is not None else _no_look)
+        look = watcher.look if watcher is not None else _no_look
+        loop.run(trainer, batches, stage, checkpoints, log, look, config.guard)
     finally:
         loader.close()
         if log is not None:

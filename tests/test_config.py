@@ -175,3 +175,8 @@ def test_schedules() -> None:
     with pytest.raises(ValueError, match="schedule kind 'cosine'; allowed are"):
         factor(Schedule("cosine"), 0)
     assert ema_decay(692.8 * 20, 20) == pytest.approx(0.999, abs=1e-6)
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("2E5", 2e5), ("-3e+2", -300.0), ("1.5e-3", 1.5e-3)])
+def test_numbers_are_read_as_people_write_them(text: str, value: float) -> None:
+    assert parse_yaml(f"lr: {text}", "here") == {"lr": value}

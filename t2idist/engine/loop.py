@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from t2idist.config import StageConfig
+from t2idist.config import GuardConfig, StageConfig
 from t2idist.engine.checkpoint import Checkpoints
+from t2idist.engine.guard import Diverged
 from t2idist.engine.intake import Intake
 from t2idist.engine.metrics import Log
 from t2idist.engine.train import Trainer
@@ -34,8 +35,12 @@ def run(
     checkpoints: Checkpoints,
     log: Log | None,
     look: Look,
+    guard: GuardConfig,
 ) -> None:
-    """Train until the stage's budget is reached. `log` is None on all workers but the first."""
+    """Train until the stage's budget is reached. `log` is None on all workers but the first.
+
+    Raises `Diverged`, on every worker, where too many steps in a row were skipped.
+    """
     while trainer.step < stage.steps:
         before = trainer.images
         trainer.run_step(next(batches))
@@ -44,6 +49,7 @@ def run(
             log.stepped(images)
         if last or due(report_every(stage), before, images):
             values = trainer.take_reports() | batches.settle()
+            _check(trainer, guard, values)
             if log is not None:
                 log.add(values, trainer.step)
         paused = time.monotonic()
@@ -58,3 +64,12 @@ def run(
             checkpoints.save(trainer)
         if log is not None:
             log.pause(time.monotonic() - paused)
+
+
+def _check(trainer: Trainer, guard: GuardConfig, values: dict[str, float]) -> None:
+    """Add the count of skipped steps to what is logged; see whether the latest were all skipped."""
+    values["guard/skipped_steps"] = float(trainer.guard.skipped)
+    if (in_a_row := trainer.guard.in_a_row) >= guard.skips_in_a_row:
+        raise Diverged(
+            f"{in_a_row} steps in a row up to step {trainer.step} were not finite; first: {trainer.first_bad}"
+        )

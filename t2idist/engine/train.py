@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,14 @@ from torch import Tensor, nn
 
 from t2idist.contract import Adam, Role, System
 from t2idist.engine.groups import convert
+from t2idist.engine.guard import Guard
 from t2idist.engine.noise import Noise
 from t2idist.engine.schedule import ema_decay, factor
 from t2idist.engine.strategy import Precision, wrap
 from t2idist.engine.world import Share, World, mean_by_share
+
+GRADIENTS = "gradients of "
+"""Begins the name under which a role's flag of non-finite gradients stands among the reports."""
 
 
 @dataclass
@@ -53,7 +58,10 @@ class Trainer:
         self.noise_source = Noise(seed, stage, share.lanes, group_size, world.device, precision.weights)
         self._frozen = {name: self._place(f.net).eval().requires_grad_(False) for name, f in system.frozen.items()}
         self._live = {name: self._start(role) for name, role in system.roles.items()}
-        self._reports: dict[str, list[Tensor]] = {}
+        trained = [live.role.net for live in self._live.values()]
+        self.guard = Guard(trained, world.device)
+        self._reports: list[tuple[int, str, Tensor]] = []
+        self.first_bad = ""
 
     # -------------------------------------------------------------------------------------------- set-up
     def _place(self, net: nn.Module) -> nn.Module:
@@ -85,9 +93,13 @@ class Trainer:
         assert loss.dim() == 0, f"{role}: the loss has shape {tuple(loss.shape)}; it must be a scalar"
         live.entered = False
         live.optimizer.zero_grad(set_to_none=True)
-        (loss * self.share.weight).backward()  # type: ignore[no-untyped-call]
+        self.guard.weigh(loss, self.share.weight).backward()  # type: ignore[no-untyped-call]
         for name, parameter in live.role.net.named_parameters():
             assert parameter.grad is not None or not parameter.requires_grad, f"{role}: {name} got no gradient"
+        gradients = [p.grad for p in live.role.net.parameters() if p.grad is not None]
+        bad = self.guard.check(gradients)
+        setattr(live.optimizer, "found_inf", bad)  # noqa: B010 (mypy does not know it): fused Adam then changes nothing
+        self._reports.append((self.step, f"{GRADIENTS}{role}", torch.where(bad > 0, torch.nan, 0.0)))
         self._clip(live.role)
         for group in live.optimizer.param_groups:
             group["lr"] = live.role.optimizer.lr * factor(live.role.optimizer.schedule, self.images)
@@ -125,22 +137,41 @@ class Trainer:
         return self.noise_source.normal(*shape)
 
     def report(self, name: str, value: Tensor) -> None:
-        self._reports.setdefault(name, []).append(value.detach())
+        self._reports.append((self.step, name, value.detach()))
 
     # -------------------------------------------------------------------------------------------- for the loop
     def run_step(self, batch: Any) -> None:
         """One step of the system on a host batch."""
         self.noise_source.start(self.step)
+        self.guard.start_step()
         self.system.step(batch.to(self.world.device, self.precision.weights), self)
         pending = [name for name, live in self._live.items() if live.entered]
         assert not pending, f"{pending}: forward without apply"
+        self.guard.end_step()
         self.step += 1
 
     def take_reports(self) -> dict[str, float]:
-        """Means of what was reported since the last call, over steps and, by share, over workers. A collective."""
-        means = {name: torch.stack([v.double() for v in values]).mean() for name, values in self._reports.items()}
-        self._reports = {}
-        return {name: float(mean) for name, mean in mean_by_share(means, self.world, self.share).items()}
+        """Means of what was reported since the last call, over steps and, by share, over workers. A collective.
+
+        Values that are not finite are left out; `first_bad` names those of the first step that had any.
+        """
+        reports, self._reports = self._reports, []
+        values = torch.stack([value.double() for _, _, value in reports]).tolist() if reports else []
+        finite: dict[str, list[float]] = {}
+        bad: list[tuple[int, bool, str]] = []
+        for (step, name, _), value in zip(reports, values, strict=True):
+            if not math.isfinite(value):
+                bad.append((step, name.startswith(GRADIENTS), name))
+            elif not name.startswith(GRADIENTS):
+                finite.setdefault(name, []).append(value)
+        mine = {name: math.fsum(of_name) / len(of_name) for name, of_name in finite.items()}
+        parts = self.world.gather((self.share.fraction, mine, [entry for entry in bad if entry[0] == bad[0][0]]))
+        firsts = sorted({entry for part in parts for entry in part[2]})
+        if firsts:
+            step = firsts[0][0]
+            self.first_bad = ", ".join(name for at, _, name in firsts if at == step) + f" in step {step}"
+        names = dict.fromkeys(name for _, means, _ in parts for name in means)
+        return {name: _mean([(share, means[name]) for share, means, _ in parts if name in means]) for name in names}
 
     def evaluation_nets(self) -> dict[str, nn.Module]:
         """Copies of the networks to export or to look at: EMA where a role has it, settled buffers, eval mode.
@@ -205,6 +236,10 @@ class Trainer:
             return {}
         place = f"local/{self.world.rank}_of_{self.world.size}"
         return {f"{place}/{key}": buffer for key, buffer in self._float_buffers().items()}
+
+
+def _mean(weighted: list[tuple[float, float]]) -> float:
+    return math.fsum(weight * value for weight, value in weighted) / math.fsum(weight for weight, _ in weighted)
 
 
 def _adam(parameters: list[nn.Parameter], settings: Adam) -> torch.optim.Adam:

@@ -1,0 +1,67 @@
+"""What can be wrong with a picture or a caption, as rejected.jsonl names it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    """The closed set of reasons; rejected.jsonl adds a detail in words."""
+
+    ZERO_BYTES = "zero_bytes"
+    NOT_A_PICTURE = "not_a_picture"
+    TRUNCATED = "truncated"
+    DAMAGED = "damaged"
+    TOO_MANY_PIXELS = "too_many_pixels"
+    FILE_TOO_LARGE = "file_too_large"
+    BAD_BOX = "bad_box"
+    GREY = "grey"
+    CMYK = "cmyk"
+    SIXTEEN_BIT = "sixteen_bit"
+    PALETTE = "palette"
+    ALPHA = "alpha"
+    OTHER_COLOURS = "other_colours"
+    EXIF_ROTATION = "exif_rotation"
+    NO_PICTURE = "captions_without_picture"
+    NO_CAPTIONS = "picture_without_captions"
+    EMPTY_CAPTION = "empty_caption"
+    CAPTION_WITHOUT_WORDS = "caption_without_words"
+    CAPTION_TOO_LONG = "caption_too_long"
+    INVALID_UTF8 = "invalid_utf8"
+    DUPLICATE = "duplicate"
+    UNSAFE_NAME = "unsafe_name"
+    MALFORMED = "malformed"
+    NO_SPLIT = "no_split"
+
+
+class Effect(StrEnum):
+    """What was done about it."""
+
+    LEFT_OUT = "left out"
+    REPAIRED = "repaired"
+    CAPTION_LEFT_OUT = "caption left out"
+
+
+@dataclass(frozen=True)
+class Reject:
+    """One line of rejected.jsonl. name: the picture's name, or the file and line that speak of it."""
+
+    split: str
+    name: str
+    reason: Reason
+    effect: Effect
+    detail: str = ""
+
+    def as_json(self) -> str:
+        readable = {key: _printable(str(value)) for key, value in asdict(self).items()}
+        return json.dumps(readable, ensure_ascii=False)
+
+    def __str__(self) -> str:
+        return f"{_printable(self.name)}: {self.reason}, {self.effect}{': ' if self.detail else ''}{self.detail}"
+
+
+def _printable(text: str) -> str:
+    """Bytes that are no UTF-8 (surrogates) as backslash escapes; at most 300 characters."""
+    return text[:300].encode("utf-8", "backslashreplace").decode()

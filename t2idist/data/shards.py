@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from t2idist import storage
 from t2idist.data.samples import EXTENSIONS as EXTENSIONS
+from t2idist.data.samples import KEY_PATTERN, MAX_CAPTION_CHARACTERS
 from t2idist.data.text import END, Vocabulary
 
 SCHEMA_VERSION = 2
@@ -42,6 +44,9 @@ COLUMNS = pa.schema(
 )
 
 _NAME_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,120}")
+_DESCRIPTION_MAX_BYTES = 256 << 20
+_MANIFEST_MAX_ROW_BYTES = 64 << 10
+_MANIFEST_SPARE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -123,32 +128,67 @@ class Dataset:
         manifest or sizes that do not fit.
         """
         where = storage.redact(url)
-        if not storage.exists(storage.join(url, DESCRIPTION), endpoint_url=endpoint_url):
-            raise ValueError(f"{where}: no {DESCRIPTION} there, so no finished shard set; is the URL right?")
-        description = storage.read_json(storage.join(url, DESCRIPTION), endpoint_url=endpoint_url)
-        version = description.get("schema") if isinstance(description, dict) else None
-        if version != SCHEMA_VERSION:
-            raise ValueError(f"{where}/{DESCRIPTION}: schema version {version!r}; this program reads {SCHEMA_VERSION}")
+        description = _read_description(url, endpoint_url)
         try:
             listed = {name: split["shards"] for name, split in description["splits"].items()}
-            shards = {name: tuple(Shard(**shard) for shard in of_split) for name, of_split in listed.items()}
+            shards = {name: tuple(_shard(where, shard) for shard in of_split) for name, of_split in listed.items()}
             counts = {str(word): int(count) for word, count in description["vocabulary"].items()}
             names = tuple(str(name) for name in description["attributes"])
             source, licence, options = (description[key] for key in ("source", "licence", "options"))
-            manifest = description["manifest"]
-            table = _read_manifest(url, int(manifest["bytes"]), manifest["sha256"], endpoint_url)
-        except (KeyError, TypeError, AttributeError) as error:
+            manifest_bytes, manifest_sha256 = (description["manifest"][key] for key in ("bytes", "sha256"))
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"{where}/{DESCRIPTION}: not a shard set's description: {error!r}") from None
+        table = _read_manifest(url, manifest_bytes, manifest_sha256, endpoint_url)
         splits = _split_table(where, shards, table)
         if check_sizes:
             _check_sizes(url, [shard for of_split in shards.values() for shard in of_split], endpoint_url)
-        return cls(url, splits, Vocabulary([END, *counts]), counts, names, source, licence, options, endpoint_url)
+        return cls(
+            url,
+            splits,
+            Vocabulary([END, *counts]),
+            counts,
+            names,
+            str(source),
+            str(licence),
+            dict(options),
+            endpoint_url,
+        )
 
     def split(self, name: str) -> Split:
         """The split `name`; raises ValueError that names what exists."""
         if name not in self.splits:
             raise ValueError(f"{storage.redact(self.url)}: no split '{name}'; there are {', '.join(self.splits)}")
         return self.splits[name]
+
+
+def _read_description(url: str, endpoint_url: str | None) -> dict[str, Any]:
+    where = storage.redact(url)
+    file = storage.join(url, DESCRIPTION)
+    try:
+        size_bytes = storage.size(file, endpoint_url=endpoint_url)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{where}: no {DESCRIPTION} there, so no finished shard set; is the URL right?") from None
+    if size_bytes > _DESCRIPTION_MAX_BYTES:
+        raise ValueError(f"{where}/{DESCRIPTION}: {size_bytes} bytes; at most {_DESCRIPTION_MAX_BYTES} are read")
+    description = storage.read_json(file, endpoint_url=endpoint_url)
+    version = description.get("schema") if isinstance(description, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"{where}/{DESCRIPTION}: schema version {version!r}; this program reads {SCHEMA_VERSION}")
+    assert isinstance(description, dict)
+    if not isinstance(description.get("options"), dict):
+        raise ValueError(f"{where}/{DESCRIPTION}: not a shard set's description: no options")
+    return description
+
+
+def _shard(where: str, facts: Mapping[str, Any]) -> Shard:
+    shard = Shard(**facts)
+    if not isinstance(shard.name, str) or not _NAME_PATTERN.fullmatch(shard.name):
+        raise ValueError(f"{where}/{DESCRIPTION}: shard name {shard.name!r}; allowed are plain file names")
+    for name in ("samples", "bytes", "tar_bytes"):
+        value = facts[name]
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**60:
+            raise ValueError(f"{where}/{DESCRIPTION}: {name} of shard {shard.name} is {value!r}; it must be positive")
+    return shard
 
 
 def _read_manifest(url: str, size: int, sha256: str, endpoint_url: str | None) -> pa.Table:
@@ -162,22 +202,46 @@ def _read_manifest(url: str, size: int, sha256: str, endpoint_url: str | None) -
             f"{where}: its {len(data)} bytes are not those that {DESCRIPTION} describes ({size} bytes, hash)"
         )
     try:
-        table = pq.read_table(pa.BufferReader(data))
-    except pa.ArrowException as error:
-        raise ValueError(f"{where}: not a parquet file: {error}") from None
+        file = pq.ParquetFile(pa.BufferReader(data))
+        facts = file.metadata
+        unpacked_bytes = sum(facts.row_group(group).total_byte_size for group in range(facts.num_row_groups))
+        if unpacked_bytes > _MANIFEST_SPARE_BYTES + facts.num_rows * _MANIFEST_MAX_ROW_BYTES:
+            raise ValueError(f"{where}: unpacks to {unpacked_bytes} bytes, too many for {facts.num_rows} samples")
+        table = file.read()
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{where}: not a parquet file: {str(error)[:300]}") from None
     if not table.schema.equals(COLUMNS):
         raise ValueError(f"{where}: columns {table.schema.names}; expected {COLUMNS.names} with their types")
-    return table.combine_chunks()
+    table = table.combine_chunks()
+    _check_values(where, table)
+    return table
+
+
+def _check_values(where: str, table: pa.Table) -> None:
+    """No holes, keys as they must be, captions of a length that somebody could have written."""
+    for name in COLUMNS.names:
+        column = table[name]
+        items = column.null_count + (pc.list_flatten(column).null_count if name in ("captions", "attributes") else 0)
+        if items and name != "class_id":
+            raise ValueError(f"{where}: column {name} has {items} values that are missing")
+    good = pc.match_substring_regex(table["key"], f"^{KEY_PATTERN.pattern}$")
+    if not pc.all(good, min_count=0).as_py():
+        key = table["key"].filter(pc.invert(good))[0].as_py()
+        raise ValueError(f"{where}: sample key {key[:100]!r} is not allowed; allowed are letters, digits, '_' and '-'")
+    longest = pc.max(pc.utf8_length(pc.list_flatten(table["captions"]))).as_py() or 0
+    if longest > MAX_CAPTION_CHARACTERS:
+        raise ValueError(f"{where}: a caption has {longest} characters; at most {MAX_CAPTION_CHARACTERS} are allowed")
 
 
 def _split_table(where: str, shards: Mapping[str, tuple[Shard, ...]], table: pa.Table) -> dict[str, Split]:
     """The manifest's rows by split, checked against the list of shards."""
     splits = {}
     start = 0
+    counted = sum(shard.samples for of_split in shards.values() for shard in of_split)
+    if counted != len(table):
+        raise ValueError(f"{where}/{MANIFEST}: {len(table)} rows; {DESCRIPTION} counts {counted} samples")
     for name, of_split in shards.items():
-        for shard in of_split:
-            if not _NAME_PATTERN.fullmatch(shard.name):
-                raise ValueError(f"{where}/{DESCRIPTION}: shard name {shard.name!r}; allowed are plain file names")
         expected = [shard.name for shard in of_split for _ in range(shard.samples)]
         rows = table.slice(start, len(expected))
         start += len(expected)
@@ -185,8 +249,6 @@ def _split_table(where: str, shards: Mapping[str, tuple[Shard, ...]], table: pa.
             raise ValueError(f"{where}/{MANIFEST}: its rows of split '{name}' do not fit the shards in {DESCRIPTION}")
         splits[name] = Split(name, of_split, rows)
         _check_offsets(where, splits[name])
-    if start != len(table):
-        raise ValueError(f"{where}/{MANIFEST}: {len(table)} rows; {DESCRIPTION} counts {start} samples")
     twice = [key for key, times in Counter(table["key"].to_pylist()).items() if times > 1]
     if twice:
         raise ValueError(f"{where}/{MANIFEST}: sample key {twice[0]!r} comes more than once")

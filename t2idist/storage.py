@@ -23,6 +23,7 @@ from typing import Any
 
 import fsspec
 
+from t2idist.retry import Cancelled as Cancelled
 from t2idist.retry import persist
 
 REFUSED = ("pipe", "simplecache", "filecache", "blockcache", "shell", "python")
@@ -228,7 +229,7 @@ class _S3Object:
         return _Block(data, total, tag)
 
 
-def write_bytes(url: str, data: bytes, *, endpoint_url: str | None = None) -> None:
+def write_bytes(url: str, data: bytes | memoryview, *, endpoint_url: str | None = None) -> None:
     """Write the whole object: a reader sees the old bytes or the new ones, never a part."""
     path = local_path(url)
     if path is not None:
@@ -244,7 +245,8 @@ def write_bytes(url: str, data: bytes, *, endpoint_url: str | None = None) -> No
             temporary.unlink(missing_ok=True)
         return
     filesystem, key = _filesystem(url, endpoint_url)
-    persist(lambda: filesystem.pipe_file(key, data), redact(url))
+    body = data if isinstance(data, bytes) else bytes(data)  # clients take nothing else
+    persist(lambda: filesystem.pipe_file(key, body), redact(url))
 
 
 def exists(url: str, *, endpoint_url: str | None = None) -> bool:
@@ -296,5 +298,5 @@ def write_json(url: str, value: Any, *, endpoint_url: str | None = None) -> None
     write_bytes(url, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(), endpoint_url=endpoint_url)
 
 
-def sha256(data: bytes) -> str:
+def sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()

@@ -115,7 +115,8 @@ def _world(device: torch.device) -> World:
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index or 0)  # where collectives of plain objects put their bytes
     if dist.is_initialized() and dist.get_world_size() > 1:
-        return World(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD)
+        aside = dist.new_group(backend="gloo")
+        return World(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD, aside)
     return World(device=device)
 
 
@@ -168,7 +169,7 @@ def _run_stage(
     )
     meta = {"config": to_dict(config), "vocabulary": list(vocabulary.words), "versions": ran_on}
     checkpoints = Checkpoints(
-        storage.join(stages.stage_url(config, name), "checkpoints"), world, config.checkpoint.keep, meta
+        storage.join(stages.stage_url(config, name), "checkpoints"), world, config.checkpoint, meta
     )
     found = checkpoints.restore(trainer)
     if found is not None and world.first:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from t2idist import storage
+from t2idist.config import CheckpointConfig
 from t2idist.contract import Plan, Role
 from t2idist.engine import dcp, export
-from t2idist.engine.checkpoint import Checkpoints, list_folders
+from t2idist.engine.checkpoint import Checkpoints, list_folders, milestones_of
 from t2idist.engine.groups import convert
 from t2idist.engine.noise import Noise
 from t2idist.engine.strategy import Precision
@@ -48,6 +50,13 @@ def snapshot(made: Trainer) -> dict[str, Tensor]:
     return {k: v.detach().clone() for k, v in (made.state() | made.settled_buffers()).items()}
 
 
+def saved(checkpoints: Checkpoints, made: Trainer) -> Path:
+    folder = checkpoints.save(made)
+    checkpoints.finish()
+    assert folder is not None
+    return Path(folder)
+
+
 def after(world: World, count: int, precision: str) -> dict[str, Tensor]:
     made = trainer(world, precision)
     step(made, count)
@@ -57,10 +66,10 @@ def after(world: World, count: int, precision: str) -> dict[str, Tensor]:
 def resumed(world: World, url: str, count: int, save: bool) -> dict[str, Tensor]:
     """Train, save after `count` steps or resume from there, and go on to twice as many."""
     made = trainer(world)
-    checkpoints = Checkpoints(url, world, 2, {"note": "x"})
+    checkpoints = Checkpoints(url, world, CheckpointConfig(), {"note": "x"})
     if save:
         step(made, count)
-        checkpoints.save(made)
+        saved(checkpoints, made)
     else:
         found = checkpoints.restore(made)
         assert found is not None and found.marker["note"] == "x" and made.step == count
@@ -115,12 +124,12 @@ def test_a_broken_checkpoint_is_found_and_the_previous_one_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str
 ) -> None:
     made = trainer(ALONE)
-    checkpoints = Checkpoints(str(tmp_path), ALONE, 2, {})
+    checkpoints = Checkpoints(str(tmp_path), ALONE, CheckpointConfig(), {})
     step(made, 1)
-    checkpoints.save(made)
+    saved(checkpoints, made)
     kept = snapshot(made)
     step(made, 1)
-    newest = Path(checkpoints.save(made))
+    newest = saved(checkpoints, made)
     marker, part = newest / dcp.COMMIT, next(newest.glob("*.safetensors"))
     if fault == "torn marker":
         marker.write_bytes(marker.read_bytes()[:-40])
@@ -141,23 +150,23 @@ def test_a_broken_checkpoint_is_found_and_the_previous_one_used(
 
 def test_where_every_checkpoint_is_broken_the_run_stops(tmp_path: Path) -> None:
     made = trainer(ALONE)
-    checkpoints = Checkpoints(str(tmp_path), ALONE, 2, {})
+    checkpoints = Checkpoints(str(tmp_path), ALONE, CheckpointConfig(), {})
     step(made, 1)
-    (Path(checkpoints.save(made)) / dcp.COMMIT).unlink()
+    (saved(checkpoints, made) / dcp.COMMIT).unlink()
     with pytest.raises(ValueError, match="no checkpoint can be used.*commit.json: missing"):
         checkpoints.restore(trainer(ALONE))
 
 
 def test_no_checkpoint_is_a_fresh_start(tmp_path: Path) -> None:
-    assert Checkpoints(str(tmp_path / "none"), ALONE, 2, {}).restore(trainer(ALONE)) is None
+    assert Checkpoints(str(tmp_path / "none"), ALONE, CheckpointConfig(), {}).restore(trainer(ALONE)) is None
 
 
 def test_old_checkpoints_go_and_another_scale_is_refused(tmp_path: Path) -> None:
     made = trainer(ALONE)
-    checkpoints = Checkpoints(str(tmp_path), ALONE, 2, {})
+    checkpoints = Checkpoints(str(tmp_path), ALONE, CheckpointConfig(), {})
     for _ in range(4):
         step(made, 1)
-        checkpoints.save(made)
+        saved(checkpoints, made)
     assert [int(name[:12]) for name in list_folders(str(tmp_path))] == [48, 36]
     other = Trainer(
         toys.ToyGan(PLAN),
@@ -175,7 +184,7 @@ def test_old_checkpoints_go_and_another_scale_is_refused(tmp_path: Path) -> None
 def test_a_checkpoint_of_another_system_names_what_is_missing(tmp_path: Path) -> None:
     made = trainer(ALONE)
     step(made, 1)
-    url = Checkpoints(str(tmp_path), ALONE, 2, {}).save(made)
+    url = str(saved(Checkpoints(str(tmp_path), ALONE, CheckpointConfig(), {}), made))
     with pytest.raises(dcp.Broken, match="has no 'x'"):
         dcp.load({"x": torch.zeros(1)}, url, dcp.read_marker(url), None)
 
@@ -308,3 +317,71 @@ def test_a_role_without_average_exports_its_live_weights() -> None:
     body = made.evaluation_nets()["body"]
     assert torch.equal(body.state_dict()["0.weight"], made.state()["discriminator/net/body.0.weight"])
     assert not body.training and isinstance(made.system.roles["generator"], Role)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_save_cut_after_any_write_leaves_a_complete_state(workers: Workers, tmp_path: Path, size: int) -> None:
+    for writes in range(size + 2):
+        folder = tmp_path / str(writes)
+        for images, cut in workers.run(size, cut_save, str(folder), writes):
+            assert images == (24 if writes > size else 12) and cut == (writes <= size)
+
+
+def cut_save(world: World, url: str, writes: int) -> tuple[int, bool]:
+    """Save after step 1, then after step 2 with a store that fails after so many writes; what a fresh trainer finds."""
+    made = trainer(world)
+    checkpoints = Checkpoints(url, world, CheckpointConfig(), {})
+    step(made, 1)
+    saved(checkpoints, made)
+    step(made, 1)
+    whole = snapshot(made)
+    write = storage.write_bytes
+
+    def failing(url: str, data: bytes | memoryview, **more: str | None) -> None:
+        part = url.rpartition("part-")[2]
+        number = int(part[:5]) if part[:5].isdigit() else world.size  # parts in order of workers, then the marker
+        if number >= writes:
+            raise OSError("the store is gone")
+        write(url, data, **more)
+
+    storage.write_bytes = failing  # type: ignore[assignment]
+    try:
+        saved(checkpoints, made)
+        cut = False
+    except OSError as error:
+        cut = "the store is gone" in str(error)
+    finally:
+        storage.write_bytes = write
+    fresh = trainer(world, seed=9)
+    found = Checkpoints(url, world, CheckpointConfig(), {}).restore(fresh)
+    assert found is not None
+    if not cut:
+        assert apart(snapshot(fresh), whole) == 0
+    return found.images, cut
+
+
+def test_the_training_goes_on_while_a_save_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainer(ALONE)
+    held, write = threading.Event(), storage.write_bytes
+
+    def slow(url: str, data: bytes | memoryview, **more: str | None) -> None:
+        assert held.wait(60)
+        write(url, data, **more)
+
+    monkeypatch.setattr(storage, "write_bytes", slow)
+    step(made, 1)
+    then = snapshot(made)
+    checkpoints = Checkpoints(str(tmp_path), ALONE, CheckpointConfig(when_busy="skip"), {})
+    assert checkpoints.save(made) is not None
+    step(made, 3)
+    assert checkpoints.busy and checkpoints.save(made) is None
+    held.set()
+    checkpoints.finish()
+    fresh = trainer(ALONE, seed=9)
+    found = checkpoints.restore(fresh)
+    assert found is not None and fresh.step == 1 and apart(snapshot(fresh), then) == 0
+
+
+def test_milestones_stay() -> None:
+    assert milestones_of([10, 20, 30, 40, 50, 60], 25) == {30, 50}
+    assert milestones_of([100, 200], 100) == {100, 200}

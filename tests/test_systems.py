@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from t2idist import systems
+from t2idist.config import CheckpointConfig
 from t2idist.engine import export
 from t2idist.engine.checkpoint import Checkpoints
 from t2idist.engine.train import Trainer
@@ -35,7 +36,7 @@ def after(world: World, system: str, precision: str, steps: int) -> dict[str, Te
 def resumed(world: World, system: str, url: str) -> dict[str, Tensor]:
     """Step 3 of a run that another world saved at, taken up here, and on to step 6."""
     made = small.trainer(world, system, "float64")
-    found = Checkpoints(url, world, 2, {}).restore(made)
+    found = Checkpoints(url, world, CheckpointConfig(), {}).restore(made)
     assert found is not None and made.step == 3
     small.run_steps(made, 3)
     return snapshot(made)
@@ -44,7 +45,9 @@ def resumed(world: World, system: str, url: str) -> dict[str, Tensor]:
 def saved(world: World, system: str, url: str) -> dict[str, Tensor]:
     made = small.trainer(world, system, "float64")
     small.run_steps(made, 3)
-    Checkpoints(url, world, 2, {}).save(made)
+    checkpoints = Checkpoints(url, world, CheckpointConfig(), {})
+    checkpoints.save(made)
+    checkpoints.finish()
     small.run_steps(made, 3)
     return snapshot(made)
 

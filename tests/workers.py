@@ -62,10 +62,10 @@ class Workers:
 def _serve(rank: int, folder: str, calls: Any, answers: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=MOST)
-    groups = {size: dist.new_group(list(range(size))) for size in range(2, MOST + 1)}
+    groups, aside = ({size: dist.new_group(list(range(size))) for size in range(2, MOST + 1)} for _ in range(2))
     while (call := calls.get()) is not None:
         number, size, fn, args = call
-        world = World(rank, size, torch.device("cpu"), groups.get(size))
+        world = World(rank, size, torch.device("cpu"), groups.get(size), aside.get(size))
         try:
             answers.put((number, rank, fn(world, *args), None))
         except BaseException:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import threading
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from t2idist import storage
+from t2idist.config import CheckpointConfig
 from t2idist.engine import dcp
 from t2idist.engine.train import Trainer
 from t2idist.engine.world import World
@@ -27,17 +30,33 @@ class Found:
 class Checkpoints:
     """The checkpoints under `url` (a folder a save, named by images seen and by the attempt that wrote it).
 
-    meta: plain values that go into every commit marker (config, vocabulary, versions).
+    Saving stalls the training for the copy into host memory; a thread writes it out, one save at a time. meta: plain
+    values that go into every commit marker (config, vocabulary, versions).
     """
 
-    def __init__(self, url: str, world: World, keep: int, meta: dict[str, Any]) -> None:
-        self.url, self.world, self.keep, self.meta = url, world, keep, meta
+    def __init__(self, url: str, world: World, config: CheckpointConfig, meta: dict[str, Any]) -> None:
+        self.url, self.world, self.config, self.meta = url, world, config, meta
         self.attempt = world.from_first(uuid.uuid4().hex[:8])
+        self._placement: dcp.Placement | None = None
+        self._part: dcp.Part | None = None
+        self._writing: threading.Thread | None = None
+        self._fault: str | None = None
 
-    def save(self, trainer: Trainer) -> str:
-        """Write and commit the trainer's state with all workers; gives the folder's URL. A collective."""
+    def save(self, trainer: Trainer) -> str | None:
+        """Take the trainer's state with all workers and begin to write it. A collective.
+
+        Gives the folder's URL, or None where the save before is still being written and the config says to skip. A
+        save that cannot be written is a warning, and the training goes on: the next one may be.
+        """
+        if self.config.when_busy == "skip" and any(self.world.gather(self.busy)):
+            return None
+        self._join()
         folder = storage.join(self.url, f"{trainer.images:012d}-{self.attempt}")
         state = trainer.state() | trainer.settled_buffers() | trainer.own_buffers()
+        if self._placement is None or self._part is None:
+            self._placement = dcp.place(state, self.world)
+            self._part = dcp.Part(state, self._placement.mine)
+        self._part.fill(state)
         meta = {
             "images": trainer.images,
             "step": trainer.step,
@@ -46,10 +65,49 @@ class Checkpoints:
             "group_size": trainer.group_size,
             **self.meta,
         }
-        dcp.save(state, folder, meta, self.world.group)
-        if self.world.first:
-            self._prune()
+        self._writing = threading.Thread(target=self._write, args=(folder, meta), name="checkpoint", daemon=True)
+        self._writing.start()
         return folder
+
+    def finish(self) -> None:
+        """Wait until the last save is committed. A collective; raises OSError on every worker where it was not."""
+        self._join()
+        faults = [fault for fault in self.world.gather(self._fault) if fault is not None]
+        if faults:
+            raise OSError(faults[0])
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is being written."""
+        return self._writing is not None and self._writing.is_alive()
+
+    def _join(self) -> None:
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
+
+    def _write(self, folder: str, meta: dict[str, Any]) -> None:
+        """Write this worker's part; when all are written, the first worker commits and prunes. On a thread."""
+        assert self._placement is not None and self._part is not None
+        facts, fault = {}, None
+        try:
+            if self._placement.mine:
+                facts = dcp.write_part(folder, f"part-{self.world.rank:05d}.safetensors", self._part)
+        except Exception as error:
+            fault = f"checkpoint {storage.redact(folder)}: part {self.world.rank} is not written: {error}"
+        parts = self.world.gather_aside((self._placement.mine, facts, fault))
+        self._fault = next((part[2] for part in parts if part[2] is not None), None)
+        if not self.world.first:
+            return
+        try:
+            if self._fault is None:
+                assert self._placement.metadata is not None
+                dcp.commit(folder, self._placement.metadata, [part[:2] for part in parts], meta)
+                self._prune()
+        except Exception as error:
+            self._fault = f"checkpoint {storage.redact(folder)} is not committed: {error}"
+        if self._fault is not None:
+            logger.warning("%s; the training goes on, and the checkpoints before stay", self._fault)
 
     def restore(self, trainer: Trainer) -> Found | None:
         """Load the newest good checkpoint into the trainer; None where there is none at all. A collective.
@@ -89,8 +147,19 @@ class Checkpoints:
         for folder in list_folders(self.url):
             complete = storage.exists(storage.join(self.url, folder, dcp.COMMIT))
             (committed if complete else torn).append(folder)
-        for folder in committed[self.keep :] + torn:
+        every = self.config.keep_every_images
+        milestones = milestones_of([int(folder[:12]) for folder in committed], every) if every else set()
+        old = [folder for folder in committed[self.config.keep :] if int(folder[:12]) not in milestones]
+        for folder in old + torn:
             storage.remove(storage.join(self.url, folder))
+
+
+def milestones_of(images: Sequence[int], every_images: int) -> set[int]:
+    """Of checkpoints at these numbers of images, the first at or after each multiple of `every_images`."""
+    found: dict[int, int] = {}
+    for number in sorted(images):
+        found.setdefault(number // every_images, number)
+    return {number for multiple, number in found.items() if multiple > 0}
 
 
 def list_folders(url: str) -> list[str]:

@@ -1,18 +1,21 @@
 """How torch.distributed.checkpoint meets storage: safetensors files written by all workers, and one JSON commit marker.
 
-DCP plans who writes which tensor (each once, evenly over the workers) and runs the collectives; this file gives it a
-writer and a reader. Nothing is pickled: every part is a safetensors file, and ``commit.json``, written last, holds
-their sizes and hashes and which tensor lies where. A folder without a commit marker is not a checkpoint.
+DCP plans who writes which tensor (each once, evenly over the workers) and loads them at any number of workers; this
+file keeps the plan, fills a buffer that is a file already, and gives DCP a reader. Nothing is pickled: every part is a
+safetensors file, and ``commit.json``, written last, holds their sizes and hashes and which tensor lies where. A folder
+without a commit marker is not a checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import safetensors
@@ -25,95 +28,119 @@ from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
-from torch.distributed.checkpoint.state_dict_saver import save as save_state
-from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from t2idist import storage
+from t2idist.engine.world import World
 
 COMMIT = "commit.json"
 FORMAT = 1
-DTYPES = {
-    str(d).removeprefix("torch."): d
-    for d in (
-        torch.float64,
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-        torch.int64,
-        torch.int32,
-        torch.uint8,
-        torch.bool,
-    )
+CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
+"""Tensor types that a checkpoint may hold, as safetensors calls them."""
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODES}
 
 
 class Broken(ValueError):
     """A checkpoint that is torn, rotten, or not one of ours; the message names the file."""
 
 
-def _finished(value: Any) -> Future[Any]:
-    future: Future[Any] = Future()
-    future.set_result(value)
-    return future
+@dataclass(frozen=True)
+class Placement:
+    """Which tensors a worker writes (each is written once, evenly over the workers), and the whole checkpoint's list.
+
+    mine: names. metadata: on the first worker, of all tensors.
+    """
+
+    mine: tuple[str, ...]
+    metadata: Metadata | None
 
 
-class Writer(StorageWriter):
-    """Writes one safetensors file a worker into `url`, then the commit marker with `meta`."""
+def place(state: Mapping[str, Tensor], world: World) -> Placement:
+    """Plan a checkpoint of `state`; holds for every save of the same names and shapes. A collective."""
+    planner = DefaultSavePlanner(flatten_state_dict=False)
+    planner.set_up_planner(dict(state), is_coordinator=world.first)
+    plans = world.gather(planner.create_local_plan())
+    made = planner.create_global_plan(plans) if world.first else None
+    plan = world.from_first(made[0] if made is not None else [])[world.rank]
+    return Placement(tuple(item.index.fqn for item in plan.items), made[1] if made is not None else None)
 
-    def __init__(self, url: str, meta: dict[str, Any]) -> None:
-        self.url, self.meta = url, meta
 
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        return
+class Part:
+    """A worker's part of a checkpoint as the bytes of a safetensors file in host memory, filled again for each save."""
 
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        return
+    def __init__(self, state: Mapping[str, Tensor], names: Sequence[str]) -> None:
+        ordered = sorted(names, key=lambda name: (-state[name].element_size(), name))  # so that all are aligned
+        header: dict[str, Any] = {}
+        end = 0
+        for name in ordered:
+            tensor = state[name]
+            start, end = end, end + tensor.numel() * tensor.element_size()
+            header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        head = json.dumps(header).encode()
+        head += b" " * (-len(head) % 8)
+        head = len(head).to_bytes(8, "little") + head
+        pin = any(state[name].device.type != "cpu" for name in ordered)
+        self._bytes = torch.empty(len(head) + end, dtype=torch.uint8, pin_memory=pin)
+        self._bytes[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+        body = self._bytes[len(head) :]
+        self._views = {
+            name: body[slice(*header[name]["data_offsets"])].view(state[name].dtype).view(state[name].shape)
+            for name in ordered
+        }
 
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
+    def fill(self, state: Mapping[str, Tensor]) -> None:
+        """Copy the tensors' values of now."""
+        devices = set()
+        with torch.no_grad():
+            for name, view in self._views.items():
+                view.copy_(state[name], non_blocking=True)
+                devices.add(state[name].device)
+        for device in devices:
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
 
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return [dataclasses.replace(plan, storage_data=f"part-{n:05d}.safetensors") for n, plan in enumerate(plans)]
+    @property
+    def data(self) -> memoryview:
+        return self._bytes.numpy().data
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        tensors: dict[str, Tensor] = {}
-        for item in plan.items:
-            tensor = planner.resolve_data(item)
-            assert isinstance(tensor, Tensor)
-            tensors[item.index.fqn] = tensor.detach().cpu().contiguous().clone()
-        if not tensors:
-            return _finished([])
-        data = safetensors.torch.save(tensors)
-        storage.write_bytes(storage.join(self.url, plan.storage_data), data)
-        place = {"file": plan.storage_data, "bytes": len(data), "sha256": storage.sha256(data)}
-        return _finished([WriteResult(item.index, tensors[item.index.fqn].nbytes, place) for item in plan.items])
 
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        files: dict[str, dict[str, Any]] = {}
-        tensors: dict[str, dict[str, Any]] = {}
-        for result in (r for part in results for r in part):
-            place = result.storage_data
-            files[place["file"]] = {"bytes": place["bytes"], "sha256": place["sha256"]}
-            kind = metadata.state_dict_metadata[result.index.fqn]
+def write_part(url: str, name: str, part: Part) -> dict[str, Any]:
+    """Store a part, hashed meanwhile; gives its facts for the commit marker."""
+    with ThreadPoolExecutor(1, "hash") as pool:
+        digest = pool.submit(storage.sha256, part.data)
+        storage.write_bytes(storage.join(url, name), part.data)
+        return {"file": name, "bytes": len(part.data), "sha256": digest.result()}
+
+
+def commit(
+    url: str, metadata: Metadata, parts: Sequence[tuple[Sequence[str], dict[str, Any]]], meta: Mapping[str, Any]
+) -> None:
+    """Write the marker that makes a checkpoint of its parts (names and facts, one a worker)."""
+    files = {facts["file"]: {"bytes": facts["bytes"], "sha256": facts["sha256"]} for names, facts in parts if names}
+    tensors: dict[str, dict[str, Any]] = {}
+    for names, facts in parts:
+        for name in names:
+            kind = metadata.state_dict_metadata[name]
             assert isinstance(kind, TensorStorageMetadata)
             dtype = str(kind.properties.dtype).removeprefix("torch.")
-            tensors[result.index.fqn] = {"file": place["file"], "dtype": dtype, "shape": list(kind.size)}
-        marker = {"format": FORMAT, **self.meta, "files": files, "tensors": tensors}
-        storage.write_json(storage.join(self.url, COMMIT), marker)
-
-    def storage_meta(self) -> StorageMeta | None:
-        return None
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return True
+            tensors[name] = {"file": facts["file"], "dtype": dtype, "shape": list(kind.size)}
+    marker = {"format": FORMAT, **meta, "files": files, "tensors": tensors}
+    storage.write_json(storage.join(url, COMMIT), marker)
 
 
 class Reader(StorageReader):
@@ -153,7 +180,9 @@ class Reader(StorageReader):
             target = planner.resolve_tensor(item)
             target.copy_(parts[self.places[item.storage_index]][name])
             planner.commit_tensor(item, target)
-        return _finished(None)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -209,13 +238,6 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             log.setLevel(level)
-
-
-def save(state: dict[str, Tensor], url: str, meta: dict[str, Any], group: Any) -> None:
-    """Write `state` into `url` with all workers of `group` (None: this one alone), and commit it."""
-    planner = DefaultSavePlanner(flatten_state_dict=False)
-    with _quiet():
-        save_state(state, storage_writer=Writer(url, meta), planner=planner, process_group=group, no_dist=group is None)
 
 
 def load(state: dict[str, Tensor], url: str, marker: dict[str, Any], group: Any) -> None:

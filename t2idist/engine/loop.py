@@ -64,6 +64,7 @@ def run(
             checkpoints.save(trainer)
         if log is not None:
             log.pause(time.monotonic() - paused)
+    checkpoints.finish()
 
 
 def _check(trainer: Trainer, guard: GuardConfig, values: dict[str, float]) -> None:

@@ -15,12 +15,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """A worker's place. group: the process group; None: alone, without torch.distributed."""
+    """A worker's place. group: the process group; None: alone, without torch.distributed.
+
+    aside: another group of the same workers, on the CPU, for collectives of a thread beside the training's.
+    """
 
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
     group: dist.ProcessGroup | None = None
+    aside: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
@@ -34,10 +38,18 @@ class World:
 
     def gather(self, value: T) -> list[T]:
         """Every worker's (small, picklable) value, by rank."""
-        if self.group is None:
+        return self._gather(value, self.group)
+
+    def gather_aside(self, value: T) -> list[T]:
+        """The same for one thread beside the training: its collectives do not meet the training's."""
+        return self._gather(value, self.aside)
+
+    def _gather(self, value: T, group: dist.ProcessGroup | None) -> list[T]:
+        if group is None:
+            assert self.size == 1, "workers without a process group"
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
+        dist.all_gather_object(values, value, group=group)
         return values
 
     def from_first(self, value: T) -> T:

@@ -73,9 +73,11 @@ class Split:
         self.offsets: NDArray[np.int64] = table["offset"].to_numpy()
         self.lengths: NDArray[np.int64] = table["size"].to_numpy()
         self._hashes = table["sha256"].combine_chunks()
-        own = pa.array(np.arange(len(table), dtype=np.int64))
-        self.class_ids: NDArray[np.int64] = table["class_id"].combine_chunks().fill_null(-1).to_numpy()
-        self.class_ids = np.where(self.class_ids < 0, own.to_numpy(), self.class_ids)
+        given: NDArray[np.int64] = table["class_id"].combine_chunks().fill_null(-1).to_numpy()
+        self._has_class = given >= 0
+        self.class_ids: NDArray[np.int64] = np.where(self._has_class, given, np.arange(len(table), dtype=np.int64))
+        self._widths = table["width"].to_numpy()
+        self._heights = table["height"].to_numpy()
         self._captions = table["captions"].combine_chunks()
         self._attributes = table["attributes"].combine_chunks()
 
@@ -91,6 +93,14 @@ class Split:
         """Of the sample's bytes in the tar, headers and padding included."""
         found: bytes = self._hashes[index].as_py()
         return found
+
+    def has_class(self, index: int) -> bool:
+        """Whether the data gives the sample a class."""
+        return bool(self._has_class[index])
+
+    def picture_size(self, index: int) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return int(self._widths[index]), int(self._heights[index])
 
     def captions(self, index: int) -> list[str]:
         found: list[str] = self._captions[index].as_py()

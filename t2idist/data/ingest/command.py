@@ -149,7 +149,7 @@ def _line(progress: Progress, seconds: float, images: int) -> str:
     rate = images / seconds if seconds > 0 else 0.0
     left = (progress.total - progress.images) / rate if rate else 0.0
     return (
-        f"{progress.images} of {progress.total} images, {rate:.0f} images/s, {progress.shards} shards, "
+        f"{progress.images} of {progress.total} images, {rate:.0f} images/s, {f'{progress.shards} shards, ' if progress.shards else ''}"
         f"{int(left) // 60}:{int(left) % 60:02d} left"
     )
 

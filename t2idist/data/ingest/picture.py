@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,7 +61,7 @@ def prepare(data: bytes, options: PictureOptions, box: tuple[float, float, float
         raise Unusable(Reason.ZERO_BYTES, "the file is empty")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's on odd files; what counts is checked here
-        image = _open(data)
+        image = _open(data, _FORMATS)
         upright = _orientation(image) in (0, 1)
         draft_size = 2 * options.size
         full_size = image.size
@@ -93,14 +94,14 @@ def prepare(data: bytes, options: PictureOptions, box: tuple[float, float, float
     return _encode(image, options.quality, lossless, tuple(repairs))
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes, formats: Sequence[str]) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=list(formats))
     except Image.DecompressionBombError as error:
         raise Unusable(Reason.TOO_MANY_PIXELS, str(error)[:200]) from None
     except Exception as error:  # a damaged header makes Pillow raise nearly anything
         detail = "" if isinstance(error, UnidentifiedImageError) else f": {type(error).__name__}: {error}"
-        raise Unusable(Reason.NOT_A_PICTURE, f"none of {', '.join(_FORMATS)}{detail}"[:200]) from None
+        raise Unusable(Reason.NOT_A_PICTURE, f"not {', '.join(formats)}{detail}"[:200]) from None
     if image.width * image.height > MAX_PIXELS:
         raise Unusable(Reason.TOO_MANY_PIXELS, f"{image.width} x {image.height} pixels; at most {MAX_PIXELS}")
     return image
@@ -213,3 +214,16 @@ def _encode(image: Image.Image, quality: int, lossless: bool, repairs: tuple[tup
     except (OSError, ValueError) as error:  # such as a side of more than 65,535 pixels
         raise Unusable(Reason.DAMAGED, f"does not encode: {error}"[:200]) from None
     return Prepared(out.getvalue(), "png" if lossless else "jpg", *image.size, repairs)
+
+
+def decode_rgb(data: bytes, extension: str) -> Image.Image:
+    """A stored picture, decoded by the one format that its extension names; raises ValueError with the reason."""
+    formats = [name for name, its in _EXTENSIONS.items() if its == extension and name != "MPO"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            image = _open(data, formats)
+            _load(image)
+        except Unusable as error:
+            raise ValueError(f"does not decode: {error}") from None
+        return image.convert("RGB")

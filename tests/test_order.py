@@ -44,7 +44,7 @@ def test_any_resume_and_any_partition_of_groups_give_the_same(sizes, groups, gro
 @settings(max_examples=50, deadline=None)
 @given(shard_sizes, small, small, st.integers(0, 4))
 def test_windows_tile_the_epoch_in_few_long_runs(sizes, groups, group_size, epoch):
-    order = Order(1, sizes, groups, group_size, part_samples=8, window_samples=32)
+    order = Order(1, sizes, groups, group_size, part_samples=8, window=32)
     windows = [order.window(epoch, g, w) for g in range(groups) for w in range(order.lane_windows(epoch, g))]
     indices = np.concatenate([window.indices for window in windows])
     assert sorted(indices) == list(range(sum(sizes)))
@@ -55,7 +55,7 @@ def test_windows_tile_the_epoch_in_few_long_runs(sizes, groups, group_size, epoc
 
 
 def test_epochs_lanes_and_seeds_differ():
-    order = Order(0, [500, 500], groups=2, group_size=10, part_samples=50, window_samples=200)
+    order = Order(0, [500, 500], groups=2, group_size=10, part_samples=50, window=200)
     seen = sequence(order, 100)
     assert not np.array_equal(seen[:1000], seen[1000:])
     assert not np.array_equal(seen[:1000], sequence(Order(1, [500, 500], 2, 10, 50, 200), 50))

@@ -24,6 +24,8 @@ Indices = NDArray[np.int64]
 
 _EPOCHS_KEPT = 3
 _WINDOWS_KEPT_PER_LANE = 3
+_WINDOW_SAMPLES = (256, 2048)
+_ALL_WINDOWS_SAMPLES = 8192
 
 
 def philox(purpose: str, *numbers: int, counter: int = 0) -> np.random.Philox:
@@ -42,6 +44,15 @@ def draws(seed: int, position: int, count: int) -> NDArray[np.uint64]:
     """(count, 8) random words: row i depends on (seed, position + i) alone."""
     raw = philox("sample", seed, counter=2 * position).random_raw(8 * count)  # Philox gives four words per count
     return np.asarray(raw, dtype=np.uint64).reshape(count, 8)
+
+
+def window_samples(groups: int) -> int:
+    """Samples that a lane shuffles together: fewer where there are many lanes, so that one worker can hold all windows.
+
+    Depends on the groups of the whole run alone, never on a worker's share of them, as the order does.
+    """
+    fewest, most = _WINDOW_SAMPLES
+    return max(fewest, min(most, _ALL_WINDOWS_SAMPLES // groups))
 
 
 @dataclass(frozen=True)
@@ -96,7 +107,8 @@ class Order:
     """Which sample is trained on at each step, group and place.
 
     seed: of the run. shard_sizes: samples per shard. groups: of the whole run. group_size: samples per group and step.
-    part_samples, window_samples: how finely an epoch is shuffled. Raises ValueError for sizes that are not positive.
+    part_samples, window: samples of a part and of a window, how finely an epoch is shuffled (window: None for
+    `window_samples(groups)`). Raises ValueError for sizes that are not positive.
     """
 
     def __init__(
@@ -106,10 +118,10 @@ class Order:
         groups: int,
         group_size: int,
         part_samples: int = 256,
-        window_samples: int = 2048,
+        window: int | None = None,
     ) -> None:
-        names = ("groups", "group_size", "part_samples", "window_samples")
-        for name, value in zip(names, (groups, group_size, part_samples, window_samples), strict=True):
+        names = ("groups", "group_size", "part_samples", "window")
+        for name, value in zip(names, (groups, group_size, part_samples, 1 if window is None else window), strict=True):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         if not shard_sizes or min(shard_sizes) < 1:
@@ -117,7 +129,7 @@ class Order:
         self.seed = seed
         self.groups = groups
         self.group_size = group_size
-        self.window_samples = window_samples
+        self.window_samples = window_samples(groups) if window is None else window
         self.epoch_samples = int(sum(shard_sizes))
         self.shard_starts: Indices = np.concatenate([[0], np.cumsum(shard_sizes)[:-1]]).astype(np.int64)
         self._parts = _cut(shard_sizes, part_samples)

@@ -35,4 +35,4 @@ def open_dataset(config: DataConfig) -> Dataset:
         near = difflib.get_close_matches(source, EMBEDDED, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ValueError(f"data.source: {source!r}{hint}; allowed are {', '.join(EMBEDDED)} and the URL of a shard set")
-    return Dataset.open(source)
+    return Dataset.open(source, endpoint_url=config.endpoint_url)

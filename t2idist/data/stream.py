@@ -13,23 +13,28 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from t2idist import storage
 from t2idist.config import DataConfig
 from t2idist.contract import Batch
-from t2idist.data.order import Order, Piece, Run, draws, permutation
-from t2idist.data.pictures import CAPTION, WORDS, crop_and_flip, decode, fill_pyramid
+from t2idist.data.cache import ShardCache
+from t2idist.data.lanes import READ_SAMPLES, Lane
+from t2idist.data.order import Order, Run, draws, permutation
+from t2idist.data.pictures import CAPTION, WORDS, crop_and_flip, decode, fill_pyramid, shorter_side
 from t2idist.data.reader import Bad, Encoded, ShardReader
 from t2idist.data.shards import Dataset, Split
 from t2idist.data.text import Vocabulary
 
 logger = logging.getLogger(__name__)
 
-_READ_THREADS = 4
+_READ_THREADS = 8
 _DECODE_CHUNK = 8
+_BATCHES_AHEAD = (2, 64)
 _RUN_SAMPLES = 256
 
 
@@ -53,6 +58,11 @@ class _Arrays:
         self.class_ids = np.zeros(samples, dtype=np.int64)
         self.ids = [""] * samples
         self.bad: dict[int, str] = {}
+
+    @property
+    def bytes(self) -> int:
+        numbers = self.tokens.nbytes + self.lengths.nbytes + self.class_ids.nbytes
+        return numbers + sum(image.nbytes for image in self.images)
 
     def copy_row(self, source: int, target: int) -> None:
         for image in self.images:
@@ -108,8 +118,9 @@ class _Recipe:
             raise ValueError(place.encoded.reason)
         ids, length = self.words(place.index, place.draw)
         outputs = [image[row] for image in arrays.images]
-        image = decode(place.encoded)
-        fill_pyramid(crop_and_flip(image, outputs[-1].shape[-1], self.crop, self.flip, place.draw), outputs)
+        size = outputs[-1].shape[-1]
+        picture = decode(place.encoded, shorter_side(size, self.crop))
+        fill_pyramid(crop_and_flip(picture, size, self.crop, self.flip, place.draw), outputs)
         arrays.tokens[row], arrays.lengths[row] = ids, length
         arrays.class_ids[row] = self.split.class_ids[place.index]
 
@@ -126,43 +137,6 @@ class _Recipe:
             except ValueError:
                 continue
         raise ValueError("no caption of it has a word of the vocabulary")
-
-
-class _Lane:
-    """One group's windows: the one in use, and the next, which is read ahead from the middle of this one on."""
-
-    def __init__(self, number: int, order: Order, reader: ShardReader, pool: ThreadPoolExecutor) -> None:
-        self._number = number
-        self._order = order
-        self._reader = reader
-        self._pool = pool
-        self._reads: dict[tuple[int, int], list[Future[list[Encoded | Bad]]]] = {}
-        self._window: tuple[int, int] | None = None
-        self._samples: dict[int, Encoded | Bad] = {}
-
-    def take(self, piece: Piece) -> list[Encoded | Bad]:
-        """The samples at the piece's places, which are forgotten here."""
-        window = (piece.epoch, piece.number)
-        if window != self._window:
-            self._start(window)
-            read = [sample for run in self._reads.pop(window) for sample in run.result()]
-            self._window, self._samples = window, dict(enumerate(read))
-        places = self._order.window(piece.epoch, self._number, piece.number).permutation
-        end = piece.start + piece.count
-        if 2 * end >= len(places):
-            self._start(self._after(window))
-        return [self._samples.pop(int(i)) for i in places[piece.start : end]]
-
-    def _start(self, window: tuple[int, int]) -> None:
-        if window not in self._reads:
-            runs = self._order.window(window[0], self._number, window[1]).runs
-            self._reads[window] = [self._pool.submit(self._reader.read, run) for run in runs]
-
-    def _after(self, window: tuple[int, int]) -> tuple[int, int]:
-        epoch, number = window[0], window[1] + 1
-        while number >= self._order.lane_windows(epoch, self._number):  # a lane may have nothing in a tiny epoch
-            epoch, number = epoch + 1, 0
-        return epoch, number
 
 
 @dataclass(frozen=True)
@@ -198,8 +172,15 @@ class Loader(Iterator[Batch]):
         self._training = training
         self._read_pool = ThreadPoolExecutor(_READ_THREADS, "read")
         self._decode_pool = ThreadPoolExecutor(config.threads, "decode")
-        self._lanes = {group: _Lane(group, order, reader, self._read_pool) for group in groups}
-        self._queue: queue.Queue[_Ticket | BaseException] = queue.Queue(4)
+        self._reader = reader
+        budget_bytes = (config.prefetch_mib << 20) // 2  # half for samples as they are stored, half for batches
+        ahead = max(READ_SAMPLES, budget_bytes // len(groups) // max(reader.mean_bytes, 1))
+        self._lanes = {group: Lane(group, order, reader, self._read_pool, ahead) for group in groups}
+        batch_bytes = _Arrays(1, sizes, recipe.max_words).bytes * order.group_size * len(groups)
+        fewest, most = _BATCHES_AHEAD
+        self._queue: queue.Queue[_Ticket | BaseException] = queue.Queue(
+            max(fewest, min(most, budget_bytes // batch_bytes))
+        )
         self._closing = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._produce, name="batches", daemon=True)
@@ -235,6 +216,7 @@ class Loader(Iterator[Batch]):
     def close(self) -> None:
         """End all threads; may be called more than once."""
         self._closing.set()
+        self._reader.close()
         for pool in (self._read_pool, self._decode_pool):
             pool.shutdown(wait=False, cancel_futures=True)
         self._thread.join()
@@ -319,7 +301,17 @@ def open_loader(
     of_split = dataset.split(split)
     order = Order(seed, of_split.shard_sizes, total_groups, group_size)
     recipe = _Recipe(of_split, dataset.vocabulary, config.max_words, config.crop, config.flip)
-    return Loader(recipe, ShardReader(dataset, split), order, config, sizes, mine, step0, training)
+    reader = ShardReader(dataset, split, _cache(dataset, config))
+    return Loader(recipe, reader, order, config, sizes, mine, step0, training)
+
+
+def _cache(dataset: Dataset, config: DataConfig) -> ShardCache | None:
+    if not config.cache_gib or storage.is_local(dataset.url):
+        return None
+    folder = Path(config.cache).expanduser() if config.cache else Path.home() / ".cache" / "t2idist"
+    shards = [shard for of_split in dataset.splits.values() for shard in of_split.shards]
+    limit_bytes = int(config.cache_gib * 2**30)
+    return ShardCache(folder / "shards", limit_bytes, dataset.url, shards, endpoint_url=dataset.endpoint_url)
 
 
 @dataclass(frozen=True)

@@ -148,10 +148,9 @@ class Meter:
 def _line(progress: Progress, seconds: float, images: int) -> str:
     rate = images / seconds if seconds > 0 else 0.0
     left = (progress.total - progress.images) / rate if rate else 0.0
-    return (
-        f"{progress.images} of {progress.total} images, {rate:.0f} images/s, {f'{progress.shards} shards, ' if progress.shards else ''}"
-        f"{int(left) // 60}:{int(left) % 60:02d} left"
-    )
+    shards = f"{progress.shards} shards, " if progress.shards else ""
+    time_left = f"{int(left) // 60}:{int(left) % 60:02d} left"
+    return f"{progress.images} of {progress.total} images, {rate:.0f} images/s, {shards}{time_left}"
 
 
 def summary(url: str, description: dict[str, Any]) -> str:
@@ -169,7 +168,10 @@ def summary(url: str, description: dict[str, Any]) -> str:
         )
     lines.append(f"{'':46}{'(min / mean / median / 95 % / max)':>28}")
     words = list(description["vocabulary"].items())
-    lines.append(f"words: {len(words)}; most frequent: {', '.join(f'{word} {count}' for word, count in words[:12])}")
+    if words:
+        lines.append(
+            f"words: {len(words)}; most frequent: {', '.join(f'{word} {count}' for word, count in words[:12])}"
+        )
     if description.get("attribute_counts"):
         most = sorted(description["attribute_counts"].items(), key=lambda item: (-item[1], item[0]))
         lines.append(f"attributes: {len(most)}; most frequent: {', '.join(f'{name} {n}' for name, n in most[:8])}")

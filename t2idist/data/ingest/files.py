@@ -24,7 +24,9 @@ def is_picture(name: str) -> bool:
 def is_unsafe(name: str) -> bool:
     """Whether a name from an annotation could leave its folder: absolute, with "..", a URL, or unprintable."""
     parts = PurePosixPath(name.replace("\\", "/")).parts
-    return not parts or parts[0] == "/" or ".." in parts or bool(_SCHEME.match(name)) or any(ord(c) < 32 for c in name)
+    return (
+        not parts or parts[0][0] == "/" or ".." in parts or bool(_SCHEME.match(name)) or any(ord(c) < 32 for c in name)
+    )
 
 
 def walk(url: str) -> Iterator[str]:

@@ -62,12 +62,12 @@ def prepare(data: bytes, options: PictureOptions, box: tuple[float, float, float
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's on odd files; what counts is checked here
         image = _open(data, _FORMATS)
-        upright = _orientation(image) in (0, 1)
         draft_size = 2 * options.size
         full_size = image.size
         if box is None and options.size and not options.keep_original and image.format in ("JPEG", "MPO"):
             image.draft(None, (draft_size, draft_size))  # keeps at least that many pixels on both sides
-        _load(image)
+        _load(image)  # before EXIF is asked for: Pillow may load for that, and what is wrong would be lost
+        upright = _orientation(image) in (0, 1)
         kept_as_it_is = (
             box is None
             and upright
@@ -100,6 +100,8 @@ def _open(data: bytes, formats: Sequence[str]) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise Unusable(Reason.TOO_MANY_PIXELS, str(error)[:200]) from None
     except Exception as error:  # a damaged header makes Pillow raise nearly anything
+        if "truncated" in str(error).lower():
+            raise Unusable(Reason.TRUNCATED, f"{type(error).__name__}: {error}"[:200]) from None
         detail = "" if isinstance(error, UnidentifiedImageError) else f": {type(error).__name__}: {error}"
         raise Unusable(Reason.NOT_A_PICTURE, f"not {', '.join(formats)}{detail}"[:200]) from None
     if image.width * image.height > MAX_PIXELS:

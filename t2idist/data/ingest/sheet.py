@@ -30,11 +30,11 @@ def choose(dataset: Dataset, count: int = 24) -> list[str]:
 
 
 def thumbnail(image: Image.Image) -> bytes:
-    """As PNG, at most 176 pixels wide and high."""
-    small = image.copy()
-    small.thumbnail((_SIDE, _SIDE), Image.Resampling.BILINEAR)
+    """As PNG, its longer side 176 pixels."""
+    scale = _SIDE / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     out = io.BytesIO()
-    small.save(out, "PNG")
+    image.resize(size, Image.Resampling.BICUBIC).save(out, "PNG")
     return out.getvalue()
 
 
@@ -50,7 +50,7 @@ def draw_sheet(dataset: Dataset, thumbnails: Mapping[str, bytes]) -> bytes:
     rows = -(-len(cells) // _COLUMNS)
     sheet = Image.new("RGB", (_COLUMNS * (_SIDE + _GAP) + _GAP, max(1, rows) * high + _GAP), "white")
     pen = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(10.5)
+    font = ImageFont.load_default(11)
     for place, (png, text) in enumerate(cells):
         left = _GAP + place % _COLUMNS * (_SIDE + _GAP)
         upper = _GAP + place // _COLUMNS * high

@@ -345,13 +345,11 @@ def test_from_and_to_an_object_store(
     words = [*shard_folder(mine, "s3://bucket/set"), "--endpoint-url", address]
     words[words.index(str(mine))] = "s3://bucket/mine"
     process = subprocess.Popen(words, env=env, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(remote.glob("bucket/set/progress/*")) < 1:
-        assert process.poll() is None and time.monotonic() < deadline
+    while process.poll() is None and not remote.exists("bucket/set/train-00000.tar"):
         time.sleep(0.05)
         remote.invalidate_cache()
     process.kill()
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
     ended = subprocess.run(words, env=env, capture_output=True, text=True, timeout=200, check=False)
     assert ended.returncode == 0, ended.stderr
     assert SECRET not in ended.stdout + ended.stderr

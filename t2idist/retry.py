@@ -153,6 +153,7 @@ def _unless_passing(error: Exception, where: str) -> Exception | None:
     from aiohttp import ClientError as AnyClientError
     from botocore import exceptions as boto
     from botocore.parsers import ResponseParserError
+    from urllib3.exceptions import HTTPError  # comes through where the body of an error breaks off
 
     if isinstance(error, boto.SSLError):
         return OSError(f"{where}: {describe(error)}")

@@ -51,6 +51,7 @@ class ShardCache:
         self._left_out: set[str] = set()
         self._touched: dict[str, float] = {}
         self._usable = True
+        self._lock = threading.Lock()
 
     def read(self, shard: Shard, start: int, end: int) -> bytes | None:
         """Bytes [start, end) of the shard, which is fetched first if need be; None where it is not to be had here."""
@@ -70,8 +71,10 @@ class ShardCache:
         except OSError as error:
             if error.errno is None:
                 raise  # the store's, not the disk's
-            self._usable = False
-            logger.warning("the shard cache in %s is not used any more: %s", self._folder, error)
+            with self._lock:
+                told, self._usable = not self._usable, False
+            if not told:
+                logger.warning("the shard cache in %s is not used any more: %s", self._folder, error)
             return None
 
     def close(self) -> None:
@@ -96,7 +99,8 @@ class ShardCache:
         with self._locked(path.name):
             if _whole(path, shard):
                 return True  # another process has fetched it in the meantime
-            part.unlink(missing_ok=True)  # of one that died
+            for left_over in (part, path):  # of one that died; a file of another size
+                left_over.unlink(missing_ok=True)
             if not self._reserve(part, shard.bytes):
                 return False
             try:

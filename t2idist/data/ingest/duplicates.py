@@ -13,6 +13,7 @@ from PIL import Image
 
 _GRID = 32
 _LOW = 8
+_NOISE = 1.0
 _BITS_APART = 3
 _COLOUR_GRID = 8
 _COLOURS_APART = 5.0
@@ -40,7 +41,7 @@ def fingerprint(image: Image.Image) -> Fingerprint:
     """Of an RGB picture; nearly the same after resizing and new compression."""
     grey = np.asarray(image.convert("L").resize((_GRID, _GRID), Image.Resampling.BOX), dtype=np.float64)
     low = (_COSINES @ grey @ _COSINES.T).ravel()
-    above = low > np.median(low[1:])
+    above = low > np.median(low[1:]) + _NOISE  # so that rounding decides nothing in flat pictures
     above[0] = False  # brightness says nothing
     bits = int.from_bytes(np.packbits(above).tobytes())
     small = image.resize((_COLOUR_GRID, _COLOUR_GRID), Image.Resampling.BOX)

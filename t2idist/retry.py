@@ -163,6 +163,7 @@ def _unless_passing(error: Exception, where: str) -> Exception | None:
         boto.IncompleteReadError,
         ResponseParserError,
         AnyClientError,
+        HTTPError,
     )
     if isinstance(error, (OSError, EOFError, http.client.HTTPException, *passing)):
         return None

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import re
-import types
-import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, Union
+from typing import Any
 
-import yaml
-
-C = TypeVar("C")
+from t2idist.strict import from_dict, parse_yaml, to_dict, unknown_key
 
 PRECISIONS = ("bfloat16", "float32", "float64")
 
@@ -243,133 +236,7 @@ class RunConfig:
         return from_dict(DataConfig, {**to_dict(self.data), **self.stages[stage].data}, f"stages.{stage}.data")
 
 
-# ------------------------------------------------------------ dataclasses from plain values
-def from_dict(cls: type[C], values: Any, path: str = "") -> C:
-    """A dataclass from nested mappings; every unknown key and wrong type is a ValueError that names its path."""
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{path or 'config'}: {values!r}; expected a mapping of keys")
-    hints = typing.get_type_hints(cls)
-    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    dot = f"{path}." if path else ""
-    for key in values:
-        if key not in known:
-            raise ValueError(unknown_key(f"{dot}{key}", str(key), known))
-    missing = [
-        name
-        for name, f in known.items()
-        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ValueError(f"{dot}{missing[0]}: missing, and it has no default")
-    return cls(**{key: _value(hints[key], value, f"{dot}{key}") for key, value in values.items()})
-
-
-def unknown_key(path: str, key: str, known: Iterable[str]) -> str:
-    """The sentence for a key that is not there, with the nearest one that is."""
-    names = sorted(known)
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    hint = f"; did you mean '{near[0]}'?" if near else f"; known are {', '.join(names)}"
-    return f"{path}: unknown key{hint}"
-
-
-def _value(hint: Any, value: Any, path: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        rest = [a for a in arguments if a is not type(None)]
-        return _value(rest[0], value, path)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return value if isinstance(value, hint) else from_dict(hint, value, path)
-    if origin is tuple:
-        return _tuple(arguments, value, path)
-    if origin is dict:
-        if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
-            raise ValueError(f"{path}: {value!r}; expected a mapping of names")
-        return {k: _value(arguments[1], v, f"{path}.{k}") for k, v in value.items()}
-    if hint is Any:
-        return value
-    return _scalar(hint, value, path)
-
-
-def _tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
-    if arguments == (int, int) and isinstance(value, int) and not isinstance(value, bool):
-        return (value, value)
-    if not isinstance(value, (list, tuple)):
-        raise ValueError(f"{path}: {value!r}; expected a list")
-    if len(arguments) == 2 and arguments[1] is Ellipsis:
-        return tuple(_value(arguments[0], v, f"{path}[{i}]") for i, v in enumerate(value))
-    if len(value) != len(arguments):
-        raise ValueError(f"{path}: {list(value)!r}; expected {len(arguments)} values")
-    return tuple(_value(a, v, f"{path}[{i}]") for i, (a, v) in enumerate(zip(arguments, value, strict=True)))
-
-
-def _scalar(hint: Any, value: Any, path: str) -> Any:
-    if hint is bool and isinstance(value, bool):
-        return value
-    if hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if hint is str and isinstance(value, str):
-        return value
-    name = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}.get(hint, str(hint))
-    raise ValueError(f"{path}: {value!r}; expected {name}")
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Plain values of a dataclass (tuples as lists), ready for YAML or JSON."""
-    plain: dict[str, Any] = _plain(dataclasses.asdict(config))
-    return plain
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value
-
-
-# ------------------------------------------------------------ YAML and command-line words
-class _StrictLoader(yaml.SafeLoader):
-    """YAML's safe subset; a key that stands twice is an error."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1 takes 1e-4 for a word; everybody means the number
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """Plain values of a YAML text; `where` names it in messages."""
-    loader = _StrictLoader(text)
-    try:
-        return loader.get_single_data()
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
-    finally:
-        loader.dispose()
-
-
-def to_yaml(config: Any) -> str:
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=110)
-
-
+# ------------------------------------------------------------ recipes and command-line words
 def configs_folder() -> Path:
     """Where the recipes lie: `configs/` of the checkout, or beside the installed package."""
     package = Path(__file__).parent

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from t2idist import stages, storage
-from t2idist.config import DataConfig, RunConfig, parse_yaml, to_dict, to_yaml
+from t2idist.config import DataConfig, RunConfig
 from t2idist.contract import System
 from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_dataset
 from t2idist.engine import export, pretrained
+from t2idist.strict import parse_yaml, to_dict, to_yaml
 
 ADJUSTABLE = ("about", "storage", "report", "checkpoint", "cluster", "guard")
 ADJUSTABLE_STAGE = ("images", "max_groups_per_worker", "checkpoint_every_images", "pictures_every_images")

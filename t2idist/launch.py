@@ -17,9 +17,10 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from t2idist import stages, storage, worker
-from t2idist.config import RunConfig, from_dict, to_dict
+from t2idist.config import RunConfig
 from t2idist.engine.metrics import PROGRESS
 from t2idist.evaluate.progress import ProgressPrinter
+from t2idist.strict import from_dict, to_dict
 
 logger = logging.getLogger(__name__)
 

@@ -7,10 +7,11 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from t2idist import storage, systems
-from t2idist.config import RunConfig, from_dict, to_dict
+from t2idist.config import RunConfig
 from t2idist.contract import Plan, System
 from t2idist.data.text import Vocabulary
 from t2idist.engine import export
+from t2idist.strict import from_dict, to_dict
 
 
 def anchored(config: RunConfig) -> RunConfig:

@@ -21,7 +21,7 @@ from torch import nn
 
 import t2idist
 from t2idist import stages, storage
-from t2idist.config import RunConfig, to_dict, to_yaml
+from t2idist.config import RunConfig
 from t2idist.contract import Plan, System
 from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_dataset
@@ -37,6 +37,7 @@ from t2idist.engine.train import Trainer
 from t2idist.engine.world import Share, World
 from t2idist.evaluate import report
 from t2idist.evaluate.watch import Watcher
+from t2idist.strict import to_dict, to_yaml
 
 logger = logging.getLogger(__name__)
 

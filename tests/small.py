@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from t2idist import stages
-from t2idist.config import RunConfig, from_dict
+from t2idist.config import RunConfig
 from t2idist.contract import System
 from t2idist.engine.strategy import Precision
 from t2idist.engine.train import Trainer
 from t2idist.engine.world import Share, World
+from t2idist.strict import from_dict
 from tests import toys
 
 GROUPS, GROUP_SIZE, MAX_WORDS, EPOCH_IMAGES = 4, 3, 6, 50

@@ -9,9 +9,10 @@ import torch
 
 from t2idist import config as configuration
 from t2idist import dry, run, stages
-from t2idist.config import RunConfig, from_dict, load, parse_yaml, to_dict
+from t2idist.config import RunConfig, load
 from t2idist.contract import Schedule
 from t2idist.engine.schedule import ema_decay, factor
+from t2idist.strict import from_dict, parse_yaml, to_dict
 
 MINIMAL = {"name": "x", "stages": {"a": {"system": "damsm", "group_size": 4, "groups": 2, "images": 16}}}
 RECIPES = [(recipe, preset) for recipe, presets in configuration.recipes().items() for preset in presets]

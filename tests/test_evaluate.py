@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 
 from t2idist import stages
-from t2idist.config import to_dict
 from t2idist.contract import Batch
 from t2idist.data.text import Vocabulary
 from t2idist.engine import export
@@ -28,6 +27,7 @@ from t2idist.evaluate.load import load, network
 from t2idist.evaluate.monitor import Monitor, score_matching
 from t2idist.evaluate.progress import ProgressPrinter, duration, line
 from t2idist.evaluate.r_precision import r_precision
+from t2idist.strict import to_dict
 from tests import small, toys
 
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from t2idist import storage
-from t2idist.config import DataConfig, RunConfig, from_dict, parse_yaml
+from t2idist.config import DataConfig, RunConfig
 from t2idist.contract import Batch, Draws, Matches, as_floats
 from t2idist.data.sources import open_dataset
 from t2idist.data.stream import LoadedSplit, load_split
@@ -29,6 +29,7 @@ from t2idist.evaluate.draw import encode, generate
 from t2idist.evaluate.load import Loaded, load
 from t2idist.evaluate.monitor import can_draw, can_match, embed_all
 from t2idist.evaluate.r_precision import r_precision
+from t2idist.strict import from_dict, parse_yaml
 
 CPU = torch.device("cpu")
 Row = dict[str, Any]

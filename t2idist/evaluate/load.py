@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from t2idist import storage
-from t2idist.config import from_dict
 from t2idist.contract import Plan, System
 from t2idist.data.text import Vocabulary
 from t2idist.engine import export
+from t2idist.strict import from_dict
 from t2idist.systems import load as load_system
 
 

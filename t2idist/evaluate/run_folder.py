@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from t2idist import storage
-from t2idist.config import parse_yaml
+from t2idist.strict import parse_yaml
 
 NOT_METRICS = ("images", "step", "seconds", "images_per_second", "restarts", "time")
 _PICTURE = re.compile(r"^(images|attention)_(\d+)\.png$")

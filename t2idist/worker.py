@@ -5,6 +5,7 @@ The same code runs in every Ray Train worker and, alone, under ``--local``.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import logging
@@ -53,9 +54,10 @@ def main(config: RunConfig, device: torch.device, watch: Watch | None = None) ->
         return
     try:
         _run(config, world, watch)
-    except (ValueError, AssertionError) as error:
-        sentence = str(error) if isinstance(error, ValueError) else f"a fault of the program: {error!r}"
-        storage.write_json(storage.join(stages.run_url(config), FATAL), {"error": sentence})
+    except (ValueError, AssertionError, PermissionError) as error:
+        sentence = f"a fault of the program: {error!r}" if isinstance(error, AssertionError) else str(error)
+        with contextlib.suppress(OSError):  # where the store refuses everything, the worker's own error says it
+            storage.write_json(storage.join(stages.run_url(config), FATAL), {"error": sentence})
         raise
 
 

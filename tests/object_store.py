@@ -54,6 +54,8 @@ def seaweedfs() -> Iterator[dict[str, str]]:
         ports = {"s3": s3, "master": master, "volume": volume, "filer": filer}
         options = [f"-{kind}.port={port}" for kind, port in ports.items()]
         options += [f"-dir={folder}", f"-s3.config={folder}/s3.json", "-volume.max=20", "-master.volumeSizeLimitMB=64"]
+        # no servers on fixed ports, so that two stores never meet; nothing is told to anybody
+        options += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
         process = subprocess.Popen(
             [str(weed), "server", "-s3", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *options],
             stdout=subprocess.DEVNULL,
@@ -70,7 +72,7 @@ def seaweedfs() -> Iterator[dict[str, str]]:
                 "AWS_DEFAULT_REGION": "us-east-1",
             }
         finally:
-            process.terminate()
+            process.kill()  # a polite end takes it half a minute, and its data go with it
             process.wait(30)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import queue
@@ -14,8 +15,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Protocol
 
+from t2idist import storage
 from t2idist.data.ingest.captions import clean
 from t2idist.data.ingest.files import MAX_LINE_BYTES, read_limited
 from t2idist.data.ingest.listing import Source
@@ -135,13 +138,20 @@ class ReadAhead:
         self._tickets = 0
         self._pool = ThreadPoolExecutor(_READ_THREADS, "read")
 
-    def start(self, source: Source) -> Future[_Read]:
+    def start(self, source: Source) -> Future[_Read] | None:
+        """Begin to read. None: of a file on disk, which the kernel reads ahead without a thread that takes turns."""
+        if storage.is_local(source.url):
+            _advise(storage.local_path(source.url))
+            return None
         ticket = self._tickets
         self._tickets += 1
         return self._pool.submit(self._read, source, ticket)
 
-    def finish(self, source: Source, read: Future[_Read]) -> Outcome:
+    def finish(self, source: Source, read: Future[_Read] | None) -> Outcome:
         """Raises what reading raised, where it is not the file's own fault."""
+        if read is None:
+            text, data = _read_both(source)
+            return make_outcome(source, data, text, self._options, self._max_words)
         found = read.result()
         try:
             return make_outcome(source, found.data, found.text, self._options, self._max_words)
@@ -155,14 +165,34 @@ class ReadAhead:
     def _read(self, source: Source, ticket: int) -> _Read:
         held = 0
         try:
-            text: bytes | Reject = b""
-            if source.text_url is not None:
-                text = _read_or_reject(source, source.text_url, Effect.CAPTION_LEFT_OUT, MAX_LINE_BYTES)
-            data = _read_or_reject(source, source.url, Effect.LEFT_OUT, None)
+            text, data = _read_both(source)
             held = 0 if isinstance(data, Reject) else len(data)
         finally:
             self._budget.take(ticket, held)
         return _Read(data, text, held)
+
+
+def _advise(path: Path | None) -> None:
+    """Tell the kernel that the whole file is wanted soon, where it can be told."""
+    if path is None or not hasattr(os, "posix_fadvise"):
+        return
+    try:
+        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return  # reading it says what is wrong
+    try:
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(number, 0, 0, os.POSIX_FADV_WILLNEED)
+    finally:
+        os.close(number)
+
+
+def _read_both(source: Source) -> tuple[bytes | Reject, bytes | Reject]:
+    """The caption file and the picture."""
+    text: bytes | Reject = b""
+    if source.text_url is not None:
+        text = _read_or_reject(source, source.text_url, Effect.CAPTION_LEFT_OUT, MAX_LINE_BYTES)
+    return text, _read_or_reject(source, source.url, Effect.LEFT_OUT, None)
 
 
 def _read_or_reject(source: Source, url: str, effect: Effect, max_bytes: int | None) -> bytes | Reject:
@@ -183,7 +213,7 @@ class Inline:
         self._work = ReadAhead(options, max_words)
 
     def run(self, sources: Iterator[Source]) -> Iterator[Outcome]:
-        ahead: deque[tuple[Source, Future[_Read]]] = deque()
+        ahead: deque[tuple[Source, Future[_Read] | None]] = deque()
         for source in sources:
             ahead.append((source, self._work.start(source)))
             if len(ahead) >= _CHUNK * _CHUNKS_AHEAD:
@@ -304,7 +334,7 @@ def _work(pipe: Connection, options: PictureOptions, max_words: int | None) -> N
     """A worker's life: it ends when the other end of the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides
     work = ReadAhead(options, max_words)
-    inbox: queue.Queue[tuple[int, list[tuple[Source, Future[_Read]]]]] = queue.Queue()
+    inbox: queue.Queue[tuple[int, list[tuple[Source, Future[_Read] | None]]]] = queue.Queue()
 
     def receive() -> None:
         while True:

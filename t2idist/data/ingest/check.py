@@ -160,7 +160,8 @@ def _check_folder(dataset: Dataset, description: dict[str, Any], problems: Probl
     """Nothing but the set's own files may lie there, and rejected.jsonl must say what dataset.json counts."""
     own = {DESCRIPTION, MANIFEST, REJECTED, *(s.name for split in dataset.splits.values() for s in split.shards)}
     for name in storage.list_dir(dataset.url):
-        if name == PROGRESS or (".tar" in name and name not in own):
+        left = name == PROGRESS and storage.list_dir(storage.join(dataset.url, name))  # some stores keep empty folders
+        if left or (".tar" in name and name not in own):
             problems.add(f"{name}: lies in the folder, but is not of the set")
     if "rejected" not in description:
         return

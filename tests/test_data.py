@@ -101,7 +101,7 @@ def test_long_captions_lose_their_end_or_random_words():
     words = Vocabulary(["<end>", *"abcdefgh"])
     caption = "a b c d e f g h"
     assert words.encode(caption, 3)[0].tolist() == [1, 2, 3]
-    kept = {tuple(words.encode(caption, 3, np.random.default_rng(seed))[0].tolist()) for seed in range(200)}
+    kept = {tuple(words.encode(caption, 3, seed)[0].tolist()) for seed in range(200)}
     assert len(kept) > 40  # of 56 subsets
     assert all(list(ids) == sorted(ids) and ids[0] > 0 for ids in kept)
 
@@ -277,11 +277,15 @@ def test_crop_equals_resize_then_crop_and_pyramid_is_antialiased():
     expected = np.asarray(whole.crop((x, y, x + 64, y + 64))).astype(int)
     made = crop_and_flip(whole_size(image), 64, 76 / 64, False, row)
     assert np.abs(np.asarray(made).astype(int) - expected).max() <= 2
-    low, high = np.empty((3, 16, 16), np.uint8), np.empty((3, 64, 64), np.uint8)
-    fill_pyramid(made, [low, high])
-    assert np.array_equal(high, np.asarray(made).transpose(2, 0, 1))
-    assert np.abs(low.mean() - high.mean()) < 1
-    assert low.std() < 0.6 * high.std()  # noise averages out only where the reduction is antialiased
+    pictures = np.stack([np.asarray(picture) for picture in (made, made.rotate(90))])
+    high, *lower = [np.empty((2, 3, size, size), np.uint8) for size in (64, 16, 32)]
+    fill_pyramid(pictures, [*lower, high])
+    assert np.array_equal(high, pictures.transpose(0, 3, 1, 2))
+    for low in lower:
+        size = low.shape[-1]
+        for ours, picture in zip(low, (made, made.rotate(90)), strict=True):
+            theirs = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+            assert np.abs(ours.astype(int) - theirs).max() <= 1  # equal on x86; other processors round otherwise
 
 
 def test_flips_are_drawn_and_centre_crops_are_not():

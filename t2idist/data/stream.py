@@ -104,23 +104,26 @@ class _Recipe:
     caption: int = 0
 
     def fill(self, arrays: _Arrays, places: Sequence[_Place]) -> None:
-        """Fill the rows; those that cannot be filled are named in `arrays.bad`."""
-        for place in places:
+        """Fill the rows, which follow on each other; those that cannot be filled are named in `arrays.bad`."""
+        size = arrays.images[-1].shape[-1]
+        pictures = np.zeros((len(places), size, size, 3), dtype=np.uint8)
+        for place, picture in zip(places, pictures, strict=True):
             try:
-                self._fill_one(arrays, place)
+                self._fill_one(arrays, place, picture)
             except ValueError as error:
                 arrays.bad[place.row] = str(error)
+        rows = slice(places[0].row, places[-1].row + 1)
+        fill_pyramid(pictures, [image[rows] for image in arrays.images])
 
-    def _fill_one(self, arrays: _Arrays, place: _Place) -> None:
+    def _fill_one(self, arrays: _Arrays, place: _Place, picture: NDArray[np.uint8]) -> None:
         row = place.row
         arrays.ids[row] = self.split.keys[place.index]
         if isinstance(place.encoded, Bad):
             raise ValueError(place.encoded.reason)
         ids, length = self.words(place.index, place.draw)
-        outputs = [image[row] for image in arrays.images]
-        size = outputs[-1].shape[-1]
-        picture = decode(place.encoded, shorter_side(size, self.crop))
-        fill_pyramid(crop_and_flip(picture, size, self.crop, self.flip, place.draw), outputs)
+        size = picture.shape[0]
+        decoded = decode(place.encoded, shorter_side(size, self.crop))
+        picture[...] = np.asarray(crop_and_flip(decoded, size, self.crop, self.flip, place.draw))
         arrays.tokens[row], arrays.lengths[row] = ids, length
         arrays.class_ids[row] = self.split.class_ids[place.index]
 
@@ -130,10 +133,10 @@ class _Recipe:
         if not captions:
             return np.zeros(self.max_words, dtype=np.int64), 1  # a set without captions: one word of padding
         first = (self.caption if draw is None else int(draw[CAPTION])) % len(captions)
-        rng = None if draw is None else np.random.Generator(np.random.Philox(key=int(draw[WORDS])))
+        seed = None if draw is None else int(draw[WORDS])
         for caption in captions[first:] + captions[:first]:
             try:
-                return self.vocabulary.encode(caption, self.max_words, rng)
+                return self.vocabulary.encode(caption, self.max_words, seed)
             except ValueError:
                 continue
         raise ValueError("no caption of it has a word of the vocabulary")

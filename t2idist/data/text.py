@@ -68,19 +68,18 @@ class Vocabulary:
         """Words of numbers, padding left out."""
         return [self.words[number] for number in ids if number]
 
-    def encode(
-        self, caption: str, max_words: int, rng: np.random.Generator | None = None
-    ) -> tuple[NDArray[np.int64], int]:
+    def encode(self, caption: str, max_words: int, seed: int | None = None) -> tuple[NDArray[np.int64], int]:
         """Word numbers (max_words,), padded with 0, and how many there are; unknown words are dropped.
 
-        A longer caption keeps a random subset of its words in their order (`rng` given: training) or its first words
+        A longer caption keeps a random subset of its words in their order (`seed` given: training) or its first words
         (None: evaluation). Raises ValueError for a caption with no known word.
         """
         known = [self.numbers[word] for word in tokenise(caption) if word in self.numbers]
         if not known:
             raise ValueError(f"no word of the caption {caption[:80]!r} is in the vocabulary of {len(self)} words")
         if len(known) > max_words:
-            if rng is not None:
+            if seed is not None:
+                rng = np.random.Generator(np.random.Philox(key=seed))
                 kept = np.sort(np.argsort(rng.random(len(known)), kind="stable")[:max_words])
                 known = [known[place] for place in kept]
             known = known[:max_words]

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from t2idist.data.order import Order, Piece, Run
 from t2idist.data.reader import Bad, Encoded, ShardReader
 
-READ_SAMPLES = 64
+READ_SAMPLES = 128
 """What one request reads, at most."""
 
 

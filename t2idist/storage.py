@@ -132,7 +132,8 @@ def local_path(url: str) -> Path | None:
     """The path of a local URL, else None."""
     if not is_local(url):
         return None
-    return Path(url.removeprefix("file://")).expanduser()
+    path = url.removeprefix("file://")
+    return Path(path).expanduser() if path.startswith("~") else Path(path)
 
 
 def absolute(url: str) -> str:

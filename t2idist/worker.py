@@ -26,7 +26,7 @@ from t2idist.config import RunConfig
 from t2idist.contract import Plan, System
 from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_dataset
-from t2idist.data.stream import Loader, open_loader
+from t2idist.data.stream import open_loader
 from t2idist.engine import export, loop, pretrained
 from t2idist.engine.checkpoint import Checkpoints
 from t2idist.engine.guard import Diverged
@@ -190,39 +190,42 @@ def _run_stage(
             watch=watch,
         )
         log.tell("training")
-    loader = _open_loader(config, name, dataset, system, trainer)
-    batches = Intake(
-        loader,
-        world,
-        share,
-        stages.stage_url(config, name),
-        step=trainer.step,
-        attempt=checkpoints.attempt,
-        max_bad=config.stage_data(name).max_bad,
-        epoch_images=plan.epoch_images,
-        ledger=config.report.ledger,
-    )
+    batches = _open_intake(config, name, dataset, system, trainer, checkpoints.attempt)
     try:
         look = watcher.look if watcher is not None else _no_look
         loop.run(trainer, batches, stage, checkpoints, log, look, config.guard)
     finally:
-        loader.close()
+        batches.close()
         if log is not None:
             log.close()
     _finish(config, name, trainer, dataset, plan, ran_on, log)
 
 
-def _open_loader(config: RunConfig, name: str, dataset: Dataset, system: System, trainer: Trainer) -> Loader:
-    return open_loader(
+def _open_intake(
+    config: RunConfig, name: str, dataset: Dataset, system: System, trainer: Trainer, attempt: str
+) -> Intake:
+    data = config.stage_data(name)
+    loader = open_loader(
         dataset,
         "train",
-        config=config.stage_data(name),
+        config=data,
         sizes=system.sizes,
         groups=list(trainer.share.lanes),
         total_groups=trainer.share.groups,
         group_size=trainer.group_size,
         seed=key(config.stage_seed(name), name, "data"),
         step0=trainer.step,
+    )
+    return Intake(
+        loader,
+        trainer.world,
+        trainer.share,
+        stages.stage_url(config, name),
+        step=trainer.step,
+        attempt=attempt,
+        max_bad=data.max_bad,
+        epoch_images=len(dataset.split("train")),
+        ledger=config.report.ledger,
     )
 
 

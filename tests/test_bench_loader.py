@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_the_table_has_every_loader() -> None:
     line = [sys.executable, "tools/bench_loader.py", "--samples", "512", "--rounds", "1", "--step-seconds", "0.01"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)

@@ -12,7 +12,7 @@ from t2idist import dry, run, stages
 from t2idist.config import RunConfig, load
 from t2idist.contract import Schedule
 from t2idist.engine.schedule import ema_decay, factor
-from t2idist.strict import from_dict, parse_yaml, to_dict
+from t2idist.strict import from_dict, parse_yaml, to_dict, to_yaml
 
 MINIMAL = {"name": "x", "stages": {"a": {"system": "damsm", "group_size": 4, "groups": 2, "images": 16}}}
 RECIPES = [(recipe, preset) for recipe, presets in configuration.recipes().items() for preset in presets]
@@ -65,7 +65,7 @@ def test_missing_key_is_named() -> None:
 def test_round_trip_through_yaml() -> None:
     for recipe, preset in RECIPES:
         made = load(recipe, [f"preset={preset}"])
-        assert from_dict(RunConfig, parse_yaml(configuration.to_yaml(made), "x")) == made
+        assert from_dict(RunConfig, parse_yaml(to_yaml(made), "x")) == made
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_run_is_not_taken_up_with_other_mathematics(tmp_path: Path) -> None:
     config = stages.anchored(load("attngan", [f"storage={tmp_path}", "data.source=emoji"]))
     folder = tmp_path / config.name
     folder.mkdir()
-    (folder / "config.yaml").write_text(configuration.to_yaml(config))
+    (folder / "config.yaml").write_text(to_yaml(config))
     words = [f"storage={tmp_path}", "data.source=emoji"]
     for same in ("cluster.workers=[1,1]", "stages.attngan.images=99", "data.threads=1", "checkpoint.keep=3"):
         dry.check(stages.anchored(load("attngan", [*words, same])))

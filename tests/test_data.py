@@ -26,7 +26,7 @@ from t2idist.data.order import Order, Run, draws
 from t2idist.data.pack import write_shards
 from t2idist.data.pictures import Picture, crop_and_flip, decode, fill_pyramid, shorter_side
 from t2idist.data.reader import Bad, Encoded, ShardReader
-from t2idist.data.samples import SampleRecord
+from t2idist.data.samples import SampleRecord, header
 from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_dataset
 from t2idist.data.stream import Loader, load_split, open_loader
@@ -469,3 +469,10 @@ def test_load_split_leaves_bad_samples_out(tmp_path: Path):
     loaded = load_split(dataset, "train", sizes=(8,), max_words=5)
     assert loaded.batch.ids == ("s0000", "s0001", "s0003", "s0004")
     assert len(loaded.batch.images[0]) == len(loaded.captions) == 4
+
+
+@pytest.mark.parametrize(("name", "size"), [("a.jpg", 0), ("a" * 90 + ".json", 77), ("s_1-2.webp", 8**11 - 1)])
+def test_headers_are_those_of_tarfile(name, size):
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = size, 0o444
+    assert header(name.encode(), size) == info.tobuf(tarfile.USTAR_FORMAT)

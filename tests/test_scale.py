@@ -79,9 +79,9 @@ def check_ledger(run: Path, stage: str, dataset: Dataset) -> None:
         assert set(Counter(stream[start : start + len(train)]).values()) == {1}
 
 
-@pytest.mark.parametrize(
-    "size", [pytest.param("small", marks=pytest.mark.whole), pytest.param("demo", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("size", ["small", "demo"])
 def test_from_pictures_in_a_folder_to_a_model_by_way_of_a_store_and_through_a_kill(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str
 ) -> None:

@@ -34,6 +34,8 @@ class Source(Protocol):
 
     def __next__(self) -> Batch: ...
 
+    def close(self) -> None: ...
+
 
 class Intake(Iterator[Batch]):
     """The batches of a stage from `step` on, with their accounts. stage_url: the stage's folder.
@@ -103,6 +105,9 @@ class Intake(Iterator[Batch]):
                 f"{storage.redact(self._url)}/{QUARANTINE} lists all {len(listed)}: {_some(listed)}"
             )
         return {"data/wait_share": max(part[3] for part in parts), "data/bad_samples": float(bad)}
+
+    def close(self) -> None:
+        self._source.close()
 
     def write_ledger(self) -> None:
         """Store what was taken in since the last call; call it before a checkpoint that counts those steps."""

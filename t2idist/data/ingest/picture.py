@@ -19,6 +19,8 @@ _ORIENTATION = 0x0112
 _BITS_PER_SAMPLE = 258
 _BOX_GROWTH = 0.75
 
+Image.core.set_blocks_max(8)  # type: ignore[attr-defined]  # Pillow would give each picture's memory back at once
+
 
 @dataclass(frozen=True)
 class PictureOptions:

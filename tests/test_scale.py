@@ -97,12 +97,11 @@ def test_from_pictures_in_a_folder_to_a_model_by_way_of_a_store_and_through_a_ki
             words += ["stages.attngan.images=320", "stages.attngan.checkpoint_every_images=32"]
         else:
             file = "attngan"
-            words += [
-                f"storage={tmp_path}/runs", "name=tiny", "stages.damsm.groups=2", "stages.attngan.groups=2",
-                "stages.damsm.group_size=16", "stages.attngan.group_size=16", "stages.damsm.images=3200",
-                "stages.attngan.images=6400", "stages.attngan.checkpoint_every_images=640",
-                "stages.attngan.pictures_every_images=6400",
-            ]  # fmt: skip
+            budgets = {"damsm": 3200, "attngan": 6400, "judge": 320}
+            for stage, images in budgets.items():
+                scale = {"groups": 2, "group_size": 16, "images": images, "pictures_every_images": images}
+                words += [f"stages.{stage}.{key}={value}" for key, value in scale.items()]
+            words += [f"storage={tmp_path}/runs", "name=tiny", "stages.attngan.checkpoint_every_images=640"]
         process = subprocess.Popen(
             command(file, *words), cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )

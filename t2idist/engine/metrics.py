@@ -13,6 +13,8 @@ from typing import Any
 from t2idist import storage
 
 PROGRESS = "progress.json"
+NOT_LOSSES = ("data/", "guard/")
+"""Begin the names of values that are logged and are no losses."""
 
 
 def now() -> str:
@@ -63,7 +65,7 @@ class Log:
         start, images = self._window
         self._rate = (self.images - images) / max(moment - start, 1e-9)
         self._window = (moment, self.images)
-        self.losses = dict(values)
+        self.losses = {name: value for name, value in values.items() if not name.startswith(NOT_LOSSES)}
         line = {
             "images": self.images,
             "step": step,

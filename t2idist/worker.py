@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import logging
 import os
@@ -96,7 +97,8 @@ def _run(config: RunConfig, world: World, watch: Watch | None) -> None:
             "workers": world.size,
             "messages": messages.texts,
         }
-        _run_guarded(config, name, world, ran_on, facts, watch)
+        run = functools.partial(_run_stage, config, name, world, ran_on, facts, watch)
+        _run_guarded(run, name, world, config.guard.rollbacks)
     if world.first:
         report.write(url)
     world.barrier()
@@ -123,21 +125,14 @@ def _world(device: torch.device) -> World:
     return World(device=device)
 
 
-def _run_guarded(
-    config: RunConfig,
-    name: str,
-    world: World,
-    ran_on: dict[str, Any],
-    facts: Mapping[str, Any],
-    watch: Watch | None,
-) -> None:
+def _run_guarded(run: Callable[[int], None], name: str, world: World, rollbacks: int) -> None:
     """Run a stage; where it diverges, again from its last checkpoint with fresh noise, up to the limit."""
-    for rollback in range(config.guard.rollbacks + 1):
+    for rollback in range(rollbacks + 1):
         try:
-            _run_stage(config, name, world, ran_on, facts, watch, rollback)
+            run(rollback)
             return
         except Diverged as diverged:
-            if rollback == config.guard.rollbacks:
+            if rollback == rollbacks:
                 raise ValueError(f"stage {name} diverged {rollback + 1} times: {diverged}") from None
             if world.first:
                 logger.warning("stage %s goes back to its last checkpoint: %s", name, diverged)

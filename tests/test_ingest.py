@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from t2idist.data import pictures, samples
 from t2idist.data.ingest.captions import clean
 from t2idist.data.ingest.celeba import list_celeba
 from t2idist.data.ingest.coco import find_splits, list_coco, parse_split
@@ -180,10 +179,6 @@ def test_crops_are_those_of_the_papers(
     assert (done.width, done.height) == (crop[2] - crop[0], crop[3] - crop[1])
     with pytest.raises(Unusable, match="bad_box"):
         prepare(encoded(picture(*size)), PictureOptions(), (900, 900, 10, 10))
-
-
-def test_the_limit_of_pixels_is_the_readers():
-    assert samples.MAX_PIXELS == pictures.MAX_PIXELS
 
 
 def test_any_damage_ends_in_a_reason():

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench_sharding import photograph
 from PIL import Image
 
 from t2idist.config import DataConfig
@@ -43,27 +44,17 @@ ROOT = Path(__file__).parent.parent
 
 
 # ------------------------------------------------------------------------------------------------ the pictures
-def photograph(seed: int) -> Image.Image:
-    """A picture with about the spectrum of a photograph."""
-    rng = np.random.default_rng(seed)
-    total = np.full((SIDE, 405, 3), 128, dtype=np.float32)
-    for grid, weight in ((4, 70.0), (16, 35.0), (64, 17.0), (202, 9.0)):
-        coarse = rng.normal(128, weight, (grid * 3 // 4, grid, 3)).clip(0, 255).astype(np.uint8)
-        total += np.asarray(Image.fromarray(coarse).resize((405, SIDE), Image.Resampling.BICUBIC), np.float32) - 128
-    return Image.fromarray(total.clip(0, 255).astype(np.uint8))
-
-
 def encoded(folder: str | None, count: int) -> list[bytes]:
     """`count` JPEGs of shorter side 304; fewer different ones are repeated."""
     if folder is None:
-        pictures: Iterator[Image.Image] = (photograph(seed) for seed in range(min(count, 256)))
+        files: list[Any] = [io.BytesIO(photograph(seed)) for seed in range(min(count, 256))]
     else:
         files = sorted(Path(folder).rglob("*.jpg"))[: min(count, 2048)]
         if not files:
             raise ValueError(f"--images {folder}: no .jpg in it")
-        pictures = (Image.open(file).convert("RGB") for file in files)
     found = []
-    for picture in pictures:
+    for file in files:
+        picture = Image.open(file).convert("RGB")
         scale = SIDE / min(picture.size)
         size = (max(SIDE, round(picture.width * scale)), max(SIDE, round(picture.height * scale)))
         out = io.BytesIO()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,6 +44,11 @@ class ShardPacker:
         for row in self.rows:
             row["shard"] = name
         return Shard(name, len(self.rows), len(data), storage.sha256(data), len(tar)), data
+
+
+def cores() -> int:
+    """Those that this process may use: as many processes make samples where no number is given."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def write_shards(

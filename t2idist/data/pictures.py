@@ -9,22 +9,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
+from t2idist.data.pillow import Image
 from t2idist.data.reader import Encoded
+from t2idist.data.samples import MAX_PIXELS
 
-MAX_PIXELS = 64 << 20
 _FORMATS = {"webp": "WEBP", "png": "PNG", "jpg": "JPEG"}
 
 CROP_X, CROP_Y, FLIP, CAPTION, WORDS = range(5)
 """Which of a position's random words (`order.draws`) decides what."""
 
-
-_MEMORY_BLOCKS_KEPT = 8
 _DRAFT_FACTOR = 2
-
-# Pillow gives each picture's memory back to the system at once; page faults then cost a quarter of the decoding time.
-Image.core.set_blocks_max(_MEMORY_BLOCKS_KEPT)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

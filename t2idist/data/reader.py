@@ -8,14 +8,13 @@ import logging
 import os
 import tarfile
 import threading
-import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
 
 from t2idist import storage
 from t2idist.data.cache import ShardCache
 from t2idist.data.order import Run
-from t2idist.data.shards import EXTENSIONS, Dataset, Shard
+from t2idist.data.shards import EXTENSIONS, Dataset, Shard, inflate
 
 os.environ["WDS_SECURE"] = "1"  # no pipe: URLs, should webdataset ever be handed one; read when it is imported
 from webdataset.tariterators import group_by_keys, tar_file_expander
@@ -138,11 +137,17 @@ class ShardReader:
         with self._lock:
             if shard.name not in self._inflated:
                 data = self._stored(shard, 0, shard.bytes, cache)
-                self._inflated[shard.name] = _inflate(data, shard, self._where(shard))
+                self._inflated[shard.name] = self._inflate(data, shard)
                 while len(self._inflated) > 1 and sum(map(len, self._inflated.values())) > _INFLATED_BYTES_KEPT:
                     self._inflated.popitem(last=False)
             self._inflated.move_to_end(shard.name)
             return self._inflated[shard.name][start:end]
+
+    def _inflate(self, data: bytes, shard: Shard) -> bytes:
+        try:
+            return inflate(data, shard)
+        except ValueError as error:
+            raise ValueError(f"{self._where(shard)}: {error}") from None
 
     def _stored(self, shard: Shard, start: int, end: int, cache: ShardCache | None) -> bytes:
         kept = None if cache is None else cache.read(shard, start, end)
@@ -150,18 +155,6 @@ class ShardReader:
             return kept
         url = storage.join(self._url, shard.name)
         return storage.read_bytes(url, start, end, endpoint_url=self._endpoint_url, stop=self._stop)
-
-
-def _inflate(data: bytes, shard: Shard, where: str) -> bytes:
-    """The tar of a gzipped shard; never makes more bytes than its description promises."""
-    machine = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
-    try:
-        tar = machine.decompress(data, shard.tar_bytes + 1)
-    except zlib.error as error:
-        raise ValueError(f"{where}: not a gzip file: {error}") from None
-    if len(tar) != shard.tar_bytes:
-        raise ValueError(f"{where}: unpacks to {len(tar)} bytes or more; expected {shard.tar_bytes}")
-    return tar
 
 
 def _expand(first_key: str, data: memoryview | bytes) -> dict[str, Encoded]:

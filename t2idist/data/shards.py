@@ -7,6 +7,7 @@ use the shards alone. dataset.json is written last: a set without it is not fini
 from __future__ import annotations
 
 import re
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -275,12 +276,29 @@ def _check_offsets(where: str, split: Split) -> None:
         first += shard.samples
 
 
+def inflate(data: bytes, shard: Shard) -> bytes:
+    """The tar of a gzipped shard's bytes; never makes more bytes than dataset.json promises, raises ValueError."""
+    machine = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+    try:
+        tar = machine.decompress(data, shard.tar_bytes + 1)
+    except zlib.error as error:
+        raise ValueError(f"not a gzip file: {error}") from None
+    if len(tar) != shard.tar_bytes:
+        raise ValueError(f"unpacks to {len(tar)} bytes or more; {DESCRIPTION} says {shard.tar_bytes}")
+    return tar
+
+
+def stored_bytes(url: str, shard: Shard, endpoint_url: str | None = None) -> int | None:
+    """The size of the shard of that name in the set at `url`; None where it is missing."""
+    try:
+        return storage.size(storage.join(url, shard.name), endpoint_url=endpoint_url)
+    except FileNotFoundError:
+        return None
+
+
 def _check_sizes(url: str, shards: Sequence[Shard], endpoint_url: str | None) -> None:
     def found(shard: Shard) -> int | None:
-        try:
-            return storage.size(storage.join(url, shard.name), endpoint_url=endpoint_url)
-        except FileNotFoundError:
-            return None
+        return stored_bytes(url, shard, endpoint_url)
 
     with ThreadPoolExecutor(16) as pool:
         for shard, size in zip(shards, pool.map(found, shards), strict=True):

@@ -48,10 +48,10 @@ def run(
         if log is not None:
             log.stepped(images)
         if last or due(report_every(stage), before, images):
-            values = trainer.take_reports() | batches.settle()
-            _check(trainer, guard, values)
+            losses, intake = trainer.take_reports(), batches.settle()
+            _check(trainer, guard)
             if log is not None:
-                log.add(values, trainer.step)
+                log.add(losses, {**intake, "guard/skipped_steps": float(trainer.guard.skipped)}, trainer.step)
         paused = time.monotonic()
         if last or due(stage.pictures_every_images, before, images):
             nets = trainer.evaluation_nets()
@@ -67,9 +67,8 @@ def run(
     checkpoints.finish()
 
 
-def _check(trainer: Trainer, guard: GuardConfig, values: dict[str, float]) -> None:
-    """Add the count of skipped steps to what is logged; see whether the latest were all skipped."""
-    values["guard/skipped_steps"] = float(trainer.guard.skipped)
+def _check(trainer: Trainer, guard: GuardConfig) -> None:
+    """See whether the latest steps were all skipped."""
     if (in_a_row := trainer.guard.in_a_row) >= guard.skips_in_a_row:
         raise Diverged(
             f"{in_a_row} steps in a row up to step {trainer.step} were not finite; first: {trainer.first_bad}"

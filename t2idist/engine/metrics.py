@@ -13,8 +13,6 @@ from typing import Any
 from t2idist import storage
 
 PROGRESS = "progress.json"
-NOT_LOSSES = ("data/", "guard/")
-"""Begin the names of values that are logged and are no losses."""
 
 
 def now() -> str:
@@ -59,13 +57,14 @@ class Log:
         if time.monotonic() - self._told >= self.progress_every_seconds:
             self.tell("training")
 
-    def add(self, values: Mapping[str, float], step: int) -> None:
-        """One line of metrics at the present number of images."""
+    def add(self, losses: Mapping[str, float], others: Mapping[str, float], step: int) -> None:
+        """One line of metrics at the present number of images; progress shows the losses only."""
         moment = time.monotonic()
         start, images = self._window
         self._rate = (self.images - images) / max(moment - start, 1e-9)
         self._window = (moment, self.images)
-        self.losses = {name: value for name, value in values.items() if not name.startswith(NOT_LOSSES)}
+        self.losses = dict(losses)
+        values = {**losses, **others}
         line = {
             "images": self.images,
             "step": step,

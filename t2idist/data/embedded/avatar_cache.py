@@ -17,7 +17,7 @@ from typing import IO
 from filelock import FileLock
 
 from t2idist.data.embedded.avatars import LICENCE, VERSION, face
-from t2idist.data.pack import write_shards
+from t2idist.data.pack import cores, write_shards
 from t2idist.data.samples import SampleRecord
 from t2idist.data.shards import DESCRIPTION, SCHEMA_VERSION
 
@@ -45,17 +45,13 @@ def ensure_avatars(samples: int, size: int, cache: str | None, processes: int | 
             logger.info("drawing %d avatars of %d pixels into %s (once)", samples, size, folder)
             write_shards(
                 str(unfinished),
-                _with_progress(_records(samples, size, processes or _cores()), samples),
+                _with_progress(_records(samples, size, processes or cores()), samples),
                 source="avatars",
                 licence=LICENCE,
                 options={"samples": samples, "size": size, "version": VERSION},
             )
             os.rename(unfinished, folder)
     return str(folder)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _records(samples: int, size: int, processes: int) -> Iterator[SampleRecord]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from t2idist import storage
 from t2idist.data.ingest.files import first_existing, is_picture, is_unsafe, lines, walk
 from t2idist.data.ingest.listing import Listing
-from t2idist.data.ingest.reasons import Effect, Reason, Reject
+from t2idist.data.ingest.reasons import Reason
 from t2idist.data.ingest.remarks import captions_by_picture
 
 _SPLITS = {"0": "train", "1": "val", "2": "test"}
@@ -40,15 +40,8 @@ def list_celeba(root: str, listing: Listing, captions_url: str | None = None) ->
         split = partition.pop(name, None)
         reason, detail = _problem(name, values, split, len(names))
         if reason is not None or split is None:
-            listing.reject(
-                Reject(
-                    split or "",
-                    name,
-                    reason or Reason.NO_SPLIT,
-                    Effect.LEFT_OUT,
-                    f"{_ATTRIBUTES}, line {number}{detail}",
-                )
-            )
+            where = f"{_ATTRIBUTES}, line {number}"
+            listing.left_out(split or "", name, reason or Reason.NO_SPLIT, where + detail)
             if not is_unsafe(name):
                 listing.name_file(storage.join(images, name))
             continue
@@ -59,9 +52,9 @@ def list_celeba(root: str, listing: Listing, captions_url: str | None = None) ->
         )  # fmt: skip
     if count != int(said):
         detail = f"its first line says {int(said)} rows; it has {count}"
-        listing.reject(Reject("", _ATTRIBUTES, Reason.MALFORMED, Effect.LEFT_OUT, detail))
+        listing.left_out("", _ATTRIBUTES, Reason.MALFORMED, detail)
     for name in captions:
-        listing.reject(Reject("", name, Reason.NO_PICTURE, Effect.LEFT_OUT, f"not in {_ATTRIBUTES}"))
+        listing.left_out("", name, Reason.NO_PICTURE, f"not in {_ATTRIBUTES}")
     for name in walk(images):
         if is_picture(name):
             listing.note_file("", name, storage.join(images, name))
@@ -87,10 +80,10 @@ def _partition(url: str, listing: Listing) -> dict[str, str]:
             continue
         if len(words) != 2 or words[1] not in _SPLITS:
             detail = "a name and 0, 1 or 2 must stand there"
-            listing.reject(Reject("", f"{_PARTITION}, line {number}", Reason.MALFORMED, Effect.LEFT_OUT, detail))
+            listing.left_out("", f"{_PARTITION}, line {number}", Reason.MALFORMED, detail)
         elif words[0] in splits:
             detail = f"{_PARTITION}, line {number}: the name comes twice"
-            listing.reject(Reject("", words[0], Reason.DUPLICATE, Effect.LEFT_OUT, detail))
+            listing.left_out("", words[0], Reason.DUPLICATE, detail)
         else:
             splits[words[0]] = _SPLITS[words[1]]
     return splits

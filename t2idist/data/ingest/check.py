@@ -8,7 +8,6 @@ import json
 import multiprocessing
 import signal
 import tarfile
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -24,7 +23,7 @@ from t2idist.data.ingest.picture import decode_rgb
 from t2idist.data.ingest.sheet import thumbnail
 from t2idist.data.ingest.writer import PROGRESS, REJECTED
 from t2idist.data.samples import EXTENSIONS, MAX_FILE_BYTES
-from t2idist.data.shards import DESCRIPTION, MANIFEST, Dataset, Shard, Split
+from t2idist.data.shards import DESCRIPTION, MANIFEST, Dataset, Shard, Split, inflate
 from t2idist.data.text import count_words
 
 _PROBLEMS_KEPT = 20
@@ -210,9 +209,9 @@ def check_shard(url: str, shard: Shard, rows: Sequence[Expected], fingerprints: 
     if len(data) != shard.bytes or storage.sha256(data) != shard.sha256:
         report.problems.add(f"{shard.name}: its {len(data)} bytes differ from the SHA-256 in {DESCRIPTION}")
     try:
-        tar = _inflated(data, shard) if shard.name.endswith(".gz") else data
+        tar = inflate(data, shard) if shard.name.endswith(".gz") else data
         members = list(_members(tar, len(rows)))
-    except (tarfile.TarError, zlib.error, ValueError, EOFError, OSError, OverflowError) as error:
+    except (tarfile.TarError, ValueError, EOFError, OSError, OverflowError) as error:
         report.problems.add(f"{shard.name}: not a readable tar: {type(error).__name__}: {str(error)[:200]}")
         return report
     if len(members) != 2 * len(rows):
@@ -223,14 +222,6 @@ def check_shard(url: str, shard: Shard, rows: Sequence[Expected], fingerprints: 
     for member in members[2 * len(rows) :]:
         report.problems.add(f"{shard.name}: {_refusal(member) or f'member {member.name[:100]!r} is not of the set'}")
     return report
-
-
-def _inflated(data: bytes, shard: Shard) -> bytes:
-    machine = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
-    tar = machine.decompress(data, shard.tar_bytes + 1)
-    if len(tar) != shard.tar_bytes:
-        raise ValueError(f"unpacks to {len(tar)} bytes or more; {DESCRIPTION} says {shard.tar_bytes}")
-    return tar
 
 
 def _members(tar: bytes, rows: int) -> Iterator[tarfile.TarInfo]:

@@ -119,15 +119,15 @@ def _list_split(split: CocoSplit, listing: Listing, licences: dict[str, None]) -
     for place, image in enumerate(whole["images"]):
         entry = f"{where}, images[{place}]"
         if not _is(image, id=int, file_name=str):
-            _left_out(listing, split, entry, Reason.MALFORMED, "an image needs an id and a file_name")
+            listing.left_out(split.name, entry, Reason.MALFORMED, "an image needs an id and a file_name")
             continue
         number, name = image["id"], image["file_name"]
         if is_unsafe(name):
-            _left_out(listing, split, name, Reason.UNSAFE_NAME, entry)
+            listing.left_out(split.name, name, Reason.UNSAFE_NAME, entry)
             captions.pop(number, None)
             continue
         if number in seen:
-            _left_out(listing, split, name, Reason.DUPLICATE, f"{entry}: id {number} comes twice")
+            listing.left_out(split.name, name, Reason.DUPLICATE, f"{entry}: id {number} comes twice")
             listing.name_file(storage.join(split.images_url, name))
             continue
         seen.add(number)
@@ -136,7 +136,7 @@ def _list_split(split: CocoSplit, listing: Listing, licences: dict[str, None]) -
     for number, of_none in captions.items():
         if number not in seen:
             detail = f"{len(of_none)} captions of image id {number}, which is not among the images"
-            _left_out(listing, split, where, Reason.NO_PICTURE, detail)
+            listing.left_out(split.name, where, Reason.NO_PICTURE, detail)
 
 
 def _captions(split: CocoSplit, where: str, annotations: Any, listing: Listing) -> dict[int, list[str]]:
@@ -162,7 +162,3 @@ def _captions(split: CocoSplit, where: str, annotations: Any, listing: Listing) 
 
 def _is(value: Any, **types: type) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(key), of_type) for key, of_type in types.items())
-
-
-def _left_out(listing: Listing, split: CocoSplit, name: str, reason: Reason, detail: str) -> None:
-    listing.reject(Reject(split.name, name, reason, Effect.LEFT_OUT, detail))

@@ -15,6 +15,7 @@ from t2idist import storage
 from t2idist.data.ingest.listing import Listing
 from t2idist.data.ingest.picture import PictureOptions
 from t2idist.data.ingest.writer import REJECTED, IngestOptions, Progress, Refused, write_set
+from t2idist.data.pack import cores
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -38,11 +39,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     of_set.add_argument("--restart", action="store_true", help="begin anew instead of going on")
     of_set.add_argument("--processes", type=int, default=cores(), help="default: one a core (%(default)s)")
     of_set.add_argument("--endpoint-url", help="of the S3 service (default: AWS_ENDPOINT_URL)")
-
-
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def main(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from t2idist import storage
 from t2idist.data.ingest.files import first_existing, is_picture, is_unsafe, lines, read_limited, walk
 from t2idist.data.ingest.listing import Listing
-from t2idist.data.ingest.reasons import Effect, Reason, Reject
+from t2idist.data.ingest.reasons import Reason
 
 _NAMES_MAX_BYTES = 64 << 20
 _STRINGS = {"STRING", "UNICODE", "BINSTRING", "SHORT_BINSTRING", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
@@ -63,7 +63,7 @@ def list_cub(
             seen.add(number)
             continue
         seen.add(number)
-        listing.reject(Reject(split or "", name, reason, Effect.LEFT_OUT, detail))
+        listing.left_out(split or "", name, reason, detail)
         if url:
             listing.name_file(url)
     _list_left_over(storage.join(birds, "images"), texts, listing)
@@ -79,7 +79,7 @@ def _list_left_over(images: str, texts: str, listing: Listing) -> None:
     listing.reject_unnamed_files()
     for name in walk(texts):
         if name.endswith(".txt") and name.removesuffix(".txt") not in stems:
-            listing.reject(Reject("", name, Reason.NO_PICTURE, Effect.LEFT_OUT, "captions of no picture"))
+            listing.left_out("", name, Reason.NO_PICTURE, "captions of no picture")
 
 
 def _table(folder: str, name: str, listing: Listing, columns: int) -> Iterator[list[str]]:
@@ -94,7 +94,7 @@ def _table(folder: str, name: str, listing: Listing, columns: int) -> Iterator[l
             yield words
         elif words:
             detail = f"{columns} columns must stand there"
-            listing.reject(Reject("", f"{name}, line {number}", Reason.MALFORMED, Effect.LEFT_OUT, detail))
+            listing.left_out("", f"{name}, line {number}", Reason.MALFORMED, detail)
 
 
 def _box(numbers: tuple[str, ...] | list[str]) -> tuple[float, float, float, float] | None:

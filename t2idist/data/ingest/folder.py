@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from t2idist import storage
 from t2idist.data.ingest.files import is_picture, is_unsafe, walk
 from t2idist.data.ingest.listing import Listing
-from t2idist.data.ingest.reasons import Effect, Reason, Reject
+from t2idist.data.ingest.reasons import Reason
 from t2idist.data.ingest.remarks import Remark, read_jsonl
 from t2idist.data.ingest.tables import Columns, table_rows
 
@@ -92,7 +92,7 @@ def _list_remarks(root: str, remarks: Iterator[Remark], listing: Listing, option
     classes: dict[str, None] = {}
     for remark in remarks:
         if is_unsafe(remark.name):
-            _left_out(listing, remark.split, remark.name, Reason.UNSAFE_NAME, remark.where)
+            listing.left_out(remark.split or "", remark.name, Reason.UNSAFE_NAME, remark.where)
             continue
         if remark.class_name is not None:
             classes[remark.class_name] = None
@@ -108,7 +108,7 @@ def _list_remarks(root: str, remarks: Iterator[Remark], listing: Listing, option
         wrong = next((key for key, values in said.items() if len(values) > 1), None)
         if wrong is not None:
             detail = f"{wrong} differs: {', '.join(sorted(said[wrong]))} ({of_picture[-1]['where']})"
-            _left_out(listing, None, name, Reason.DUPLICATE, detail)
+            listing.left_out("", name, Reason.DUPLICATE, detail)
             listing.name_file(url)
             continue
         class_name, split = (next(iter(said[key]), None) for key in ("class", "split"))
@@ -134,7 +134,3 @@ def _class_order(name: str) -> tuple[int, int, str]:
 def _plain(name: str) -> str:
     """Without "./" and doubled slashes, so that a picture has one name."""
     return "/".join(part for part in name.split("/") if part not in ("", "."))
-
-
-def _left_out(listing: Listing, split: str | None, name: str, reason: Reason, detail: str) -> None:
-    listing.reject(Reject(split or "", name, reason, Effect.LEFT_OUT, detail))

@@ -104,11 +104,11 @@ class Listing:
         """List a picture; a picture that is listed already becomes a reject."""
         if not KEY_PATTERN.fullmatch(split):
             detail = f"split {split[:100]!r}: allowed are 1 to 90 letters, digits, '_' and '-'"
-            self.reject(Reject("", name, Reason.MALFORMED, Effect.LEFT_OUT, detail))
+            self.left_out("", name, Reason.MALFORMED, detail)
             return
         self.name_file(url)
         if self._database.execute("SELECT 1 FROM entry WHERE url = ?", (url,)).fetchone():
-            self.reject(Reject(split, name, Reason.DUPLICATE, Effect.LEFT_OUT, "this picture is listed already"))
+            self.left_out(split, name, Reason.DUPLICATE, "this picture is listed already")
             return
         facts = {
             "captions": list(captions),
@@ -122,12 +122,16 @@ class Listing:
             row = (key, url, split, mix, name, text_url, json.dumps(facts))
             if self._database.execute("INSERT OR IGNORE INTO entry VALUES (?, ?, ?, ?, ?, ?, ?)", row).rowcount:
                 return
-        self.reject(Reject(split, name, Reason.DUPLICATE, Effect.LEFT_OUT, "this name is listed already"))
+        self.left_out(split, name, Reason.DUPLICATE, "this name is listed already")
 
     def reject(self, reject: Reject) -> None:
         row = [reject.split, reject.name, str(reject.reason), str(reject.effect), reject.detail]
         texts = [text.encode("utf-8", "backslashreplace").decode() for text in row]
         self._database.execute("INSERT INTO reject VALUES (NULL, ?, ?, ?, ?, ?)", texts)
+
+    def left_out(self, split: str, name: str, reason: Reason, detail: str) -> None:
+        """A picture, or a line of the annotations, that does not come into the set."""
+        self.reject(Reject(split, name, reason, Effect.LEFT_OUT, detail))
 
     def name_file(self, url: str) -> None:
         """Say that the annotations speak of this picture."""
@@ -146,7 +150,7 @@ class Listing:
         """Every file in the folders that nothing speaks of becomes a reject."""
         left = "SELECT split, name FROM file WHERE url NOT IN (SELECT url FROM named) ORDER BY split, name"
         for split, name in self._database.execute(left):
-            self.reject(Reject(split, name, reason, Effect.LEFT_OUT, detail))
+            self.left_out(split, name, reason, detail)
 
     def remark(self, name: str, facts: dict[str, Any]) -> None:
         """Keep one row of a table that speaks of picture `name`."""

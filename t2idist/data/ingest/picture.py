@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ImageOps, UnidentifiedImageError
 
 from t2idist.data.ingest.reasons import Reason
+from t2idist.data.pillow import Image
 from t2idist.data.samples import MAX_PIXELS
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
@@ -18,8 +19,6 @@ _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _ORIENTATION = 0x0112
 _BITS_PER_SAMPLE = 258
 _BOX_GROWTH = 0.75
-
-Image.core.set_blocks_max(8)  # type: ignore[attr-defined]  # Pillow would give each picture's memory back at once
 
 
 @dataclass(frozen=True)

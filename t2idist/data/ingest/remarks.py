@@ -9,7 +9,7 @@ from typing import Any
 
 from t2idist.data.ingest.files import lines
 from t2idist.data.ingest.listing import Listing
-from t2idist.data.ingest.reasons import Effect, Reason, Reject
+from t2idist.data.ingest.reasons import Reason
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ def read_jsonl(url: str, listing: Listing) -> Iterator[Remark]:
         try:
             yield _remark(place, json.loads(line.decode()))
         except UnicodeDecodeError:
-            _left_out(listing, place, Reason.INVALID_UTF8, "the line is not UTF-8")
+            listing.left_out("", place, Reason.INVALID_UTF8, "the line is not UTF-8")
         except (ValueError, RecursionError) as error:
-            _left_out(listing, place, Reason.MALFORMED, str(error)[:200])
+            listing.left_out("", place, Reason.MALFORMED, str(error)[:200])
 
 
 def _remark(where: str, value: Any) -> Remark:
@@ -71,7 +71,3 @@ def captions_by_picture(url: str, listing: Listing) -> dict[str, list[str]]:
     for remark in read_jsonl(url, listing):
         captions.setdefault(remark.name, []).extend(remark.captions)
     return captions
-
-
-def _left_out(listing: Listing, name: str, reason: Reason, detail: str) -> None:
-    listing.reject(Reject("", name, reason, Effect.LEFT_OUT, detail))

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from t2idist import storage
 from t2idist.data.ingest.files import lines, size_of
 from t2idist.data.ingest.listing import Listing
-from t2idist.data.ingest.reasons import Effect, Reason, Reject
+from t2idist.data.ingest.reasons import Reason
 from t2idist.data.ingest.remarks import Remark
 
 _BATCH_ROWS = 1024
@@ -67,14 +67,14 @@ def _csv_rows(url: str, name: str, columns: Columns, listing: Listing, delimiter
         except StopIteration:
             break
         except csv.Error as error:  # such as a field of more than 128 KiB; the reader goes on with the next line
-            _reject(listing, f"{name}, line {at}", Reason.MALFORMED, str(error))
+            listing.left_out("", f"{name}, line {at}", Reason.MALFORMED, str(error))
             continue
         if header is None:
             header = row
             _check(url, columns, header)
         elif row and len(row) != len(header):
             detail = f"{len(row)} fields; the header has {len(header)}"
-            _reject(listing, f"{name}, line {at}", Reason.MALFORMED, detail)
+            listing.left_out("", f"{name}, line {at}", Reason.MALFORMED, detail)
         elif row:
             values = dict(zip(header, row, strict=True))
             found = {kind: values[column] for kind, column in columns.named().items()}
@@ -144,7 +144,7 @@ def _check(url: str, columns: Columns, header: list[str]) -> None:
 def _remark(where: str, found: dict[str, Any], listing: Listing) -> Iterator[Remark]:
     image = found["image"]
     if not isinstance(image, str) or not image:
-        _reject(listing, where, Reason.MALFORMED, "no name of a picture")
+        listing.left_out("", where, Reason.MALFORMED, "no name of a picture")
         return
     caption = found.get("caption")
     captions = caption if isinstance(caption, list) else [] if caption is None else [caption]
@@ -157,7 +157,3 @@ def _remark(where: str, found: dict[str, Any], listing: Listing) -> Iterator[Rem
         [str(name).encode("utf-8", "replace").decode() for name in attributes],
         None if class_name in (None, "") else str(class_name), split or None,
     )  # fmt: skip
-
-
-def _reject(listing: Listing, where: str, reason: Reason, detail: str) -> None:
-    listing.reject(Reject("", where, reason, Effect.LEFT_OUT, detail))

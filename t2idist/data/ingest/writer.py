@@ -21,7 +21,7 @@ from t2idist.data.ingest.picture import PictureOptions
 from t2idist.data.ingest.prepare import Outcome, Preparers, start_preparers
 from t2idist.data.ingest.reasons import Effect, Reason, Reject
 from t2idist.data.pack import Row, ShardPacker, refuse_finished, shard_name, write_index
-from t2idist.data.shards import DESCRIPTION, Shard
+from t2idist.data.shards import DESCRIPTION, Shard, stored_bytes
 
 PROGRESS = "progress"
 REJECTED = "rejected.jsonl"
@@ -163,7 +163,7 @@ class _Store:
             stored = _Stored(
                 split, Shard(**record["shard"]), record["shard_samples"], record["next_source"], record["cut"]
             )
-            if _size_or_none(storage.join(self.out, name)) != stored.shard.bytes:
+            if stored_bytes(self.out, stored.shard) != stored.shard.bytes:
                 return
             self.stored[split].append(stored)
             for reject in record["rejects"]:
@@ -191,7 +191,7 @@ class _Store:
             self._take_in()
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=True)  # what was handed over is stored, also where the run is cut off
 
     def _take_in(self) -> None:
         stored = self._under_way.popleft().result()
@@ -352,13 +352,6 @@ def _finish(listing: Listing, store: _Store, options: IngestOptions, source: str
 def _counts(listing: Listing) -> str:
     counts = listing.reject_counts()
     return ", ".join(f"{reason} {sum(by_effect.values())}" for reason, by_effect in counts.items())
-
-
-def _size_or_none(url: str) -> int | None:
-    try:
-        return storage.size(url)
-    except FileNotFoundError:
-        return None
 
 
 def _forget(out: str) -> None:

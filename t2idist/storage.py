@@ -130,10 +130,16 @@ def is_local(url: str) -> bool:
 
 def local_path(url: str) -> Path | None:
     """The path of a local URL, else None."""
+    name = local_name(url)
+    return None if name is None else Path(name)
+
+
+def local_name(url: str) -> str | None:
+    """The path of a local URL as a text, in a fraction of the time, else None."""
     if not is_local(url):
         return None
     path = url.removeprefix("file://")
-    return Path(path).expanduser() if path.startswith("~") else Path(path)
+    return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
 def absolute(url: str) -> str:

@@ -117,7 +117,8 @@ class Listing:
             "box": box,
             "needs_captions": needs_captions,
         }
-        for key in (make_key(name), hashed_key(name), hashed_key(f"{split}/{name}")):
+        for make, of in ((make_key, name), (hashed_key, name), (hashed_key, f"{split}/{name}")):
+            key = make(of)
             mix = hashlib.blake2b(key.encode(), digest_size=8).digest()
             row = (key, url, split, mix, name, text_url, json.dumps(facts))
             if self._database.execute("INSERT OR IGNORE INTO entry VALUES (?, ?, ?, ?, ?, ?, ?)", row).rowcount:

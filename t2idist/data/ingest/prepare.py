@@ -15,8 +15,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Protocol
+
+import torch
 
 from t2idist import storage
 from t2idist.data.ingest.captions import clean
@@ -141,7 +142,7 @@ class ReadAhead:
     def start(self, source: Source) -> Future[_Read] | None:
         """Begin to read. None: of a file on disk, which the kernel reads ahead without a thread that takes turns."""
         if storage.is_local(source.url):
-            _advise(storage.local_path(source.url))
+            _advise(storage.local_name(source.url))
             return None
         ticket = self._tickets
         self._tickets += 1
@@ -172,7 +173,7 @@ class ReadAhead:
         return _Read(data, text, held)
 
 
-def _advise(path: Path | None) -> None:
+def _advise(path: str | None) -> None:
     """Tell the kernel that the whole file is wanted soon, where it can be told."""
     if path is None or not hasattr(os, "posix_fadvise"):
         return
@@ -211,6 +212,8 @@ class Inline:
 
     def __init__(self, options: PictureOptions, max_words: int | None) -> None:
         self._work = ReadAhead(options, max_words)
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # several on so small a task wait for each other
 
     def run(self, sources: Iterator[Source]) -> Iterator[Outcome]:
         ahead: deque[tuple[Source, Future[_Read] | None]] = deque()
@@ -222,6 +225,7 @@ class Inline:
             yield self._work.finish(*ahead.popleft())
 
     def close(self) -> None:
+        torch.set_num_threads(self._threads)
         self._work.close()
 
 
@@ -333,6 +337,7 @@ class _Failure:
 def _work(pipe: Connection, options: PictureOptions, max_words: int | None) -> None:
     """A worker's life: it ends when the other end of the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides
+    torch.set_num_threads(1)  # there is a process for every core
     work = ReadAhead(options, max_words)
     inbox: queue.Queue[tuple[int, list[tuple[Source, Future[_Read] | None]]]] = queue.Queue()
 

@@ -156,16 +156,21 @@ class ClusterConfig:
     """How many workers, and what each one takes.
 
     workers: a number, or [smallest, largest]: the run takes what the cluster has between the two. gpus_per_worker: 0 or
-    1. max_failures: worker failures that restart the group before the run gives up. timeout_seconds: a collective that
-    takes longer counts as a failure. address: of a running Ray cluster; "auto": the one this process belongs to, else
-    this machine.
+    1. max_failures: worker failures that restart the group before the run gives up. dead_after_seconds: a worker that
+    does not answer for so long is given up. hung_after_seconds: a collective that takes longer counts as a failure.
+    start_within_seconds: workers that are not all there by then are asked for again, as many as the cluster then has.
+    grow_after_seconds: how often the run looks whether it can have more workers. address: of a running Ray cluster;
+    "auto": the one this process belongs to, else this machine.
     """
 
     workers: tuple[int, int] = (1, 1)
     cpus_per_worker: float = 1.0
     gpus_per_worker: int = 0
     max_failures: int = 10
-    timeout_seconds: float = 120.0
+    dead_after_seconds: float = 10.0
+    hung_after_seconds: float = 60.0
+    start_within_seconds: float = 60.0
+    grow_after_seconds: float = 30.0
     address: str = "auto"
 
     def __post_init__(self) -> None:
@@ -176,7 +181,8 @@ class ClusterConfig:
             )
         if self.gpus_per_worker not in (0, 1):
             raise ValueError(f"cluster.gpus_per_worker: {self.gpus_per_worker}; allowed are 0 and 1")
-        _positive(self, "cluster", "cpus_per_worker", "timeout_seconds")
+        _positive(self, "cluster", "cpus_per_worker", "dead_after_seconds", "hung_after_seconds")
+        _positive(self, "cluster", "start_within_seconds", "grow_after_seconds")
 
 
 @dataclass(frozen=True)

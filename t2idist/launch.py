@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -24,6 +25,8 @@ from t2idist.strict import from_dict, to_dict
 
 logger = logging.getLogger(__name__)
 
+RESERVATION = "reservation.json"
+_COORDINATOR_SECONDS = 5.0
 CONTROLLER_RETRIES = 3
 """Times that `fit` is called again after a failure that Ray's own counters do not cover (its controller's)."""
 
@@ -54,10 +57,12 @@ def submit(config: RunConfig) -> None:
 
 def _fit(config: RunConfig, folder: str) -> None:
     """Run the trainer to its end, again where Ray's controller failed, which its own counters do not cover."""
-    with _Progress(config):
+    with _Progress(config), _Reservation(config) as reservation:
         for retry in range(CONTROLLER_RETRIES + 1):
             try:
-                _trainer(config, folder).fit()
+                trainer = _trainer(config, folder)
+                reservation.hold(f"train-{trainer.train_run_context.run_id}")  # type: ignore[attr-defined]
+                trainer.fit()
                 break
             except WorkerGroupError as error:
                 raise RuntimeError(f"the run failed: {_cause(error)}") from None
@@ -72,6 +77,8 @@ def _fit(config: RunConfig, folder: str) -> None:
 
 def _connect(config: RunConfig, folder: str) -> None:
     """Join the cluster that this process belongs to (or `cluster.address`), else start Ray here (files in `folder`)."""
+    for name, value in _time_outs(config).items():
+        os.environ.setdefault(name, value)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if ray.is_initialized():
         return
@@ -90,6 +97,16 @@ def _connect(config: RunConfig, folder: str) -> None:
         )
     else:
         ray.init(address=address, logging_level=logging.WARNING)
+
+
+def _time_outs(config: RunConfig) -> dict[str, str]:
+    """Ray Train's own settings; it hands them on from this process to its controller and its workers."""
+    cluster = config.cluster
+    return {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": f"{min(1.0, cluster.dead_after_seconds / 5):g}",
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{cluster.dead_after_seconds:g}",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{cluster.start_within_seconds:g}",
+    }
 
 
 def _check_cluster(config: RunConfig) -> None:
@@ -116,10 +133,11 @@ def _trainer(config: RunConfig, folder: str) -> TorchTrainer:
         train_loop_config=to_dict(config),
         scaling_config=ScalingConfig(
             num_workers=smallest if smallest == largest else (smallest, largest),  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=cluster.grow_after_seconds,  # type: ignore[call-arg]
             use_gpu=bool(cluster.gpus_per_worker),
             resources_per_worker=resources,
         ),
-        torch_config=TorchConfig(timeout_s=int(cluster.timeout_seconds)),
+        torch_config=TorchConfig(timeout_s=max(1, int(cluster.hung_after_seconds))),
         run_config=RayRunConfig(
             name=config.name,
             storage_path=folder,
@@ -149,6 +167,51 @@ def _cause(error: BaseException) -> str:
     causes = [str(failure) for failure in inner.values()] or [str(error)]
     lines = [line.strip() for line in causes[0].splitlines() if line.strip()]
     return lines[-1] if lines else repr(error)
+
+
+class _Reservation:
+    """What Ray's autoscaling coordinator sets aside for an elastic run: it says how many workers there may be.
+
+    It looks at the nodes every 20 s only, and keeps what a dead driver had set aside for 180 s. Here both are mended:
+    it is made to look every second, and the last submission's share is given back before this one asks.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self._where = storage.join(stages.run_url(config), RESERVATION)
+        self._holder = ""
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="nodes", daemon=True)
+
+    def __enter__(self) -> _Reservation:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._give_back(self._holder)
+
+    def hold(self, holder: str) -> None:
+        """The coordinator knows this attempt by this name; what earlier ones held is given back."""
+        before = storage.read_json(self._where)["holder"] if storage.exists(self._where) else ""
+        self._give_back(before)
+        storage.write_json(self._where, {"holder": holder})
+        self._holder = holder
+
+    def _give_back(self, holder: str) -> None:
+        with contextlib.suppress(ValueError, RayError):  # ValueError: no coordinator, so nothing is set aside
+            ray.get(_coordinator().cancel_request.remote(holder), timeout=_COORDINATOR_SECONDS)
+
+    def _look(self) -> None:
+        while not self._ended.wait(1.0):
+            with contextlib.suppress(ValueError, RayError):
+                call = _coordinator().get_reserved_resources.remote(self._holder, recompute=True)
+                ray.get(call, timeout=_COORDINATOR_SECONDS)
+
+
+def _coordinator() -> Any:
+    """Ray's own actor; raises ValueError where there is none."""
+    return ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
 
 
 class _Progress:

@@ -321,7 +321,10 @@ def test_tools_end_in_a_sentence_and_a_status(mine: Path, tmp_path: Path):
     assert status == 2 and "not allowed" in said
     for delay in (0.5, 0.2, 0.1, 0.0):  # a fast machine may be done before it is interrupted
         again = f"{out}-{delay}"
-        process = subprocess.Popen(shard_folder(mine, again), stderr=subprocess.PIPE, text=True, start_new_session=True)
+        process = subprocess.Popen(
+            shard_folder(mine, again), stderr=subprocess.PIPE, text=True, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
+        )  # fmt: skip
         while len(_children(process.pid)) < 2:
             time.sleep(0.01)
         time.sleep(delay)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 from t2idist.strict import from_dict, parse_yaml, to_dict, unknown_key
 
 PRECISIONS = ("bfloat16", "float32", "float64")
+DEEPSPEED = "0.19.8"
+"""The one version that works: engine/zero.py reads attributes that DeepSpeed does not promise."""
 
 
 def _positive(config: Any, where: str, *names: str) -> None:
@@ -17,6 +20,15 @@ def _positive(config: Any, where: str, *names: str) -> None:
         value = getattr(config, name)
         if not value > 0:
             raise ValueError(f"{where}.{name}: {value}; it must be above 0")
+
+
+def _check_deepspeed() -> None:
+    try:
+        found = importlib.metadata.version("deepspeed")
+    except importlib.metadata.PackageNotFoundError:
+        found = "not installed"
+    if found != DEEPSPEED:
+        raise ValueError(f"strategy: deepspeed is {found}; install it with: pip install deepspeed=={DEEPSPEED}")
 
 
 def _check_seed(where: str, seed: int) -> None:
@@ -187,7 +199,12 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run. name: the folder under `storage`; the same name again resumes. about: said in the first line."""
+    """A whole run.
+
+    name: the folder under `storage`; the same name again resumes. about: said in the first line. strategy: "ddp" (every
+    worker holds the whole optimiser) or "deepspeed". zero: what DeepSpeed divides among the workers: 1: the optimiser's
+    state, 2: the gradients too (0: nothing, which is ddp). A run may change both when it resumes.
+    """
 
     name: str
     stages: dict[str, StageConfig]
@@ -195,6 +212,8 @@ class RunConfig:
     storage: str = "runs"
     seed: int = 0
     precision: str = "bfloat16"
+    strategy: str = "ddp"
+    zero: int = 0
     data: DataConfig = DataConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
@@ -208,6 +227,7 @@ class RunConfig:
             raise ValueError(f"name: {self.name!r}; it may not begin with a dot")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision: {self.precision!r}; allowed are {', '.join(PRECISIONS)}")
+        self._check_strategy()
         _check_seed("seed", self.seed)
         if not self.stages:
             raise ValueError("stages: a run needs at least one stage")
@@ -218,6 +238,27 @@ class RunConfig:
             _positive(stage, f"stages.{name}", "group_size", "groups", "images", "max_groups_per_worker")
             _positive(stage, f"stages.{name}", "checkpoint_every_images", "pictures_every_images")
             self._check_scale(name, stage)
+
+    def _check_strategy(self) -> None:
+        if self.strategy not in ("ddp", "deepspeed"):
+            raise ValueError(f"strategy: {self.strategy!r}; allowed are ddp and deepspeed")
+        if self.strategy == "ddp":
+            if self.zero != 0:
+                raise ValueError(f"zero: {self.zero}; it goes with strategy: deepspeed, and the strategy is ddp")
+            return
+        if self.zero == 3:
+            raise ValueError(
+                "zero: 3; allowed are 1 and 2: stage 3 leaves no worker a whole network, which gradient penalties, "
+                "frozen use and averages (EMA) need"
+            )
+        if self.zero not in (1, 2):
+            raise ValueError(
+                f"zero: {self.zero}; allowed with strategy: deepspeed are 1 (optimiser state is divided among the "
+                "workers) and 2 (gradients too)"
+            )
+        if self.precision == "float64":
+            raise ValueError("precision: float64; DeepSpeed keeps weights in float32: give strategy: ddp")
+        _check_deepspeed()
 
     def _check_scale(self, name: str, stage: StageConfig) -> None:
         smallest, largest = self.cluster.workers

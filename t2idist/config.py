@@ -115,17 +115,23 @@ class CheckpointConfig:
     """How a stage's state is kept.
 
     keep: how many of the newest committed checkpoints stay. keep_every_images: one for each so many images stays too
-    (0: none). when_busy: where one is due while the one before is still being written, "wait" for it or "skip".
+    (0: none). when_busy: where one is due while the one before is still being written, "wait" for it or "skip". memory:
+    keep copies in the memory of the cluster's machines too. memory_every_steps: how often (0: as often as it costs less
+    than a hundredth of the time).
     """
 
     keep: int = 2
     keep_every_images: int = 0
     when_busy: str = "wait"
+    memory: bool = True
+    memory_every_steps: int = 0
 
     def __post_init__(self) -> None:
         _positive(self, "checkpoint", "keep")
         if self.keep_every_images < 0:
             raise ValueError(f"checkpoint.keep_every_images: {self.keep_every_images}; it must be at least 0")
+        if self.memory_every_steps < 0:
+            raise ValueError(f"checkpoint.memory_every_steps: {self.memory_every_steps}; it must be at least 0")
         if self.when_busy not in ("wait", "skip"):
             raise ValueError(f"checkpoint.when_busy: '{self.when_busy}'; allowed are wait and skip")
 

@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 import threading
+import uuid
 from typing import Any
 
 import ray
@@ -21,10 +22,12 @@ from t2idist import stages, storage, worker
 from t2idist.config import RunConfig
 from t2idist.engine.metrics import PROGRESS
 from t2idist.evaluate.progress import ProgressPrinter
+from t2idist.keepers import RayKeepers
 from t2idist.strict import from_dict, to_dict
 
 logger = logging.getLogger(__name__)
 
+RUN_ID = "run_id.json"
 RESERVATION = "reservation.json"
 _COORDINATOR_SECONDS = 5.0
 CONTROLLER_RETRIES = 3
@@ -57,6 +60,7 @@ def submit(config: RunConfig) -> None:
 
 def _fit(config: RunConfig, folder: str) -> None:
     """Run the trainer to its end, again where Ray's controller failed, which its own counters do not cover."""
+    keepers = RayKeepers(_run_id(config))
     with _Progress(config), _Reservation(config) as reservation:
         for retry in range(CONTROLLER_RETRIES + 1):
             try:
@@ -70,6 +74,7 @@ def _fit(config: RunConfig, folder: str) -> None:
                 if retry == CONTROLLER_RETRIES:
                     raise RuntimeError(f"the run failed: {_cause(error)}") from None
                 logger.warning("Ray Train's controller failed (%s); the run is taken up again", _cause(error))
+    keepers.end()
     fatal = worker.read_fatal(config)
     if fatal is not None:
         raise RuntimeError(f"the run failed: {fatal}")
@@ -130,7 +135,7 @@ def _trainer(config: RunConfig, folder: str) -> TorchTrainer:
         resources["GPU"] = float(cluster.gpus_per_worker)
     return TorchTrainer(
         _work,
-        train_loop_config=to_dict(config),
+        train_loop_config={"config": to_dict(config), "run_id": _run_id(config)},
         scaling_config=ScalingConfig(
             num_workers=smallest if smallest == largest else (smallest, largest),  # type: ignore[arg-type]
             elastic_resize_monitor_interval_s=cluster.grow_after_seconds,  # type: ignore[call-arg]
@@ -155,10 +160,18 @@ def _environment(config: RunConfig) -> dict[str, str]:
 def _work(settings: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    config = from_dict(RunConfig, settings)
+    config = from_dict(RunConfig, settings["config"])
     if not config.cluster.gpus_per_worker:
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-    worker.main(config, get_device())
+    worker.main(config, get_device(), keepers=RayKeepers(settings["run_id"]))
+
+
+def _run_id(config: RunConfig) -> str:
+    """Tells this run folder from all others, an earlier one of the same name too."""
+    where = storage.join(stages.run_url(config), RUN_ID)
+    if not storage.exists(where):
+        storage.write_json(where, {"id": uuid.uuid4().hex})
+    return str(storage.read_json(where)["id"])
 
 
 def _cause(error: BaseException) -> str:

@@ -29,10 +29,11 @@ from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_dataset
 from t2idist.data.stream import open_loader
 from t2idist.engine import export, loop, pretrained
-from t2idist.engine.checkpoint import Checkpoints
+from t2idist.engine.checkpoint import Checkpoints, Found
 from t2idist.engine.guard import Diverged
-from t2idist.engine.intake import Intake
-from t2idist.engine.metrics import Log, now
+from t2idist.engine.intake import Intake, write_ledger
+from t2idist.engine.memory import Keepers, Memory
+from t2idist.engine.metrics import Log, add_lines, now
 from t2idist.engine.noise import key
 from t2idist.engine.strategy import Precision
 from t2idist.engine.train import Trainer
@@ -48,13 +49,16 @@ ATTEMPTS = "attempts.json"
 FATAL = "fatal.json"
 
 
-def main(config: RunConfig, device: torch.device, watch: Watch | None = None) -> None:
-    """Run all stages that have no export yet. `watch` gets the progress messages of the first worker."""
+def main(config: RunConfig, device: torch.device, watch: Watch | None = None, keepers: Keepers | None = None) -> None:
+    """Run all stages that have no export yet.
+
+    watch: gets the progress messages of the first worker. keepers: hold copies of the state outside this process.
+    """
     world = _world(device)
     if world.from_first(read_fatal(config)) is not None:
         return
     try:
-        _run(config, world, watch)
+        _run(config, world, watch, keepers)
     except (ValueError, AssertionError, PermissionError) as error:
         sentence = f"a fault of the program: {error!r}" if isinstance(error, AssertionError) else str(error)
         with contextlib.suppress(OSError):  # where the store refuses everything, the worker's own error says it
@@ -73,7 +77,7 @@ def clear_fatal(config: RunConfig) -> None:
     storage.remove(storage.join(stages.run_url(config), FATAL))
 
 
-def _run(config: RunConfig, world: World, watch: Watch | None) -> None:
+def _run(config: RunConfig, world: World, watch: Watch | None, keepers: Keepers | None) -> None:
     url = stages.run_url(config)
     messages = _Messages()
     logging.getLogger("t2idist").addHandler(messages)
@@ -97,7 +101,7 @@ def _run(config: RunConfig, world: World, watch: Watch | None) -> None:
             "workers": world.size,
             "messages": messages.texts,
         }
-        run = functools.partial(_run_stage, config, name, world, ran_on, facts, watch)
+        run = functools.partial(_run_stage, config, name, world, ran_on, facts, watch, keepers)
         _run_guarded(run, name, world, config.guard.rollbacks)
     if world.first:
         report.write(url)
@@ -145,6 +149,7 @@ def _run_stage(
     ran_on: dict[str, Any],
     facts: Mapping[str, Any],
     watch: Watch | None,
+    keepers: Keepers | None,
     rollback: int,
 ) -> None:
     stage = config.stages[name]
@@ -153,25 +158,19 @@ def _run_stage(
     vocabulary = stages.vocabulary_of(dataset.vocabulary, {slot: s.vocabulary for slot, s in sources.items()})
     dataset = dataclasses.replace(dataset, vocabulary=vocabulary)
     plan = stages.plan(config, name, len(vocabulary), len(dataset.split("train")))
-    seed = config.stage_seed(name)
     system = _build(config, name, plan, sources)
-    share = Share.of(world, stage.groups)
-    trainer = Trainer(
-        system,
-        stage=name,
-        seed=key(seed, "rollback", rollback) if rollback else seed,
-        group_size=stage.group_size,
-        share=share,
-        world=world,
-        precision=Precision(config.precision),
-    )
+    trainer = _trainer(config, name, system, world, rollback)
     meta = {"config": to_dict(config), "vocabulary": list(vocabulary.words), "versions": ran_on}
     checkpoints = Checkpoints(
         storage.join(stages.stage_url(config, name), "checkpoints"), world, config.checkpoint, meta
     )
-    found = checkpoints.restore(trainer)
+    memory = None
+    if keepers is not None and config.checkpoint.memory:
+        memory = Memory(keepers, f"{name}/{rollback}", world, config.checkpoint, checkpoints.attempt)
+    found = _restore(trainer, checkpoints, memory, stages.stage_url(config, name))
     if found is not None and world.first:
         logger.info("stage %s goes on from %s images (%s)", name, found.images, found.url)
+        _note_resumed(stages.run_url(config), name, found)
     log, watcher = None, None
     if world.first:
         watcher = Watcher(system, dataset, config, name, stages.stage_url(config, name), world.device)
@@ -188,12 +187,46 @@ def _run_stage(
     batches = _open_intake(config, name, dataset, system, trainer, checkpoints.attempt)
     try:
         look = watcher.look if watcher is not None else _no_look
-        loop.run(trainer, batches, stage, checkpoints, log, look, config.guard)
+        loop.run(trainer, batches, stage, checkpoints, memory, log, look, config.guard)
+    except Diverged:
+        if memory is not None:
+            memory.close(forget=True)
+        raise
     finally:
         batches.close()
         if log is not None:
             log.close()
     _finish(config, name, trainer, dataset, plan, ran_on, log)
+    if memory is not None:
+        memory.close(forget=True)
+
+
+def _trainer(config: RunConfig, name: str, system: System, world: World, rollback: int) -> Trainer:
+    seed, stage = config.stage_seed(name), config.stages[name]
+    return Trainer(
+        system,
+        stage=name,
+        seed=key(seed, "rollback", rollback) if rollback else seed,
+        group_size=stage.group_size,
+        share=Share.of(world, stage.groups),
+        world=world,
+        precision=Precision(config.precision),
+    )
+
+
+def _restore(trainer: Trainer, checkpoints: Checkpoints, memory: Memory | None, stage_url: str) -> Found | None:
+    """Go on from the newest state there is, in memory or in storage."""
+    found = memory.restore(trainer, checkpoints.newest_images()) if memory is not None else None
+    if memory is None or found is None:
+        return checkpoints.restore(trainer)
+    if trainer.world.first:
+        for rank, notes in enumerate(memory.notes):
+            if notes["ledger"]:
+                write_ledger(stage_url, f"{checkpoints.attempt}m", rank, notes["ledger"])
+            if notes["metrics"]:
+                add_lines(stage_url, notes["metrics"])
+    trainer.world.barrier()
+    return found
 
 
 def _open_intake(
@@ -282,6 +315,14 @@ def _count_attempt(url: str, world: World) -> int:
     attempts = storage.read_json(where) if storage.exists(where) else []
     storage.write_json(where, [*attempts, {"time": now(), "workers": world.size}])
     return len(attempts)
+
+
+def _note_resumed(url: str, name: str, found: Found) -> None:
+    """Note with this attempt where a stage went on."""
+    where = storage.join(url, ATTEMPTS)
+    attempts = storage.read_json(where)
+    attempts[-1].setdefault("resumed", {})[name] = {"images": found.images, "from": found.url}
+    storage.write_json(where, attempts)
 
 
 def versions(world: World) -> dict[str, Any]:

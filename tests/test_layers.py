@@ -30,11 +30,12 @@ ALLOWED: dict[str, set[str]] = {
     "stages": {"config", "strict", "contract", "storage", "systems", "engine.export", "data.text"},
     "dry": {"config", "strict", "contract", "storage", "stages", "data", "engine"},
     "worker": {"config", "strict", "contract", "storage", "stages", "data", "engine", "evaluate"},
-    "launch": {"config", "strict", "storage", "stages", "worker", "engine.metrics", "evaluate.progress"},
+    "launch": {"config", "strict", "storage", "stages", "worker", "engine.metrics", "evaluate.progress", "keepers"},
+    "keepers": {"engine.memory"},
     "run": {"config", "stages", "dry", "launch"},
 }
 ONLY_IN: dict[str, set[str]] = {
-    "ray": {"launch.py"},
+    "ray": {"launch.py", "keepers.py"},
     "fsspec": {"storage.py"},
     "s3fs": set(),
     "botocore": {"storage.py", "retry.py"},

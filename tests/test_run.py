@@ -16,6 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from t2idist.engine import export
+from t2idist.engine.intake import read_ledger
 from tests import small
 
 ROOT = Path(__file__).parent.parent
@@ -159,6 +160,15 @@ def test_more_workers_than_the_machine_has_is_a_sentence(tmp_path: Path) -> None
     assert "the cluster has 0 GPU" in refused.stderr
 
 
+def images_of(at: Path, stage: str) -> int:
+    """Images that a run has told it has seen in a stage."""
+    try:
+        progress = json.loads((at / "progress.json").read_text())
+    except (OSError, ValueError):
+        return 0
+    return int(progress["images"]) if progress["stage"] == stage else 0
+
+
 def train_workers(mark: str) -> list[int]:
     """Process ids of the Ray Train workers that bear `mark` in their environment."""
     found = []
@@ -176,7 +186,8 @@ def train_workers(mark: str) -> list[int]:
 def test_a_worker_killed_in_the_middle_is_replaced_and_the_model_is_the_same(tmp_path: Path) -> None:
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
-    longer = ["stages.attngan.images=320", "stages.attngan.checkpoint_every_images=32"]
+    longer = ["stages.attngan.images=320", "stages.attngan.checkpoint_every_images=320", "report.ledger=true"]
+    longer += ["checkpoint.memory_every_steps=1"]
     assert run(str(recipe(tmp_path / "whole")), "--local", *longer).returncode == 0
     file = recipe(tmp_path / "killed", cluster={"workers": 2, "cpus_per_worker": 1})
     mark = f"{os.getpid()}-{time.time_ns()}"
@@ -188,9 +199,9 @@ def test_a_worker_killed_in_the_middle_is_replaced_and_the_model_is_the_same(tmp
         stderr=subprocess.PIPE,
         text=True,
     )
-    checkpoints = tmp_path / "killed/runs/tiny/attngan/checkpoints"
+    at = tmp_path / "killed/runs/tiny"
     deadline = time.monotonic() + 200
-    while not list(checkpoints.glob("*/commit.json")):
+    while (images := images_of(at, "attngan")) < 80:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     os.kill(train_workers(mark)[-1], signal.SIGKILL)
@@ -201,6 +212,8 @@ def test_a_worker_killed_in_the_middle_is_replaced_and_the_model_is_the_same(tmp
     theirs = load_file(tmp_path / "whole/runs/tiny/attngan/export/generator.safetensors")
     for name, value in theirs.items():
         assert float((ours[name].double() - value.double()).norm()) <= 1e-2 * float(value.double().norm()) + 1e-6, name
-    lines = [json.loads(line) for line in (checkpoints.parent / "metrics.jsonl").read_text().splitlines()]
-    images = [line["images"] for line in lines]
-    assert images == sorted(set(images)) and images[-1] == 320
+    lines = [json.loads(line) for line in (at / "attngan/metrics.jsonl").read_text().splitlines()]
+    assert [line["images"] for line in lines] == list(range(8, 321, 8))
+    (resumed,) = (attempt["resumed"] for attempt in json.loads((at / "attempts.json").read_text())[1:])
+    assert resumed["attngan"]["from"] == "copy in memory" and resumed["attngan"]["images"] >= images - 8
+    assert list(read_ledger(str(at / "attngan"))) == [(step, group) for step in range(40) for group in range(2)]

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from t2idist import storage
 from t2idist.config import CheckpointConfig
 from t2idist.engine import dcp
@@ -52,19 +54,12 @@ class Checkpoints:
             return None
         self._join()
         folder = storage.join(self.url, f"{trainer.images:012d}-{self.attempt}")
-        state = trainer.state() | trainer.settled_buffers() | trainer.own_buffers()
+        state = state_of(trainer)
         if self._placement is None or self._part is None:
             self._placement = dcp.place(state, self.world)
             self._part = dcp.Part(state, self._placement.mine)
         self._part.fill(state)
-        meta = {
-            "images": trainer.images,
-            "step": trainer.step,
-            "workers": self.world.size,
-            "groups": trainer.share.groups,
-            "group_size": trainer.group_size,
-            **self.meta,
-        }
+        meta = {**facts_of(trainer), **self.meta}
         self._writing = threading.Thread(target=self._write, args=(folder, meta), name="checkpoint", daemon=True)
         self._writing.start()
         return folder
@@ -92,7 +87,7 @@ class Checkpoints:
         facts, fault = {}, None
         try:
             if self._placement.mine:
-                facts = dcp.write_part(folder, f"part-{self.world.rank:05d}.safetensors", self._part)
+                facts = dcp.write_part(folder, dcp.part_name(self.world.rank), self._part)
         except Exception as error:
             fault = f"checkpoint {storage.redact(folder)}: part {self.world.rank} is not written: {error}"
         parts = self.world.gather_aside((self._placement.mine, facts, fault))
@@ -119,34 +114,31 @@ class Checkpoints:
         for folder in self.world.from_first(list_folders(self.url)):
             url = storage.join(self.url, folder)
             try:
-                found = self._load(trainer, url)
+                return load_into(trainer, url, dcp.read_marker(url))
             except dcp.Broken as error:
                 faults.append(str(error))
                 if self.world.first:
                     logger.warning("checkpoint passed over: %s", error)
-                continue
-            return found
         if faults:
             raise ValueError(f"{self.url}: no checkpoint can be used: {faults[0]}")
         return None
 
-    def _load(self, trainer: Trainer, url: str) -> Found:
-        marker = dcp.read_marker(url)
-        _check_scale(url, marker, trainer)
-        state = trainer.state()
-        if marker["workers"] == self.world.size:
-            own = {key.split("/", 2)[2]: key for key in trainer.own_buffers()}
-            state = {own.get(key, key): value for key, value in state.items()}
-        dcp.load(state, url, marker, self.world.group)
-        trainer.step = marker["step"]
-        return Found(url, marker["images"], marker)
+    def newest_images(self) -> int:
+        """Images seen at the newest committed checkpoint; -1 where there is none. A collective."""
+        images = -1
+        if self.world.first:
+            committed = (name for name in list_folders(self.url) if self._is_committed(name))
+            images = next((int(name[:12]) for name in committed), -1)
+        return self.world.from_first(images)
+
+    def _is_committed(self, folder: str) -> bool:
+        return storage.exists(storage.join(self.url, folder, dcp.COMMIT))
 
     def _prune(self) -> None:
         committed: list[str] = []
         torn: list[str] = []
         for folder in list_folders(self.url):
-            complete = storage.exists(storage.join(self.url, folder, dcp.COMMIT))
-            (committed if complete else torn).append(folder)
+            (committed if self._is_committed(folder) else torn).append(folder)
         every = self.config.keep_every_images
         milestones = milestones_of([int(folder[:12]) for folder in committed], every) if every else set()
         old = [folder for folder in committed[self.config.keep :] if int(folder[:12]) not in milestones]
@@ -165,6 +157,37 @@ def milestones_of(images: Sequence[int], every_images: int) -> set[int]:
 def list_folders(url: str) -> list[str]:
     """Names of checkpoint folders, newest first, complete or not."""
     return sorted((name for name in storage.list_dir(url) if name[:12].isdigit()), reverse=True)
+
+
+def state_of(trainer: Trainer) -> dict[str, Tensor]:
+    """All that a checkpoint holds, by name. A collective."""
+    return trainer.state() | trainer.settled_buffers() | trainer.own_buffers()
+
+
+def facts_of(trainer: Trainer) -> dict[str, Any]:
+    """What a marker says of the moment and of the scale."""
+    return {
+        "images": trainer.images,
+        "step": trainer.step,
+        "workers": trainer.world.size,
+        "groups": trainer.share.groups,
+        "group_size": trainer.group_size,
+    }
+
+
+def load_into(trainer: Trainer, url: str, marker: dict[str, Any], read: dcp.Read | None = None) -> Found:
+    """Put a checkpoint into the trainer. A collective; raises `dcp.Broken`, or ValueError for one of another scale.
+
+    read: gives its parts; None: they are the files under `url`.
+    """
+    _check_scale(url, marker, trainer)
+    state = trainer.state()
+    if marker["workers"] == trainer.world.size:
+        own = {key.split("/", 2)[2]: key for key in trainer.own_buffers()}
+        state = {own.get(key, key): value for key, value in state.items()}
+    dcp.load(state, url, marker, trainer.world.group, read)
+    trainer.step = marker["step"]
+    return Found(url, marker["images"], marker)
 
 
 def _check_scale(url: str, marker: dict[str, Any], trainer: Trainer) -> None:

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -119,6 +119,11 @@ class Part:
         return self._bytes.numpy().data
 
 
+def part_name(rank: int) -> str:
+    """The name of a worker's part."""
+    return f"part-{rank:05d}.safetensors"
+
+
 def write_part(url: str, name: str, part: Part) -> dict[str, Any]:
     """Store a part, hashed meanwhile; gives its facts for the commit marker."""
     with ThreadPoolExecutor(1, "hash") as pool:
@@ -132,22 +137,31 @@ def commit(
 ) -> None:
     """Write the marker that makes a checkpoint of its parts (names and facts, one a worker)."""
     files = {facts["file"]: {"bytes": facts["bytes"], "sha256": facts["sha256"]} for names, facts in parts if names}
+    tensors = describe(metadata, [names for names, _ in parts])
+    storage.write_json(storage.join(url, COMMIT), {"format": FORMAT, **meta, "files": files, "tensors": tensors})
+
+
+def describe(metadata: Metadata, names_by_rank: Sequence[Sequence[str]]) -> dict[str, dict[str, Any]]:
+    """File, type and shape of each tensor of a checkpoint."""
     tensors: dict[str, dict[str, Any]] = {}
-    for names, facts in parts:
+    for rank, names in enumerate(names_by_rank):
         for name in names:
             kind = metadata.state_dict_metadata[name]
             assert isinstance(kind, TensorStorageMetadata)
             dtype = str(kind.properties.dtype).removeprefix("torch.")
-            tensors[name] = {"file": facts["file"], "dtype": dtype, "shape": list(kind.size)}
-    marker = {"format": FORMAT, **meta, "files": files, "tensors": tensors}
-    storage.write_json(storage.join(url, COMMIT), marker)
+            tensors[name] = {"file": part_name(rank), "dtype": dtype, "shape": list(kind.size)}
+    return tensors
+
+
+Read = Callable[[str], bytes]
+"""Gives the bytes of a part by its name; raises `Broken`."""
 
 
 class Reader(StorageReader):
-    """Reads a committed checkpoint; every file is checked against its hash before a tensor of it is used."""
+    """Reads a complete checkpoint by its marker; `read` gives the parts."""
 
-    def __init__(self, url: str, marker: dict[str, Any]) -> None:
-        self.url, self.marker = url, marker
+    def __init__(self, marker: dict[str, Any], read: Read) -> None:
+        self.marker, self.read = marker, read
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         return
@@ -174,7 +188,7 @@ class Reader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         files = {self.places[item.storage_index] for item in plan.items}
-        parts = {file: read_part(self.url, file, self.marker["files"][file]) for file in sorted(files)}
+        parts = {file: _tensors(file, self.read(file)) for file in sorted(files)}
         for item in plan.items:
             name = item.storage_index.fqn
             target = planner.resolve_tensor(item)
@@ -209,8 +223,8 @@ def read_marker(url: str) -> dict[str, Any]:
     return dict(marker)
 
 
-def read_part(url: str, name: str, expected: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of one file, checked against size and hash first. Raises `Broken`."""
+def read_part(url: str, name: str, expected: dict[str, Any]) -> bytes:
+    """The bytes of one file, checked against size and hash. Raises `Broken`."""
     where = storage.join(url, name)
     try:
         data = storage.read_bytes(where)
@@ -220,10 +234,14 @@ def read_part(url: str, name: str, expected: dict[str, Any]) -> dict[str, Tensor
         raise Broken(f"{where}: {len(data)} bytes; {expected['bytes']} were written")
     if storage.sha256(data) != expected["sha256"]:
         raise Broken(f"{where}: its bytes changed since they were written (sha256 differs)")
+    return data
+
+
+def _tensors(name: str, data: bytes) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
-        raise Broken(f"{where}: not a safetensors file: {error}") from None
+        raise Broken(f"{name}: not a safetensors file: {error}") from None
 
 
 @contextlib.contextmanager
@@ -240,15 +258,17 @@ def _quiet() -> Iterator[None]:
             log.setLevel(level)
 
 
-def load(state: dict[str, Tensor], url: str, marker: dict[str, Any], group: Any) -> None:
-    """Fill the tensors of `state` in place. Raises `Broken` on every worker where one finds a fault."""
+def load(state: dict[str, Tensor], url: str, marker: dict[str, Any], group: Any, read: Read | None = None) -> None:
+    """Fill the tensors of `state` in place. Raises `Broken` on every worker where one finds a fault.
+
+    read: gives the parts by name; None: the files under `url`, checked against the marker.
+    """
     _check_names(state, url, marker)
     planner = DefaultLoadPlanner(flatten_state_dict=False)
+    reader = Reader(marker, read or (lambda name: read_part(url, name, marker["files"][name])))
     try:
         with _quiet():
-            load_state(
-                state, storage_reader=Reader(url, marker), planner=planner, process_group=group, no_dist=group is None
-            )
+            load_state(state, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
     except CheckpointException as error:
         raise Broken("; ".join(sorted({str(cause) for cause, _ in error.failures.values()}))) from None
 

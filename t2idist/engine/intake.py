@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from t2idist import storage
@@ -109,14 +109,22 @@ class Intake(Iterator[Batch]):
     def close(self) -> None:
         self._source.close()
 
+    def unwritten(self) -> list[dict[str, Any]]:
+        """Lines of the ledger that are not stored yet."""
+        return list(self._lines or [])
+
     def write_ledger(self) -> None:
         """Store what was taken in since the last call; call it before a checkpoint that counts those steps."""
-        if not self._lines:
-            return
-        name = f"{self._lines[0]['step']:012d}-{self._attempt}-{self._world.rank:05d}.jsonl"
-        data = "".join(json.dumps(line) + "\n" for line in self._lines).encode()
-        storage.write_bytes(storage.join(self._url, LEDGER, name), data)
-        self._lines.clear()
+        if self._lines:
+            write_ledger(self._url, self._attempt, self._world.rank, self._lines)
+            self._lines.clear()
+
+
+def write_ledger(stage_url: str, attempt: str, rank: int, lines: Sequence[dict[str, Any]]) -> None:
+    """Store lines of the ledger that a worker of an attempt has collected."""
+    data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    name = f"{lines[0]['step']:012d}-{attempt}-{rank:05d}.jsonl"
+    storage.write_bytes(storage.join(stage_url, LEDGER, name), data)
 
 
 def _some(quarantine: dict[str, str]) -> str:

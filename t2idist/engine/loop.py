@@ -11,6 +11,7 @@ from t2idist.config import GuardConfig, StageConfig
 from t2idist.engine.checkpoint import Checkpoints
 from t2idist.engine.guard import Diverged
 from t2idist.engine.intake import Intake
+from t2idist.engine.memory import Memory
 from t2idist.engine.metrics import Log
 from t2idist.engine.train import Trainer
 
@@ -33,11 +34,12 @@ def run(
     batches: Intake,
     stage: StageConfig,
     checkpoints: Checkpoints,
+    memory: Memory | None,
     log: Log | None,
     look: Look,
     guard: GuardConfig,
 ) -> None:
-    """Train until the stage's budget is reached. `log` is None on all workers but the first.
+    """Train until the stage's budget is reached. `log` is None on all workers but the first; memory: if any is kept.
 
     Raises `Diverged`, on every worker, where too many steps in a row were skipped.
     """
@@ -48,10 +50,17 @@ def run(
         if log is not None:
             log.stepped(images)
         if last or due(report_every(stage), before, images):
-            losses, intake = trainer.take_reports(), batches.settle()
+            losses, others = trainer.take_reports(), batches.settle()
             _check(trainer, guard)
+            others["guard/skipped_steps"] = float(trainer.guard.skipped)
+            if memory is not None:
+                others |= memory.settle(trainer.step)
+            batches.write_ledger()
             if log is not None:
-                log.add(losses, {**intake, "guard/skipped_steps": float(trainer.guard.skipped)}, trainer.step)
+                log.add(losses, others, trainer.step)
+        if memory is not None and memory.due(trainer.step):
+            metrics = log.unwritten() if log is not None else []
+            memory.take(trainer, {"ledger": batches.unwritten(), "metrics": metrics})
         paused = time.monotonic()
         if last or due(stage.pictures_every_images, before, images):
             nets = trainer.evaluation_nets()

@@ -6,7 +6,7 @@ import datetime
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Log:
         self.facts, self.watch, self.progress_every_seconds = facts, watch, progress_every_seconds
         self.lines = [line for line in read_metrics(self.url) if line["images"] <= images]
         self.seconds_before = float(self.lines[-1]["seconds"]) if self.lines else 0.0
+        self._stored = len(self.lines)
         self.losses: dict[str, float] = {}
         self._events = _Events(self.url, step)
         self._started = self._told = self._written = time.monotonic()
@@ -97,7 +98,12 @@ class Log:
         self._written = time.monotonic()
         data = "".join(json.dumps(line) + "\n" for line in self.lines).encode()
         storage.write_bytes(storage.join(self.url, "metrics.jsonl"), data)
+        self._stored = len(self.lines)
         self._events.flush()
+
+    def unwritten(self) -> list[dict[str, Any]]:
+        """Lines that are not stored yet."""
+        return self.lines[self._stored :]
 
     def tell(self, state: str) -> None:
         """Write progress.json and call `watch`."""
@@ -139,6 +145,14 @@ def read_metrics(stage_url: str) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return lines
+
+
+def add_lines(stage_url: str, lines: Sequence[dict[str, Any]]) -> None:
+    """Store lines that come after those that are there; the rest are there already."""
+    stored = read_metrics(stage_url)
+    last = stored[-1]["images"] if stored else -1
+    data = "".join(json.dumps(line) + "\n" for line in [*stored, *(line for line in lines if line["images"] > last)])
+    storage.write_bytes(storage.join(stage_url, "metrics.jsonl"), data.encode())
 
 
 class _Events:

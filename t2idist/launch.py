@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
+import signal
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from typing import Any
 
 import ray
 import torch
 from ray.exceptions import RayError
-from ray.train import FailureConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train import FailureConfig, ScalingConfig, TrainingFailedError, WorkerGroupError, get_preemption_info
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from t2idist import stages, storage, worker
 from t2idist.config import RunConfig
 from t2idist.engine.metrics import PROGRESS
+from t2idist.engine.notice import Ask, Notice
 from t2idist.evaluate.progress import ProgressPrinter
 from t2idist.keepers import RayKeepers
 from t2idist.strict import from_dict, to_dict
@@ -30,6 +34,7 @@ logger = logging.getLogger(__name__)
 RUN_ID = "run_id.json"
 RESERVATION = "reservation.json"
 _COORDINATOR_SECONDS = 5.0
+_LOOK_SECONDS = 2.0
 CONTROLLER_RETRIES = 3
 """Times that `fit` is called again after a failure that Ray's own counters do not cover (its controller's)."""
 
@@ -39,8 +44,18 @@ def alone(config: RunConfig) -> None:
     worker.clear_fatal(config)
     printer = ProgressPrinter(sys.stdout)
     device = torch.device("cuda" if config.cluster.gpus_per_worker else "cpu")
-    worker.main(config, device, printer.show)
-    printer.close()
+    asked = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
+    try:
+        ask = _told(asked)
+        worker.main(config, device, worker.Around(watch=printer.show, ask=ask))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        printer.close()
+
+
+def _told(asked: threading.Event) -> Ask:
+    return lambda: Notice(0.0) if asked.is_set() else None
 
 
 def submit(config: RunConfig) -> None:
@@ -163,7 +178,16 @@ def _work(settings: dict[str, Any]) -> None:
     config = from_dict(RunConfig, settings["config"])
     if not config.cluster.gpus_per_worker:
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-    worker.main(config, get_device(), keepers=RayKeepers(settings["run_id"]))
+    keepers = RayKeepers(settings["run_id"])
+    worker.main(config, get_device(), worker.Around(keepers=keepers, ask=_preemption, look_seconds=_LOOK_SECONDS))
+
+
+def _preemption() -> Notice | None:
+    """What Ray knows of machines that are to be drained. A collective."""
+    info = get_preemption_info()
+    if info is None:
+        return None
+    return Notice(math.inf if info.deadline_ms is None else max(0.1, info.deadline_ms / 1000 - time.time()))
 
 
 def _run_id(config: RunConfig) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -26,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run a recipe; gives the exit status: 0 done, 1 failed, 2 bad input."""
+    """Run a recipe; gives the exit status: 0 done, 1 failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM."""
     arguments = parser().parse_intermixed_args(words)
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
@@ -56,8 +57,13 @@ def _run(config: RunConfig, dry_run: bool, local: bool) -> int:
     dry.check(config)
     print(f"run folder {stages.run_url(config)}", flush=True)
     from t2idist import launch
+    from t2idist.engine.notice import Left
 
-    (launch.alone if local else launch.submit)(config)
+    try:
+        (launch.alone if local else launch.submit)(config)
+    except Left as left:
+        print(f"ended on request, {left}; the same command goes on", file=sys.stderr)
+        return 128 + signal.SIGTERM
     print(f"report {stages.run_url(config)}/report.html", flush=True)
     return 0
 

@@ -35,6 +35,7 @@ from t2idist.engine.intake import Intake, write_ledger
 from t2idist.engine.memory import Keepers, Memory
 from t2idist.engine.metrics import Log, add_lines, now
 from t2idist.engine.noise import key
+from t2idist.engine.notice import Ask, Notices
 from t2idist.engine.strategy import Precision
 from t2idist.engine.train import Trainer
 from t2idist.engine.world import Share, World
@@ -49,16 +50,28 @@ ATTEMPTS = "attempts.json"
 FATAL = "fatal.json"
 
 
-def main(config: RunConfig, device: torch.device, watch: Watch | None = None, keepers: Keepers | None = None) -> None:
-    """Run all stages that have no export yet.
+@dataclasses.dataclass(frozen=True)
+class Around:
+    """What a worker's surroundings give it, where they do.
 
-    watch: gets the progress messages of the first worker. keepers: hold copies of the state outside this process.
+    watch: gets the progress messages of the first worker. keepers: hold copies of the state outside this process. ask:
+    whether the end of this worker, or of one beside it, is announced; look_seconds: how often to ask (0: after every
+    step).
     """
+
+    watch: Watch | None = None
+    keepers: Keepers | None = None
+    ask: Ask | None = None
+    look_seconds: float = 0.0
+
+
+def main(config: RunConfig, device: torch.device, around: Around) -> None:
+    """Run all stages that have no export yet. Raises `Left` where it was asked to end."""
     world = _world(device)
     if world.from_first(read_fatal(config)) is not None:
         return
     try:
-        _run(config, world, watch, keepers)
+        _run(config, world, around)
     except (ValueError, AssertionError, PermissionError) as error:
         sentence = f"a fault of the program: {error!r}" if isinstance(error, AssertionError) else str(error)
         with contextlib.suppress(OSError):  # where the store refuses everything, the worker's own error says it
@@ -77,7 +90,7 @@ def clear_fatal(config: RunConfig) -> None:
     storage.remove(storage.join(stages.run_url(config), FATAL))
 
 
-def _run(config: RunConfig, world: World, watch: Watch | None, keepers: Keepers | None) -> None:
+def _run(config: RunConfig, world: World, around: Around) -> None:
     url = stages.run_url(config)
     messages = _Messages()
     logging.getLogger("t2idist").addHandler(messages)
@@ -101,7 +114,7 @@ def _run(config: RunConfig, world: World, watch: Watch | None, keepers: Keepers 
             "workers": world.size,
             "messages": messages.texts,
         }
-        run = functools.partial(_run_stage, config, name, world, ran_on, facts, watch, keepers)
+        run = functools.partial(_run_stage, config, name, world, ran_on, facts, around)
         _run_guarded(run, name, world, config.guard.rollbacks)
     if world.first:
         report.write(url)
@@ -148,8 +161,7 @@ def _run_stage(
     world: World,
     ran_on: dict[str, Any],
     facts: Mapping[str, Any],
-    watch: Watch | None,
-    keepers: Keepers | None,
+    around: Around,
     rollback: int,
 ) -> None:
     stage = config.stages[name]
@@ -165,8 +177,8 @@ def _run_stage(
         storage.join(stages.stage_url(config, name), "checkpoints"), world, config.checkpoint, meta
     )
     memory = None
-    if keepers is not None and config.checkpoint.memory:
-        memory = Memory(keepers, f"{name}/{rollback}", world, config.checkpoint, checkpoints.attempt)
+    if around.keepers is not None and config.checkpoint.memory:
+        memory = Memory(around.keepers, f"{name}/{rollback}", world, config.checkpoint, checkpoints.attempt)
     found = _restore(trainer, checkpoints, memory, stages.stage_url(config, name))
     if found is not None and world.first:
         logger.info("stage %s goes on from %s images (%s)", name, found.images, found.url)
@@ -181,13 +193,23 @@ def _run_stage(
             step=trainer.step,
             budget_images=stage.steps * stage.images_per_step,
             facts=facts,
-            watch=watch,
+            watch=around.watch,
         )
         log.tell("training")
     batches = _open_intake(config, name, dataset, system, trainer, checkpoints.attempt)
     try:
         look = watcher.look if watcher is not None else _no_look
-        loop.run(trainer, batches, stage, checkpoints, memory, log, look, config.guard)
+        loop.run(
+            trainer,
+            batches,
+            stage,
+            checkpoints,
+            memory,
+            Notices(around.ask, around.look_seconds, world),
+            log,
+            look,
+            config.guard,
+        )
     except Diverged:
         if memory is not None:
             memory.close(forget=True)
@@ -211,6 +233,7 @@ def _trainer(config: RunConfig, name: str, system: System, world: World, rollbac
         share=Share.of(world, stage.groups),
         world=world,
         precision=Precision(config.precision),
+        zero=config.zero,
     )
 
 

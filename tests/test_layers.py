@@ -30,9 +30,19 @@ ALLOWED: dict[str, set[str]] = {
     "stages": {"config", "strict", "contract", "storage", "systems", "engine.export", "data.text"},
     "dry": {"config", "strict", "contract", "storage", "stages", "data", "engine"},
     "worker": {"config", "strict", "contract", "storage", "stages", "data", "engine", "evaluate"},
-    "launch": {"config", "strict", "storage", "stages", "worker", "engine.metrics", "evaluate.progress", "keepers"},
+    "launch": {
+        "config",
+        "strict",
+        "storage",
+        "stages",
+        "worker",
+        "keepers",
+        "engine.metrics",
+        "engine.notice",
+        "evaluate.progress",
+    },
     "keepers": {"engine.memory"},
-    "run": {"config", "stages", "dry", "launch"},
+    "run": {"config", "engine.notice", "stages", "dry", "launch"},
 }
 ONLY_IN: dict[str, set[str]] = {
     "ray": {"launch.py", "keepers.py"},

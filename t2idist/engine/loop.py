@@ -13,6 +13,7 @@ from t2idist.engine.guard import Diverged
 from t2idist.engine.intake import Intake
 from t2idist.engine.memory import Memory
 from t2idist.engine.metrics import Log
+from t2idist.engine.notice import Notices
 from t2idist.engine.train import Trainer
 
 Look = Callable[[Mapping[str, nn.Module], int], Mapping[str, float]]
@@ -35,6 +36,7 @@ def run(
     stage: StageConfig,
     checkpoints: Checkpoints,
     memory: Memory | None,
+    notices: Notices,
     log: Log | None,
     look: Look,
     guard: GuardConfig,
@@ -43,6 +45,7 @@ def run(
 
     Raises `Diverged`, on every worker, where too many steps in a row were skipped.
     """
+    pace = _Pace(trainer)
     while trainer.step < stage.steps:
         before = trainer.images
         trainer.run_step(next(batches))
@@ -53,14 +56,17 @@ def run(
             losses, others = trainer.take_reports(), batches.settle()
             _check(trainer, guard)
             others["guard/skipped_steps"] = float(trainer.guard.skipped)
+            step_seconds = pace.settle()
+            notices.pace(step_seconds)
             if memory is not None:
-                others |= memory.settle(trainer.step)
+                others |= memory.settle(step_seconds)
             batches.write_ledger()
             if log is not None:
                 log.add(losses, others, trainer.step)
         if memory is not None and memory.due(trainer.step):
             metrics = log.unwritten() if log is not None else []
             memory.take(trainer, {"ledger": batches.unwritten(), "metrics": metrics})
+        notices.heed(trainer, checkpoints)
         paused = time.monotonic()
         if last or due(stage.pictures_every_images, before, images):
             nets = trainer.evaluation_nets()
@@ -74,6 +80,20 @@ def run(
         if log is not None:
             log.pause(time.monotonic() - paused)
     checkpoints.finish()
+
+
+class _Pace:
+    """What a step has taken lately, as the first worker saw it."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._since = (time.monotonic(), trainer.step)
+
+    def settle(self) -> float:
+        """Mean seconds of the steps since the last call. A collective."""
+        moment, step = self._since
+        self._since = (time.monotonic(), self._trainer.step)
+        return self._trainer.world.from_first((self._since[0] - moment) / max(self._since[1] - step, 1))
 
 
 def _check(trainer: Trainer, guard: GuardConfig) -> None:

@@ -83,7 +83,6 @@ class Memory:
         self._told = False
         self._cost_seconds = self._sent_seconds = 0.0
         self._copies = 0
-        self._since: tuple[float, int] | None = None
         self.notes: list[Any] = []
 
     def due(self, step: int) -> bool:
@@ -110,20 +109,19 @@ class Memory:
         self._cost_seconds += time.monotonic() - began
         self._copies += 1
 
-    def settle(self, step: int) -> dict[str, float]:
-        """Choose how often to copy from what it has cost; values to log. A collective."""
-        now = time.monotonic()
-        moment, before = self._since or (now, step)
-        seconds, steps = now - moment, step - before
+    def settle(self, step_seconds: float) -> dict[str, float]:
+        """Choose how often to copy from what it has cost; values to log. A collective.
+
+        step_seconds: what a step takes, the same on all workers.
+        """
         costs = [cost for cost in self._world.gather((self._cost_seconds, self._copies)) if cost[1]]
-        if not self._fixed and costs and steps:
+        if not self._fixed and costs:
             cost = max(seconds / copies for seconds, copies in costs)
-            step_seconds = self._world.from_first(seconds / steps)
-            self.every_steps = max(1, round(cost / (MOST_SHARE * step_seconds) + 0.5))
+            self.every_steps = max(1, round(cost / (MOST_SHARE * max(step_seconds, 1e-6)) + 0.5))
         if self._fault is not None and not self._told:
             self._told = True
             logger.warning("copies in memory: %s; checkpoints in storage go on", self._fault)
-        self._cost_seconds, self._copies, self._since = 0.0, 0, (now, step)
+        self._cost_seconds, self._copies = 0.0, 0
         return {"checkpoint/memory_every_steps": float(self.every_steps)}
 
     def close(self, forget: bool) -> None:

@@ -1,0 +1,77 @@
+"""Announced ends: a signal to this process, or a cloud that takes a machine back. What is not saved then is saved."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from t2idist.engine.checkpoint import Checkpoints
+from t2idist.engine.train import Trainer
+from t2idist.engine.world import World
+
+logger = logging.getLogger(__name__)
+
+_HOLD_SECONDS = 5.0
+_GRACE_SECONDS = 60.0
+
+Ask = Callable[[], "Notice | None"]
+"""Gives what is announced, the same on all workers; a collective where there are several."""
+
+
+@dataclass(frozen=True)
+class Notice:
+    """seconds_left: until a machine of the run goes (math.inf: nobody said); 0: this process is to end now."""
+
+    seconds_left: float
+
+
+class Left(Exception):
+    """The run ended because it was asked to; its state is saved."""
+
+
+class Notices:
+    """What a stage does about notices.
+
+    ask: None where nobody could give one. look_seconds: about how often to ask (0: after every step).
+    """
+
+    def __init__(self, ask: Ask | None, look_seconds: float, world: World) -> None:
+        self._ask, self._look_seconds, self._world = ask, look_seconds, world
+        self._every_steps = 1
+        self._heard = False
+
+    def pace(self, step_seconds: float) -> None:
+        """Set how often to look, from what a step takes; all workers give the same."""
+        self._every_steps = max(1, round(self._look_seconds / max(step_seconds, 1e-6)))
+
+    def heed(self, trainer: Trainer, checkpoints: Checkpoints) -> None:
+        """Look for a notice after a step, where it is time. A collective.
+
+        At the first one the state is saved, and training goes on; shortly before the machine goes it is saved again and
+        training waits for that, so that no step is lost. Raises `Left` where this process itself is to end.
+        """
+        if self._ask is None or trainer.step % self._every_steps:
+            return
+        notice = self._world.from_first(self._ask())
+        if notice is None:
+            self._heard = False
+            return
+        if not self._heard and self._world.first:
+            logger.warning("a machine of this run is about to go%s; saving", _when(notice.seconds_left))
+        began = time.monotonic()
+        if notice.seconds_left <= _HOLD_SECONDS:
+            checkpoints.save(trainer)
+            checkpoints.finish()
+            if notice.seconds_left == 0:
+                raise Left(f"saved at {trainer.images} images")
+            time.sleep(max(0.0, notice.seconds_left + _GRACE_SECONDS - (time.monotonic() - began)))
+        elif not self._heard:
+            checkpoints.save(trainer)
+        self._heard = True
+
+
+def _when(seconds_left: float) -> str:
+    return f" in {seconds_left:.0f} s" if 0 < seconds_left < math.inf else ""

@@ -1,0 +1,97 @@
+"""Announced ends: what is not saved then is saved, and the run goes on from there."""
+
+from __future__ import annotations
+
+import math
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from t2idist.config import CheckpointConfig
+from t2idist.engine import export, notice
+from t2idist.engine.checkpoint import Checkpoints, list_folders
+from t2idist.engine.notice import Left, Notice, Notices
+from t2idist.engine.world import World
+from tests.test_engine import ALONE, GROUP_SIZE, GROUPS, step, trainer
+from tests.test_run import ROOT, command, environment, images_of, recipe, run, weights
+from tests.workers import Workers
+
+IMAGES = GROUPS * GROUP_SIZE
+
+
+def saves(world: World, folder: Path, said: list[Notice | None]) -> list[int]:
+    """Steps that are saved where a run hears these answers, one a look."""
+    answers = iter(said)
+    made = trainer(world)
+    checkpoints = Checkpoints(str(folder), world, CheckpointConfig(keep=100), {})
+    notices = Notices(lambda: next(answers), 0.0, world)
+    try:
+        for _ in range(len(said)):
+            step(made, 1)
+            notices.heed(made, checkpoints)
+    finally:
+        checkpoints.finish()
+    return sorted(int(name[:12]) // IMAGES for name in list_folders(str(folder)))
+
+
+def test_the_first_notice_saves_and_training_goes_on(tmp_path: Path) -> None:
+    soon, gone = Notice(100.0), None
+    assert saves(ALONE, tmp_path, [gone, soon, soon, Notice(math.inf), gone, soon, gone]) == [2, 6]
+
+
+def test_shortly_before_the_machine_goes_the_workers_wait(
+    workers: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(notice.time, "sleep", waited.append)
+    assert saves(ALONE, tmp_path / "alone", [Notice(100.0), Notice(50.0), Notice(3.0)]) == [1, 3]
+    assert 60 <= waited[-1] <= 63
+    for saved in workers.run(2, saves, tmp_path / "two", [None, Notice(100.0), None]):
+        assert saved == [2]
+
+
+def test_one_that_is_to_end_saves_and_leaves(tmp_path: Path) -> None:
+    with pytest.raises(Left, match=f"saved at {2 * IMAGES} images"):
+        saves(ALONE, tmp_path, [None, Notice(0.0), None])
+    assert [int(name[:12]) for name in list_folders(str(tmp_path))] == [2 * IMAGES]
+
+
+def test_looks_keep_to_their_pace() -> None:
+    made = trainer(ALONE)
+    asked: list[int] = []
+
+    def ask() -> None:
+        asked.append(made.step)
+
+    notices = Notices(ask, 2.0, ALONE)
+    notices.pace(1.0)
+    for _ in range(6):
+        step(made, 1)
+        notices.heed(made, Checkpoints("memory://none", ALONE, CheckpointConfig(), {}))
+    assert asked == [2, 4, 6]
+
+
+@pytest.mark.whole
+def test_sigterm_saves_leaves_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    for name in ("whole", "ended"):
+        (tmp_path / name).mkdir()
+    longer = ["stages.damsm.images=160", "stages.damsm.checkpoint_every_images=160", "stages.attngan.images=8"]
+    assert run(str(recipe(tmp_path / "whole")), "--local", *longer).returncode == 0
+    words = command(str(recipe(tmp_path / "ended")), "--local", *longer)
+    process = subprocess.Popen(words, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    at = tmp_path / "ended/runs/tiny"
+    while not (at / "versions.json").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 143 and "ended on request, saved at" in said
+    assert not export.exists(str(at / "damsm/export")) and 0 <= images_of(at, "damsm") < 160
+    (saved,) = (at / "damsm/checkpoints").iterdir()
+    assert 8 <= int(saved.name[:12]) < 160
+    again = run(str(recipe(tmp_path / "ended")), "--local", *longer)
+    assert again.returncode == 0 and f"goes on from {int(saved.name[:12])} images" in again.stderr
+    assert weights(tmp_path / "ended", "damsm") == weights(tmp_path / "whole", "damsm")

@@ -199,17 +199,8 @@ def _run_stage(
     batches = _open_intake(config, name, dataset, system, trainer, checkpoints.attempt)
     try:
         look = watcher.look if watcher is not None else _no_look
-        loop.run(
-            trainer,
-            batches,
-            stage,
-            checkpoints,
-            memory,
-            Notices(around.ask, around.look_seconds, world),
-            log,
-            look,
-            config.guard,
-        )
+        notices = Notices(around.ask, around.look_seconds, world)
+        loop.run(trainer, batches, stage, checkpoints, memory, notices, log, look, config.guard)
     except Diverged:
         if memory is not None:
             memory.close(forget=True)

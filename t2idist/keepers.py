@@ -6,6 +6,7 @@ calls, ends them.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -103,6 +104,12 @@ class RayKeepers:
         for keeper in self._living():
             keeper.forget.remote(prefix)
 
+    def silent_nodes(self, seconds: float) -> list[str]:
+        """Ids of the machines whose keepers do not answer within so many seconds."""
+        pings = {keeper.list_held.remote(""): node for node, keeper in self._by_node()}
+        answered, silent = ray.wait(list(pings), num_returns=len(pings), timeout=seconds) if pings else ([], [])
+        return [pings[ping] for ping in silent] + [pings[ping] for ping in answered if _answer(ping) is None]
+
     def end(self) -> None:
         """End all keepers of the run."""
         for keeper in self._living():
@@ -116,13 +123,15 @@ class RayKeepers:
         )  # fmt: skip
         return actor.remote()
 
-    def _living(self) -> Iterator[Any]:
+    def _living(self) -> list[Any]:
+        return [keeper for _, keeper in self._by_node()]
+
+    def _by_node(self) -> Iterator[tuple[str, Any]]:
         for entry in ray.util.list_named_actors(all_namespaces=True):
-            if entry["namespace"] == _NAMESPACE and entry["name"].startswith(f"{self._run_id}-"):
-                try:
-                    yield ray.get_actor(entry["name"], namespace=_NAMESPACE)
-                except ValueError:  # has ended meanwhile
-                    continue
+            run_id, _, node = entry["name"].partition("-")
+            if entry["namespace"] == _NAMESPACE and run_id == self._run_id:
+                with contextlib.suppress(ValueError):  # has ended meanwhile
+                    yield node, ray.get_actor(entry["name"], namespace=_NAMESPACE)
 
 
 def _two_nodes() -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
@@ -27,13 +26,12 @@ from t2idist.engine.metrics import PROGRESS
 from t2idist.engine.notice import Ask, Notice
 from t2idist.evaluate.progress import ProgressPrinter
 from t2idist.keepers import RayKeepers
+from t2idist.nodes import KnownNodes, Reservation
 from t2idist.strict import from_dict, to_dict
 
 logger = logging.getLogger(__name__)
 
 RUN_ID = "run_id.json"
-RESERVATION = "reservation.json"
-_COORDINATOR_SECONDS = 5.0
 _LOOK_SECONDS = 2.0
 CONTROLLER_RETRIES = 3
 """Times that `fit` is called again after a failure that Ray's own counters do not cover (its controller's)."""
@@ -76,7 +74,7 @@ def submit(config: RunConfig) -> None:
 def _fit(config: RunConfig, folder: str) -> None:
     """Run the trainer to its end, again where Ray's controller failed, which its own counters do not cover."""
     keepers = RayKeepers(_run_id(config))
-    with _Progress(config), _Reservation(config) as reservation:
+    with _Progress(config), Reservation(stages.run_url(config)) as reservation:
         for retry in range(CONTROLLER_RETRIES + 1):
             try:
                 trainer = _trainer(config, folder)
@@ -162,6 +160,7 @@ def _trainer(config: RunConfig, folder: str) -> TorchTrainer:
             name=config.name,
             storage_path=folder,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
+            callbacks=[KnownNodes(RayKeepers(_run_id(config)), cluster.dead_after_seconds)],  # type: ignore[list-item]
             worker_runtime_env={"env_vars": _environment(config)},  # type: ignore[call-arg]
         ),
     )
@@ -204,51 +203,6 @@ def _cause(error: BaseException) -> str:
     causes = [str(failure) for failure in inner.values()] or [str(error)]
     lines = [line.strip() for line in causes[0].splitlines() if line.strip()]
     return lines[-1] if lines else repr(error)
-
-
-class _Reservation:
-    """What Ray's autoscaling coordinator sets aside for an elastic run: it says how many workers there may be.
-
-    It looks at the nodes every 20 s only, and keeps what a dead driver had set aside for 180 s. Here both are mended:
-    it is made to look every second, and the last submission's share is given back before this one asks.
-    """
-
-    def __init__(self, config: RunConfig) -> None:
-        self._where = storage.join(stages.run_url(config), RESERVATION)
-        self._holder = ""
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="nodes", daemon=True)
-
-    def __enter__(self) -> _Reservation:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._ended.set()
-        self._thread.join()
-        self._give_back(self._holder)
-
-    def hold(self, holder: str) -> None:
-        """The coordinator knows this attempt by this name; what earlier ones held is given back."""
-        before = storage.read_json(self._where)["holder"] if storage.exists(self._where) else ""
-        self._give_back(before)
-        storage.write_json(self._where, {"holder": holder})
-        self._holder = holder
-
-    def _give_back(self, holder: str) -> None:
-        with contextlib.suppress(ValueError, RayError):  # ValueError: no coordinator, so nothing is set aside
-            ray.get(_coordinator().cancel_request.remote(holder), timeout=_COORDINATOR_SECONDS)
-
-    def _look(self) -> None:
-        while not self._ended.wait(1.0):
-            with contextlib.suppress(ValueError, RayError):
-                call = _coordinator().get_reserved_resources.remote(self._holder, recompute=True)
-                ray.get(call, timeout=_COORDINATOR_SECONDS)
-
-
-def _coordinator() -> Any:
-    """Ray's own actor; raises ValueError where there is none."""
-    return ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
 
 
 class _Progress:

@@ -42,10 +42,11 @@ ALLOWED: dict[str, set[str]] = {
         "evaluate.progress",
     },
     "keepers": {"engine.memory"},
+    "nodes": {"storage", "keepers"},
     "run": {"config", "engine.notice", "stages", "dry", "launch"},
 }
 ONLY_IN: dict[str, set[str]] = {
-    "ray": {"launch.py", "keepers.py"},
+    "ray": {"launch.py", "keepers.py", "nodes.py"},
     "fsspec": {"storage.py"},
     "s3fs": set(),
     "botocore": {"storage.py", "retry.py"},

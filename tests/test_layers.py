@@ -37,6 +37,7 @@ ALLOWED: dict[str, set[str]] = {
         "stages",
         "worker",
         "keepers",
+        "nodes",
         "engine.metrics",
         "engine.notice",
         "evaluate.progress",

@@ -1,20 +1,22 @@
-"""How a role's network is wrapped: one module whose forward runs any function of the network, inside DDP or bare.
+"""How a role's network is wrapped and updated: one module whose forward runs any function of the network, and Adam.
 
 Everything that a step does with a trained network happens inside one entry of the wrapper (`Held`), so several passes,
-BatchNorm, sub-modules and gradient penalties are all exact under DDP. (DDP reads its hook's annotations as they stand:
-no `from __future__ import annotations` here.)
+BatchNorm, sub-modules and gradient penalties are all exact under DDP and DeepSpeed. Here are the plain worker and DDP;
+engine/zero.py is DeepSpeed. (DDP reads its hook's annotations as they stand: no `from __future__ import annotations`
+here.)
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from t2idist.contract import Adam, Role
 from t2idist.engine.world import World
 
 
@@ -45,6 +47,103 @@ class Held(nn.Module):
     def forward(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self.precision.autocast(self.device):
             return fn(self.net, *args, **kwargs)
+
+
+class Engine(Protocol):
+    """A role's network at work. An update is one `enter`, one `backward` and one `step`."""
+
+    def enter(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run ``fn(net, *args)`` inside the distributed wrapper."""
+        ...
+
+    def backward(self, loss: Tensor) -> list[Tensor]:
+        """Differentiate a scalar; gradients are averaged over workers.
+
+        Gives tensors that are the same on every worker and all finite exactly where every averaged gradient is.
+        """
+        ...
+
+    def step(self, lr: float, bad: Tensor) -> None:
+        """Clip and update the weights; where `bad` (() float32 on the device) is 1, neither they nor moments change."""
+        ...
+
+    def moments(self) -> dict[str, Tensor]:
+        """``<parameter>/{exp_avg,exp_avg_sq,step}``, whole. May be a collective; `adopt` ends what a load begins."""
+        ...
+
+    def adopt(self, moments: Mapping[str, Tensor]) -> None:
+        """Go on from what was loaded into the network and into the tensors that `moments` gave."""
+        ...
+
+
+class Replicated:
+    """Every worker holds the whole optimiser: DDP, or the bare network on one worker."""
+
+    def __init__(self, name: str, role: Role, precision: Precision, world: World) -> None:
+        self._name, self._role = name, role
+        self._trained = trained(role.net)
+        self._wrapped = wrap(role.net, precision, world)
+        self._optimizer = make_adam(self._trained.values(), role.optimizer)
+        begin_state(self._optimizer)
+
+    def enter(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self._wrapped(fn, *args, **kwargs)
+
+    def backward(self, loss: Tensor) -> list[Tensor]:
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        gradients: list[Tensor] = []
+        for name, parameter in self._trained.items():
+            assert parameter.grad is not None, f"{self._name}: {name} got no gradient"
+            gradients.append(parameter.grad)
+        return gradients
+
+    def step(self, lr: float, bad: Tensor) -> None:
+        if self._role.clip_norm is not None:
+            clipped = [p for name, p in self._trained.items() if name.startswith(self._role.clip_prefix)]
+            nn.utils.clip_grad_norm_(clipped, self._role.clip_norm)
+        prepare_step(self._optimizer, lr, bad)
+        self._optimizer.step()
+
+    def moments(self) -> dict[str, Tensor]:
+        return {
+            f"{name}/{moment}": value
+            for name, parameter in self._trained.items()
+            for moment, value in self._optimizer.state[parameter].items()
+        }
+
+    def adopt(self, moments: Mapping[str, Tensor]) -> None:
+        """Nothing: they are the live tensors."""
+
+
+def trained(net: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name."""
+    return {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
+
+
+def make_adam(parameters: Iterable[Any], settings: Adam) -> torch.optim.Adam:
+    """Fused Adam of parameters, or of groups of them, without any state."""
+    return torch.optim.Adam(
+        parameters, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True
+    )
+
+
+def begin_state(optimizer: torch.optim.Adam) -> None:
+    """State of zeros, so that it is there, and has a name, before the first step."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
+def prepare_step(optimizer: torch.optim.Adam, lr: float, bad: Tensor) -> None:
+    """Set what the next step of fused Adam goes by. Where `bad` is 1 it changes nothing, and nobody waits for that."""
+    setattr(optimizer, "found_inf", bad)  # noqa: B010 (mypy does not know it)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 
 def wrap(net: nn.Module, precision: Precision, world: World) -> nn.Module:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from t2idist.contract import Adam, Role, System
+from t2idist.contract import Role, System
 from t2idist.engine.groups import convert
 from t2idist.engine.guard import Guard
 from t2idist.engine.noise import Noise
 from t2idist.engine.schedule import ema_decay, factor
-from t2idist.engine.strategy import Precision, wrap
+from t2idist.engine.strategy import Engine, Precision, Replicated
 from t2idist.engine.world import Share, World, mean_by_share
+from t2idist.engine.zero import Partitioned
 
 GRADIENTS = "gradients of "
 """Begins the name under which a role's flag of non-finite gradients stands among the reports."""
@@ -29,8 +30,7 @@ class _Live:
     """A role at work."""
 
     role: Role
-    wrapped: nn.Module
-    optimizer: torch.optim.Adam
+    engine: Engine
     ema: nn.Module | None
     entered: bool = False
 
@@ -38,7 +38,8 @@ class _Live:
 class Trainer:
     """Runs a system's steps on one worker; implements `contract.Train`.
 
-    group_size x groups is the global batch; `share` says which groups this worker runs.
+    group_size x groups is the global batch; `share` says which groups this worker runs. zero: 1 or 2: DeepSpeed's
+    stage, where there are several workers; 0: DDP.
     """
 
     def __init__(
@@ -51,13 +52,14 @@ class Trainer:
         share: Share,
         world: World,
         precision: Precision,
+        zero: int = 0,
     ) -> None:
-        self.system, self.world, self.share, self.precision = system, world, share, precision
+        self.system, self.world, self.share, self.precision, self.zero = system, world, share, precision, zero
         self.group_size = group_size
         self.step = 0
         self.noise_source = Noise(seed, stage, share.lanes, group_size, world.device, precision.weights)
         self._frozen = {name: self._place(f.net).eval().requires_grad_(False) for name, f in system.frozen.items()}
-        self._live = {name: self._start(role) for name, role in system.roles.items()}
+        self._live = {name: self._start(name, role) for name, role in system.roles.items()}
         trained = [live.role.net for live in self._live.values()]
         self.guard = Guard(trained, world.device)
         self._reports: list[tuple[int, str, Tensor]] = []
@@ -67,14 +69,18 @@ class Trainer:
     def _place(self, net: nn.Module) -> nn.Module:
         return net.to(self.world.device, self.precision.weights)
 
-    def _start(self, role: Role) -> _Live:
+    def _start(self, name: str, role: Role) -> _Live:
         self._place(role.net).train()
         convert(role.net, self.group_size, self.noise_source)
         ema = None
         if role.ema_half_life_images is not None:
             ema = copy.deepcopy(role.net).eval().requires_grad_(False)
-        trained = [p for p in role.net.parameters() if p.requires_grad]
-        return _Live(role, wrap(role.net, self.precision, self.world), _adam(trained, role.optimizer), ema)
+        return _Live(role, self._engine(name, role), ema)
+
+    def _engine(self, name: str, role: Role) -> Engine:
+        if self.zero and self.world.group is not None:
+            return Partitioned(name, role, self.precision, self.world, self.zero)
+        return Replicated(name, role, self.precision, self.world)
 
     # -------------------------------------------------------------------------------------------- contract.Train
     @property
@@ -85,25 +91,16 @@ class Trainer:
         live = self._live[role]
         assert not live.entered, f"{role}: a second forward before apply"
         live.entered = True
-        return live.wrapped(fn, *args, **kwargs)
+        return live.engine.enter(fn, *args, **kwargs)
 
     def apply(self, role: str, loss: Tensor) -> None:
         live = self._live[role]
         assert live.entered, f"{role}: apply without forward"
         assert loss.dim() == 0, f"{role}: the loss has shape {tuple(loss.shape)}; it must be a scalar"
         live.entered = False
-        live.optimizer.zero_grad(set_to_none=True)
-        self.guard.weigh(loss, self.share.weight).backward()  # type: ignore[no-untyped-call]
-        for name, parameter in live.role.net.named_parameters():
-            assert parameter.grad is not None or not parameter.requires_grad, f"{role}: {name} got no gradient"
-        gradients = [p.grad for p in live.role.net.parameters() if p.grad is not None]
-        bad = self.guard.check(gradients)
-        setattr(live.optimizer, "found_inf", bad)  # noqa: B010 (mypy does not know it): fused Adam then changes nothing
+        bad = self.guard.check(live.engine.backward(self.guard.weigh(loss, self.share.weight)))
         self._reports.append((self.step, f"{GRADIENTS}{role}", torch.where(bad > 0, torch.nan, 0.0)))
-        self._clip(live.role)
-        for group in live.optimizer.param_groups:
-            group["lr"] = live.role.optimizer.lr * factor(live.role.optimizer.schedule, self.images)
-        live.optimizer.step()
+        live.engine.step(live.role.optimizer.lr * factor(live.role.optimizer.schedule, self.images), bad)
         if live.ema is not None:
             assert live.role.ema_half_life_images is not None
             keep = ema_decay(live.role.ema_half_life_images, self.group_size * self.share.groups)
@@ -194,11 +191,6 @@ class Trainer:
             nets[part.rpartition(".")[2] or role] = whole.get_submodule(part)
         return nets
 
-    def _clip(self, role: Role) -> None:
-        if role.clip_norm is not None:
-            clipped = [p for n, p in role.net.named_parameters() if n.startswith(role.clip_prefix) and p.requires_grad]
-            nn.utils.clip_grad_norm_(clipped, role.clip_norm)
-
     # -------------------------------------------------------------------------------------------- state by name
     def _float_buffers(self) -> dict[str, Tensor]:
         return {
@@ -215,20 +207,24 @@ class Trainer:
         return mean_by_share(self._float_buffers(), self.world, self.share)
 
     def state(self) -> dict[str, Tensor]:
-        """The whole training state by name: live tensors, so that loading into them restores the trainer.
+        """The whole training state by name: load into these tensors, then `adopt` them.
 
-        ``<role>/net/<name>``, ``<role>/ema/<name>``, ``<role>/adam/<parameter>/{exp_avg,exp_avg_sq,step}``.
+        ``<role>/net/<name>``, ``<role>/ema/<name>``, ``<role>/adam/<parameter>/{exp_avg,exp_avg_sq,step}``. Live
+        tensors; under DeepSpeed the moments are gathered from all workers, a collective.
         """
         tensors: dict[str, Tensor] = {}
         for name, live in self._live.items():
             tensors |= {f"{name}/net/{key}": value for key, value in live.role.net.state_dict().items()}
             if live.ema is not None:
                 tensors |= {f"{name}/ema/{key}": value for key, value in live.ema.state_dict().items()}
-            for key, parameter in live.role.net.named_parameters():
-                if parameter.requires_grad:
-                    moments = live.optimizer.state[parameter]
-                    tensors |= {f"{name}/adam/{key}/{moment}": value for moment, value in moments.items()}
+            tensors |= {f"{name}/adam/{key}": value for key, value in live.engine.moments().items()}
         return tensors
+
+    def adopt(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what was loaded into the tensors that `state` gave."""
+        for name, live in self._live.items():
+            prefix = f"{name}/adam/"
+            live.engine.adopt({key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)})
 
     def own_buffers(self) -> dict[str, Tensor]:
         """This worker's own floating buffers, for a resume at the same number of workers that is bitwise the same."""
@@ -240,20 +236,6 @@ class Trainer:
 
 def _mean(weighted: list[tuple[float, float]]) -> float:
     return math.fsum(weight * value for weight, value in weighted) / math.fsum(weight for weight, _ in weighted)
-
-
-def _adam(parameters: list[nn.Parameter], settings: Adam) -> torch.optim.Adam:
-    """Fused Adam whose state is there from the start, so that it has a name before the first step."""
-    optimizer = torch.optim.Adam(
-        parameters, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True
-    )
-    for parameter in parameters:
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
-    return optimizer
 
 
 def _average(ema: nn.Module, net: nn.Module, keep: float) -> None:

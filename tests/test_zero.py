@@ -1,0 +1,309 @@
+"""DeepSpeed under ZeRO 1 and 2 does DDP's mathematics: every system, clipping, skipped steps, resumes across both."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from t2idist import systems
+from t2idist.config import CheckpointConfig, RunConfig
+from t2idist.contract import Batch, Plan, Role, Train
+from t2idist.engine.checkpoint import Checkpoints
+from t2idist.engine.strategy import Precision
+from t2idist.engine.train import Trainer
+from t2idist.engine.world import Share, World
+from t2idist.strict import from_dict
+from tests import small, toys
+from tests.test_config import MINIMAL
+from tests.test_guard import Poisoned
+from tests.test_run import check_finished, recipe, run
+from tests.workers import Workers
+
+GROUPS, GROUP_SIZE, STEPS = 4, 3, 10
+PLAN = Plan(GROUP_SIZE, toys.VOCABULARY_SIZE, 5, 100)
+
+
+class Clipped(toys.ToyGan):
+    """Gradients of one part are cut far down, so that every update feels it."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        self.roles["discriminator"].clip_norm = 0.02
+
+
+def build(system: str):  # type: ignore[no-untyped-def]
+    torch.manual_seed(3)
+    if system in small.MODELS:
+        return small.build(system)
+    return {"toy": toys.ToyGan, "clipped": Clipped}[system](PLAN) if system in ("toy", "clipped") else Poisoned(system)
+
+
+def trainer(world: World, system: str, zero: int, precision: str = "float32") -> Trainer:
+    """`system`: one of systems/, toy, clipped, or how a toy's step is poisoned."""
+    return Trainer(
+        build(system),
+        stage=system,
+        seed=5,
+        group_size=GROUP_SIZE,
+        share=Share.of(world, GROUPS),
+        world=world,
+        precision=Precision(precision),
+        zero=zero,
+    )
+
+
+def steps(made: Trainer, count: int) -> None:
+    words = small.MAX_WORDS if made.system.sizes != (8,) else 5
+    for _ in range(count):
+        made.run_step(toys.batch(made.step, made.share.lanes, GROUP_SIZE, made.system.sizes, words))
+
+
+def snapshot(made: Trainer) -> dict[str, Tensor]:
+    """Parameters, EMA, settled buffers and optimiser moments by name."""
+    return {k: v.detach().clone() for k, v in (made.state() | made.settled_buffers()).items()}
+
+
+def after(world: World, system: str, zero: int, precision: str = "float32") -> dict[str, Tensor]:
+    made = trainer(world, system, zero, precision)
+    steps(made, STEPS)
+    return snapshot(made)
+
+
+def apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """The largest distance of two tensors of a name, relative to the norm."""
+    assert ours.keys() == theirs.keys()
+    return max(
+        float((ours[k].double() - v.double()).norm() / v.double().norm().clamp_min(1e-30)) for k, v in theirs.items()
+    )
+
+
+# ------------------------------------------------------------ the same mathematics
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("zero", [1, 2])
+@pytest.mark.parametrize("system", ["toy", "clipped", *systems.names()])
+def test_ten_steps_equal_those_of_ddp(workers: Workers, system: str, zero: int, size: int) -> None:
+    theirs = workers.run(size, after, system, 0)[0]
+    for ours in workers.run(size, after, system, zero):
+        assert apart(ours, theirs) < 1e-4
+
+
+def test_clipping_is_felt(workers: Workers) -> None:
+    clipped, free = (workers.run(2, after, system, 1)[0] for system in ("clipped", "toy"))
+    moment = "discriminator/adam/{}/exp_avg".format
+    assert float(clipped[moment("body.0.weight")].norm()) < 0.02 < float(free[moment("body.0.weight")].norm())
+    assert float(clipped[moment("head.weight")].norm()) > 0.02
+
+
+def test_autocast_is_the_same(workers: Workers) -> None:
+    theirs = workers.run(2, after, "attngan", 0, "bfloat16")[0]
+    assert apart(workers.run(2, after, "attngan", 2, "bfloat16")[0], theirs) < 1e-4
+
+
+def test_one_worker_takes_the_plain_engine() -> None:
+    alone = World()
+    assert apart(after(alone, "toy", 2), after(alone, "toy", 0)) == 0
+
+
+# ------------------------------------------------------------ skipped steps
+def poisoned(world: World, how: str, zero: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], int]:
+    """Before and after the step that goes wrong, at the end, and how many were skipped."""
+    made = trainer(world, how, zero)
+    steps(made, 2)
+    before = snapshot(made)
+    steps(made, 1)
+    skipped = snapshot(made)
+    steps(made, 3)
+    return before, skipped, snapshot(made), made.guard.skipped
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("zero", [1, 2])
+@pytest.mark.parametrize(
+    ("how", "kept"), [("picture", "discriminator/"), ("loss", "generator/"), ("gradient", "generator/")]
+)
+def test_a_bad_update_changes_nothing_on_any_worker(
+    workers: Workers, how: str, kept: str, zero: int, size: int
+) -> None:
+    *_, theirs, _ = workers.run(size, poisoned, how, 0)[0]
+    for before, skipped, ours, count in workers.run(size, poisoned, how, zero):
+        for name, value in skipped.items():
+            if name.startswith(kept) and "/ema/" not in name and "num_batches" not in name:
+                assert torch.equal(value, before[name]), name
+        assert count == 1 and apart(ours, theirs) < 1e-4
+
+
+# ------------------------------------------------------------ checkpoints
+def restore(made: Trainer, url: str) -> None:
+    """Restore from the newest checkpoint and take up what was loaded."""
+    taken: list[dict[str, Tensor]] = []
+    state = made.state
+    made.state = lambda: taken.append(state()) or taken[-1]  # type: ignore[method-assign, func-returns-value]
+    assert Checkpoints(url, made.world, CheckpointConfig(), {}).restore(made) is not None
+    made.state = state  # type: ignore[method-assign]
+    made.adopt(taken[-1])
+
+
+def leg(world: World, system: str, zero: int, url: str, go_on: bool) -> dict[str, Tensor]:
+    """Three steps from the start or from the newest checkpoint, and a checkpoint of them."""
+    made = trainer(world, system, zero)
+    if go_on:
+        restore(made, url)
+    steps(made, 3)
+    checkpoints = Checkpoints(url, world, CheckpointConfig(), {})
+    checkpoints.save(made)
+    checkpoints.finish()
+    return snapshot(made)
+
+
+def uninterrupted(world: World, system: str, zero: int, count: int) -> dict[str, Tensor]:
+    made = trainer(world, system, zero)
+    steps(made, count)
+    return snapshot(made)
+
+
+@pytest.mark.parametrize("system", ["toy", *systems.names()])
+def test_a_run_goes_on_under_any_strategy_on_any_number_of_workers(
+    workers: Workers, tmp_path: Path, system: str
+) -> None:
+    legs = [(0, 1), (1, 2), (2, 3), (0, 2), (2, 2), (1, 3), (0, 1)]
+    ours: list[dict[str, Tensor]] = []
+    for number, (zero, size) in enumerate(legs):
+        ours = workers.run(size, leg, system, zero, str(tmp_path), number > 0)
+    whole = workers.run(1, uninterrupted, system, 0, 3 * len(legs))[0]
+    assert apart(ours[0], whole) < 1e-4
+    assert float(whole[next(name for name in whole if name.endswith("/step"))]) == 3 * len(legs)
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_the_same_workers_resume_bitwise(workers: Workers, tmp_path: Path, zero: int) -> None:
+    for number in range(2):
+        ours = workers.run(3, leg, "toy", zero, str(tmp_path), number > 0)[0]
+    whole = workers.run(3, uninterrupted, "toy", zero, 6)[0]
+    assert all(torch.equal(ours[name], value) for name, value in whole.items())
+
+
+def uneven(world: World, zero: int) -> None:
+    made = trainer(world, "toy", zero)
+    state = made.state()
+    state["generator/adam/out.bias/step"].fill_(2)
+    made.adopt(state)
+
+
+def test_steps_that_differ_by_parameter_are_refused(workers: Workers) -> None:
+    with pytest.raises(AssertionError, match=r"generator: parameters took \[0.0, 2.0\] steps"):
+        workers.run(2, uneven, 1)
+
+
+# ------------------------------------------------------------ memory
+def optimizer_numbers(world: World, zero: int) -> tuple[int, int, int]:
+    """Numbers of Adam's that this worker keeps, those of all, and how many may be there to fill up."""
+    made = trainer(world, "attngan", zero)
+    steps(made, 1)
+    kept, fill = 0, 0
+    for live in made._live.values():
+        optimizer = live.engine._adam if zero else live.engine._optimizer  # type: ignore[attr-defined]
+        kept += sum(value.numel() for state in optimizer.state.values() for value in state.values() if value.dim())
+        fill += 4 * world.size * len(optimizer.param_groups)
+    return kept, sum(v.numel() for name, v in made.state().items() if "/exp_avg" in name), fill
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_optimizer_memory_falls_with_the_number_of_workers(workers: Workers, zero: int) -> None:
+    for size in (2, 3, 4):
+        for kept, whole, fill in workers.run(size, optimizer_numbers, zero):
+            assert whole / size <= kept <= whole / size + fill
+    for kept, whole, _ in workers.run(2, optimizer_numbers, 0):
+        assert kept == whole
+
+
+# ------------------------------------------------------------ what is refused
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"strategy": "fsdp"}, "strategy: 'fsdp'; allowed are ddp and deepspeed"),
+        ({"zero": 2}, "zero: 2; it goes with strategy: deepspeed, and the strategy is ddp"),
+        ({"strategy": "deepspeed"}, "zero: 0; allowed with strategy: deepspeed are 1"),
+        (
+            {"strategy": "deepspeed", "zero": 3},
+            "zero: 3; allowed are 1 and 2: stage 3 leaves no worker a whole network",
+        ),
+        (
+            {"strategy": "deepspeed", "zero": 1, "precision": "float64"},
+            "precision: float64; DeepSpeed keeps weights in",
+        ),
+    ],
+)
+def test_what_deepspeed_cannot_do_is_refused(values: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        from_dict(RunConfig, {**MINIMAL, **values})
+
+
+@pytest.mark.parametrize("found", [None, "0.18.0"])
+def test_deepspeed_that_is_not_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch, found: str | None) -> None:
+    values = {**MINIMAL, "strategy": "deepspeed", "zero": 1}
+    assert from_dict(RunConfig, values).zero == 1
+
+    def version(name: str) -> str:
+        if found is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(ValueError, match=f"is {found or 'not installed'}; install it with: pip install deepspeed==0"):
+        from_dict(RunConfig, values)
+
+
+class Headless(toys.ToyGan):
+    def step(self, batch: Batch, train: Train) -> None:
+        train.update("discriminator", lambda net: net.body(batch.images[-1]).mean())
+
+
+class Scalar(toys.ToyGan):
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        self.roles = {"scale": Role(nn.ParameterDict({"weight": nn.Parameter(torch.tensor(1.0))}))}
+
+
+def one_step(world: World, system: type[toys.ToyGan], zero: int) -> None:
+    torch.manual_seed(3)
+    made = Trainer(
+        system(PLAN), stage="toy", seed=5, group_size=GROUP_SIZE, share=Share.of(world, GROUPS), world=world,
+        precision=Precision("float32"), zero=zero,
+    )  # fmt: skip
+    steps(made, 1)
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_a_parameter_without_gradient_is_found(workers: Workers, zero: int) -> None:
+    with pytest.raises(AssertionError, match="discriminator: head.weight got no gradient"):
+        workers.run(2, one_step, Headless, zero)
+
+
+def test_a_parameter_that_deepspeed_cannot_take_is_named(workers: Workers) -> None:
+    with pytest.raises(AssertionError, match=r"ValueError: scale: 'weight' is \(\) torch.float32; DeepSpeed takes"):
+        workers.run(2, one_step, Scalar, 1)
+
+
+# ------------------------------------------------------------ a real run
+@pytest.mark.whole
+@pytest.mark.parametrize("zero", [1, 2])
+def test_two_ray_workers_train_under_deepspeed_what_one_trains(tmp_path: Path, zero: int) -> None:
+    for name in ("alone", "cluster"):
+        (tmp_path / name).mkdir()
+    assert run(str(recipe(tmp_path / "alone")), "--local").returncode == 0
+    cluster = {"workers": 2, "cpus_per_worker": 1}
+    done = run(str(recipe(tmp_path / "cluster", cluster=cluster, strategy="deepspeed", zero=zero)))
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "workers 2" in done.stdout and "DeepSpeed" not in done.stdout + done.stderr
+    check_finished(tmp_path / "cluster")
+    for stage, file in (("damsm", "text"), ("attngan", "generator")):
+        ours = load_file(tmp_path / "cluster/runs/tiny" / stage / f"export/{file}.safetensors")
+        theirs = load_file(tmp_path / "alone/runs/tiny" / stage / f"export/{file}.safetensors")
+        for name, value in theirs.items():
+            limit = 1e-3 * float(value.double().norm()) + 1e-6
+            assert float((ours[name].double() - value.double()).norm()) <= limit, name

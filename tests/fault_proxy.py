@@ -1,4 +1,4 @@
-"""An HTTP proxy on loopback that stands before an object store and does to some requests what networks do.
+"""An HTTP proxy that stands before an object store and does to some requests what networks do.
 
 Requests are passed on as they came, the Host header too, since that is what was signed. One request a connection.
 """
@@ -46,17 +46,17 @@ def storm(seed: int, share: float, faults: tuple[str, ...] = FAULTS, burst: int 
 
 
 class Proxy:
-    """A running proxy. address: http://127.0.0.1:port. done: how often each fault was done. plan: may be replaced."""
+    """A running proxy. address: http://host:port. done: how often each fault was done. plan: may be replaced."""
 
-    def __init__(self, upstream: str, plan: Plan) -> None:
-        host, port = upstream.removeprefix("http://").split(":")
+    def __init__(self, upstream: str, plan: Plan, host: str = "127.0.0.1") -> None:
+        name, port = upstream.removeprefix("http://").split(":")
         self.plan = plan
         self.done: Counter[str] = Counter()
         self.requests = 0
-        self._upstream = (host, int(port))
+        self._upstream = (name, int(port))
         self._lock = threading.Lock()
-        self._server = socket.create_server(("127.0.0.1", 0), backlog=128)
-        self.address = f"http://127.0.0.1:{self._server.getsockname()[1]}"
+        self._server = socket.create_server((host, 0), backlog=128)
+        self.address = f"http://{host}:{self._server.getsockname()[1]}"
         self._thread = threading.Thread(target=self._accept, daemon=True)
         self._thread.start()
 
@@ -139,9 +139,9 @@ def _pump(source: socket.socket, target: socket.socket) -> None:
 
 
 @contextmanager
-def fault_proxy(upstream: str, plan: Plan) -> Iterator[Proxy]:
-    """A proxy before the store at `upstream` (http://host:port)."""
-    proxy = Proxy(upstream, plan)
+def fault_proxy(upstream: str, plan: Plan, host: str = "127.0.0.1") -> Iterator[Proxy]:
+    """A proxy before the store at `upstream` (http://host:port), at an address of this machine."""
+    proxy = Proxy(upstream, plan, host)
     try:
         yield proxy
     finally:

@@ -18,17 +18,17 @@ import s3fs
 KEY, SECRET = "testkey", "testsecret-that-must-not-leak"
 
 
-def free_ports(count: int) -> list[int]:
+def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
     """Ports that are free, and so is each one plus 10,000 (SeaweedFS takes that for its own calls)."""
     found: list[int] = []
     while len(found) < count:
         with socket.socket() as low, socket.socket() as high:
-            low.bind(("127.0.0.1", 0))
+            low.bind((host, 0))
             port = low.getsockname()[1]
             if port + 10_000 > 65_000 or port in found:
                 continue
             try:
-                high.bind(("127.0.0.1", port + 10_000))
+                high.bind((host, port + 10_000))
             except OSError:
                 continue
             found.append(port)
@@ -36,10 +36,10 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def seaweedfs() -> Iterator[dict[str, str]]:
-    """A running store with a bucket `bucket`: the environment that reaches it."""
+def seaweedfs(host: str = "127.0.0.1") -> Iterator[dict[str, str]]:
+    """A running store with a bucket `bucket` at an address of this machine: the environment that reaches it."""
     with tempfile.TemporaryDirectory(prefix="t2idist-store-", ignore_cleanup_errors=True) as folder:
-        master, volume, filer, s3 = free_ports(4)
+        master, volume, filer, s3 = free_ports(4, host)
         identities = {
             "identities": [
                 {
@@ -57,11 +57,11 @@ def seaweedfs() -> Iterator[dict[str, str]]:
         # no servers on fixed ports, so that two stores never meet; nothing is told to anybody
         options += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
         process = subprocess.Popen(
-            [str(weed), "server", "-s3", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *options],
+            [str(weed), "server", "-s3", f"-ip={host}", f"-ip.bind={host}", *options],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        address = f"http://127.0.0.1:{s3}"
+        address = f"http://{host}:{s3}"
         try:
             _make_bucket(address)
             yield {

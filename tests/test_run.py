@@ -103,7 +103,7 @@ def test_killed_and_taken_up_again_gives_the_same_model(tmp_path: Path, system: 
 
 @pytest.mark.whole
 def test_a_run_that_is_done_is_done(tmp_path: Path) -> None:
-    file = recipe(tmp_path)
+    file = recipe(tmp_path, precision="float64")
     assert run(str(file), "--local").returncode == 0
     before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.safetensors")}
     assert run(str(file), "--local").returncode == 0

@@ -182,10 +182,12 @@ def load_into(trainer: Trainer, url: str, marker: dict[str, Any], read: dcp.Read
     """
     _check_scale(url, marker, trainer)
     state = trainer.state()
+    places = dict(state)
     if marker["workers"] == trainer.world.size:
         own = {key.split("/", 2)[2]: key for key in trainer.own_buffers()}
-        state = {own.get(key, key): value for key, value in state.items()}
-    dcp.load(state, url, marker, trainer.world.group, read)
+        places = {own.get(key, key): value for key, value in state.items()}
+    dcp.load(places, url, marker, trainer.world.group, read)
+    trainer.adopt(state)
     trainer.step = marker["step"]
     return Found(url, marker["images"], marker)
 

@@ -120,10 +120,11 @@ def embed_all(
 ) -> tuple[Tensor, Tensor]:
     """Image and caption codes (n, D) of all samples, on the host in float32, from the largest pictures of the batch."""
     pairs: list[tuple[Tensor, Tensor]] = []
+    dtype = next(weight.dtype for net in nets.values() for weight in net.parameters())
     with torch.inference_mode():
         for start in range(0, len(batch.tokens), rows_at_once):
             rows = slice(start, start + rows_at_once)
-            pictures = as_floats(batch.images[-1][rows]).to(device)
+            pictures = as_floats(batch.images[-1][rows], dtype).to(device)
             pairs.append(system.embed(nets, pictures, batch.tokens[rows].to(device), batch.lengths[rows].to(device)))
     return torch.cat([a.float().cpu() for a, _ in pairs]), torch.cat([b.float().cpu() for _, b in pairs])
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
+import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,7 @@ from tests.test_config import MINIMAL
 from tests.test_guard import Poisoned
 from tests.test_run import check_finished, recipe, run
 from tests.workers import Workers
+from tools import bench_zero
 
 GROUPS, GROUP_SIZE, STEPS = 4, 3, 10
 PLAN = Plan(GROUP_SIZE, toys.VOCABULARY_SIZE, 5, 100)
@@ -138,23 +142,12 @@ def test_a_bad_update_changes_nothing_on_any_worker(
 
 
 # ------------------------------------------------------------ checkpoints
-def restore(made: Trainer, url: str) -> None:
-    """Restore from the newest checkpoint and take up what was loaded."""
-    taken: list[dict[str, Tensor]] = []
-    state = made.state
-    made.state = lambda: taken.append(state()) or taken[-1]  # type: ignore[method-assign, func-returns-value]
-    assert Checkpoints(url, made.world, CheckpointConfig(), {}).restore(made) is not None
-    made.state = state  # type: ignore[method-assign]
-    made.adopt(taken[-1])
-
-
 def leg(world: World, system: str, zero: int, url: str, go_on: bool) -> dict[str, Tensor]:
     """Three steps from the start or from the newest checkpoint, and a checkpoint of them."""
     made = trainer(world, system, zero)
-    if go_on:
-        restore(made, url)
-    steps(made, 3)
     checkpoints = Checkpoints(url, world, CheckpointConfig(), {})
+    assert (checkpoints.restore(made) is not None) is go_on
+    steps(made, 3)
     checkpoints.save(made)
     checkpoints.finish()
     return snapshot(made)
@@ -200,25 +193,34 @@ def test_steps_that_differ_by_parameter_are_refused(workers: Workers) -> None:
 
 
 # ------------------------------------------------------------ memory
-def optimizer_numbers(world: World, zero: int) -> tuple[int, int, int]:
-    """Numbers of Adam's that this worker keeps, those of all, and how many may be there to fill up."""
+def optimizer_bytes(world: World, zero: int) -> int:
     made = trainer(world, "attngan", zero)
     steps(made, 1)
-    kept, fill = 0, 0
-    for live in made._live.values():
-        optimizer = live.engine._adam if zero else live.engine._optimizer  # type: ignore[attr-defined]
-        kept += sum(value.numel() for state in optimizer.state.values() for value in state.values() if value.dim())
-        fill += 4 * world.size * len(optimizer.param_groups)
-    return kept, sum(v.numel() for name, v in made.state().items() if "/exp_avg" in name), fill
+    return made.optimizer_bytes()
 
 
 @pytest.mark.parametrize("zero", [1, 2])
 def test_optimizer_memory_falls_with_the_number_of_workers(workers: Workers, zero: int) -> None:
+    (whole,) = workers.run(1, optimizer_bytes, zero)
+    assert workers.run(2, optimizer_bytes, 0) == [whole, whole]
     for size in (2, 3, 4):
-        for kept, whole, fill in workers.run(size, optimizer_numbers, zero):
-            assert whole / size <= kept <= whole / size + fill
-    for kept, whole, _ in workers.run(2, optimizer_numbers, 0):
-        assert kept == whole
+        assert workers.run(size, optimizer_bytes, zero) == pytest.approx([whole / size] * size, rel=0.01)
+
+
+def left_over(world: World, zero: int) -> int:
+    """How many engines and networks stay in memory when their trainer is gone."""
+    made = trainer(world, "toy", zero)
+    steps(made, 2)
+    made.evaluation_nets()
+    parts = [weakref.ref(part) for live in made._live.values() for part in (live.engine, live.role.net)]
+    del made
+    gc.collect()
+    return sum(part() is not None for part in parts)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_a_finished_stage_leaves_nothing_in_memory(workers: Workers, zero: int) -> None:
+    assert workers.run(2, left_over, zero) == [0, 0]
 
 
 # ------------------------------------------------------------ what is refused
@@ -307,3 +309,14 @@ def test_two_ray_workers_train_under_deepspeed_what_one_trains(tmp_path: Path, z
         for name, value in theirs.items():
             limit = 1e-3 * float(value.double().norm()) + 1e-6
             assert float((ours[name].double() - value.double()).norm()) <= limit, name
+
+
+@pytest.mark.whole
+def test_the_benchmark_prints_half_the_optimizer_for_two_workers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_zero.py", "damsm", "--workers", "2", "--steps", "1"])
+    assert bench_zero.main() == 0
+    rows = [line.split("  ") for line in capsys.readouterr().out.splitlines()[1:]]
+    shares = [[part.strip() for part in row if part.strip()][1:4:2] for row in rows]
+    assert shares == [["ddp", "1.000"], ["zero 1", "0.500"], ["zero 2", "0.500"]]

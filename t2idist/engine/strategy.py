@@ -75,6 +75,10 @@ class Engine(Protocol):
         """Go on from what was loaded into the network and into the tensors that `moments` gave."""
         ...
 
+    def optimizer_bytes(self) -> int:
+        """Bytes of Adam's state that this worker keeps."""
+        ...
+
 
 class Replicated:
     """Every worker holds the whole optimiser: DDP, or the bare network on one worker."""
@@ -115,6 +119,9 @@ class Replicated:
     def adopt(self, moments: Mapping[str, Tensor]) -> None:
         """Nothing: they are the live tensors."""
 
+    def optimizer_bytes(self) -> int:
+        return state_bytes(self._optimizer)
+
 
 def trained(net: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are trained, by name."""
@@ -137,6 +144,10 @@ def begin_state(optimizer: torch.optim.Adam) -> None:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+
+
+def state_bytes(optimizer: torch.optim.Adam) -> int:
+    return sum(value.nbytes for state in optimizer.state.values() for value in state.values())
 
 
 def prepare_step(optimizer: torch.optim.Adam, lr: float, bad: Tensor) -> None:

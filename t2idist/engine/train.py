@@ -226,6 +226,10 @@ class Trainer:
             prefix = f"{name}/adam/"
             live.engine.adopt({key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)})
 
+    def optimizer_bytes(self) -> int:
+        """Bytes of optimiser state that this worker keeps."""
+        return sum(live.engine.optimizer_bytes() for live in self._live.values())
+
     def own_buffers(self) -> dict[str, Tensor]:
         """This worker's own floating buffers, for a resume at the same number of workers that is bitwise the same."""
         if self.world.size == 1:

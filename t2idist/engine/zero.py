@@ -14,7 +14,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -22,9 +23,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from t2idist.contract import Role
-from t2idist.engine.strategy import Held, Precision, begin_state, make_adam, prepare_step, trained
+from t2idist.engine.strategy import Held, Precision, begin_state, make_adam, prepare_step, state_bytes, trained
 from t2idist.engine.world import World
 
 BUCKET_ELEMENTS = 25 * 2**20 // 4
@@ -76,11 +78,11 @@ class Partitioned:
         self._norms = torch.zeros(len(self._adam.param_groups), dtype=torch.float64, device=world.device)
         self._order = _Order(self._zero) if stage == 2 else None
         self._reached: set[str] = set()
-        for key, parameter in self._trained.items():
-            parameter.register_post_accumulate_grad_hook(self._note(key))  # type: ignore[no-untyped-call]
-
-    def _note(self, key: str) -> Callable[[Tensor], None]:
-        return lambda _: self._reached.add(key)
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(_note(self._reached, key))  # type: ignore[no-untyped-call]
+            for key, parameter in self._trained.items()
+        ]
+        weakref.finalize(self, _remove, [*hooks, *self._zero._grad_acc_hooks]).atexit = False
 
     def _find(self) -> list[_Place]:
         names = {id(parameter): key for key, parameter in self._trained.items()}
@@ -149,6 +151,10 @@ class Partitioned:
                     loaded = moments[f"{place.name}/{moment}"].flatten()[start - place.start : end - place.start]
                     state[moment][start - first : end - first].copy_(loaded)
 
+    def optimizer_bytes(self) -> int:
+        """Adam's only; DeepSpeed keeps a copy of this worker's part of the weights too, half as many bytes."""
+        return state_bytes(self._adam)
+
     def _state(self, group: int) -> dict[str, Tensor]:
         """Adam's state of this worker's part of a group."""
         (part,) = self._adam.param_groups[group]["params"]
@@ -162,6 +168,16 @@ class Partitioned:
             whole[moment] = part.new_empty(part.numel() * self._world.size)
             dist.all_gather_single(whole[moment], part, group=self._world.group)
         return whole
+
+
+def _note(reached: set[str], key: str) -> Callable[[Tensor], None]:
+    return lambda _: reached.add(key)
+
+
+def _remove(hooks: Sequence[RemovableHandle]) -> None:
+    """Take all hooks off: through them a parameter and its engine would hold each other in memory for ever."""
+    for hook in hooks:
+        hook.remove()
 
 
 class _Order:

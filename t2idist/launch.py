@@ -160,7 +160,7 @@ def _trainer(config: RunConfig, folder: str) -> TorchTrainer:
             name=config.name,
             storage_path=folder,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            callbacks=[KnownNodes(RayKeepers(_run_id(config)), cluster.dead_after_seconds)],  # type: ignore[list-item]
+            callbacks=[KnownNodes(RayKeepers(_run_id(config)), cluster.start_within_seconds)],  # type: ignore[list-item]
             worker_runtime_env={"env_vars": _environment(config)},  # type: ignore[call-arg]
         ),
     )

@@ -25,16 +25,16 @@ _PING_SECONDS = 1.0
 class KnownNodes(ControllerCallback):  # type: ignore[misc]
     """After a failure, lets Ray Train choose the new number of workers only when it is known which machines are left.
 
-    A machine that falls silent counts as alive until Ray's health check gives it up. Asked for before that, the new
-    workers would wait for it until `cluster.start_within_seconds`. Every machine has a keeper: one that does not answer
-    is waited for, for as long as the health check may take.
+    A machine that falls silent counts as alive until Ray's health check gives it up; asked for before that, the new
+    workers would wait for it until they are given up too, after `start_within_seconds`. Every machine that had a worker
+    has a keeper: one that does not answer is waited for, until it does or Ray knows, but no longer than that.
     """
 
-    def __init__(self, keepers: RayKeepers, dead_after_seconds: float) -> None:
-        self._keepers, self._dead_after_seconds = keepers, dead_after_seconds
+    def __init__(self, keepers: RayKeepers, start_within_seconds: float) -> None:
+        self._keepers, self._start_within_seconds = keepers, start_within_seconds
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
-        deadline = time.monotonic() + 2 * self._dead_after_seconds
+        deadline = time.monotonic() + self._start_within_seconds
         while time.monotonic() < deadline:
             with contextlib.suppress(RayError):
                 if not set(self._keepers.silent_nodes(_PING_SECONDS)) & alive_nodes():

@@ -16,10 +16,10 @@ from t2idist.config import RunConfig
 from t2idist.data.order import Order
 from t2idist.data.sources import open_dataset
 from t2idist.engine import dcp, export
-from t2idist.engine.intake import read_ledger
+from t2idist.engine.intake import LEDGER, read_ledger
 from t2idist.engine.metrics import read_metrics
 from t2idist.engine.noise import key
-from tests.hosts import Cluster
+from tests.hosts import RUNS, Cluster
 
 RUN, STAGE = "chaos", "attngan"
 QUIET_STEPS = 4
@@ -31,8 +31,8 @@ QUIET_STEPS = 4
 class Recovery:
     """From an injury (or from a returned host's joining) to the first new step. Moments are seconds of the run.
 
-    step: the latest seen before. lost_steps: those of them that were done again (at least: progress is told every two
-    seconds). pause_seconds: the longest time without a step, where no restart was needed.
+    step: the latest known then (progress is told every two seconds). lost_steps: steps, by progress and ledger, that
+    were done again. pause_seconds: the longest time without a step, where no restart was needed.
     """
 
     causes: list[str]
@@ -142,8 +142,13 @@ class Story:
             self._begin(["a new size"])
         assert self._open is not None
         self._open.restarted, self._open.resumed_step = at, step
-        self._open.step = max(self._open.step, self.step)
-        self._open.lost_steps += max(0, self.step - step)
+        done = max(self.step, self._steps_in_ledger())
+        self._open.lost_steps += max(0, done - step)
+
+    def _steps_in_ledger(self) -> int:
+        """Steps that some worker has noted: it does so as often as it writes metrics."""
+        names = storage.list_dir(storage.join(RUNS, RUN, STAGE, LEDGER))
+        return max((int(name[:12]) + 1 for name in names), default=0)
 
     def _stepped(self, at: float, step: int) -> None:
         self.step = step
@@ -219,11 +224,11 @@ def lives(pid: int) -> bool:
 
 
 def median_step_seconds(run_url: str) -> float:
-    """Of steps that were done one after the other by one group of workers."""
+    """Of steps that were done one after the other by one group of workers; nan where there are none."""
     lines = [line for line in read_metrics(storage.join(run_url, STAGE)) if "step" in line]
     spans = [
         (after["seconds"] - before["seconds"]) / (after["step"] - before["step"])
         for before, after in itertools.pairwise(lines)
         if after["restarts"] == before["restarts"] and after["step"] > before["step"]
     ]
-    return statistics.median(spans)
+    return statistics.median(spans) if spans else float("nan")

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import json
+import os
+import signal
+import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -24,7 +29,7 @@ from t2idist.strict import from_dict
 from tests import small, toys
 from tests.test_config import MINIMAL
 from tests.test_guard import Poisoned
-from tests.test_run import check_finished, recipe, run
+from tests.test_run import ROOT, check_finished, command, environment, images_of, recipe, run, train_workers
 from tests.workers import Workers
 from tools import bench_zero
 
@@ -125,16 +130,13 @@ def poisoned(world: World, how: str, zero: int) -> tuple[dict[str, Tensor], dict
     return before, skipped, snapshot(made), made.guard.skipped
 
 
-@pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("zero", [1, 2])
 @pytest.mark.parametrize(
     ("how", "kept"), [("picture", "discriminator/"), ("loss", "generator/"), ("gradient", "generator/")]
 )
-def test_a_bad_update_changes_nothing_on_any_worker(
-    workers: Workers, how: str, kept: str, zero: int, size: int
-) -> None:
-    *_, theirs, _ = workers.run(size, poisoned, how, 0)[0]
-    for before, skipped, ours, count in workers.run(size, poisoned, how, zero):
+def test_a_bad_update_changes_nothing_on_any_worker(workers: Workers, how: str, kept: str, zero: int) -> None:
+    *_, theirs, _ = workers.run(3, poisoned, how, 0)[0]
+    for before, skipped, ours, count in workers.run(3, poisoned, how, zero):
         for name, value in skipped.items():
             if name.startswith(kept) and "/ema/" not in name and "num_batches" not in name:
                 assert torch.equal(value, before[name]), name
@@ -309,6 +311,46 @@ def test_two_ray_workers_train_under_deepspeed_what_one_trains(tmp_path: Path, z
         for name, value in theirs.items():
             limit = 1e-3 * float(value.double().norm()) + 1e-6
             assert float((ours[name].double() - value.double()).norm()) <= limit, name
+
+
+@pytest.mark.whole
+def test_a_run_under_deepspeed_does_take_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "abacus")  # nobody else reads it
+    failed = run(str(recipe(tmp_path, cluster={"workers": 2, "cpus_per_worker": 1}, strategy="deepspeed", zero=1)))
+    assert failed.returncode == 1 and "DS_ACCELERATOR" in failed.stderr
+
+
+@pytest.mark.slow
+def test_a_worker_killed_under_deepspeed_is_replaced_and_the_model_is_the_same(tmp_path: Path) -> None:
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    longer = ["stages.attngan.images=320", "stages.attngan.checkpoint_every_images=320"]
+    longer += ["checkpoint.memory_every_steps=1"]
+    assert run(str(recipe(tmp_path / "whole")), "--local", *longer).returncode == 0
+    file = recipe(tmp_path / "killed", cluster={"workers": 2, "cpus_per_worker": 1}, strategy="deepspeed", zero=2)
+    mark = f"{os.getpid()}-{time.time_ns()}"
+    process = subprocess.Popen(
+        command(str(file), *longer),
+        cwd=ROOT,
+        env={**environment(), "T2IDIST_MARK": mark},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    at = tmp_path / "killed/runs/tiny"
+    deadline = time.monotonic() + 240
+    while (images := images_of(at, "attngan")) < 80:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(train_workers(mark)[-1], signal.SIGKILL)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err + out
+    (resumed,) = (attempt["resumed"] for attempt in json.loads((at / "attempts.json").read_text())[1:])
+    assert resumed["attngan"]["from"] == "copy in memory" and resumed["attngan"]["images"] >= images - 8
+    ours = load_file(at / "attngan/export/generator.safetensors")
+    theirs = load_file(tmp_path / "whole/runs/tiny/attngan/export/generator.safetensors")
+    for name, value in theirs.items():
+        assert float((ours[name].double() - value.double()).norm()) <= 1e-2 * float(value.double().norm()) + 1e-6, name
 
 
 @pytest.mark.whole

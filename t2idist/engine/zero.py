@@ -58,7 +58,7 @@ class Partitioned:
     def __init__(self, name: str, role: Role, precision: Precision, world: World, stage: int) -> None:
         self._name, self._clip_norm, self._world = name, role.clip_norm, world
         self._trained = trained(role.net)
-        for key, parameter in self._trained.items():
+        for key, parameter in role.net.named_parameters():
             if parameter.dim() == 0 or parameter.dtype != torch.float32:
                 raise ValueError(
                     f"{name}: '{key}' is {tuple(parameter.shape)} {parameter.dtype}; DeepSpeed takes float32 of at "

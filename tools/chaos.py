@@ -240,6 +240,7 @@ def torment(
             by.do(left.pop(0))
             last = story.now()
     story.look()
+    story.close()
     by.end_all()
     faults = [f"the run ended before {len(left)} of the injuries; give more --steps"] if left else []
     if driver.returncode != 0:

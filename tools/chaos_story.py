@@ -161,9 +161,14 @@ class Story:
             found.first_step, found.workers_after = at, self.workers
         elif found.ended is not None or at < self._quiet_from or step < found.step + QUIET_STEPS:
             return
-        self.recoveries.append(found)
-        print(found.line(), flush=True)
-        self._open = None
+        self.close()
+
+    def close(self) -> None:
+        """What is under way is over: it recovered, or the run ended without a restart for it."""
+        if self._open is not None:
+            self.recoveries.append(self._open)
+            print(self._open.line(), flush=True)
+            self._open = None
 
 
 # ------------------------------------------------------------------------------------------------ the checks

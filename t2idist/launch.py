@@ -26,7 +26,7 @@ from t2idist.engine.metrics import PROGRESS
 from t2idist.engine.notice import Ask, Notice
 from t2idist.evaluate.progress import ProgressPrinter
 from t2idist.keepers import RayKeepers
-from t2idist.nodes import KnownNodes, Reservation
+from t2idist.nodes import KnownNodes, Reservation, StartWatch
 from t2idist.strict import from_dict, to_dict
 
 logger = logging.getLogger(__name__)
@@ -160,7 +160,10 @@ def _trainer(config: RunConfig, folder: str) -> TorchTrainer:
             name=config.name,
             storage_path=folder,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            callbacks=[KnownNodes(RayKeepers(_run_id(config)), cluster.start_within_seconds)],  # type: ignore[list-item]
+            callbacks=[
+                KnownNodes(RayKeepers(_run_id(config)), cluster.start_within_seconds),  # type: ignore[list-item]
+                StartWatch(cluster.start_within_seconds),  # type: ignore[list-item]
+            ],
             worker_runtime_env={"env_vars": _environment(config)},  # type: ignore[call-arg]
         ),
     )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from t2idist import storage
 from t2idist.keepers import RayKeepers
@@ -20,10 +21,11 @@ logger = logging.getLogger(__name__)
 RESERVATION = "reservation.json"
 _COORDINATOR_SECONDS = 5.0
 _PING_SECONDS = 1.0
+_SHUTDOWN_SECONDS = "5"
 
 
 class KnownNodes(ControllerCallback):  # type: ignore[misc]
-    """After a failure, lets Ray Train choose the new number of workers only when it is known which machines are left.
+    """Lets Ray Train choose the new number of workers only when it is known which machines are left.
 
     A machine that falls silent counts as alive until Ray's health check gives it up; asked for before that, the new
     workers would wait for it until they are given up too, after `start_within_seconds`. Every machine that had a worker
@@ -33,7 +35,16 @@ class KnownNodes(ControllerCallback):  # type: ignore[misc]
     def __init__(self, keepers: RayKeepers, start_within_seconds: float) -> None:
         self._keepers, self._start_within_seconds = keepers, start_within_seconds
 
+    def after_controller_start(self, train_run_context: Any) -> None:
+        os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", _SHUTDOWN_SECONDS)
+
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
+        self._wait()
+
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        self._wait()
+
+    def _wait(self) -> None:
         deadline = time.monotonic() + self._start_within_seconds
         while time.monotonic() < deadline:
             with contextlib.suppress(RayError):
@@ -42,6 +53,41 @@ class KnownNodes(ControllerCallback):  # type: ignore[misc]
             time.sleep(_PING_SECONDS / 4)
         with contextlib.suppress(ValueError, RayError):
             ray.get(_coordinator().get_reserved_resources.remote("", recompute=True), timeout=_COORDINATOR_SECONDS)
+
+
+class StartWatch(WorkerGroupCallback):  # type: ignore[misc]
+    """Ends workers that are not ready to train within so many seconds; Ray Train then starts a new group.
+
+    Ray's own time-out ends when the workers' processes are there; one that hangs right after would never be given up.
+    """
+
+    def __init__(self, start_within_seconds: float) -> None:
+        self._start_within_seconds = start_within_seconds
+        self._timer: threading.Timer | None = None
+
+    def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
+        self._cancel()
+        self._timer = threading.Timer(self._start_within_seconds, _end_workers, [[worker.actor for worker in workers]])
+        self._timer.daemon = True
+        self._timer.start()
+        return {}
+
+    def after_worker_group_training_start(self, worker_group: Any) -> None:
+        self._cancel()
+
+    def before_worker_group_shutdown(self, worker_group: Any) -> None:
+        self._cancel()
+
+    def _cancel(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def _end_workers(actors: list[Any]) -> None:
+    logger.warning("workers did not start in time; they are started anew")
+    for actor in actors:
+        ray.kill(actor)
 
 
 def alive_nodes() -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from t2idist import storage
+
+logger = logging.getLogger(__name__)
 
 PROGRESS = "progress.json"
 
@@ -156,7 +159,10 @@ def add_lines(stage_url: str, lines: Sequence[dict[str, Any]]) -> None:
 
 
 class _Events:
-    """TensorBoard events: straight into a local run folder, or by way of a temporary one into an object store."""
+    """TensorBoard events: straight into a local run folder, or by way of a temporary one into an object store.
+
+    They end with a warning where they cannot be written (a full disk, say): metrics.jsonl has all that is in them.
+    """
 
     def __init__(self, stage_url: str, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -166,18 +172,22 @@ class _Events:
         self._temporary = None if local is not None else tempfile.TemporaryDirectory(prefix="t2idist-events-")
         self._folder = local if local is not None else Path(self._temporary.name)  # type: ignore[union-attr]
         self._writer = SummaryWriter(str(self._folder), purge_step=step or None)  # type: ignore[no-untyped-call]
+        self._ended = False
 
     def add(self, values: Mapping[str, float], images: int) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, images)  # type: ignore[no-untyped-call]
+        def write() -> None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, images)  # type: ignore[no-untyped-call]
+
+        self._or_end(write)
 
     def flush(self) -> None:
-        self._writer.flush()  # type: ignore[no-untyped-call]
-        self._upload()
+        self._or_end(self._writer.flush)
+        self._or_end(self._upload)
 
     def close(self) -> None:
-        self._writer.close()  # type: ignore[no-untyped-call]
-        self._upload()
+        self._or_end(self._writer.close)
+        self._or_end(self._upload)
         if self._temporary is not None:
             self._temporary.cleanup()
 
@@ -185,3 +195,12 @@ class _Events:
         if self._temporary is not None:
             for file in self._folder.iterdir():
                 storage.write_bytes(storage.join(self._target, file.name), file.read_bytes())
+
+    def _or_end(self, work: Callable[[], None]) -> None:
+        if self._ended:
+            return
+        try:
+            work()
+        except OSError as error:
+            self._ended = True
+            logger.warning("TensorBoard events end here: %s", error)

@@ -16,7 +16,7 @@ from t2idist.data.sources import open_dataset
 from t2idist.engine import export, pretrained
 from t2idist.strict import parse_yaml, to_dict, to_yaml
 
-ADJUSTABLE = ("about", "storage", "report", "checkpoint", "cluster", "guard")
+ADJUSTABLE = ("about", "storage", "report", "checkpoint", "cluster", "guard", "strategy", "zero")
 ADJUSTABLE_STAGE = ("images", "max_groups_per_worker", "checkpoint_every_images", "pictures_every_images")
 ADJUSTABLE_DATA = ("threads", "prefetch_mib", "cache", "cache_gib", "endpoint_url", "max_bad")
 
@@ -60,7 +60,8 @@ def _stage_lines(config: RunConfig, name: str, system: System, dataset: Dataset 
     )
     yield from _network_lines(system)
     smallest, largest = config.cluster.workers
-    memory = _state_bytes(system, config.precision)
+    dividers = smallest if config.strategy == "deepspeed" else 1
+    memory = _state_bytes(system, config.precision, dividers)
     yield (
         f"  memory per worker {memory / 2**30:.2f} GiB for weights, gradients, Adam and EMA; activations come on top, "
         f"for {-(-stage.groups // largest)} to {-(-stage.groups // smallest)} groups of {stage.group_size}"
@@ -97,12 +98,16 @@ def _parameters(net: nn.Module) -> tuple[int, int]:
     return sum(n for n, _ in counts), sum(n for n, trained in counts if trained)
 
 
-def _state_bytes(system: System, precision: str) -> int:
+def _state_bytes(system: System, precision: str, dividers: int) -> int:
+    """Of a worker. dividers: workers among which DeepSpeed divides Adam's moments (1: none)."""
     each = 8 if precision == "float64" else 4
     numbers = 0
     for role in system.roles.values():
         total, trained = _parameters(role.net)
-        numbers += total + 3 * trained + (total if role.ema_half_life_images is not None else 0)
+        moments = (
+            2 * trained if dividers == 1 else -(-3 * trained // dividers)
+        )  # with a copy of its part of the weights
+        numbers += total + trained + moments + (total if role.ema_half_life_images is not None else 0)
     return each * (numbers + sum(_parameters(f.net)[0] for f in system.frozen.values()))
 
 

@@ -347,6 +347,7 @@ def versions(world: World) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "ray": importlib.metadata.version("ray"),
+        "deepspeed": _version_if_there("deepspeed"),
         "workers": world.size,
         "device": str(world.device),
         "cpu": _cpu(),
@@ -356,6 +357,13 @@ def versions(world: World) -> dict[str, Any]:
     if world.device.type != "cpu":
         found["accelerator"] = torch.get_device_module(world.device).get_device_name(world.device)
     return found
+
+
+def _version_if_there(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _git() -> str:

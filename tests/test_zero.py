@@ -36,6 +36,8 @@ from tools import bench_zero
 GROUPS, GROUP_SIZE, STEPS = 4, 3, 10
 PLAN = Plan(GROUP_SIZE, toys.VOCABULARY_SIZE, 5, 100)
 
+WHOLE_SYSTEMS = [pytest.param(name, marks=pytest.mark.whole) for name in systems.names()]
+
 
 class Clipped(toys.ToyGan):
     """Gradients of one part are cut far down, so that every update feels it."""
@@ -94,7 +96,7 @@ def apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 # ------------------------------------------------------------ the same mathematics
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("zero", [1, 2])
-@pytest.mark.parametrize("system", ["toy", "clipped", *systems.names()])
+@pytest.mark.parametrize("system", ["toy", "clipped", *WHOLE_SYSTEMS])
 def test_ten_steps_equal_those_of_ddp(workers: Workers, system: str, zero: int, size: int) -> None:
     theirs = workers.run(size, after, system, 0)[0]
     for ours in workers.run(size, after, system, zero):
@@ -161,7 +163,7 @@ def uninterrupted(world: World, system: str, zero: int, count: int) -> dict[str,
     return snapshot(made)
 
 
-@pytest.mark.parametrize("system", ["toy", *systems.names()])
+@pytest.mark.parametrize("system", ["toy", *WHOLE_SYSTEMS])
 def test_a_run_goes_on_under_any_strategy_on_any_number_of_workers(
     workers: Workers, tmp_path: Path, system: str
 ) -> None:

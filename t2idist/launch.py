@@ -161,7 +161,9 @@ def _trainer(config: RunConfig, folder: str) -> TorchTrainer:
             storage_path=folder,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             callbacks=[
-                KnownNodes(RayKeepers(_run_id(config)), cluster.start_within_seconds),  # type: ignore[list-item]
+                KnownNodes(  # type: ignore[list-item]
+                    RayKeepers(_run_id(config)), cluster.start_within_seconds, smallest
+                ),
                 StartWatch(cluster.start_within_seconds),  # type: ignore[list-item]
             ],
             worker_runtime_env={"env_vars": _environment(config)},  # type: ignore[call-arg]

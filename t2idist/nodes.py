@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -32,8 +33,8 @@ class KnownNodes(ControllerCallback):  # type: ignore[misc]
     has a keeper: one that does not answer is waited for, until it does or Ray knows, but no longer than that.
     """
 
-    def __init__(self, keepers: RayKeepers, start_within_seconds: float) -> None:
-        self._keepers, self._start_within_seconds = keepers, start_within_seconds
+    def __init__(self, keepers: RayKeepers, start_within_seconds: float, smallest: int) -> None:
+        self._keepers, self._start_within_seconds, self._smallest = keepers, start_within_seconds, smallest
 
     def after_controller_start(self, train_run_context: Any) -> None:
         os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", _SHUTDOWN_SECONDS)
@@ -43,12 +44,16 @@ class KnownNodes(ControllerCallback):  # type: ignore[misc]
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
         self._wait()
+        with contextlib.suppress(RayError):
+            room = room_for(resize_decision.resources_per_worker)
+            if self._smallest <= room < resize_decision.num_workers:  # it was taken before the wait
+                resize_decision.num_workers = room
 
     def _wait(self) -> None:
         deadline = time.monotonic() + self._start_within_seconds
         while time.monotonic() < deadline:
             with contextlib.suppress(RayError):
-                if not set(self._keepers.silent_nodes(_PING_SECONDS)) & alive_nodes():
+                if not set(self._keepers.silent_nodes(_PING_SECONDS)) & alive_nodes().keys():
                     break
             time.sleep(_PING_SECONDS / 4)
         with contextlib.suppress(ValueError, RayError):
@@ -90,10 +95,18 @@ def _end_workers(actors: list[Any]) -> None:
         ray.kill(actor)
 
 
-def alive_nodes() -> set[str]:
-    """Ids of the machines that Ray takes to be alive."""
+def alive_nodes() -> dict[str, dict[str, float]]:
+    """The machines that Ray takes to be alive, with all that each has."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    return {node["NodeID"] for node in nodes if node["Alive"]}
+    return {node["NodeID"]: node["Resources"] for node in nodes if node["Alive"]}
+
+
+def room_for(resources: Mapping[str, float]) -> int:
+    """Workers that need so much each, as many as all machines could hold."""
+    return sum(
+        min(int(has.get(kind, 0.0) // amount) for kind, amount in resources.items() if amount)
+        for has in alive_nodes().values()
+    )
 
 
 class Reservation:

@@ -76,7 +76,7 @@ def check_finished(folder: Path, system: str = "attngan") -> None:
     assert "data:image/" in page and "http://" not in page.replace("http://www.w3.org", "")
 
 
-@pytest.mark.parametrize("system", ["attngan", pytest.param("stackgan_pp", marks=pytest.mark.whole)])
+@pytest.mark.parametrize("system", ["attngan", pytest.param("stackgan_pp", marks=pytest.mark.slow)])
 def test_killed_and_taken_up_again_gives_the_same_model(tmp_path: Path, system: str) -> None:
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()

@@ -296,8 +296,7 @@ def test_a_parameter_that_deepspeed_cannot_take_is_named(workers: Workers) -> No
 
 
 # ------------------------------------------------------------ a real run
-@pytest.mark.whole
-@pytest.mark.parametrize("zero", [1, 2])
+@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.whole)])
 def test_two_ray_workers_train_under_deepspeed_what_one_trains(tmp_path: Path, zero: int) -> None:
     for name in ("alone", "cluster"):
         (tmp_path / name).mkdir()
@@ -315,7 +314,7 @@ def test_two_ray_workers_train_under_deepspeed_what_one_trains(tmp_path: Path, z
             assert float((ours[name].double() - value.double()).norm()) <= limit, name
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_a_run_under_deepspeed_does_take_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "abacus")  # nobody else reads it
     failed = run(str(recipe(tmp_path, cluster={"workers": 2, "cpus_per_worker": 1}, strategy="deepspeed", zero=1)))
@@ -355,7 +354,7 @@ def test_a_worker_killed_under_deepspeed_is_replaced_and_the_model_is_the_same(t
         assert float((ours[name].double() - value.double()).norm()) <= 1e-2 * float(value.double().norm()) + 1e-6, name
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_the_benchmark_prints_half_the_optimizer_for_two_workers(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -74,7 +74,7 @@ def submit(config: RunConfig) -> None:
 def _fit(config: RunConfig, folder: str) -> None:
     """Run the trainer to its end, again where Ray's controller failed, which its own counters do not cover."""
     keepers = RayKeepers(_run_id(config))
-    with _Progress(config), Reservation(stages.run_url(config)) as reservation:
+    with _Progress(config), Reservation(stages.run_url(config), config.cluster) as reservation:
         for retry in range(CONTROLLER_RETRIES + 1):
             try:
                 trainer = _trainer(config, folder)

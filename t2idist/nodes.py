@@ -15,12 +15,14 @@ from ray.exceptions import RayError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from t2idist import storage
+from t2idist.config import ClusterConfig
 from t2idist.keepers import RayKeepers
 
 logger = logging.getLogger(__name__)
 
 RESERVATION = "reservation.json"
 _COORDINATOR_SECONDS = 5.0
+_LOOK_SECONDS = 2.0
 _PING_SECONDS = 1.0
 _SHUTDOWN_SECONDS = "5"
 
@@ -113,22 +115,26 @@ class Reservation:
     """What Ray's autoscaling coordinator sets aside for an elastic run: it says how many workers there may be.
 
     It looks at the nodes every 20 s only, and keeps what a dead driver had set aside for 180 s. Here both are mended:
-    it is made to look every second, and the last submission's share is given back before this one asks.
+    it is made to look more often, and the last submission's share is given back before this one asks. A run of a fixed
+    number of workers asks nothing of it.
     """
 
-    def __init__(self, run_url: str) -> None:
+    def __init__(self, run_url: str, cluster: ClusterConfig) -> None:
         self._where = storage.join(run_url, RESERVATION)
         self._holder = ""
+        self._elastic = cluster.workers[0] < cluster.workers[1]
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, name="nodes", daemon=True)
 
     def __enter__(self) -> Reservation:
-        self._thread.start()
+        if self._elastic:
+            self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._ended.set()
-        self._thread.join()
+        if self._elastic:
+            self._thread.join()
         self._give_back(self._holder)
 
     def hold(self, holder: str) -> None:
@@ -143,7 +149,7 @@ class Reservation:
             ray.get(_coordinator().cancel_request.remote(holder), timeout=_COORDINATOR_SECONDS)
 
     def _look(self) -> None:
-        while not self._ended.wait(1.0):
+        while not self._ended.wait(_LOOK_SECONDS):
             with contextlib.suppress(ValueError, RayError):
                 call = _coordinator().get_reserved_resources.remote(self._holder, recompute=True)
                 ray.get(call, timeout=_COORDINATOR_SECONDS)

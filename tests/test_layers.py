@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
         "evaluate.progress",
     },
     "keepers": {"engine.memory"},
-    "nodes": {"storage", "keepers"},
+    "nodes": {"storage", "config", "keepers"},
     "run": {"config", "engine.notice", "stages", "dry", "launch"},
 }
 ONLY_IN: dict[str, set[str]] = {

@@ -180,11 +180,11 @@ class Memory:
             self._cost_seconds += self._sent_seconds
 
     def _send(self, held: Held, part: dcp.Part) -> None:
-        began = time.thread_time()
+        began = time.monotonic()
         try:
             self._keepers.put(self._key, held, part.data)
             self._fault, self._told = None, False
         except Exception as error:
             self._fault = str(error)
-        on_cores = self._world.device.type == "cpu"  # then sending takes from the training's own cores
-        self._sent_seconds = time.thread_time() - began if on_cores else 0.0
+        on_cores = self._world.device.type == "cpu"  # then sender and keepers take from the training's own cores
+        self._sent_seconds = time.monotonic() - began if on_cores else 0.0

@@ -104,9 +104,8 @@ def _state_bytes(system: System, precision: str, dividers: int) -> int:
     numbers = 0
     for role in system.roles.values():
         total, trained = _parameters(role.net)
-        moments = (
-            2 * trained if dividers == 1 else -(-3 * trained // dividers)
-        )  # with a copy of its part of the weights
+        divided = 3 * trained  # DeepSpeed keeps a copy of a worker's part of the weights too
+        moments = 2 * trained if dividers == 1 else -(-divided // dividers)
         numbers += total + trained + moments + (total if role.ema_half_life_images is not None else 0)
     return each * (numbers + sum(_parameters(f.net)[0] for f in system.frozen.values()))
 

@@ -182,14 +182,17 @@ def train_workers(mark: str) -> list[int]:
     return sorted(found)
 
 
-@pytest.mark.whole
-def test_a_worker_killed_in_the_middle_is_replaced_and_the_model_is_the_same(tmp_path: Path) -> None:
+def train_with_a_kill(folder: Path, *words: str, **top: Any) -> tuple[str, int, dict[str, Any]]:
+    """Train the recipe in peace (folder/whole) and on two Ray workers of which one is killed (folder/killed).
+
+    Gives what the second said, the images it had told when it was hurt, and what its second attempt went on from.
+    """
     for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-    longer = ["stages.attngan.images=320", "stages.attngan.checkpoint_every_images=320", "report.ledger=true"]
+        (folder / name).mkdir()
+    longer = ["stages.attngan.images=320", "stages.attngan.checkpoint_every_images=320", *words]
     longer += ["checkpoint.memory_every_steps=1"]
-    assert run(str(recipe(tmp_path / "whole")), "--local", *longer).returncode == 0
-    file = recipe(tmp_path / "killed", cluster={"workers": 2, "cpus_per_worker": 1})
+    assert run(str(recipe(folder / "whole")), "--local", *longer).returncode == 0
+    file = recipe(folder / "killed", cluster={"workers": 2, "cpus_per_worker": 1}, **top)
     mark = f"{os.getpid()}-{time.time_ns()}"
     process = subprocess.Popen(
         command(str(file), *longer),
@@ -199,7 +202,7 @@ def test_a_worker_killed_in_the_middle_is_replaced_and_the_model_is_the_same(tmp
         stderr=subprocess.PIPE,
         text=True,
     )
-    at = tmp_path / "killed/runs/tiny"
+    at = folder / "killed/runs/tiny"
     deadline = time.monotonic() + 200
     while (images := images_of(at, "attngan")) < 80:
         assert process.poll() is None and time.monotonic() < deadline
@@ -207,13 +210,20 @@ def test_a_worker_killed_in_the_middle_is_replaced_and_the_model_is_the_same(tmp
     os.kill(train_workers(mark)[-1], signal.SIGKILL)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err + out
-    assert "restarts 1" in out
-    ours = load_file(tmp_path / "killed/runs/tiny/attngan/export/generator.safetensors")
-    theirs = load_file(tmp_path / "whole/runs/tiny/attngan/export/generator.safetensors")
+    ours = load_file(at / "attngan/export/generator.safetensors")
+    theirs = load_file(folder / "whole/runs/tiny/attngan/export/generator.safetensors")
     for name, value in theirs.items():
         assert float((ours[name].double() - value.double()).norm()) <= 1e-2 * float(value.double().norm()) + 1e-6, name
-    lines = [json.loads(line) for line in (at / "attngan/metrics.jsonl").read_text().splitlines()]
-    assert [line["images"] for line in lines] == list(range(8, 321, 8))
     (resumed,) = (attempt["resumed"] for attempt in json.loads((at / "attempts.json").read_text())[1:])
-    assert resumed["attngan"]["from"] == "copy in memory" and resumed["attngan"]["images"] >= images - 8
-    assert list(read_ledger(str(at / "attngan"))) == [(step, group) for step in range(40) for group in range(2)]
+    return out, images, resumed["attngan"]
+
+
+@pytest.mark.whole
+def test_a_worker_killed_in_the_middle_is_replaced_and_the_model_is_the_same(tmp_path: Path) -> None:
+    out, images, resumed = train_with_a_kill(tmp_path, "report.ledger=true")
+    assert "restarts 1" in out
+    assert resumed["from"] == "copy in memory" and resumed["images"] >= images - 8
+    at = tmp_path / "killed/runs/tiny/attngan"
+    lines = [json.loads(line) for line in (at / "metrics.jsonl").read_text().splitlines()]
+    assert [line["images"] for line in lines] == list(range(8, 321, 8))
+    assert list(read_ledger(str(at))) == [(step, group) for step in range(40) for group in range(2)]

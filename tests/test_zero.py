@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
-import json
-import os
-import signal
-import subprocess
 import sys
-import time
 import weakref
 from pathlib import Path
 
@@ -29,7 +24,7 @@ from t2idist.strict import from_dict
 from tests import small, toys
 from tests.test_config import MINIMAL
 from tests.test_guard import Poisoned
-from tests.test_run import ROOT, check_finished, command, environment, images_of, recipe, run, train_workers
+from tests.test_run import check_finished, recipe, run, train_with_a_kill
 from tests.workers import Workers
 from tools import bench_zero
 
@@ -323,35 +318,8 @@ def test_a_run_under_deepspeed_does_take_deepspeed(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.slow
 def test_a_worker_killed_under_deepspeed_is_replaced_and_the_model_is_the_same(tmp_path: Path) -> None:
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-    longer = ["stages.attngan.images=320", "stages.attngan.checkpoint_every_images=320"]
-    longer += ["checkpoint.memory_every_steps=1"]
-    assert run(str(recipe(tmp_path / "whole")), "--local", *longer).returncode == 0
-    file = recipe(tmp_path / "killed", cluster={"workers": 2, "cpus_per_worker": 1}, strategy="deepspeed", zero=2)
-    mark = f"{os.getpid()}-{time.time_ns()}"
-    process = subprocess.Popen(
-        command(str(file), *longer),
-        cwd=ROOT,
-        env={**environment(), "T2IDIST_MARK": mark},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    at = tmp_path / "killed/runs/tiny"
-    deadline = time.monotonic() + 240
-    while (images := images_of(at, "attngan")) < 80:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(train_workers(mark)[-1], signal.SIGKILL)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err + out
-    (resumed,) = (attempt["resumed"] for attempt in json.loads((at / "attempts.json").read_text())[1:])
-    assert resumed["attngan"]["from"] == "copy in memory" and resumed["attngan"]["images"] >= images - 8
-    ours = load_file(at / "attngan/export/generator.safetensors")
-    theirs = load_file(tmp_path / "whole/runs/tiny/attngan/export/generator.safetensors")
-    for name, value in theirs.items():
-        assert float((ours[name].double() - value.double()).norm()) <= 1e-2 * float(value.double().norm()) + 1e-6, name
+    _, images, resumed = train_with_a_kill(tmp_path, strategy="deepspeed", zero=2)
+    assert resumed["from"] == "copy in memory" and resumed["images"] >= images - 8
 
 
 @pytest.mark.slow

@@ -128,13 +128,10 @@ class Memory:
         """Wait for what is under way. forget: the stage is done, so no copy of it is of use."""
         self._join()
         if forget and self._world.first:
-            self.forget()
-
-    def forget(self) -> None:
-        try:
-            self._keepers.forget(self._key)
-        except OSError as error:
-            logger.warning("copies in memory: %s", error)
+            try:
+                self._keepers.forget(self._key)
+            except OSError as error:
+                logger.warning("copies in memory: %s", error)
 
     def restore(self, trainer: Trainer, newer_than_images: int) -> Found | None:
         """Put the newest whole copy into the trainer, if it is newer; its notes are in `notes`. A collective."""

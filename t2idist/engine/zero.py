@@ -269,9 +269,8 @@ def _load(device: torch.device) -> ModuleType:
     from deepspeed.ops import __compatible_ops__
 
     __compatible_ops__["deepspeed_shm_comm"] = False
-    warnings.filterwarnings(
-        "ignore", ".*all_gather_into_tensor", FutureWarning
-    )  # at every step, of DeepSpeed's own call
+    # DeepSpeed's own call warns at every step
+    warnings.filterwarnings("ignore", ".*all_gather_into_tensor", FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     module: ModuleType = deepspeed
     return module

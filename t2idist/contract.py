@@ -11,8 +11,8 @@ contiguous.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -24,20 +24,50 @@ T = TypeVar("T")
 
 # ------------------------------------------------------------ what data gives
 @dataclass(frozen=True)
+class Captions:
+    """A caption for each of N pictures.
+
+    tokens: (N, max_words) int64, 0 = padding. lengths: (N,) int64, at least 1. vectors: (N, D) float32, sentence
+    vectors that came with the data, D = 0 where none did.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    vectors: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: slice | Tensor) -> Captions:
+        return Captions(self.tokens[rows], self.lengths[rows], self.vectors[rows])
+
+    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Captions:
+        """On `device`, the vectors as `dtype`."""
+        tokens, lengths = (numbers.to(device, non_blocking=True) for numbers in (self.tokens, self.lengths))
+        return Captions(tokens, lengths, self.vectors.to(device, dtype, non_blocking=True))
+
+    def each(self, times: int) -> Captions:
+        """Every caption so many times, one after the other."""
+        return self[torch.arange(len(self)).repeat_interleave(times)]
+
+
+@dataclass(frozen=True)
 class Batch:
     """One step's samples on one worker.
 
     images: the pyramid, lowest size first, each (N, 3, S, S): uint8 on the host, after `to` floats in [-1, 1].
-    tokens: (N, max_words) int64, 0 = padding. lengths: (N,) int64, at least 1. class_ids: (N,) int64 (samples
-    of one class do not serve as each other's negatives). ids: sample keys, in order.
+    captions: one of each picture's. class_ids: (N,) int64 (samples of one class do not serve as each other's
+    negatives). attributes: (N, A) float32, 1 where a picture has the attribute, in the order of `Plan.attributes`. ids:
+    sample keys, in order. domain: which of the stage's data sets all of them are from (0 where there is one).
     """
 
     images: tuple[Tensor, ...]
-    tokens: Tensor
-    lengths: Tensor
+    captions: Captions
     class_ids: Tensor
+    attributes: Tensor
     ids: tuple[str, ...]
     groups: int
+    domain: int = 0
 
     @property
     def group_size(self) -> int:
@@ -45,13 +75,13 @@ class Batch:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
         """The batch on `device`; uint8 pictures become `dtype` in [-1, 1] there."""
-        moved: dict[str, Any] = {
-            f.name: getattr(self, f.name).to(device, non_blocking=True)
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
-        }
-        pictures = tuple(as_floats(image.to(device, non_blocking=True), dtype) for image in self.images)
-        return replace(self, images=pictures, **moved)
+        return replace(
+            self,
+            images=tuple(as_floats(image.to(device, non_blocking=True), dtype) for image in self.images),
+            captions=self.captions.to(device, dtype),
+            class_ids=self.class_ids.to(device, non_blocking=True),
+            attributes=self.attributes.to(device, dtype, non_blocking=True),
+        )
 
 
 def as_floats(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -130,18 +160,49 @@ class Frozen:
 
 
 @dataclass(frozen=True)
+class Extent:
+    """What a stage's data is like.
+
+    words: its vocabulary by number, 0 = padding. epoch_images: training samples in one epoch. vector_dim: of the
+    sentence vectors that come with it, 0 where none do. attributes: names of each data set's attributes.
+    """
+
+    words: tuple[str, ...]
+    epoch_images: int
+    vector_dim: int = 0
+    attributes: tuple[tuple[str, ...], ...] = ((),)
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a system may know when it is built.
 
     sources: for each export slot, the `config.json` of that export (``{"system", "config", "plan", ...}``), also
-    in a dry run, before the export exists. epoch_images: training samples in one epoch.
+    in a dry run, before the export exists.
     """
 
     group_size: int
-    vocabulary_size: int
     max_words: int
-    epoch_images: int
+    extent: Extent
     sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def vocabulary_size(self) -> int:
+        return len(self.extent.words)
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values for an export's index, which holds the words elsewhere."""
+        extent = asdict(self.extent)
+        del extent["words"]
+        sizes = {"group_size": self.group_size, "max_words": self.max_words, "vocabulary_size": self.vocabulary_size}
+        return {**sizes, **extent, "sources": dict(self.sources)}
+
+    @classmethod
+    def of(cls, described: Mapping[str, Any], words: Sequence[str]) -> Plan:
+        """The plan that `describe` was asked of. Raises KeyError or TypeError for values that are none."""
+        attributes = tuple(tuple(names) for names in described["attributes"])
+        extent = Extent(tuple(words), described["epoch_images"], described["vector_dim"], attributes)
+        return cls(described["group_size"], described["max_words"], extent, described["sources"])
 
 
 Draw = Callable[..., Tensor]
@@ -224,7 +285,7 @@ class System(Protocol):
 class Draws(Protocol):
     """A system that draws pictures from captions."""
 
-    def sample(self, nets: Mapping[str, nn.Module], tokens: Tensor, lengths: Tensor, draw: Draw) -> Sample:
+    def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: Draw) -> Sample:
         """Pictures of N captions by `nets` (the exported networks, in eval mode), under no_grad by the caller."""
         ...
 
@@ -232,8 +293,6 @@ class Draws(Protocol):
 class Matches(Protocol):
     """A system that places pictures and captions in one space (for R-precision)."""
 
-    def embed(
-        self, nets: Mapping[str, nn.Module], images: Tensor, tokens: Tensor, lengths: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def embed(self, nets: Mapping[str, nn.Module], images: Tensor, captions: Captions) -> tuple[Tensor, Tensor]:
         """Image codes and caption codes, each (N, D), of pictures (N, 3, S, S) in [-1, 1] of any size."""
         ...

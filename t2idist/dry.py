@@ -10,7 +10,7 @@ from torch import nn
 
 from t2idist import stages, storage
 from t2idist.config import DataConfig, RunConfig
-from t2idist.contract import System
+from t2idist.contract import Extent, System
 from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_dataset
 from t2idist.engine import export, pretrained
@@ -26,9 +26,9 @@ def check(config: RunConfig) -> None:
     stages.check_uses(config)
     for name in config.stages:
         dataset = _dataset(config.stage_data(name))
-        vocabulary_size, epoch_images = _extent(dataset)
+        extent = _extent(dataset)
         _check_vocabulary(config, name, dataset)
-        system = _on_meta(config, name, vocabulary_size, epoch_images)
+        system = _on_meta(config, name, extent)
         for role in system.roles.values():
             if role.pretrained is not None:
                 pretrained.check(role.pretrained, f"stages.{name}.model")
@@ -43,10 +43,10 @@ def describe(config: RunConfig) -> str:
     for name in config.stages:
         data = config.stage_data(name)
         dataset = _dataset(data) if data.source else None
-        vocabulary_size, epoch_images = _extent(dataset)
+        extent = _extent(dataset)
         if dataset is not None:
             _check_vocabulary(config, name, dataset)
-        system = _on_meta(config, name, vocabulary_size, epoch_images)
+        system = _on_meta(config, name, extent)
         lines += [*_stage_lines(config, name, system, dataset), ""]
     _check_same_run(config)
     return "\n".join(lines).rstrip()
@@ -110,9 +110,9 @@ def _state_bytes(system: System, precision: str, dividers: int) -> int:
     return each * (numbers + sum(_parameters(f.net)[0] for f in system.frozen.values()))
 
 
-def _on_meta(config: RunConfig, name: str, vocabulary_size: int, epoch_images: int) -> System:
+def _on_meta(config: RunConfig, name: str, extent: Extent) -> System:
     with torch.device("meta"):
-        return stages.build(config, name, stages.plan(config, name, vocabulary_size, epoch_images))
+        return stages.build(config, name, stages.plan(config, name, extent))
 
 
 def _dataset(data: DataConfig) -> Dataset:
@@ -121,8 +121,8 @@ def _dataset(data: DataConfig) -> Dataset:
     return open_dataset(data)
 
 
-def _extent(dataset: Dataset | None) -> tuple[int, int]:
-    return (1, 1) if dataset is None else (len(dataset.vocabulary), len(dataset.split("train")))
+def _extent(dataset: Dataset | None) -> Extent:
+    return Extent(("",), 1) if dataset is None else dataset.extent
 
 
 def _check_vocabulary(config: RunConfig, name: str, dataset: Dataset) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from t2idist import storage, systems
 from t2idist.config import RunConfig
-from t2idist.contract import Plan, System
+from t2idist.contract import Extent, Plan, System
 from t2idist.data.text import Vocabulary
 from t2idist.engine import export
 from t2idist.strict import from_dict, to_dict
@@ -70,19 +70,19 @@ def check_uses(config: RunConfig) -> None:
         before.append(name)
 
 
-def plan(config: RunConfig, stage: str, vocabulary_size: int, epoch_images: int) -> Plan:
+def plan(config: RunConfig, stage: str, extent: Extent) -> Plan:
     """What the stage's system is built from; an export that is not there yet is described by its stage."""
     settings = config.stages[stage]
-    sources = {slot: _source(config, source, vocabulary_size, epoch_images) for slot, source in settings.uses.items()}
-    return Plan(settings.group_size, vocabulary_size, config.stage_data(stage).max_words, epoch_images, sources)
+    sources = {slot: _source(config, source, extent) for slot, source in settings.uses.items()}
+    return Plan(settings.group_size, config.stage_data(stage).max_words, extent, sources)
 
 
-def _source(config: RunConfig, source: str, vocabulary_size: int, epoch_images: int) -> Mapping[str, Any]:
+def _source(config: RunConfig, source: str, extent: Extent) -> Mapping[str, Any]:
     url = source_url(config, source)
     if source in config.stages and not export.exists(url):
-        made = plan(config, source, vocabulary_size, epoch_images)
+        made = plan(config, source, extent)
         settings = to_dict(model_config(config, source))
-        return {"system": config.stages[source].system, "config": settings, "plan": asdict(made)}
+        return {"system": config.stages[source].system, "config": settings, "plan": made.describe()}
     index = export.read_index(url)
     return {key: index[key] for key in ("system", "config", "plan")}
 

@@ -169,7 +169,7 @@ def _run_stage(
     sources = _read_sources(config, name)
     vocabulary = stages.vocabulary_of(dataset.vocabulary, {slot: s.vocabulary for slot, s in sources.items()})
     dataset = dataclasses.replace(dataset, vocabulary=vocabulary)
-    plan = stages.plan(config, name, len(vocabulary), len(dataset.split("train")))
+    plan = stages.plan(config, name, dataset.extent)
     system = _build(config, name, plan, sources)
     trainer = _trainer(config, name, system, world, rollback)
     meta = {"config": to_dict(config), "vocabulary": list(vocabulary.words), "versions": ran_on}
@@ -302,7 +302,7 @@ def _finish(
         index = {
             "system": config.stages[name].system,
             "config": to_dict(stages.model_config(config, name)),
-            "plan": dataclasses.asdict(plan),
+            "plan": plan.describe(),
             "vocabulary": list(dataset.vocabulary.words),
             "images": trainer.images,
             "data": {

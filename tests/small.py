@@ -12,10 +12,11 @@ from t2idist.contract import System
 from t2idist.engine.strategy import Precision
 from t2idist.engine.train import Trainer
 from t2idist.engine.world import Share, World
+from t2idist.evaluate.load import network
 from t2idist.strict import from_dict
 from tests import toys
 
-GROUPS, GROUP_SIZE, MAX_WORDS, EPOCH_IMAGES = 4, 3, 6, 50
+GROUPS, GROUP_SIZE, MAX_WORDS = 4, 3, 6
 
 DAMSM = {"embedding_dim": 16, "word_dim": 8, "trunk": "small", "trunk_width": 4, "image_size": 32}
 TREE = {"base_size": 16, "branches": 2, "residuals": 1, "z_dim": 6, "condition_dim": 6, "ema_half_life_images": 100}
@@ -24,14 +25,22 @@ MODELS: dict[str, dict[str, Any]] = {
     "attngan": {**TREE, "generator_width": 8, "discriminator_width": 8},
     "stackgan_pp": {**TREE, "generator_width": 8, "discriminator_width": 4, "colour_weight": 5.0},
 }
+USES: dict[str, dict[str, str]] = {"attngan": {"damsm": "damsm"}, "stackgan_pp": {"damsm": "damsm"}}
+"""By system and slot, which other one trains what it uses."""
 
 
 def config(system: str, precision: str = "float64") -> RunConfig:
-    """A run of one system, after a DAMSM where it uses one."""
+    """A run of one system, after those that it uses."""
     scale = {"group_size": GROUP_SIZE, "groups": GROUPS, "images": 240}
-    made: dict[str, Any] = {"damsm": {"system": "damsm", **scale, "model": DAMSM}}
-    if system != "damsm":
-        made[system] = {"system": system, **scale, "model": MODELS[system], "uses": {"damsm": "damsm"}}
+    made: dict[str, Any] = {}
+
+    def add(name: str) -> None:
+        uses = USES.get(name, {})
+        for source in uses.values():
+            add(source)
+        made[name] = {"system": name, **scale, "model": MODELS[name], "uses": uses}
+
+    add(system)
     return from_dict(
         RunConfig,
         {
@@ -45,17 +54,14 @@ def config(system: str, precision: str = "float64") -> RunConfig:
 
 
 def build(system: str) -> System:
-    """The system with weights that are a function of its name alone; frozen networks are those of a fresh DAMSM."""
+    """The system with weights that are a function of its name alone; frozen networks are those of fresh sources."""
     run = config(system)
-    plan = stages.plan(run, system, toys.VOCABULARY_SIZE, EPOCH_IMAGES)
     torch.manual_seed(11)
-    made = stages.build(run, system, plan)
-    if made.frozen:
-        torch.manual_seed(12)
-        source = stages.build(run, "damsm", stages.plan(run, "damsm", toys.VOCABULARY_SIZE, EPOCH_IMAGES))
-        for frozen in made.frozen.values():
-            trained = next(role.net for role in source.roles.values()).get_submodule(frozen.network)
-            frozen.net.load_state_dict(trained.state_dict())
+    made = stages.build(run, system, stages.plan(run, system, toys.EXTENT))
+    for frozen in made.frozen.values():
+        source = build(USES[system][frozen.source])
+        dotted = next(name for name in source.exports if name.rpartition(".")[2] == frozen.network)
+        frozen.net.load_state_dict(network(source, dotted).state_dict())
     return made
 
 

@@ -72,7 +72,10 @@ def take(stream: Loader, count: int) -> list[Batch]:
 
 def assert_equal(one: Batch, other: Batch) -> None:
     assert one.ids == other.ids
-    tensors = [(*batch.images, batch.tokens, batch.lengths, batch.class_ids) for batch in (one, other)]
+    tensors = [
+        (*b.images, b.captions.tokens, b.captions.lengths, b.captions.vectors, b.class_ids, b.attributes)
+        for b in (one, other)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(*tensors, strict=True))
 
 
@@ -323,8 +326,8 @@ def test_stream_is_the_order_and_each_epoch_has_each_sample(small: Dataset):
     assert sorted(ids[:60]) == sorted(ids[60:]) == small.split("train").keys
     assert [tuple(image.shape) for image in batches[0].images] == [(24, 3, 8, 8), (24, 3, 16, 16)]
     assert batches[0].images[0].dtype == torch.uint8 and batches[0].groups == 4
-    assert batches[0].tokens.shape == (24, 5)
-    assert torch.equal((batches[0].tokens > 0).sum(1), batches[0].lengths)
+    assert batches[0].captions.tokens.shape == (24, 5)
+    assert torch.equal((batches[0].captions.tokens > 0).sum(1), batches[0].captions.lengths)
 
 
 def test_any_workers_and_any_resume_give_the_same(small: Dataset):
@@ -335,7 +338,7 @@ def test_any_workers_and_any_resume_give_the_same(small: Dataset):
             rows = [group * 6 + place for group in owned for place in range(6)]
             assert batch.ids == tuple(all_groups.ids[row] for row in rows)
             assert torch.equal(batch.images[1], all_groups.images[1][rows])
-            assert torch.equal(batch.tokens, all_groups.tokens[rows])
+            assert torch.equal(batch.captions.tokens, all_groups.captions.tokens[rows])
             assert torch.equal(batch.class_ids, all_groups.class_ids[rows])
 
 
@@ -365,7 +368,9 @@ def test_evaluation_stream_draws_nothing(small: Dataset):
     split = small.split("train")
     for row, key in enumerate(batch.ids):
         caption = split.captions(split.keys.index(key))[0]
-        assert batch.tokens[row].tolist() == small.vocabulary.encode(caption, 5)[0].tolist()
+        assert batch.captions.tokens[row].tolist() == small.vocabulary.encode(caption, 5)[0].tolist()
+        named = [name for name, has in zip(small.attribute_names, batch.attributes[row], strict=True) if has]
+        assert named == sorted(split.attributes(split.keys.index(key)))
 
 
 def test_tiny_sets_wrap_within_a_step(tmp_path: Path):
@@ -407,7 +412,7 @@ def test_bad_samples_are_filled_from_their_group_and_named(tmp_path: Path, caplo
             source = patched.ids.index(fill, row - row % 6)
             assert got == fill
             assert torch.equal(patched.images[1][row], patched.images[1][source])
-            assert torch.equal(patched.tokens[row], patched.tokens[source])
+            assert torch.equal(patched.captions.tokens[row], patched.captions.tokens[source])
     assert seen == 12
 
 
@@ -455,7 +460,7 @@ def test_load_split_in_order_with_all_captions(small: Dataset):
     assert [list(captions) for captions in loaded.captions] == [split.captions(i) for i in range(9)]
     assert loaded.attributes[4] == tuple(split.attributes(4))
     second = load_split(small, "test", sizes=(16,), max_words=5, caption=1)
-    assert second.batch.tokens[2].tolist() == small.vocabulary.encode(split.captions(2)[1], 5)[0].tolist()
+    assert second.batch.captions.tokens[2].tolist() == small.vocabulary.encode(split.captions(2)[1], 5)[0].tolist()
     few = load_split(small, "train", sizes=(16,), max_words=5, limit=10, seed=1)
     assert len(few.batch.ids) == 10 and list(few.batch.ids) == sorted(few.batch.ids)
     assert few.batch.ids != load_split(small, "train", sizes=(16,), max_words=5, limit=10, seed=2).batch.ids

@@ -23,7 +23,7 @@ from tests import toys
 from tests.workers import Workers
 
 GROUPS, GROUP_SIZE = 4, 3
-PLAN = Plan(GROUP_SIZE, toys.VOCABULARY_SIZE, 5, 100)
+PLAN = Plan(GROUP_SIZE, 5, toys.EXTENT)
 ALONE = World()
 
 

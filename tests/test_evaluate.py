@@ -41,11 +41,11 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     made = {}
     for name in ("damsm", "attngan"):
         system, run = small.build(name), small.config(name)
-        plan = stages.plan(run, name, toys.VOCABULARY_SIZE, small.EPOCH_IMAGES)
+        plan = stages.plan(run, name, toys.EXTENT)
         index = {
             "system": name,
             "config": to_dict(stages.model_config(run, name)),
-            "plan": dataclasses.asdict(plan),
+            "plan": plan.describe(),
             "vocabulary": WORDS,
             "images": 7,
         }
@@ -192,9 +192,9 @@ def test_monitor_draws_the_same_pictures_of_the_same_networks(exports: dict[str,
 
 def test_score_matching_names_its_candidates(exports: dict[str, str]) -> None:
     loaded = load(exports["damsm"], CPU)
-    tokens, lengths = encode(loaded.vocabulary, [f"word{i}" for i in range(12)], 6)
+    captions = encode(loaded.vocabulary, [f"word{i}" for i in range(12)], 6)
     images = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8)
-    batch = Batch((images,), tokens, lengths, torch.arange(12), tuple(map(str, range(12))), 1)
+    batch = Batch((images,), captions, torch.arange(12), torch.zeros(12, 0), tuple(map(str, range(12))), 1)
     values = score_matching(loaded.system, loaded.nets, batch, seed=0, device=CPU)
     assert list(values) == ["val/r_precision_of_12"] and 0 <= values["val/r_precision_of_12"] <= 1
     same = dataclasses.replace(batch, class_ids=torch.zeros(12, dtype=torch.int64))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from t2idist.contract import Batch
+from t2idist.contract import Batch, Captions
 from t2idist.engine.intake import QUARANTINE, Intake, read_ledger
 from t2idist.engine.world import Share, World
 
@@ -32,7 +32,8 @@ class Stream:
         self.bad_reads += len(found)
         self.quarantine |= {f"s{n}": "does not decode" for n in found}
         ones = torch.ones(4, dtype=torch.int64)
-        return Batch((), ones[:, None], ones, ones, tuple(f"s{n}" for n in numbers), 2)
+        captions = Captions(ones[:, None], ones, torch.zeros(4, 0))
+        return Batch((), captions, ones, torch.zeros(4, 0), tuple(f"s{n}" for n in numbers), 2)
 
 
 def intake(folder: Path, stream: Stream, step: int = 0, attempt: str = "a", epoch_images: int = 100) -> Intake:

@@ -125,9 +125,9 @@ def use(made: Trainer, nets: object, batch: object) -> Tensor:
 
     with torch.no_grad():
         if hasattr(made.system, "sample"):
-            drawn = made.system.sample(nets, batch.tokens, batch.lengths, draw)  # type: ignore[attr-defined]
+            drawn = made.system.sample(nets, batch.captions, draw)  # type: ignore[attr-defined]
             assert [image.shape[-1] for image in drawn.images] == list(made.system.sizes)
-            assert float(drawn.images[-1].std()) > 0.01
+            assert float(drawn.images[-1].std()) > 1e-3
             return drawn.images[-1]
-        codes = made.system.embed(nets, batch.images[-1], batch.tokens, batch.lengths)  # type: ignore[attr-defined]
+        codes = made.system.embed(nets, batch.images[-1], batch.captions)  # type: ignore[attr-defined]
         return torch.cat(codes)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from t2idist import systems
-from t2idist.contract import Batch, Plan, System
+from t2idist.contract import Batch, Captions, Extent, Plan, System
 from t2idist.engine.strategy import Precision
 from t2idist.engine.train import Trainer
 from t2idist.engine.world import Share, World
@@ -23,10 +23,10 @@ COLOURS = torch.tensor(
 
 
 def plan_for(group_size: int, vocabulary_size: int, damsm: Any = None) -> Plan:
-    plan = Plan(group_size, vocabulary_size, max_words=5, epoch_images=1000)
+    plan = Plan(group_size, 5, Extent(("",) * vocabulary_size, 1000))
     if damsm is None:
         return plan
-    source = {"system": "damsm", "config": asdict(damsm), "plan": asdict(plan)}
+    source = {"system": "damsm", "config": asdict(damsm), "plan": plan.describe()}
     return replace(plan, sources={"damsm": source})
 
 
@@ -103,7 +103,7 @@ def test_what_cannot_be_built_is_named(name: str) -> None:
     module = systems.load(name)
     plan = plan_for(20, 30, damsm)
     with pytest.raises(ValueError, match="its vocabulary has 30 words and this data's has 31"):
-        module.build(module.Config(**SMALL), replace(plan, vocabulary_size=31))
+        module.build(module.Config(**SMALL), replace(plan, extent=Extent(("",) * 31, 1000)))
     other = {"damsm": {**plan.sources["damsm"], "system": "stream"}}
     with pytest.raises(ValueError, match="of system 'stream'; it must be of 'damsm'"):
         module.build(module.Config(**SMALL), replace(plan, sources=other))
@@ -136,7 +136,8 @@ def colour_batch(sizes: tuple[int, ...], step: int, repeats: int = 1) -> Batch:
         torch.arange(5) < lengths[:, None], 9 + torch.randint(0, 5, (count, 5), generator=generator), 0
     )
     tokens[:, 0] = 1 + kinds
-    return Batch(images, tokens, lengths, kinds, tuple(str(i) for i in range(count)), 1)
+    captions = Captions(tokens, lengths, torch.zeros(count, 0))
+    return Batch(images, captions, kinds, torch.zeros(count, 0), tuple(str(i) for i in range(count)), 1)
 
 
 def trainer(system: System, group_size: int) -> Trainer:
@@ -170,7 +171,7 @@ def test_damsm_learns_which_caption_a_picture_has(trained_damsm: Trainer) -> Non
     batch = colour_batch((32,), step=1000)
     system: Any = trained_damsm.system
     with torch.no_grad():
-        codes, sentences = system.embed(nets, batch.images[-1], batch.tokens, batch.lengths)
+        codes, sentences = system.embed(nets, batch.images[-1], batch.captions)
     similarity = torch.nn.functional.normalize(codes) @ torch.nn.functional.normalize(sentences).T
     assert (similarity.argmax(1) == torch.arange(8)).float().mean() >= 0.75
 
@@ -186,7 +187,7 @@ def follows(run: Trainer) -> float:
 
     system: Any = run.system
     with torch.no_grad():
-        drawn = system.sample(nets, batch.tokens, batch.lengths, draw)
+        drawn = system.sample(nets, batch.captions, draw)
     means = drawn.images[-1].mean(dim=(2, 3))
     return torch.corrcoef(torch.stack([means.flatten(), COLOURS[batch.class_ids].flatten()]))[0, 1].item()
 

@@ -29,7 +29,7 @@ from tests.workers import Workers
 from tools import bench_zero
 
 GROUPS, GROUP_SIZE, STEPS = 4, 3, 10
-PLAN = Plan(GROUP_SIZE, toys.VOCABULARY_SIZE, 5, 100)
+PLAN = Plan(GROUP_SIZE, 5, toys.EXTENT)
 
 WHOLE_SYSTEMS = [pytest.param(name, marks=pytest.mark.whole) for name in systems.names()]
 

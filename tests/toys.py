@@ -7,9 +7,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from t2idist.contract import Adam, Batch, Frozen, Plan, Role, Schedule, Train
+from t2idist.contract import Adam, Batch, Captions, Extent, Frozen, Plan, Role, Schedule, Train
 
 VOCABULARY_SIZE = 40
+EXTENT = Extent(
+    words=tuple(f"word{i}" for i in range(VOCABULARY_SIZE)),
+    epoch_images=50,
+    vector_dim=12,
+    attributes=(("Bangs", "Black_Hair", "Blond_Hair", "Smiling"),),
+)
 
 
 class Generator(nn.Module):
@@ -55,7 +61,7 @@ class ToyGan:
 
     def step(self, batch: Batch, train: Train) -> None:
         real = batch.images[-1]
-        text = self.embedding.to(real)[batch.tokens].mean(1)
+        text = self.embedding.to(real)[batch.captions.tokens].mean(1)
         wrong = text.view(batch.groups, -1, 4).roll(1, 1).reshape(-1, 4)
         fakes = train.forward("generator", lambda net, z: net(z, text), train.noise(6))
 
@@ -78,7 +84,7 @@ class ToyGan:
 def batch(step: int, lanes: range, group_size: int, sizes: tuple[int, ...] = (8,), max_words: int = 5) -> Batch:
     """What lanes of a data set would give: sample (step, lane, place) is the same on any number of workers."""
     images: list[list[Tensor]] = [[] for _ in sizes]
-    tokens, lengths, ids = [], [], []
+    tokens, lengths, vectors, attributes, ids = [], [], [], [], []
     for lane in lanes:
         generator = torch.Generator().manual_seed(1000 * step + lane)
         for scale, size in zip(images, sizes, strict=True):
@@ -87,11 +93,13 @@ def batch(step: int, lanes: range, group_size: int, sizes: tuple[int, ...] = (8,
         words = torch.randint(1, VOCABULARY_SIZE, (group_size, max_words), generator=generator)
         tokens.append(words * (torch.arange(max_words)[None] < length[:, None]))
         lengths.append(length)
+        vectors.append(torch.randn(group_size, EXTENT.vector_dim, generator=generator))
+        attributes.append(torch.randint(0, 2, (group_size, len(EXTENT.attributes[0])), generator=generator).float())
         ids += [f"{step}-{lane}-{place}" for place in range(group_size)]
     numbers = torch.tensor([hash_of(key) % 7 for key in ids])  # some of a group share a class
-    return Batch(
-        tuple(torch.cat(s) for s in images), torch.cat(tokens), torch.cat(lengths), numbers, tuple(ids), len(lanes)
-    )
+    captions = Captions(torch.cat(tokens), torch.cat(lengths), torch.cat(vectors))
+    pictures = tuple(torch.cat(scale) for scale in images)
+    return Batch(pictures, captions, numbers, torch.cat(attributes), tuple(ids), len(lanes))
 
 
 def hash_of(key: str) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 from t2idist import config as configuration
 from t2idist import stages
 from t2idist.config import RunConfig
-from t2idist.contract import Batch, Plan, System
+from t2idist.contract import Batch, Captions, Extent, Plan, System
 from t2idist.engine.strategy import Precision
 from t2idist.engine.train import Trainer
 from t2idist.engine.world import Share, World
@@ -72,19 +72,20 @@ class Stopwatch(Trainer):
 def synthetic_batch(sizes: tuple[int, ...], plan: Plan) -> Batch:
     count = plan.group_size
     lengths = torch.randint(min(4, plan.max_words), plan.max_words + 1, (count,))
+    vectors = torch.randn(count, plan.extent.vector_dim)
     words = torch.randint(1, plan.vocabulary_size, (count, plan.max_words))
     return Batch(
         images=tuple(torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8) for size in sizes),
-        tokens=words * (torch.arange(plan.max_words) < lengths[:, None]),
-        lengths=lengths,
+        captions=Captions(words * (torch.arange(plan.max_words) < lengths[:, None]), lengths, vectors),
         class_ids=torch.arange(count),
+        attributes=torch.randint(0, 2, (count, len(plan.extent.attributes[0]))).float(),
         ids=tuple(str(i) for i in range(count)),
         groups=1,
     )
 
 
 def system_of(run: RunConfig, stage: str, vocabulary_size: int) -> tuple[System, Plan]:
-    plan = stages.plan(run, stage, vocabulary_size, EPOCH_IMAGES)
+    plan = stages.plan(run, stage, Extent(("",) * vocabulary_size, EPOCH_IMAGES))
     torch.manual_seed(0)
     return stages.build(run, stage, plan), plan
 

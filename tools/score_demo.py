@@ -99,10 +99,10 @@ def _real(data: DataConfig, split: str, size: int) -> LoadedSplit:
 
 def _draw(loaded: Loaded, captions: Sequence[str], seed: int, first_place: int) -> Tensor:
     """(n, 3, S, S): a picture of each caption, each with noise of its own."""
-    tokens, lengths = encode(loaded.vocabulary, captions, loaded.plan.max_words)
+    encoded = encode(loaded.vocabulary, captions, loaded.plan.max_words)
     places = range(first_place, first_place + len(captions))
     system = cast(Draws, loaded.system)
-    return generate(system, loaded.nets, tokens, lengths, places=places, seed=seed, device=CPU).images[-1]
+    return generate(system, loaded.nets, encoded, places=places, seed=seed, device=CPU).images[-1]
 
 
 def _attribute_rows(train: LoadedSplit, test: LoadedSplit, drawn: Tensor, seed: int) -> list[Row]:
@@ -128,10 +128,10 @@ def _matching_row(judge_url: str, run_seed: int, captions: Sequence[str], real: 
         raise ValueError(f"--judge {where}: this export does not match pictures with captions; give that of a DAMSM")
     if judge.meta["seed"] == run_seed:
         raise ValueError(f"--judge {where}: has the run's own seed, {run_seed}; a judge must be of another seed")
-    tokens, lengths = encode(judge.vocabulary, captions, judge.plan.max_words)
+    encoded = encode(judge.vocabulary, captions, judge.plan.max_words)
     scores = []
     for images in (drawn, as_floats(real.images[-1])):
-        batch = replace(real, images=(images,), tokens=tokens, lengths=lengths)
+        batch = replace(real, images=(images,), captions=encoded)
         codes = embed_all(cast(Matches, judge.system), judge.nets, batch, device=CPU)
         scores.append(r_precision(*codes, seed=seed, class_ids=real.class_ids))
     generated, of_real = scores

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from t2idist import storage
+from t2idist.contract import Extent
 from t2idist.data.samples import EXTENSIONS as EXTENSIONS
 from t2idist.data.samples import KEY_PATTERN, MAX_CAPTION_CHARACTERS
 from t2idist.data.text import END, Vocabulary
@@ -164,6 +165,11 @@ class Dataset:
             dict(options),
             endpoint_url,
         )
+
+    @property
+    def extent(self) -> Extent:
+        """What a system may know of it. Raises ValueError where there is no train split."""
+        return Extent(tuple(self.vocabulary.words), len(self.split("train")), attributes=(tuple(self.attribute_names),))
 
     def split(self, name: str) -> Split:
         """The split `name`; raises ValueError that names what exists."""

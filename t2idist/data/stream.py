@@ -10,10 +10,11 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from t2idist import storage
 from t2idist.config import DataConfig
-from t2idist.contract import Batch
+from t2idist.contract import Batch, Captions
 from t2idist.data.cache import ShardCache
 from t2idist.data.lanes import READ_SAMPLES, Lane
 from t2idist.data.order import Order, Run, draws, permutation
@@ -51,23 +52,25 @@ class _Place:
 class _Arrays:
     """Host memory of one batch; rows may be filled by several threads."""
 
-    def __init__(self, samples: int, sizes: Sequence[int], max_words: int) -> None:
+    def __init__(self, samples: int, sizes: Sequence[int], max_words: int, attributes: int) -> None:
         self.images = [np.zeros((samples, 3, size, size), dtype=np.uint8) for size in sizes]
         self.tokens = np.zeros((samples, max_words), dtype=np.int64)
         self.lengths = np.ones(samples, dtype=np.int64)
         self.class_ids = np.zeros(samples, dtype=np.int64)
+        self.attributes = np.zeros((samples, attributes), dtype=np.float32)
         self.ids = [""] * samples
         self.bad: dict[int, str] = {}
 
     @property
     def bytes(self) -> int:
-        numbers = self.tokens.nbytes + self.lengths.nbytes + self.class_ids.nbytes
-        return numbers + sum(image.nbytes for image in self.images)
+        return sum(array.nbytes for array in (*self.images, *self._numbers))
+
+    @property
+    def _numbers(self) -> tuple[NDArray[Any], ...]:
+        return self.tokens, self.lengths, self.class_ids, self.attributes
 
     def copy_row(self, source: int, target: int) -> None:
-        for image in self.images:
-            image[target] = image[source]
-        for array in (self.tokens, self.lengths, self.class_ids):
+        for array in (*self.images, *self._numbers):
             array[target] = array[source]
         self.ids[target] = self.ids[source]
 
@@ -75,18 +78,20 @@ class _Arrays:
         """Only these rows, in this order."""
         if len(kept) == len(self.ids):
             return self
-        fewer = _Arrays(0, (), 0)
+        fewer = _Arrays(0, (), 0, 0)
         fewer.images = [image[kept] for image in self.images]
-        fewer.tokens, fewer.lengths, fewer.class_ids = self.tokens[kept], self.lengths[kept], self.class_ids[kept]
+        fewer.tokens, fewer.lengths, fewer.class_ids, fewer.attributes = (array[kept] for array in self._numbers)
         fewer.ids = [self.ids[row] for row in kept]
         return fewer
 
     def batch(self, groups: int) -> Batch:
         return Batch(
             images=tuple(torch.from_numpy(image) for image in self.images),
-            tokens=torch.from_numpy(self.tokens),
-            lengths=torch.from_numpy(self.lengths),
+            captions=Captions(
+                torch.from_numpy(self.tokens), torch.from_numpy(self.lengths), torch.zeros(len(self.ids), 0)
+            ),
             class_ids=torch.from_numpy(self.class_ids),
+            attributes=torch.from_numpy(self.attributes),
             ids=tuple(self.ids),
             groups=groups,
         )
@@ -94,10 +99,12 @@ class _Arrays:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How a sample becomes a row. crop, flip: as in DataConfig. caption: which one, where nothing is drawn."""
+    """How a sample becomes a row. attributes: number by name. crop, flip: as in DataConfig. caption: which one, where
+    nothing is drawn."""
 
     split: Split
     vocabulary: Vocabulary
+    attributes: Mapping[str, int]
     max_words: int
     crop: float
     flip: bool
@@ -126,6 +133,7 @@ class _Recipe:
         picture[...] = np.asarray(crop_and_flip(decoded, size, self.crop, self.flip, place.draw))
         arrays.tokens[row], arrays.lengths[row] = ids, length
         arrays.class_ids[row] = self.split.class_ids[place.index]
+        arrays.attributes[row, [self.attributes[name] for name in self.split.attributes(place.index)]] = 1.0
 
     def words(self, index: int, draw: NDArray[np.uint64] | None) -> tuple[NDArray[np.int64], int]:
         """A caption's word numbers; a caption with no known word gives way to the next."""
@@ -179,7 +187,7 @@ class Loader(Iterator[Batch]):
         budget_bytes = (config.prefetch_mib << 20) // 2  # half for samples as they are stored, half for batches
         ahead = max(READ_SAMPLES, budget_bytes // len(groups) // max(reader.mean_bytes, 1))
         self._lanes = {group: Lane(group, order, reader, self._read_pool, ahead) for group in groups}
-        batch_bytes = _Arrays(1, sizes, recipe.max_words).bytes * order.group_size * len(groups)
+        batch_bytes = _Arrays(1, sizes, recipe.max_words, len(recipe.attributes)).bytes * order.group_size * len(groups)
         fewest, most = _BATCHES_AHEAD
         self._queue: queue.Queue[_Ticket | BaseException] = queue.Queue(
             max(fewest, min(most, budget_bytes // batch_bytes))
@@ -263,7 +271,8 @@ class Loader(Iterator[Batch]):
 
     def _start(self, step: int) -> _Ticket:
         size = self._order.group_size
-        arrays = _Arrays(size * len(self._groups), self._sizes, self._recipe.max_words)
+        samples = size * len(self._groups)
+        arrays = _Arrays(samples, self._sizes, self._recipe.max_words, len(self._recipe.attributes))
         work = []
         for number, group in enumerate(self._groups):
             indices = self._order.sample_index(step, group)
@@ -303,7 +312,8 @@ def open_loader(
     _check_picture_sizes(sizes)
     of_split = dataset.split(split)
     order = Order(seed, of_split.shard_sizes, total_groups, group_size)
-    recipe = _Recipe(of_split, dataset.vocabulary, config.max_words, config.crop, config.flip)
+    attributes = _numbered(dataset.attribute_names)
+    recipe = _Recipe(of_split, dataset.vocabulary, attributes, config.max_words, config.crop, config.flip)
     reader = ShardReader(dataset, split, _cache(dataset, config))
     return Loader(recipe, reader, order, config, sizes, mine, step0, training)
 
@@ -351,9 +361,10 @@ def load_split(
     chosen = np.arange(len(of_split))
     if limit is not None and limit < len(of_split):
         chosen = np.sort(permutation(len(of_split), "limit", seed)[:limit])
-    recipe = _Recipe(of_split, dataset.vocabulary, max_words, crop, flip=False, caption=caption)
+    attributes = _numbered(dataset.attribute_names)
+    recipe = _Recipe(of_split, dataset.vocabulary, attributes, max_words, crop, flip=False, caption=caption)
     reader = ShardReader(dataset, split)
-    arrays = _Arrays(len(chosen), sizes, max_words)
+    arrays = _Arrays(len(chosen), sizes, max_words, len(attributes))
 
     def fill(run: Run, first: int) -> None:
         rows = range(*np.searchsorted(chosen, [first, first + run.count]))
@@ -379,6 +390,10 @@ def load_split(
         captions=tuple(tuple(of_split.captions(int(chosen[row]))) for row in good),
         attributes=tuple(tuple(of_split.attributes(int(chosen[row]))) for row in good),
     )
+
+
+def _numbered(names: Sequence[str]) -> dict[str, int]:
+    return {name: number for number, name in enumerate(names)}
 
 
 def _check_picture_sizes(sizes: Sequence[int]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from t2idist.contract import Draws, Sample
+from t2idist.contract import Captions, Draws, Sample
 from t2idist.data.text import Vocabulary
 
 
@@ -38,8 +38,8 @@ class NormalDraw:
         return torch.stack(rows).to(self._device, self._dtype)
 
 
-def encode(vocabulary: Vocabulary, captions: Sequence[str], max_words: int) -> tuple[Tensor, Tensor]:
-    """Tokens (N, max_words) and lengths (N,) of captions; the end of a longer one is cut off, unknown words dropped.
+def encode(vocabulary: Vocabulary, captions: Sequence[str], max_words: int) -> Captions:
+    """Captions by word number; the end of a longer one is cut off, unknown words dropped.
 
     Raises ValueError where a caption has no known word.
     """
@@ -49,14 +49,13 @@ def encode(vocabulary: Vocabulary, captions: Sequence[str], max_words: int) -> t
         ids, length = vocabulary.encode(caption, max_words, None)
         tokens[i, :length] = torch.as_tensor(ids, dtype=torch.int64)[:length]
         lengths[i] = length
-    return tokens, lengths
+    return Captions(tokens, lengths, torch.zeros(len(captions), 0))
 
 
 def generate(
     system: Draws,
     nets: Mapping[str, nn.Module],
-    tokens: Tensor,
-    lengths: Tensor,
+    captions: Captions,
     *,
     places: Sequence[int],
     seed: int,
@@ -66,10 +65,10 @@ def generate(
     """Pictures of N captions on the host, in float32, drawn batch by batch; places: the noise of each."""
     parts: list[Sample] = []
     with torch.inference_mode():
-        for start in range(0, len(tokens), batch_size):
+        for start in range(0, len(captions), batch_size):
             rows = slice(start, start + batch_size)
             draw = NormalDraw(seed, places[rows], device)
-            parts.append(system.sample(nets, tokens[rows].to(device), lengths[rows].to(device), draw))
+            parts.append(system.sample(nets, captions[rows].to(device), draw))
     images = tuple(
         torch.cat([x.float().cpu() for x in scale]) for scale in zip(*(p.images for p in parts), strict=True)
     )

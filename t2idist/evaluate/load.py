@@ -41,9 +41,9 @@ def load(url: str, device: torch.device) -> Loaded:
     module = load_system(found.system)
     config = from_dict(module.Config, found.config, f"{where}: config")
     try:
-        plan = Plan(**found.plan)
-    except TypeError as error:
-        raise ValueError(f"{where}: plan: {error}") from None
+        plan = Plan.of(found.plan, found.vocabulary)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{where}: plan: {error!r}") from None
     with torch.device("meta"):  # so that nothing is drawn for networks that the export does not hold
         system = module.build(config, plan)
     nets = {}

@@ -61,9 +61,7 @@ class Monitor:
         self._folder = folder
         self._device = device
         self._real = None if real is None else as_floats(real)
-        tokens, lengths = encode(vocabulary, self._captions, max_words)
-        self._tokens = tokens.repeat_interleave(draws, 0)
-        self._lengths = lengths.repeat_interleave(draws, 0)
+        self._encoded = encode(vocabulary, self._captions, max_words).each(draws)
         self._words = [known_words(vocabulary, caption)[:max_words] for caption in self._captions]
 
     def write(self, nets: Mapping[str, nn.Module], images_seen: int) -> list[str]:
@@ -71,11 +69,9 @@ class Monitor:
 
         The networks are put into eval mode and back. Nothing random of the caller is touched.
         """
-        places = [i % self._draws for i in range(len(self._tokens))]
+        places = [i % self._draws for i in range(len(self._encoded))]
         with evaluating(nets):
-            sample = generate(
-                self._system, nets, self._tokens, self._lengths, places=places, seed=self._seed, device=self._device
-            )
+            sample = generate(self._system, nets, self._encoded, places=places, seed=self._seed, device=self._device)
         written = [storage.join(self._folder, f"images_{images_seen:09d}.png")]
         storage.write_bytes(written[0], png_bytes(grid(sample.images, self._captions, self._draws, self._real)))
         if sample.attention:
@@ -122,10 +118,10 @@ def embed_all(
     pairs: list[tuple[Tensor, Tensor]] = []
     dtype = next(weight.dtype for net in nets.values() for weight in net.parameters())
     with torch.inference_mode():
-        for start in range(0, len(batch.tokens), rows_at_once):
+        for start in range(0, len(batch.ids), rows_at_once):
             rows = slice(start, start + rows_at_once)
             pictures = as_floats(batch.images[-1][rows], dtype).to(device)
-            pairs.append(system.embed(nets, pictures, batch.tokens[rows].to(device), batch.lengths[rows].to(device)))
+            pairs.append(system.embed(nets, pictures, batch.captions[rows].to(device)))
     return torch.cat([a.float().cpu() for a, _ in pairs]), torch.cat([b.float().cpu() for _, b in pairs])
 
 

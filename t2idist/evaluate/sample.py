@@ -58,12 +58,10 @@ def _run(arguments: argparse.Namespace) -> int:
             f"{storage.redact(arguments.export)}: this export does not draw pictures; give that of a generator"
         )
     _check_words(loaded, captions)
-    tokens, lengths = encode(loaded.vocabulary, captions, loaded.plan.max_words)
     sample = generate(
         cast(Draws, loaded.system),
         loaded.nets,
-        tokens.repeat_interleave(arguments.n, 0),
-        lengths.repeat_interleave(arguments.n, 0),
+        encode(loaded.vocabulary, captions, loaded.plan.max_words).each(arguments.n),
         places=list(range(arguments.n)) * len(captions),
         seed=arguments.seed,
         device=device,

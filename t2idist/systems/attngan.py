@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from t2idist.contract import Adam, Batch, Draw, Frozen, Plan, Role, Sample, Train
+from t2idist.contract import Adam, Batch, Captions, Draw, Frozen, Plan, Role, Sample, Train
 from t2idist.losses.adversarial import halves_and_thirds, judge_pairs, says_real
 from t2idist.losses.image import kl_divergence
 from t2idist.losses.matching import Gammas, sentence_losses, word_losses, wrong_pairs
@@ -80,10 +80,10 @@ class AttnGan:
 
     def step(self, batch: Batch, train: Train) -> None:
         with torch.no_grad(), train.frozen("text") as text:
-            words, sentence = text(batch.tokens, batch.lengths)
+            words, sentence = text(batch.captions.tokens, batch.captions.lengths)
         read, condition = self._read(words, sentence)
         z, normal = train.noise(self.config.z_dim), train.noise(self.config.condition_dim)
-        padding = padding_of(batch.lengths, batch.tokens.shape[1])
+        padding = padding_of(batch.captions.lengths, words.shape[2])
         drawn = train.forward("generator", _draw, z, normal, condition, read, padding, batch.groups)
         pairs = wrong_pairs(batch.class_ids, batch.groups)
         for size, real, fake in zip(self.sizes, batch.images, drawn.images, strict=True):
@@ -123,12 +123,12 @@ class AttnGan:
         with train.frozen("image") as encoder:
             regions, whole = encoder(images)
         classes, groups = batch.class_ids, batch.groups
-        by_words = word_losses(regions, words, batch.lengths, classes, groups, self.gammas)
+        by_words = word_losses(regions, words, batch.captions.lengths, classes, groups, self.gammas)
         return by_words.sum() + sentence_losses(whole, sentence, classes, groups, self.gammas).sum()
 
-    def sample(self, nets: Mapping[str, nn.Module], tokens: Tensor, lengths: Tensor, draw: Draw) -> Sample:
-        words, sentence = self._read(*nets["text"](tokens, lengths))
-        padding = padding_of(lengths, tokens.shape[1])
+    def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: Draw) -> Sample:
+        words, sentence = self._read(*nets["text"](captions.tokens, captions.lengths))
+        padding = padding_of(captions.lengths, words.shape[2])
         z, normal = draw(self.config.z_dim), draw(self.config.condition_dim)
         drawn: Drawn = nets["generator"](z, normal, sentence, words, padding)
         return Sample(drawn.images, drawn.attention)

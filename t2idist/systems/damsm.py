@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
 
-from t2idist.contract import Adam, Batch, Frozen, Plan, Pretrained, Role, Schedule, Train
+from t2idist.contract import Adam, Batch, Captions, Frozen, Plan, Pretrained, Role, Schedule, Train
 from t2idist.losses.matching import Gammas, RankingLosses, sentence_losses, word_losses
 from t2idist.nn.image_encoders import InceptionEncoder, damsm_image_encoder, load_trunk
 from t2idist.nn.text_encoders import damsm_text_encoder
@@ -58,7 +58,7 @@ class Damsm:
         schedule = Schedule(
             "exponential",
             factor=config.lr_factor_per_epoch,
-            every_images=float(plan.epoch_images),
+            every_images=float(plan.extent.epoch_images),
             floor=config.lr_floor,
         )
         adam = Adam(lr=config.lr, schedule=schedule)
@@ -84,19 +84,17 @@ class Damsm:
 
     def _losses(self, net: Encoders, batch: Batch) -> tuple[RankingLosses, RankingLosses]:
         regions, whole = net.image(batch.images[-1])
-        words, sentence = net.text(batch.tokens, batch.lengths)
+        words, sentence = net.text(batch.captions.tokens, batch.captions.lengths)
         classes, groups = batch.class_ids, batch.groups
         return (
-            word_losses(regions, words, batch.lengths, classes, groups, self.gammas),
+            word_losses(regions, words, batch.captions.lengths, classes, groups, self.gammas),
             sentence_losses(whole, sentence, classes, groups, self.gammas),
         )
 
-    def embed(
-        self, nets: Mapping[str, nn.Module], images: Tensor, tokens: Tensor, lengths: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def embed(self, nets: Mapping[str, nn.Module], images: Tensor, captions: Captions) -> tuple[Tensor, Tensor]:
         """Image codes and sentence vectors, each (N, embedding_dim)."""
         codes: Tensor = nets["image"](images)[1]
-        sentences: Tensor = nets["text"](tokens, lengths)[1]
+        sentences: Tensor = nets["text"](captions.tokens, captions.lengths)[1]
         return codes, sentences
 
 

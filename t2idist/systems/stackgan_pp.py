@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from t2idist.contract import Adam, Batch, Draw, Frozen, Plan, Role, Sample, Train
+from t2idist.contract import Adam, Batch, Captions, Draw, Frozen, Plan, Role, Sample, Train
 from t2idist.losses.adversarial import authors_joint, balanced_joint, judge_pairs, says_fake, says_real
 from t2idist.losses.image import colour_consistency, kl_divergence
 from t2idist.losses.matching import wrong_pairs
@@ -76,7 +76,7 @@ class StackGanPP:
         z = train.noise(self.config.z_dim)
         if self.config.conditional:
             with torch.no_grad(), train.frozen("text") as text:
-                sentence = unit_scale(text(batch.tokens, batch.lengths)[1])
+                sentence = unit_scale(text(batch.captions.tokens, batch.captions.lengths)[1])
             drawn = train.forward("generator", _draw, z, train.noise(self.config.condition_dim), sentence)
             self._judge_pairs(drawn, batch, train)
         else:
@@ -127,11 +127,11 @@ class StackGanPP:
                 loss = loss + self.config.colour_weight * colour
         return loss
 
-    def sample(self, nets: Mapping[str, nn.Module], tokens: Tensor, lengths: Tensor, draw: Draw) -> Sample:
+    def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: Draw) -> Sample:
         z = draw(self.config.z_dim)
         if not self.config.conditional:
             return Sample(_draw(nets["generator"], z, None, None).images)
-        sentence = unit_scale(nets["text"](tokens, lengths)[1])
+        sentence = unit_scale(nets["text"](captions.tokens, captions.lengths)[1])
         return Sample(_draw(nets["generator"], z, draw(self.config.condition_dim), sentence).images)
 
 

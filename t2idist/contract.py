@@ -290,6 +290,22 @@ class Draws(Protocol):
         ...
 
 
+class Inverts(Protocol):
+    """A system that finds the noise of a picture (for the style of one picture with the text of another)."""
+
+    def invert(self, nets: Mapping[str, nn.Module], images: Tensor) -> Tensor:
+        """z (N, z_dim) of pictures (N, 3, S, S) in [-1, 1] of any size; what `sample` draws first."""
+        ...
+
+
+class Translates(Protocol):
+    """A system that changes attributes of pictures."""
+
+    def translate(self, nets: Mapping[str, nn.Module], images: Tensor, attributes: Tensor, domain: int) -> Tensor:
+        """Pictures (N, 3, S, S) in [-1, 1] with these attributes (N, A) of a domain instead of their own."""
+        ...
+
+
 class Matches(Protocol):
     """A system that places pictures and captions in one space (for R-precision)."""
 

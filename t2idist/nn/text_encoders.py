@@ -61,6 +61,23 @@ def text_encoder_of(export: Mapping[str, Any], vocabulary_size: int) -> BiLSTM:
     return damsm_text_encoder(export["config"], vocabulary_size)
 
 
+def sentence_encoder(
+    sources: Mapping[str, Mapping[str, Any]], vocabulary_size: int, vector_dim: int
+) -> tuple[nn.Module | None, int]:
+    """What gives a system its sentence vectors, and their length: the encoder in slot "text", or the data itself.
+
+    None stands for the data's own vectors (of `vector_dim`). Raises ValueError where there is neither.
+    """
+    if "text" in sources:
+        return text_encoder_of(sources["text"], vocabulary_size), sources["text"]["config"]["embedding_dim"]
+    if vector_dim:
+        return None, vector_dim
+    raise ValueError(
+        "uses.text is missing; it gives the sentence vectors (an export with a text encoder), or take data that comes "
+        "with vectors"
+    )
+
+
 def unit_scale(text: Tensor) -> Tensor:
     """Vectors (N, D) or (N, D, T) scaled to a root mean square of 1 over D; zeros stay zeros.
 

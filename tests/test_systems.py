@@ -85,10 +85,10 @@ def test_in_float32_it_is_the_same_to_rounding(workers: Workers, system: str) ->
 
 @pytest.mark.parametrize("system", NAMES)
 def test_stopped_and_resumed_elsewhere(workers: Workers, tmp_path: Path, system: str) -> None:
-    whole = workers.run(3, saved, system, str(tmp_path))[0]
-    same = workers.run(3, resumed, system, str(tmp_path))[0]
+    whole = workers.run(4, saved, system, str(tmp_path))[0]
+    same = workers.run(4, resumed, system, str(tmp_path))[0]
     assert all(torch.equal(whole[k], same[k]) for k in whole), "the same number of workers resumes bitwise"
-    for size in (1, 2):
+    for size in (1, 2, 3):
         other = workers.run(size, resumed, system, str(tmp_path))[0]
         assert max(apart(other, whole).values(), default=0.0) < 1e-9
 

@@ -162,7 +162,7 @@ def uninterrupted(world: World, system: str, zero: int, count: int) -> dict[str,
 def test_a_run_goes_on_under_any_strategy_on_any_number_of_workers(
     workers: Workers, tmp_path: Path, system: str
 ) -> None:
-    legs = [(0, 1), (1, 2), (2, 3), (0, 2), (2, 2), (1, 3), (0, 1)]
+    legs = [(0, 4), (1, 3), (2, 2), (0, 2), (2, 3), (1, 2), (0, 1)]
     ours: list[dict[str, Tensor]] = []
     for number, (zero, size) in enumerate(legs):
         ours = workers.run(size, leg, system, zero, str(tmp_path), number > 0)

@@ -97,6 +97,12 @@ def _end_workers(actors: list[Any]) -> None:
         ray.kill(actor)
 
 
+def staying_nodes() -> dict[str, dict[str, float]]:
+    """`alive_nodes` without those that are about to go: Ray starts nothing there any more."""
+    leaving: dict[str, int] = ray._private.state.state.get_draining_nodes()
+    return {node: has for node, has in alive_nodes().items() if node not in leaving}
+
+
 def alive_nodes() -> dict[str, dict[str, float]]:
     """The machines that Ray takes to be alive, with all that each has."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
@@ -104,10 +110,10 @@ def alive_nodes() -> dict[str, dict[str, float]]:
 
 
 def room_for(resources: Mapping[str, float]) -> int:
-    """Workers that need so much each, as many as all machines could hold."""
+    """Workers that need so much each, as many as all machines that stay could hold."""
     return sum(
         min(int(has.get(kind, 0.0) // amount) for kind, amount in resources.items() if amount)
-        for has in alive_nodes().values()
+        for has in staying_nodes().values()
     )
 
 

@@ -96,6 +96,9 @@ class Cluster:
 
     # ------------------------------------------------------------ hosts
     def start_head(self) -> None:
+        """Bring the head (back) up; it knows nothing of an earlier one."""
+        self._kill_all(HEAD)
+        self.heal(HEAD)
         words = ["--head", f"--port={GCS_PORT}", "--num-cpus=0", "--include-dashboard=false", "--disable-usage-stats"]
         self._start_node(HEAD, words)
 
@@ -115,10 +118,14 @@ class Cluster:
         log = self.folder / f"host{host}.log"
         self._nodes[host] = self._popen(host, ["sh", "-c", mounted, "sh", *start], log, TMPDIR=str(temporary))
 
+    def ask_for_hosts(self, count: int) -> subprocess.Popen[bytes]:
+        """A process that ends with 0 when so many hosts have joined, and with 1 where there is no head to ask."""
+        words = [sys.executable, "-c", _NODES_ALIVE, str(count)]
+        return self._popen(HEAD, words, self.folder / "nodes.log", RAY_ADDRESS=self._gcs())
+
     def wait_for_hosts(self, count: int, seconds: float = 120.0) -> None:
         """Wait until so many hosts have joined. Raises RuntimeError with the nodes' last words where they do not."""
-        words = [sys.executable, "-c", _NODES_ALIVE, str(count)]
-        asking = self._popen(HEAD, words, self.folder / "nodes.log", RAY_ADDRESS=self._gcs())
+        asking = self.ask_for_hosts(count)
         try:
             if asking.wait(seconds) == 0:
                 return
@@ -154,6 +161,23 @@ class Cluster:
         """The host is gone between two packets: its link is down, then everything on it is killed."""
         self.partition(host)
         return self._kill_all(host)
+
+    def drain(self, host: int, seconds: int) -> subprocess.Popen[bytes]:
+        """Tell Ray that the host goes in so many seconds, as a cloud's notice does.
+
+        Gives a process that ends with 0 when Ray has been told. Raises ProcessLookupError where the host is down.
+        """
+        words = [RAY, "drain-node", f"--address={self._gcs()}", f"--node-id={self._node_id(host)}"]
+        words += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=the cloud takes it back"]
+        return self._popen(HEAD, [*words, f"--deadline-remaining-seconds={seconds}"], self.folder / "drain.log")
+
+    def _node_id(self, host: int) -> str:
+        """Ray's name for the host's node, which its raylet was started with."""
+        for pid in self.pids(host, b"/raylet/raylet"):
+            for word in Path(f"/proc/{pid}/cmdline").read_text().split("\0"):
+                if word.startswith(("--node_id=", "--node-id=")):
+                    return word.partition("=")[2]
+        raise ProcessLookupError(f"host {host} has no raylet")
 
     def partition(self, host: int) -> None:
         """Cut the host's link; its processes run on."""
@@ -202,7 +226,9 @@ class Cluster:
     def submit(self, words: list[str]) -> subprocess.Popen[bytes]:
         """The driver of a run, on the head; what it says goes to `log`."""
         line = [sys.executable, "-m", "t2idist.run", *words]
-        self._others.append(self._popen(HEAD, line, self.log, RAY_ADDRESS=self._gcs()))
+        temporary = self.folder / "driver"  # where one that is killed leaves its notes
+        temporary.mkdir(exist_ok=True)
+        self._others.append(self._popen(HEAD, line, self.log, RAY_ADDRESS=self._gcs(), TMPDIR=str(temporary)))
         return self._others[-1]
 
     def progress(self, run: str) -> dict[str, Any] | None:

@@ -14,13 +14,13 @@ from t2idist import config as configuration
 from t2idist.engine import export
 from tests.hosts import Missing
 from tests.test_run import recipe, run
-from tools import chaos, chaos_story
+from tools import chaos, chaos_injuries, chaos_story
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_host_is_killed_and_comes_back(tmp_path: Path) -> None:
-    schedule = chaos.parse_schedule("40:kill_host:2 100:return_host:2", 3)
+    schedule = chaos_injuries.parse_schedule("40:kill_host:2 100:return_host:2", 3)
     words = ["checkpoint.memory_every_steps=1", "cluster.grow_after_seconds=5"]
     try:
         verdict = chaos.run(words, schedule, folder=tmp_path, steps=240, return_seconds=1200, limit_seconds=1200)
@@ -35,16 +35,16 @@ def test_a_host_is_killed_and_comes_back(tmp_path: Path) -> None:
 
 
 def test_a_schedule_is_read_and_a_wrong_word_named() -> None:
-    found = chaos.parse_schedule("30:kill_host:2 +8.5s:store_errors", 3)
+    found = chaos_injuries.parse_schedule("30:kill_host:2 +8.5s:store_errors", 3)
     assert [(i.kind, i.step, i.after, i.host) for i in found] == [
         ("kill_host", 30, 0.0, 2),
         ("store_errors", None, 8.5, None),
     ]
     for word, said in (("30:kill_host:4", "host 4"), ("30:melt", "'melt'"), ("soon:partition", "expected WHEN")):
         with pytest.raises(ValueError, match=said):
-            chaos.parse_schedule(word, 3)
-    assert chaos.random_schedule(30, 5, 12, 24) == chaos.random_schedule(30, 5, 12, 24)
-    assert {injury.kind for injury in chaos.random_schedule(7, 5, 12, 24)} == set(chaos.KINDS)
+            chaos_injuries.parse_schedule(word, 3)
+    assert chaos_injuries.random_schedule(30, 5, 12, 24) == chaos_injuries.random_schedule(30, 5, 12, 24)
+    assert {injury.kind for injury in chaos_injuries.random_schedule(7, 5, 12, 24)} == set(chaos_injuries.KINDS)
 
 
 @pytest.mark.whole

@@ -172,23 +172,36 @@ class Story:
 
 
 # ------------------------------------------------------------------------------------------------ the checks
+def order_of(config: RunConfig, stage: str) -> tuple[Order, list[str]]:
+    """The order of a stage's samples, and their keys."""
+    train, scale = open_dataset(config.stage_data(stage)).split("train"), config.stages[stage]
+    seed = key(config.stage_seed(stage), stage, "data")
+    return Order(seed, train.shard_sizes, scale.groups, scale.group_size), list(train.keys)
+
+
 def check_ledger(run_url: str, config: RunConfig) -> None:
     """Every step and group took what the order says, and every sample came once an epoch. Raises ValueError."""
     for stage, scale in config.stages.items():
-        train = open_dataset(config.stage_data(stage)).split("train")
-        order = Order(key(config.stage_seed(stage), stage, "data"), train.shard_sizes, scale.groups, scale.group_size)
+        order, keys = order_of(config, stage)
         taken = read_ledger(storage.join(run_url, stage))
         wanted = [(step, group) for step in range(scale.steps) for group in range(scale.groups)]
         if list(taken) != wanted:
             missing = sorted(set(wanted) - set(taken)) or sorted(set(taken) - set(wanted))
             raise ValueError(f"{stage}: {len(missing)} of {len(wanted)} (step, group) missing or extra: {missing[:3]}")
         for (step, group), ids in taken.items():
-            if ids != [train.keys[i] for i in order.sample_index(step, group)]:
+            if ids != [keys[i] for i in order.sample_index(step, group)]:
                 raise ValueError(f"{stage}: step {step} of group {group} took other samples than the order says")
         stream = [sample for ids in taken.values() for sample in ids]
-        for start in range(0, len(stream) - len(train) + 1, len(train)):
-            if set(Counter(stream[start : start + len(train)]).values()) != {1}:
+        for start in range(0, len(stream) - len(keys) + 1, len(keys)):
+            if set(Counter(stream[start : start + len(keys)]).values()) != {1}:
                 raise ValueError(f"{stage}: a sample came twice in the epoch from place {start} on")
+
+
+def check_skipped(run_url: str, steps: Sequence[int]) -> None:
+    """Of a run that was left in peace: exactly so many steps were skipped. Raises ValueError."""
+    skipped = read_metrics(storage.join(run_url, STAGE))[-1]["guard/skipped_steps"]
+    if skipped != len(steps):
+        raise ValueError(f"the undisturbed run skipped {skipped:g} steps; those with nan are {list(steps)}")
 
 
 def check_checkpoints(run_url: str, config: RunConfig) -> int:

@@ -49,6 +49,8 @@ def test_shortly_before_the_machine_goes_the_workers_wait(
     monkeypatch.setattr(notice.time, "sleep", waited.append)
     assert saves(ALONE, tmp_path / "alone", [Notice(100.0), Notice(50.0), Notice(3.0)]) == [1, 3]
     assert 60 <= waited[-1] <= 63
+    went_on = [Notice(3.0), Notice(0.1), Notice(0.1), None, Notice(2.0)]
+    assert saves(ALONE, tmp_path / "stayed", went_on) == [1, 5] and len(waited) == 3
     for saved in workers.run(2, saves, tmp_path / "two", [None, Notice(100.0), None]):
         assert saved == [2]
 
@@ -72,6 +74,19 @@ def test_looks_keep_to_their_pace() -> None:
         step(made, 1)
         notices.heed(made, Checkpoints("memory://none", ALONE, CheckpointConfig(), {}))
     assert asked == [2, 4, 6]
+
+
+def test_slow_steps_are_held_at_the_last_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(notice.time, "sleep", waited.append)
+    made, checkpoints = trainer(ALONE), Checkpoints(str(tmp_path), ALONE, CheckpointConfig(), {})
+    notices = Notices(lambda: Notice(30.0), 2.0, ALONE)
+    for step_seconds, held in ((10.0, 0), (20.0, 1)):
+        notices.pace(step_seconds)
+        step(made, 1)
+        notices.heed(made, checkpoints)
+        assert len(waited) == held
+    checkpoints.finish()
 
 
 @pytest.mark.whole

@@ -40,29 +40,32 @@ class Notices:
 
     def __init__(self, ask: Ask | None, look_seconds: float, world: World) -> None:
         self._ask, self._look_seconds, self._world = ask, look_seconds, world
-        self._every_steps = 1
-        self._heard = False
+        self._every_steps, self._hold_seconds = 1, _HOLD_SECONDS
+        self._heard = self._held = False
 
     def pace(self, step_seconds: float) -> None:
         """Set how often to look, from what a step takes; all workers give the same."""
         self._every_steps = max(1, round(self._look_seconds / max(step_seconds, 1e-6)))
+        self._hold_seconds = max(_HOLD_SECONDS, 2 * self._every_steps * step_seconds)  # else the last look is too early
 
     def heed(self, trainer: Trainer, checkpoints: Checkpoints) -> None:
         """Look for a notice after a step, where it is time. A collective.
 
         At the first one the state is saved, and training goes on; shortly before the machine goes it is saved again and
-        training waits for that, so that no step is lost. Raises `Left` where this process itself is to end.
+        training waits for that, so that no step is lost; if it does not go after all, training goes on. Raises `Left`
+        where this process itself is to end.
         """
         if self._ask is None or trainer.step % self._every_steps:
             return
         notice = self._world.from_first(self._ask())
         if notice is None:
-            self._heard = False
+            self._heard = self._held = False
             return
         if not self._heard and self._world.first:
             logger.warning("a machine of this run is about to go%s; saving", _when(notice.seconds_left))
         began = time.monotonic()
-        if notice.seconds_left <= _HOLD_SECONDS:
+        if notice.seconds_left <= self._hold_seconds and not self._held:
+            self._held = True
             checkpoints.save(trainer)
             checkpoints.finish()
             if notice.seconds_left == 0:

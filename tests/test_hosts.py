@@ -1,8 +1,9 @@
-"""A run on three hosts of which one is lost and comes back: seconds, not the run, and the same model at the end."""
+"""Runs on three hosts that are hurt and come back: seconds, not the run, and the same model at the end."""
 
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,52 @@ def test_a_host_is_killed_and_comes_back(tmp_path: Path) -> None:
     assert lost.lost_steps <= 1
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_host_is_drained_then_the_driver_dies_then_the_whole_cluster(tmp_path: Path) -> None:
+    words = ["checkpoint.memory_every_steps=1"]
+    schedule = chaos_injuries.parse_schedule("20:drain_host:2 90:nan 100:kill_driver 140:kill_head", 3)
+    try:
+        verdict = chaos.run(words, schedule, folder=tmp_path, steps=180, return_seconds=1200, limit_seconds=1200)
+    except Missing as missing:
+        pytest.skip(str(missing))
+    assert verdict.faults == []
+    drained, nan, driver, head = verdict.recoveries
+    assert (drained.causes, drained.lost_steps) == (["drain_host on host 2", "host 2 goes"], 0)
+    assert (drained.workers, drained.workers_after) == (3, 2)
+    assert drained.first_step is not None and drained.first_step - drained.began < chaos_injuries.DRAIN_SECONDS + 40
+    assert (nan.causes, nan.first_step) == (["nan"], None)
+    assert driver.causes == ["kill_driver"] and driver.lost_steps <= 1
+    assert driver.first_step is not None and driver.first_step - driver.began < chaos_injuries.SUBMIT_SECONDS + 45
+    assert (head.causes, head.workers_after) == (["kill_head"], 3)
+    assert head.lost_steps <= 20
+
+
 def test_a_schedule_is_read_and_a_wrong_word_named() -> None:
     found = chaos_injuries.parse_schedule("30:kill_host:2 +8.5s:store_errors", 3)
     assert [(i.kind, i.step, i.after, i.host) for i in found] == [
         ("kill_host", 30, 0.0, 2),
         ("store_errors", None, 8.5, None),
     ]
-    for word, said in (("30:kill_host:4", "host 4"), ("30:melt", "'melt'"), ("soon:partition", "expected WHEN")):
+    for word, said in (
+        ("30:kill_host:4", "host 4"),
+        ("30:melt", "'melt'"),
+        ("soon:partition", "expected WHEN"),
+        ("+3s:nan", "a step"),
+    ):
         with pytest.raises(ValueError, match=said):
             chaos_injuries.parse_schedule(word, 3)
-    assert chaos_injuries.random_schedule(30, 5, 12, 24) == chaos_injuries.random_schedule(30, 5, 12, 24)
-    assert {injury.kind for injury in chaos_injuries.random_schedule(7, 5, 12, 24)} == set(chaos_injuries.KINDS)
+
+
+def test_random_schedules_hold_every_kind_and_few_lost_clusters() -> None:
+    long = chaos_injuries.random_schedule(200, 5, 12, 24)
+    assert long == chaos_injuries.random_schedule(200, 5, 12, 24)
+    counts = Counter(injury.kind for injury in long)
+    assert counts["kill_head"] == 10 and counts["kill_driver"] == 20
+    assert all(counts[kind] >= 15 for kind in chaos_injuries.COMMON)
+    assert {injury.kind for injury in chaos_injuries.random_schedule(11, 5, 12, 24)} == set(chaos_injuries.KINDS)
+    steps = chaos_injuries.nan_steps(long)
+    assert len(set(steps)) == len(steps) == counts["nan"]
 
 
 @pytest.mark.whole

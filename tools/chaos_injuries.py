@@ -139,6 +139,8 @@ class Tormentor:
         if self._asking.returncode == 0:
             self._asking, self._headless = None, False
             self._submit()
+        elif not self.cluster.running(HEAD):
+            raise RuntimeError(f"the new head did not start: {(self.cluster.folder / 'host0.log').read_text()[-500:]}")
         else:
             self._asking = self.cluster.ask_for_hosts(len(self.cluster.hosts))
 
@@ -258,6 +260,8 @@ class Tormentor:
         """A new head and new hosts where the old ones were; nothing of them is left but the store."""
         self._leaving.clear()
         self._down_since.clear()
+        for host in self.cluster.hosts:  # all first: Ray starts no head at an address that a node still looks for
+            self.cluster.kill_host(host)
         self.cluster.start_head()
         for host in self.cluster.hosts:
             self.cluster.start_host(host)

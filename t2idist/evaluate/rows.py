@@ -1,0 +1,153 @@
+"""The two axes of a sheet of pictures: what each row says, and which noise each column has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from t2idist.contract import Captions, Inverts
+from t2idist.evaluate.draw import ArcDraw, GivenDraw, NormalDraw, RowsDraw
+from t2idist.evaluate.load import Loaded
+
+PLACEHOLDER = "{}"
+SMALLEST_TRUNCATION = 0.01
+
+
+# ------------------------------------------------------------------------------------------------ rows
+@dataclass(frozen=True)
+class Row:
+    """One caption, as people read it and as `nets` read it."""
+
+    label: str
+    caption: Captions
+    nets: Mapping[str, nn.Module]
+
+
+def reads_text(loaded: Loaded) -> bool:
+    """Whether the export draws from captions, by an encoder of its own or by vectors of the data's."""
+    return "text" in loaded.nets or loaded.plan.extent.vector_dim > 0
+
+
+def changed_words(given: str) -> list[str]:
+    """The words of "red, light blue". Raises ValueError where one is empty."""
+    words = [word.strip() for word in given.split(",")]
+    if not all(words):
+        raise ValueError(f'--change-word "{given}": give words with commas between them')
+    return words
+
+
+def fill_in(sentences: Sequence[str], words: Sequence[str]) -> list[str]:
+    """Every sentence once with each word in the place of "{}". Raises ValueError where a sentence has no such place."""
+    without = next((sentence for sentence in sentences if PLACEHOLDER not in sentence), None)
+    if without is not None:
+        raise ValueError(f'--change-word: "{without}" has no {PLACEHOLDER} where the word should stand')
+    return [sentence.replace(PLACEHOLDER, word) for sentence in sentences for word in words]
+
+
+def plain_rows(loaded: Loaded, sentences: Sequence[str], captions: Captions) -> list[Row]:
+    return [Row(label, captions[i : i + 1], loaded.nets) for i, label in enumerate(sentences)]
+
+
+def rows_between(loaded: Loaded, sentences: Sequence[str], captions: Captions, steps: int) -> list[Row]:
+    """`steps` rows from the first of two captions to the second, in equal steps: what the text encoder says of them
+    goes straight from one to the other (words and sentence), or the vectors that came with them.
+
+    captions: two, on the device of the networks.
+    """
+    first, second = captions[:1], captions[1:]
+    rows = []
+    for share in shares(steps):
+        vectors = torch.lerp(first.vectors, second.vectors, share)
+        if "text" in loaded.nets:
+            words, sentence = text_between(loaded.nets["text"], first, second, share)
+            count = math.lcm(int(first.lengths), int(second.lengths))
+            tokens, lengths = first.tokens.new_zeros(1, count), first.lengths.new_full((1,), count)
+            nets = {**loaded.nets, "text": Says(words, sentence)}
+            rows.append(Row(_label(sentences, share), Captions(tokens, lengths, vectors), nets))
+        else:
+            caption = Captions(first.tokens, first.lengths, vectors)
+            rows.append(Row(_label(sentences, share), caption, loaded.nets))
+    return rows
+
+
+def text_between(encoder: nn.Module, first: Captions, second: Captions, share: float) -> tuple[Tensor, Tensor]:
+    """Words (1, D, L) and sentence (1, D) between two captions of one row each; share 0: the first, 1: the second.
+
+    L is the least common multiple of the two lengths, every word standing several times in its place: attention gives
+    copies of a word together what it gives the word, so that both ends say what the captions alone say, without
+    padding, and the way between has no jump. An encoder without words (T = 0) has none here either.
+    """
+    count = math.lcm(int(first.lengths), int(second.lengths))
+    with torch.inference_mode():
+        ends = []
+        for caption in (first, second):
+            words, sentence = encoder(caption.tokens, caption.lengths)
+            length = int(caption.lengths)
+            ends.append((words[:, :, :length].repeat_interleave(count // length, dim=2), sentence))
+        (words, sentence), (other_words, other_sentence) = ends
+        return torch.lerp(words, other_words, share), torch.lerp(sentence, other_sentence, share)
+
+
+class Says(nn.Module):
+    """In the place of a text encoder: says the same of whatever N captions it is asked about."""
+
+    def __init__(self, words: Tensor, sentence: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("words", words)
+        self.register_buffer("sentence", sentence)
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        words, sentence = self.get_buffer("words"), self.get_buffer("sentence")
+        return words.expand(len(tokens), -1, -1), sentence.expand(len(tokens), -1)
+
+
+def _label(sentences: Sequence[str], share: float) -> str:
+    return {0.0: sentences[0], 1.0: sentences[1]}.get(share, _percent(share))
+
+
+# ------------------------------------------------------------------------------------------------ columns
+@dataclass(frozen=True)
+class Columns:
+    """One noise for each column. names: a few letters over each, or none. pictures: (C, 3, S, S) over them, or None."""
+
+    draw: RowsDraw
+    count: int
+    names: tuple[str, ...] = ()
+    pictures: Tensor | None = None
+
+
+def plain_columns(seed: int, count: int, truncation: float, device: torch.device) -> Columns:
+    return Columns(NormalDraw(seed, range(count), device, truncation=truncation), count)
+
+
+def columns_between(seed: int, steps: int, truncation: float, device: torch.device) -> Columns:
+    """From the first of the plain columns to the second, in equal steps."""
+    ends = [NormalDraw(seed, [place] * steps, device, truncation=truncation) for place in range(2)]
+    names = ("first noise", *map(_percent, shares(steps)[1:-1]), "second noise")
+    return Columns(ArcDraw(ends[0], ends[1], shares(steps)), steps, names)
+
+
+def style_columns(loaded: Loaded, pictures: Tensor, rest: RowsDraw) -> Columns:
+    """One column for each picture (N, 3, S, S): its z is what a system draws first; `rest` is drawn after it.
+
+    Raises ValueError where the system does not find the z of pictures.
+    """
+    if not callable(getattr(loaded.system, "invert", None)):
+        raise ValueError(f"--style-of: an export of '{loaded.name}' does not find styles; give that of a 'style' stage")
+    with torch.inference_mode():
+        codes = cast(Inverts, loaded.system).invert(loaded.nets, pictures)
+    return Columns(GivenDraw(codes, rest), len(pictures), pictures=pictures.cpu())
+
+
+def shares(steps: int) -> list[float]:
+    """`steps` numbers in equal steps from 0 to 1."""
+    return [step / (steps - 1) for step in range(steps)]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"

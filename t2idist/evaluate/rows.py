@@ -55,42 +55,41 @@ def plain_rows(loaded: Loaded, sentences: Sequence[str], captions: Captions) -> 
 
 def rows_between(loaded: Loaded, sentences: Sequence[str], captions: Captions, steps: int) -> list[Row]:
     """`steps` rows from the first of two captions to the second, in equal steps: what the text encoder says of them
-    goes straight from one to the other (words and sentence), or the vectors that came with them.
+    (words and sentence) goes straight from one to the other, or, without an encoder, the data's vectors do.
 
     captions: two, on the device of the networks.
     """
     first, second = captions[:1], captions[1:]
+    labels = [sentences[0], *(f"{_percent(share)} of the way" for share in shares(steps)[1:-1]), sentences[1]]
+    if "text" not in loaded.nets:
+        ways = [torch.lerp(first.vectors, second.vectors, share) for share in shares(steps)]
+        between = [Captions(first.tokens, first.lengths, vectors) for vectors in ways]
+        return [Row(label, caption, loaded.nets) for label, caption in zip(labels, between, strict=True)]
+    (words, sentence), (other_words, other_sentence) = aligned(loaded.nets["text"], first, second)
+    count = math.lcm(int(first.lengths), int(second.lengths))
+    full = Captions(first.tokens.new_zeros(1, count), first.lengths.new_full((1,), count), first.vectors)
     rows = []
-    for share in shares(steps):
-        vectors = torch.lerp(first.vectors, second.vectors, share)
-        if "text" in loaded.nets:
-            words, sentence = text_between(loaded.nets["text"], first, second, share)
-            count = math.lcm(int(first.lengths), int(second.lengths))
-            tokens, lengths = first.tokens.new_zeros(1, count), first.lengths.new_full((1,), count)
-            nets = {**loaded.nets, "text": Says(words, sentence)}
-            rows.append(Row(_label(sentences, share), Captions(tokens, lengths, vectors), nets))
-        else:
-            caption = Captions(first.tokens, first.lengths, vectors)
-            rows.append(Row(_label(sentences, share), caption, loaded.nets))
+    for label, share in zip(labels, shares(steps), strict=True):
+        says = Says(torch.lerp(words, other_words, share), torch.lerp(sentence, other_sentence, share))
+        rows.append(Row(label, full, {**loaded.nets, "text": says}))
     return rows
 
 
-def text_between(encoder: nn.Module, first: Captions, second: Captions, share: float) -> tuple[Tensor, Tensor]:
-    """Words (1, D, L) and sentence (1, D) between two captions of one row each; share 0: the first, 1: the second.
+def aligned(encoder: nn.Module, first: Captions, second: Captions) -> list[tuple[Tensor, Tensor]]:
+    """Words (1, D, L) and sentence (1, D) of each of two captions of one row, their words paired in their order.
 
-    L is the least common multiple of the two lengths, every word standing several times in its place: attention gives
-    copies of a word together what it gives the word, so that both ends say what the captions alone say, without
-    padding, and the way between has no jump. An encoder without words (T = 0) has none here either.
+    L is the least common multiple of the two lengths, every word standing several times in its place. Attention gives
+    the copies of a word together what it gives the word, so that both still say what they say alone, without padding,
+    and between them there is no jump. An encoder without words (T = 0) has none here either.
     """
     count = math.lcm(int(first.lengths), int(second.lengths))
-    with torch.inference_mode():
-        ends = []
-        for caption in (first, second):
+    ends = []
+    for caption in (first, second):
+        with torch.inference_mode():
             words, sentence = encoder(caption.tokens, caption.lengths)
-            length = int(caption.lengths)
-            ends.append((words[:, :, :length].repeat_interleave(count // length, dim=2), sentence))
-        (words, sentence), (other_words, other_sentence) = ends
-        return torch.lerp(words, other_words, share), torch.lerp(sentence, other_sentence, share)
+        length = int(caption.lengths)
+        ends.append((words[:, :, :length].repeat_interleave(count // length, dim=2), sentence))
+    return ends
 
 
 class Says(nn.Module):
@@ -104,10 +103,6 @@ class Says(nn.Module):
     def forward(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         words, sentence = self.get_buffer("words"), self.get_buffer("sentence")
         return words.expand(len(tokens), -1, -1), sentence.expand(len(tokens), -1)
-
-
-def _label(sentences: Sequence[str], share: float) -> str:
-    return {0.0: sentences[0], 1.0: sentences[1]}.get(share, _percent(share))
 
 
 # ------------------------------------------------------------------------------------------------ columns

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from t2idist import systems
 from t2idist.contract import Captions, Draw, Sample
 from t2idist.evaluate import pictures, rows, sample
 from t2idist.evaluate.draw import ArcDraw, GivenDraw, NormalDraw, RowsDraw, encode, generate
@@ -198,7 +199,7 @@ def test_style_of_a_picture_is_its_z_and_all_else_is_the_same(exports: dict[str,
     loaded = dataclasses.replace(load(exports["alone"], CPU), system=Inverting())  # type: ignore[arg-type]
     captions = said(loaded, FROM).each(3)
     given = drawn(loaded, captions, NormalDraw(9, range(3), CPU)).images[0]
-    columns = rows.style_columns(loaded, given, NormalDraw(0, [0] * 3, CPU))
+    columns = rows.style_columns(loaded, given, seed=0, truncation=math.inf)
     assert columns.count == 3 and columns.pictures is not None and torch.equal(columns.pictures, given)
     shown = drawn(loaded, captions, columns.draw).images[0].flatten(1)
     assert torch.equal(shown[:, :24], given.flatten(1)[:, :24])
@@ -300,6 +301,21 @@ def test_command_truncates_the_noise(exports: dict[str, str], tmp_path: Path) ->
     columns = [near[f"001_a-red-heart_0{column}.png"] for column in (1, 2)]
     others = [plain[f"001_a-red-heart_0{column}.png"] for column in (1, 2)]
     assert np.abs(columns[0] - columns[1]).mean() < 0.5 * np.abs(others[0] - others[1]).mean()
+
+
+@pytest.mark.skipif("style" not in systems.names(), reason="there is no system 'style'")
+def test_command_gives_the_style_of_pictures_to_sentences(tmp_path: Path) -> None:
+    export = str(tmp_path / "export")
+    small.write_export("style", export, WORDS)
+    given = [
+        picture_file(tmp_path / f"{level}.png", np.random.default_rng(level).integers(level, 256, (16, 20, 3)))
+        for level in (0, 128, 200)
+    ]
+    shown = run(export, tmp_path / "a", "--text", "a {} heart", "--change-word", "red,blue", "--style-of", *given)
+    alone = run(export, tmp_path / "b", "--text", "a red heart", "--style-of", given[1])
+    assert len(shown) == 2 * 3 + 1
+    assert alike(shown["001_a-red-heart_02.png"], alone["001_a-red-heart_01.png"])
+    assert not alike(shown["001_a-red-heart_01.png"], shown["001_a-red-heart_02.png"])
 
 
 BAD: list[tuple[list[str], str]] = [

@@ -127,8 +127,9 @@ def columns_between(seed: int, steps: int, truncation: float, device: torch.devi
     return Columns(ArcDraw(ends[0], ends[1], shares(steps)), steps, names)
 
 
-def style_columns(loaded: Loaded, pictures: Tensor, rest: RowsDraw) -> Columns:
-    """One column for each picture (N, 3, S, S): its z is what a system draws first; `rest` is drawn after it.
+def style_columns(loaded: Loaded, pictures: Tensor, seed: int, truncation: float) -> Columns:
+    """One column for each picture (N, 3, S, S): its z is what a system draws first; what it draws after that is of the
+    first plain column for all.
 
     Raises ValueError where the system does not find the z of pictures.
     """
@@ -136,6 +137,7 @@ def style_columns(loaded: Loaded, pictures: Tensor, rest: RowsDraw) -> Columns:
         raise ValueError(f"--style-of: an export of '{loaded.name}' does not find styles; give that of a 'style' stage")
     with torch.inference_mode():
         codes = cast(Inverts, loaded.system).invert(loaded.nets, pictures)
+    rest = NormalDraw(seed, [0] * len(pictures), pictures.device, truncation=truncation)
     return Columns(GivenDraw(codes, rest), len(pictures), pictures=pictures.cpu())
 
 

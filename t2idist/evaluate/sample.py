@@ -19,7 +19,7 @@ from torch import Tensor
 
 from t2idist import storage
 from t2idist.contract import Captions, Draws, Sample
-from t2idist.evaluate.draw import NormalDraw, encode, generate
+from t2idist.evaluate.draw import encode, generate
 from t2idist.evaluate.load import Loaded, load
 from t2idist.evaluate.monitor import can_draw, known_words
 from t2idist.evaluate.pictures import attention_figure, grid, png_bytes, read_picture, to_picture
@@ -206,8 +206,7 @@ def _columns(arguments: argparse.Namespace, loaded: Loaded, device: torch.device
         return columns_between(arguments.seed, arguments.steps or STEPS, truncation, device)
     if arguments.style_of:
         pictures = torch.stack([read_picture(url, loaded.system.sizes[-1]) for url in arguments.style_of]).to(device)
-        rest = NormalDraw(arguments.seed, [0] * len(pictures), device, truncation=truncation)
-        return style_columns(loaded, pictures, rest)
+        return style_columns(loaded, pictures, arguments.seed, truncation)
     return plain_columns(arguments.seed, DRAWS if arguments.n is None else arguments.n, truncation, device)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from t2idist import systems
 from t2idist.contract import Captions, Draw, Sample
+from t2idist.engine import export
 from t2idist.evaluate import pictures, rows, sample
 from t2idist.evaluate.draw import ArcDraw, GivenDraw, NormalDraw, RowsDraw, encode, generate
 from t2idist.evaluate.load import Loaded, load
@@ -248,10 +249,10 @@ def test_grid_shows_names_and_pictures_over_their_columns() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the command
-def run(export: str, folder: Path, *words: str) -> dict[str, np.ndarray]:
+def run(url: str, folder: Path, *words: str) -> dict[str, np.ndarray]:
     """The pictures that the command writes, by name, twice the same."""
     for name in ("first", "again"):
-        assert sample.main(["--export", export, "--out", str(folder / name), *words]) == 0
+        assert sample.main(["--export", url, "--out", str(folder / name), *words]) == 0
     first, again = ({f.name: f.read_bytes() for f in sorted((folder / name).iterdir())} for name in ("first", "again"))
     assert first == again
     return {name: np.asarray(Image.open(io.BytesIO(data))).astype(int) for name, data in first.items()}
@@ -305,14 +306,18 @@ def test_command_truncates_the_noise(exports: dict[str, str], tmp_path: Path) ->
 
 @pytest.mark.skipif("style" not in systems.names(), reason="there is no system 'style'")
 def test_command_gives_the_style_of_pictures_to_sentences(tmp_path: Path) -> None:
-    export = str(tmp_path / "export")
-    small.write_export("style", export, WORDS)
+    url = str(tmp_path / "export")
+    small.write_export("style", url, WORDS)
+    loaded = load(url, CPU)
+    for weight in [weight for net in loaded.nets.values() for weight in net.parameters() if weight.dim() > 1]:
+        weight.mul_(10)  # untrained, all its pictures are gray
+    export.write(url, loaded.nets, export.read_index(url))
     given = [
         picture_file(tmp_path / f"{level}.png", np.random.default_rng(level).integers(level, 256, (16, 20, 3)))
         for level in (0, 128, 200)
     ]
-    shown = run(export, tmp_path / "a", "--text", "a {} heart", "--change-word", "red,blue", "--style-of", *given)
-    alone = run(export, tmp_path / "b", "--text", "a red heart", "--style-of", given[1])
+    shown = run(url, tmp_path / "a", "--text", "a {} heart", "--change-word", "red,blue", "--style-of", *given)
+    alone = run(url, tmp_path / "b", "--text", "a red heart", "--style-of", given[1])
     assert len(shown) == 2 * 3 + 1
     assert alike(shown["001_a-red-heart_02.png"], alone["001_a-red-heart_01.png"])
     assert not alike(shown["001_a-red-heart_01.png"], shown["001_a-red-heart_02.png"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,11 +11,12 @@ import torch
 from t2idist import stages
 from t2idist.config import RunConfig
 from t2idist.contract import System
+from t2idist.engine import export
 from t2idist.engine.strategy import Precision
 from t2idist.engine.train import Trainer
 from t2idist.engine.world import Share, World
 from t2idist.evaluate.load import network
-from t2idist.strict import from_dict
+from t2idist.strict import from_dict, to_dict
 from tests import toys
 
 GROUPS, GROUP_SIZE, MAX_WORDS = 4, 3, 6
@@ -63,6 +66,15 @@ def build(system: str) -> System:
         dotted = next(name for name in source.exports if name.rpartition(".")[2] == frozen.network)
         frozen.net.load_state_dict(network(source, dotted).state_dict())
     return made
+
+
+def write_export(system: str, url: str, words: Sequence[str]) -> None:
+    """The export of the system as `build` makes it, from a stage whose data has this vocabulary and no vectors."""
+    run, made = config(system), build(system)
+    plan = stages.plan(run, system, replace(toys.EXTENT, vector_dim=0))
+    settings = to_dict(stages.model_config(run, system))
+    index = {"system": system, "config": settings, "plan": plan.describe(), "vocabulary": list(words), "images": 7}
+    export.write(url, {dotted.rpartition(".")[2]: network(made, dotted) for dotted in made.exports}, index)
 
 
 def trainer(world: World, system: str, precision: str, groups: int = GROUPS) -> Trainer:

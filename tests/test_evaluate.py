@@ -16,10 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from t2idist import stages
 from t2idist.contract import Batch
 from t2idist.data.text import Vocabulary
-from t2idist.engine import export
 from t2idist.evaluate import charts, pictures, report, sample
 from t2idist.evaluate.attributes import ABSENT, TRAITS, answers, balanced_accuracy, decide, train_judge
 from t2idist.evaluate.draw import NormalDraw, encode
@@ -27,7 +25,6 @@ from t2idist.evaluate.load import load, network
 from t2idist.evaluate.monitor import Monitor, score_matching
 from t2idist.evaluate.progress import ProgressPrinter, duration, line
 from t2idist.evaluate.r_precision import r_precision
-from t2idist.strict import to_dict
 from tests import small, toys
 
 CPU = torch.device("cpu")
@@ -38,20 +35,9 @@ WORDS = ["<end>", "a", "red", "blue", "heart", "face", *(f"word{i}" for i in ran
 def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Exports of untrained small networks, by system."""
     folder = tmp_path_factory.mktemp("exports")
-    made = {}
-    for name in ("damsm", "attngan"):
-        system, run = small.build(name), small.config(name)
-        plan = stages.plan(run, name, toys.EXTENT)
-        index = {
-            "system": name,
-            "config": to_dict(stages.model_config(run, name)),
-            "plan": plan.describe(),
-            "vocabulary": WORDS,
-            "images": 7,
-        }
-        nets = {dotted.rpartition(".")[2]: network(system, dotted) for dotted in system.exports}
-        made[name] = str(folder / name)
-        export.write(made[name], nets, index)
+    made = {name: str(folder / name) for name in ("damsm", "attngan")}
+    for name, url in made.items():
+        small.write_export(name, url, WORDS)
     return made
 
 

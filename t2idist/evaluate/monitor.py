@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from t2idist import storage
 from t2idist.contract import Batch, Draws, Matches, System, as_floats
 from t2idist.data.text import Vocabulary, tokenise
-from t2idist.evaluate.draw import encode, generate
+from t2idist.evaluate.draw import NormalDraw, encode, generate
 from t2idist.evaluate.pictures import attention_figure, grid, png_bytes, stacked
 from t2idist.evaluate.r_precision import most_candidates, r_precision
 
@@ -71,7 +71,8 @@ class Monitor:
         """
         places = [i % self._draws for i in range(len(self._encoded))]
         with evaluating(nets):
-            sample = generate(self._system, nets, self._encoded, places=places, seed=self._seed, device=self._device)
+            draw = NormalDraw(self._seed, places, self._device)
+            sample = generate(self._system, nets, self._encoded, draw, device=self._device)
         written = [storage.join(self._folder, f"images_{images_seen:09d}.png")]
         storage.write_bytes(written[0], png_bytes(grid(sample.images, self._captions, self._draws, self._real)))
         if sample.attention:

@@ -6,14 +6,23 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from t2idist import storage
+from t2idist.contract import as_floats
+from t2idist.data.pictures import crop_and_flip, decode
+from t2idist.data.reader import Encoded
+from t2idist.data.samples import EXTENSIONS
 
 PAPER = (255, 255, 255)
 INK = (28, 30, 36)
 FAINT = (120, 124, 134)
 GAP = 4
 BLOCK_GAP = 14
+HEAD = 30
+NAMES = 22
 SMALLEST_CELL = 96
 CAPTION_WIDTH = 250
 WORDS_A_ROW = 9
@@ -27,18 +36,44 @@ def to_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
 
 
+def read_picture(url: str, size: int) -> Tensor:
+    """The middle square of a picture file, (3, size, size) in [-1, 1]. Raises ValueError that names the file."""
+    where = storage.redact(url)
+    extension = url.rpartition(".")[2].lower().replace("jpeg", "jpg")
+    if extension not in EXTENSIONS:
+        raise ValueError(f"{where}: not a picture that is read here; they end in {', '.join(EXTENSIONS)}")
+    try:
+        data = storage.read_bytes(url)
+    except OSError as error:
+        raise ValueError(f"{where}: {error.strerror or type(error).__name__}") from None
+    try:
+        picture = crop_and_flip(decode(Encoded(data, extension), size), size, 1.0, False, None)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return as_floats(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+
+
 def png_bytes(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=False)
     return buffer.getvalue()
 
 
-def grid(scales: Sequence[Tensor], captions: Sequence[str], columns: int, real: Tensor | None = None) -> Image.Image:
+def grid(
+    scales: Sequence[Tensor],
+    captions: Sequence[str],
+    columns: int,
+    real: Tensor | None = None,
+    *,
+    names: Sequence[str] = (),
+    tops: Tensor | None = None,
+) -> Image.Image:
     """Fixed captions (rows) by fixed noise draws (columns), one block of columns for each scale, largest last.
 
     scales: lowest size first, each (R * columns, 3, S, S) in [-1, 1] in row-major order, R = number of captions. Small
     sizes are enlarged without smoothing, so that all scales show equally large. real: (R, 3, S, S), a real picture of
-    each caption, shown in a first block.
+    each caption, shown in a first block. names: a few letters over each column. tops: (columns, 3, S, S), a picture
+    over each column, that it takes after.
     """
     rows = len(captions)
     for images in scales:
@@ -49,19 +84,24 @@ def grid(scales: Sequence[Tensor], captions: Sequence[str], columns: int, real: 
     cell = _cell(max(int(images.shape[-1]) for images in scales))
     blocks = [] if real is None else [("real", real, 1)]
     blocks += [(f"{int(images.shape[-1])} px", images, columns) for images in scales]
-    label_font, head_font = ImageFont.load_default(size=17), ImageFont.load_default(size=15)
-    top = 30
+    font = ImageFont.load_default(size=17)
+    tops_at = HEAD + (NAMES if names else 0)
+    top = tops_at + (0 if tops is None else cell + BLOCK_GAP)
     width = CAPTION_WIDTH + sum(n * (cell + GAP) + BLOCK_GAP for _, _, n in blocks) + BLOCK_GAP
     sheet = Image.new("RGB", (width, top + rows * (cell + GAP) + GAP), PAPER)
     pen = ImageDraw.Draw(sheet)
     for row, caption in enumerate(captions):
-        _caption(pen, caption, label_font, (12, top + row * (cell + GAP)), (CAPTION_WIDTH - 24, cell))
+        _caption(pen, caption, font, (12, top + row * (cell + GAP)), (CAPTION_WIDTH - 24, cell))
     left = CAPTION_WIDTH
     for title, images, n in blocks:
-        pen.text((left, 7), title, font=head_font, fill=FAINT)
-        for i in range(rows * n):
-            place = (left + (i % n) * (cell + GAP), top + (i // n) * (cell + GAP))
-            sheet.paste(_enlarged(to_picture(images[i]), cell), place)
+        small = ImageFont.load_default(size=15)
+        pen.text((left, 7), title, font=small, fill=FAINT)
+        if images is not real:
+            for i, name in enumerate(names):
+                pen.text((left + i * (cell + GAP), HEAD), _fitted(pen, name, small, cell), font=small, fill=INK)
+            if tops is not None:
+                _paste(sheet, tops, n, cell, (left, tops_at))
+        _paste(sheet, images, n, cell, (left, top))
         left += n * (cell + GAP) + BLOCK_GAP
     return sheet
 
@@ -113,6 +153,13 @@ def stacked(figures: Sequence[Image.Image]) -> Image.Image:
 def _cell(size: int) -> int:
     """The shown size of pictures of `size` pixels: a whole multiple, large enough to see."""
     return size * -(-SMALLEST_CELL // size)
+
+
+def _paste(sheet: Image.Image, images: Tensor, columns: int, cell: int, corner: tuple[int, int]) -> None:
+    """Pictures (N, 3, S, S) in so many columns from this corner on."""
+    for i, image in enumerate(images):
+        place = (corner[0] + (i % columns) * (cell + GAP), corner[1] + (i // columns) * (cell + GAP))
+        sheet.paste(_enlarged(to_picture(image), cell), place)
 
 
 def _enlarged(picture: Image.Image, cell: int) -> Image.Image:

@@ -1,4 +1,9 @@
-"""Pictures of sentences from an export: ``python -m t2idist.evaluate.sample --export URL --text "a red heart"``."""
+"""Pictures of sentences from an export: ``python -m t2idist.evaluate.sample --export URL --text "a red heart"``.
+
+A sheet has two axes. Rows: sentences (--text, --captions), one sentence with other words (--change-word), or the way
+between two (--interpolate-text). Columns: draws of the noise (--n), the way between two (--interpolate-noise), or the
+styles of given pictures (--style-of). Every kind of rows goes with every kind of columns.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +15,33 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from t2idist import storage
-from t2idist.contract import Draws, Sample
+from t2idist.contract import Captions, Draws, Sample
 from t2idist.evaluate.draw import encode, generate
 from t2idist.evaluate.load import Loaded, load
 from t2idist.evaluate.monitor import can_draw, known_words
-from t2idist.evaluate.pictures import attention_figure, grid, png_bytes, to_picture
+from t2idist.evaluate.pictures import attention_figure, grid, png_bytes, read_picture, to_picture
+from t2idist.evaluate.rows import (
+    PLACEHOLDER,
+    SMALLEST_TRUNCATION,
+    Columns,
+    Row,
+    changed_words,
+    columns_between,
+    fill_in,
+    plain_columns,
+    plain_rows,
+    reads_text,
+    rows_between,
+    style_columns,
+)
+
+DRAWS = 4
+STEPS = 8
+WORDS_AT_ONCE = 1024
+"""Words, over all pictures of one batch: what attention's memory grows with."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -34,57 +59,155 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m t2idist.evaluate.sample", description="Draw pictures of sentences."
     )
     parser.add_argument("--export", required=True, metavar="URL", help="folder of an export of a system that draws")
-    parser.add_argument(
-        "--text", action="append", default=[], metavar="SENTENCE", help="a sentence; may be given again"
-    )
-    parser.add_argument("--captions", metavar="FILE", help="a text file with one sentence a line")
     parser.add_argument("--out", default="samples", metavar="DIR", help="folder or URL to write to (default: samples)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same pictures (default: 0)")
-    parser.add_argument("--n", type=int, default=4, help="pictures for each sentence (default: 4)")
     parser.add_argument("--scale", choices=("all", "largest"), default="largest", help="which sizes to write")
     parser.add_argument("--attention", action="store_true", help="also write each word beside its attention map")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    rows = parser.add_argument_group("rows")
+    rows.add_argument("--text", action="append", default=[], metavar="SENTENCE", help="a sentence; may be given again")
+    rows.add_argument("--captions", metavar="FILE", help="a text file with one sentence a line")
+    rows.add_argument(
+        "--change-word",
+        metavar="WORDS",
+        help='a row for each of these words ("red,light blue"), which stands where the sentence has {}',
+    )
+    rows.add_argument(
+        "--interpolate-text", nargs=2, metavar=("FROM", "TO"), help="rows from one sentence to another, in --steps"
+    )
+    columns = parser.add_argument_group("columns")
+    columns.add_argument("--n", type=int, help=f"draws of the noise (default: {DRAWS})")
+    columns.add_argument(
+        "--interpolate-noise", action="store_true", help="columns from the first draw to the second, in --steps"
+    )
+    columns.add_argument(
+        "--style-of", nargs="+", metavar="IMAGE", help="a column in the style of each picture (exports of 'style')"
+    )
+    columns.add_argument(
+        "--truncation", type=float, metavar="T", help="no noise of a size above T: fewer odd pictures, less variety"
+    )
+    parser.add_argument("--steps", type=int, help=f"steps of an interpolation, ends included (default: {STEPS})")
     return parser
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    captions = _captions(arguments)
-    if arguments.n < 1:
+def _check(arguments: argparse.Namespace) -> None:
+    """Whether the options go together. Raises ValueError."""
+    between = arguments.interpolate_text or arguments.interpolate_noise
+    others = [f"--{name.replace('_', '-')}" for name in ("text", "captions", "change_word") if vars(arguments)[name]]
+    if arguments.interpolate_text and others:
+        raise ValueError(f"--interpolate-text brings its own two sentences; leave {' and '.join(others)} away")
+    if arguments.interpolate_text and arguments.attention:
+        raise ValueError("--attention: between two sentences there are no words to show; leave it away")
+    if arguments.interpolate_noise and arguments.style_of:
+        raise ValueError("--interpolate-noise and --style-of both say what the columns are; give one of them")
+    if arguments.n is not None and (arguments.interpolate_noise or arguments.style_of):
+        raise ValueError(
+            "--n counts draws; with --interpolate-noise or --style-of the columns are others; leave it away"
+        )
+    if arguments.n is not None and arguments.n < 1:
         raise ValueError(f"--n {arguments.n}: give at least 1")
+    if arguments.steps is not None and not between:
+        raise ValueError(
+            "--steps is for --interpolate-text and --interpolate-noise; give one of them, or leave it away"
+        )
+    if arguments.steps is not None and arguments.steps < 2:
+        raise ValueError(f"--steps {arguments.steps}: give at least 2, the two ends")
+    if arguments.truncation is not None and not arguments.truncation >= SMALLEST_TRUNCATION:
+        raise ValueError(f"--truncation {arguments.truncation}: give at least {SMALLEST_TRUNCATION}")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    _check(arguments)
     device = _device(arguments.device)
+    sentences = _sentences(arguments)
     loaded = load(arguments.export, device)
     if not can_draw(loaded.system):
         raise ValueError(
             f"{storage.redact(arguments.export)}: this export does not draw pictures; give that of a generator"
         )
-    _check_words(loaded, captions)
-    sample = generate(
-        cast(Draws, loaded.system),
-        loaded.nets,
-        encode(loaded.vocabulary, captions, loaded.plan.max_words).each(arguments.n),
-        places=list(range(arguments.n)) * len(captions),
-        seed=arguments.seed,
-        device=device,
-    )
-    if arguments.attention and not sample.attention:
-        print("sample: this system has no attention; --attention writes nothing", file=sys.stderr)
-    written = _write(arguments, loaded, captions, sample)
+    rows = _rows(arguments, loaded, sentences, device)
+    columns = _columns(arguments, loaded, device)
+    written: list[str] = []
+    scales: list[tuple[Tensor, ...]] = []
+    for number, row in enumerate(rows, 1):
+        captions = row.caption.each(columns.count)
+        batch_size = max(1, WORDS_AT_ONCE // captions.tokens.shape[1])
+        system = cast(Draws, loaded.system)
+        sample = generate(system, row.nets, captions, columns.draw, device=device, batch_size=batch_size)
+        if arguments.attention and not sample.attention and number == 1:
+            print("sample: this system has no attention; --attention writes nothing", file=sys.stderr)
+        scales.append(sample.images if arguments.scale == "all" else sample.images[-1:])
+        written += _write_row(arguments, loaded, number, row, sample)
+    labels = [row.label for row in rows]
+    images = [torch.cat(scale) for scale in zip(*scales, strict=True)]
+    sheet = grid(images, labels, columns.count, names=columns.names, tops=columns.pictures)
+    written.append(storage.join(arguments.out, "grid.png"))
+    storage.write_bytes(written[-1], png_bytes(sheet))
     print(f"{len(written)} files in {storage.redact(arguments.out)}, for a first look: {written[-1]}")
     return 0
 
 
-def _captions(arguments: argparse.Namespace) -> list[str]:
-    captions = list(arguments.text)
-    if arguments.captions:
-        try:
-            text = Path(arguments.captions).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise ValueError(f"--captions {arguments.captions}: {reason}") from None
-        captions += [sentence.strip() for sentence in text.splitlines() if sentence.strip()]
-    if not captions:
+def _sentences(arguments: argparse.Namespace) -> list[str]:
+    """All sentences that the options give, in the order of the rows."""
+    if arguments.interpolate_text:
+        sentences = list(arguments.interpolate_text)
+    else:
+        sentences = [*arguments.text, *_lines(arguments.captions)]
+    if arguments.change_word is not None:
+        if not sentences:
+            raise ValueError(f"--change-word: give the sentence too, as --text, with {PLACEHOLDER} where the word goes")
+        return fill_in(sentences, changed_words(arguments.change_word))
+    open_place = next((sentence for sentence in sentences if PLACEHOLDER in sentence), None)
+    if open_place is not None:
+        raise ValueError(
+            f'"{open_place}" has a place for a word, {PLACEHOLDER}; say with --change-word what goes there'
+        )
+    return sentences
+
+
+def _lines(path: str | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ValueError(f"--captions {path}: {reason}") from None
+    return [sentence.strip() for sentence in text.splitlines() if sentence.strip()]
+
+
+def _rows(arguments: argparse.Namespace, loaded: Loaded, sentences: Sequence[str], device: torch.device) -> list[Row]:
+    if not reads_text(loaded):
+        if sentences:
+            raise ValueError(f"{storage.redact(arguments.export)}: this export draws without text; give no sentence")
+        empty = Captions(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, dtype=torch.int64), torch.zeros(1, 0))
+        return plain_rows(loaded, ["without text"], empty)
+    if not sentences:
         raise ValueError("no sentence: give --text or a --captions file with one sentence a line")
-    return captions
+    captions = _encoded(arguments, loaded, sentences).to(device)
+    if arguments.interpolate_text:
+        return rows_between(loaded, sentences, captions, arguments.steps or STEPS)
+    return plain_rows(loaded, sentences, captions)
+
+
+def _encoded(arguments: argparse.Namespace, loaded: Loaded, sentences: Sequence[str]) -> Captions:
+    """The sentences as the export reads them."""
+    if "text" not in loaded.nets:
+        raise ValueError(f"{storage.redact(loaded.url)}: this export reads vectors of sentences, not their words")
+    if arguments.change_word is not None:
+        _check_changed(loaded, changed_words(arguments.change_word))
+    _check_words(loaded, sentences)
+    return encode(loaded.vocabulary, sentences, loaded.plan.max_words)
+
+
+def _columns(arguments: argparse.Namespace, loaded: Loaded, device: torch.device) -> Columns:
+    truncation = float("inf") if arguments.truncation is None else arguments.truncation
+    if arguments.interpolate_noise:
+        return columns_between(arguments.seed, arguments.steps or STEPS, truncation, device)
+    if arguments.style_of:
+        pictures = torch.stack([read_picture(url, loaded.system.sizes[-1]) for url in arguments.style_of]).to(device)
+        return style_columns(loaded, pictures, arguments.seed, truncation)
+    return plain_columns(arguments.seed, DRAWS if arguments.n is None else arguments.n, truncation, device)
 
 
 def _device(name: str) -> torch.device:
@@ -107,8 +230,16 @@ def _check_words(loaded: Loaded, captions: Sequence[str]) -> None:
             print(f'sample: "{caption}": {plural} not in the vocabulary and left out: {quoted}', file=sys.stderr)
 
 
-def _write(arguments: argparse.Namespace, loaded: Loaded, captions: Sequence[str], sample: Sample) -> list[str]:
-    """Every picture, the attention figures, and last the contact sheet; gives the URLs."""
+def _check_changed(loaded: Loaded, words: Sequence[str]) -> None:
+    """Whether the words of --change-word are known: a row without its word would show nothing. Raises ValueError."""
+    strange = [word for word in words if loaded.vocabulary.unknown(word) or not known_words(loaded.vocabulary, word)]
+    if strange:
+        quoted = ", ".join(f"'{word}'" for word in strange)
+        raise ValueError(f"--change-word: not in the vocabulary of the export: {quoted}")
+
+
+def _write_row(arguments: argparse.Namespace, loaded: Loaded, number: int, row: Row, sample: Sample) -> list[str]:
+    """Every picture of a row, and the attention figures; gives the URLs."""
     written: list[str] = []
 
     def write(name: str, data: bytes) -> None:
@@ -116,17 +247,15 @@ def _write(arguments: argparse.Namespace, loaded: Loaded, captions: Sequence[str
         storage.write_bytes(written[-1], data)
 
     scales = sample.images if arguments.scale == "all" else sample.images[-1:]
-    for row in range(len(captions) * arguments.n):
-        caption = captions[row // arguments.n]
-        stem = f"{row // arguments.n + 1:03d}_{slug(caption)}_{row % arguments.n + 1:02d}"
+    for column in range(len(scales[0])):
+        stem = f"{number:03d}_{slug(row.label)}_{column + 1:02d}"
         for images in scales:
             suffix = f"_{int(images.shape[-1])}px" if len(scales) > 1 else ""
-            write(f"{stem}{suffix}.png", png_bytes(to_picture(images[row])))
+            write(f"{stem}{suffix}.png", png_bytes(to_picture(images[column])))
         if arguments.attention and sample.attention:
-            words = known_words(loaded.vocabulary, caption)[: loaded.plan.max_words]
-            figure = attention_figure(sample.images[-1][row], words, [stage[row] for stage in sample.attention])
+            words = known_words(loaded.vocabulary, row.label)[: loaded.plan.max_words]
+            figure = attention_figure(sample.images[-1][column], words, [stage[column] for stage in sample.attention])
             write(f"{stem}_attention.png", png_bytes(figure))
-    write("grid.png", png_bytes(grid(scales, captions, arguments.n)))
     return written
 
 

@@ -23,12 +23,13 @@ class Config:
 
     image_size: a power of two from 16 on. residual: with the bottleneck blocks of the released Lua code; false is the
     plain DCGAN of the PyTorch port (widths 64 and 64). condition_dim: what a sentence vector is projected to.
+    text_norm: BatchNorm on that in the discriminator; the released CUB script and the port have it, COCO's has not.
     matching_aware: the discriminator learns from real pictures with wrong captions, too (GAN-CLS). interpolate: the
     generator learns from mixtures of two captions, too (GAN-INT): `beta` of one and 1 - `beta` of the next of its
     group, with `interpolation_weight`. unit_text: sentence vectors are scaled to a root mean square of 1, which an
     encoder trained on cosines leaves to chance. ema_half_life_images: none: no average, as published.
-    compat: "authors" for the released scripts: GAN-INT's lacks one LeakyReLU in the discriminator and takes the mean
-    over 1.5 pictures a caption; the other normalises no text there.
+    compat: "authors" for the released GAN-INT-CLS script, which lacks one LeakyReLU in the residual discriminator and
+    takes the generator's loss over half as many mixtures as captions, the mean of them all.
     """
 
     image_size: int = 64
@@ -37,6 +38,7 @@ class Config:
     residual: bool = True
     z_dim: int = 100
     condition_dim: int = 128  # section 5
+    text_norm: bool = True
     matching_aware: bool = True
     interpolate: bool = True
     beta: float = 0.5  # section 4.3
@@ -59,15 +61,14 @@ class GanCls:
         encoder, text_dim = sentence_encoder(plan.sources, plan.vocabulary_size, plan.extent.vector_dim)
         self.frozen = {} if encoder is None else {"text": Frozen(encoder, "text", "text")}
         generator = conditional_generator(asdict(config), text_dim, config.residual)
-        as_released = config.residual and config.compat == "authors"
         discriminator = DcganDiscriminator(
             width=config.discriminator_width,
             image_size=config.image_size,
             text_dim=text_dim,
             condition_dim=config.condition_dim,
             residual=config.residual,
-            text_norm=not as_released or config.interpolate,
-            second_last_leaks=not as_released or not config.interpolate,
+            text_norm=config.text_norm,
+            second_last_leaks=not (config.residual and config.interpolate and config.compat == "authors"),
         )
         normal_(generator)
         normal_(discriminator)

@@ -1,8 +1,8 @@
 """DCGAN's networks, without and with a caption; parameter names follow the GAN-CLS port in PyTorch.
 
 Sizes follow from the picture's: from 4x4 places on, every layer doubles them and halves the channels, up to `width`
-channels before the picture. With a caption there are two layouts: the plain one of the port, and the residual one that
-Reed et al. released, with bottleneck blocks at the two lowest sizes of the generator and at 4x4 in the discriminator.
+channels before the picture. With a caption there are two layouts: the plain one, and the residual one that Reed et al.
+released, with bottleneck blocks at the two lowest sizes of the generator and at 4x4 in the discriminator.
 Convolutions have no biases: DCGAN's BatchNorm takes them out, and Reed's code sets them to zero before every step.
 """
 
@@ -131,8 +131,10 @@ def trunk(
 class DcganDiscriminator(nn.Module):
     """Pictures (N, 3, S, S) and, with text_dim, sentence vectors (N, text_dim) -> logits (N,).
 
-    text_norm: BatchNorm after the text's linear map. second_last_leaks: false leaves the LeakyReLU after the last but
-    one BatchNorm of the trunk out, as Reed's GAN-INT-CLS script does.
+    text_norm: BatchNorm after the text's linear map. joins: a 1x1 convolution and a LeakyReLU join picture and text
+    before the logit (Reed et al., section 4.1); the port has none, so that its logit is a sum of one term for the
+    picture and one for the text, and no pair can be told from a mismatch. second_last_leaks: false leaves the LeakyReLU
+    after the last but one BatchNorm of the trunk out, as Reed's GAN-INT-CLS script does.
     """
 
     def __init__(
@@ -144,23 +146,25 @@ class DcganDiscriminator(nn.Module):
         condition_dim: int = 0,
         residual: bool = False,
         text_norm: bool = True,
+        joins: bool = True,
         second_last_leaks: bool = True,
     ) -> None:
         super().__init__()
         self.netD_1, channels = trunk(width, image_size, residual=residual, second_last_leaks=second_last_leaks)
-        joint = channels
-        if text_dim is not None:
-            self.projector = nn.ModuleDict({"projection": text_projection(text_dim, condition_dim, text_norm)})
-            joint += condition_dim
-        head: list[nn.Module] = []
-        if residual:
-            head = [
-                nn.Conv2d(joint, channels, kernel_size=1, bias=False),
-                nn.BatchNorm2d(channels),
-                nn.LeakyReLU(LEAK, inplace=True),
-            ]
-            joint = channels
-        self.netD_2 = nn.Sequential(*head, LogitConv(joint, bias=False))
+        if text_dim is None:
+            self.netD_2 = nn.Sequential(LogitConv(channels, bias=False))
+            return
+        self.projector = nn.ModuleDict({"projection": text_projection(text_dim, condition_dim, text_norm)})
+        both = channels + condition_dim
+        if not joins:
+            self.netD_2 = nn.Sequential(LogitConv(both, bias=False))
+            return
+        self.netD_2 = nn.Sequential(
+            nn.Conv2d(both, channels, kernel_size=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.LeakyReLU(LEAK, inplace=True),
+            LogitConv(channels, bias=False),
+        )
 
     def features(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) -> (N, C, 4, 4)."""

@@ -21,15 +21,16 @@ from t2idist.nn.text_encoders import sentence_encoder, sentence_vectors
 class Config:
     """Defaults: GAN-INT-CLS with the paper's settings for CUB, else the released ones.
 
-    image_size: a power of two from 16 on. residual: with the bottleneck blocks of the released Lua code; false is the
-    plain DCGAN of the PyTorch port (widths 64 and 64). condition_dim: what a sentence vector is projected to.
+    image_size: a power of two from 16 on. residual: with the bottleneck blocks of the released Lua code; false is a
+    plain DCGAN, as the PyTorch port is (widths 64 and 64). condition_dim: what a sentence vector is projected to.
     text_norm: BatchNorm on that in the discriminator; the released CUB script and the port have it, COCO's has not.
     matching_aware: the discriminator learns from real pictures with wrong captions, too (GAN-CLS). interpolate: the
     generator learns from mixtures of two captions, too (GAN-INT): `beta` of one and 1 - `beta` of the next of its
     group, with `interpolation_weight`. unit_text: sentence vectors are scaled to a root mean square of 1, which an
     encoder trained on cosines leaves to chance. ema_half_life_images: none: no average, as published.
     compat: "authors" for the released GAN-INT-CLS script, which lacks one LeakyReLU in the residual discriminator and
-    takes the generator's loss over half as many mixtures as captions, the mean of them all.
+    takes the generator's loss over half as many mixtures as captions, the mean of them all; without `residual` for the
+    port's weights, whose discriminator never joins picture and text.
     """
 
     image_size: int = 64
@@ -61,6 +62,7 @@ class GanCls:
         encoder, text_dim = sentence_encoder(plan.sources, plan.vocabulary_size, plan.extent.vector_dim)
         self.frozen = {} if encoder is None else {"text": Frozen(encoder, "text", "text")}
         generator = conditional_generator(asdict(config), text_dim, config.residual)
+        as_released = config.compat == "authors"
         discriminator = DcganDiscriminator(
             width=config.discriminator_width,
             image_size=config.image_size,
@@ -68,7 +70,8 @@ class GanCls:
             condition_dim=config.condition_dim,
             residual=config.residual,
             text_norm=config.text_norm,
-            second_last_leaks=not (config.residual and config.interpolate and config.compat == "authors"),
+            joins=config.residual or not as_released,
+            second_last_leaks=not (config.residual and config.interpolate and as_released),
         )
         normal_(generator)
         normal_(discriminator)

@@ -31,6 +31,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "discriminator_width": 4,
         "z_dim": 6,
         "condition_dim": 5,
+        "unit_text": True,
         "ema_half_life_images": 100,
     },
     "style": {"width": 4},

@@ -27,8 +27,24 @@ MODELS: dict[str, dict[str, Any]] = {
     "damsm": DAMSM,
     "attngan": {**TREE, "generator_width": 8, "discriminator_width": 8},
     "stackgan_pp": {**TREE, "generator_width": 8, "discriminator_width": 4, "colour_weight": 5.0},
+    "dcgan": {"image_size": 16, "generator_width": 4, "discriminator_width": 4, "z_dim": 6},
+    "gan_cls": {
+        "image_size": 16,
+        "generator_width": 8,
+        "discriminator_width": 4,
+        "z_dim": 6,
+        "condition_dim": 5,
+        "unit_text": True,
+        "ema_half_life_images": 100,
+    },
+    "style": {"width": 4},
 }
-USES: dict[str, dict[str, str]] = {"attngan": {"damsm": "damsm"}, "stackgan_pp": {"damsm": "damsm"}}
+USES: dict[str, dict[str, str]] = {
+    "attngan": {"damsm": "damsm"},
+    "stackgan_pp": {"damsm": "damsm"},
+    "gan_cls": {"text": "damsm"},
+    "style": {"generator": "gan_cls"},
+}
 """By system and slot, which other one trains what it uses."""
 
 

@@ -73,6 +73,43 @@ def judge_pairs(net: Judge, real: Tensor, fake: Tensor, condition: Tensor, pairs
     )
 
 
+class PairJudge(Protocol):
+    """A discriminator of one head, which sees a picture and a condition."""
+
+    def features(self, images: Tensor) -> Tensor: ...
+
+    def conditional(self, features: Tensor, condition: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class PairVerdict:
+    """Mean cross-entropies of the three kinds of pairs, and the share of pictures that prefer their own condition."""
+
+    real: Tensor
+    wrong: Tensor
+    fake: Tensor
+    matching: Tensor
+
+
+def judge_three(
+    net: PairJudge, real: Tensor, fake: Tensor, condition: Tensor, pairs: WrongPairs, groups: int
+) -> PairVerdict:
+    """A matching-aware discriminator's verdict (GAN-CLS, section 4.2) on pictures (N, 3, S, S) of conditions (N, D).
+
+    matching has no gradient: how often a real picture's own condition gets a higher logit than the wrong one.
+    """
+    real_features = net.features(real)
+    own = net.conditional(real_features, condition)
+    other = net.conditional(real_features, condition[pairs.caption])
+    preferred = (own > other)[pairs.keep].to(full(own).dtype)
+    return PairVerdict(
+        real=says_real(own),
+        wrong=says_fake_where(other, pairs.keep, groups),
+        fake=says_fake(net.conditional(net.features(fake), condition)),
+        matching=preferred.sum() / pairs.keep.sum().clamp(min=1),
+    )
+
+
 def halves_and_thirds(v: Verdict) -> Tensor:
     """AttnGAN, MirrorGAN and StackGAN v1's second stage: (real + real_alone) / 2 + (fake + wrong + fake_alone) / 3."""
     return (v.real + v.real_alone) / 2 + (v.fake + v.wrong + v.fake_alone) / 3

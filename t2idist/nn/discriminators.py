@@ -18,8 +18,8 @@ SIZES = (16, 32, 64, 128, 256)
 class LogitConv(nn.Conv2d):
     """A 4x4 convolution on 4x4 places, which is a linear map and quicker as one: (N, C, 4, 4) -> (N,)."""
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, 1, kernel_size=4, stride=4)
+    def __init__(self, channels: int, bias: bool = True) -> None:
+        super().__init__(channels, 1, kernel_size=4, stride=4, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x.flatten(1), self.weight.flatten(1), self.bias).squeeze(1)

@@ -78,6 +78,17 @@ def sentence_encoder(
     )
 
 
+def sentence_vectors(encoder: nn.Module | None, tokens: Tensor, lengths: Tensor, given: Tensor, unit: bool) -> Tensor:
+    """A vector (N, D) for each of N captions: by the encoder, or those given with the data where there is none.
+
+    tokens (N, T), lengths (N,), given (N, D). unit: scaled by `unit_scale`. Raises ValueError where none are given.
+    """
+    if encoder is None and not given.shape[1]:
+        raise ValueError("captions without sentence vectors; what was trained on given vectors needs them to draw")
+    vectors: Tensor = given if encoder is None else encoder(tokens, lengths)[1]
+    return unit_scale(vectors) if unit else vectors
+
+
 def unit_scale(text: Tensor) -> Tensor:
     """Vectors (N, D) or (N, D, T) scaled to a root mean square of 1 over D; zeros stay zeros.
 

@@ -1,0 +1,214 @@
+"""DCGAN's networks, without and with a caption; parameter names follow the GAN-CLS port in PyTorch.
+
+Sizes follow from the picture's: from 4x4 places on, every layer doubles them and halves the channels, up to `width`
+channels before the picture. With a caption there are two layouts: the plain one, and the residual one that Reed et al.
+released, with bottleneck blocks at the two lowest sizes of the generator and at 4x4 in the discriminator.
+Convolutions have no biases: DCGAN's BatchNorm takes them out, and Reed's code sets them to zero before every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from t2idist.nn.blocks import LEAK, conv3x3, down_block, tile
+from t2idist.nn.discriminators import LogitConv
+
+SMALLEST = 16
+
+
+def doublings(image_size: int) -> int:
+    """How often 4x4 places double up to a picture. Raises ValueError where they do not."""
+    if image_size < SMALLEST or image_size & (image_size - 1):
+        raise ValueError(f"image_size is {image_size}; it must be a power of two from {SMALLEST} on")
+    return (image_size // 4).bit_length() - 1
+
+
+class SeedConv(nn.ConvTranspose2d):
+    """A 4x4 transposed convolution of one place, which is a linear map and quicker as one: (N, C) -> (N, out, 4, 4)."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__(channels_in, channels_out, kernel_size=4, bias=False)
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return (x @ self.weight.flatten(1)).view(-1, self.out_channels, 4, 4)
+
+
+class Bottleneck(nn.Module):
+    """x + BN(conv3x3(act(BN(conv3x3(act(BN(conv1x1(x)))))))) through a quarter of the channels, no activation after."""
+
+    def __init__(self, channels: int, activation: nn.Module) -> None:
+        super().__init__()
+        inner = max(channels // 4, 1)
+        self.block = nn.Sequential(
+            nn.Conv2d(channels, inner, kernel_size=1, bias=False),
+            nn.BatchNorm2d(inner),
+            activation,
+            conv3x3(inner, inner),
+            nn.BatchNorm2d(inner),
+            activation,
+            conv3x3(inner, channels),
+            nn.BatchNorm2d(channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.block(x)
+        return out
+
+
+def text_projection(text_dim: int, condition_dim: int, norm: bool) -> nn.Sequential:
+    """Sentence vectors (N, text_dim) -> (N, condition_dim): linear (+ BatchNorm) + LeakyReLU."""
+    linear = nn.Linear(text_dim, condition_dim)
+    leak = nn.LeakyReLU(LEAK, inplace=True)
+    if not norm:
+        return nn.Sequential(linear, leak)
+    # BatchNorm takes the bias out again: its gradient is rounding alone, which Adam would blow up to whole steps.
+    linear.bias.requires_grad_(False)
+    return nn.Sequential(linear, nn.BatchNorm1d(condition_dim), leak)
+
+
+class DcganGenerator(nn.Module):
+    """z (N, z_dim) and, with text_dim, sentence vectors (N, text_dim) -> pictures (N, 3, S, S) in [-1, 1].
+
+    The port puts the text before z and normalises it; the residual layout has z first and does not.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        image_size: int,
+        z_dim: int,
+        text_dim: int | None = None,
+        condition_dim: int = 0,
+        residual: bool = False,
+    ) -> None:
+        super().__init__()
+        self.text_first = not residual
+        inputs = z_dim
+        if text_dim is not None:
+            self.projection = text_projection(text_dim, condition_dim, norm=not residual)
+            inputs += condition_dim
+        channels = [width << i for i in reversed(range(doublings(image_size)))]
+        layers: list[nn.Module] = [SeedConv(inputs, channels[0])]
+        for place, (here, after) in enumerate(pairwise([*channels, 3])):
+            layers.append(nn.BatchNorm2d(here))
+            if residual and place < 2:
+                layers.append(Bottleneck(here, nn.ReLU(inplace=True)))
+            layers += [nn.ReLU(inplace=True), nn.ConvTranspose2d(here, after, 4, stride=2, padding=1, bias=False)]
+        self.netG = nn.Sequential(*layers, nn.Tanh())
+
+    def forward(self, z: Tensor, text: Tensor | None = None) -> Tensor:
+        seed = z
+        if text is not None:
+            condition = self.projection(text)
+            seed = torch.cat([condition, z] if self.text_first else [z, condition], dim=1)
+        out: Tensor = self.netG(seed)
+        return out
+
+
+def trunk(
+    width: int, image_size: int, *, residual: bool = False, second_last_leaks: bool = True
+) -> tuple[nn.Sequential, int]:
+    """Pictures (N, 3, S, S) -> features (N, C, 4, 4), and C. second_last_leaks: see `DcganDiscriminator`."""
+    channels = [3, *(width << i for i in range(doublings(image_size)))]
+    last = len(channels) - 2
+    layers: list[nn.Module] = []
+    for place, (before, here) in enumerate(pairwise(channels)):
+        *layer, leak = down_block(before, here, norm=place > 0)
+        layers += layer
+        if residual and place == last:
+            layers.append(Bottleneck(here, nn.LeakyReLU(LEAK, inplace=True)))
+        if second_last_leaks or place != last - 1 or place == 0:
+            layers.append(leak)
+    return nn.Sequential(*layers), channels[-1]
+
+
+class DcganDiscriminator(nn.Module):
+    """Pictures (N, 3, S, S) and, with text_dim, sentence vectors (N, text_dim) -> logits (N,).
+
+    text_norm: BatchNorm after the text's linear map. joins: a 1x1 convolution and a LeakyReLU join picture and text
+    before the logit (Reed et al., section 4.1); the port has none, so that its logit is a sum of one term for the
+    picture and one for the text, and no pair can be told from a mismatch. second_last_leaks: false leaves the LeakyReLU
+    after the last but one BatchNorm of the trunk out, as Reed's GAN-INT-CLS script does.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        image_size: int,
+        text_dim: int | None = None,
+        condition_dim: int = 0,
+        residual: bool = False,
+        text_norm: bool = True,
+        joins: bool = True,
+        second_last_leaks: bool = True,
+    ) -> None:
+        super().__init__()
+        self.netD_1, channels = trunk(width, image_size, residual=residual, second_last_leaks=second_last_leaks)
+        if text_dim is None:
+            self.netD_2 = nn.Sequential(LogitConv(channels, bias=False))
+            return
+        self.projector = nn.ModuleDict({"projection": text_projection(text_dim, condition_dim, text_norm)})
+        both = channels + condition_dim
+        if not joins:
+            self.netD_2 = nn.Sequential(LogitConv(both, bias=False))
+            return
+        self.netD_2 = nn.Sequential(
+            nn.Conv2d(both, channels, kernel_size=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.LeakyReLU(LEAK, inplace=True),
+            LogitConv(channels, bias=False),
+        )
+
+    def features(self, images: Tensor) -> Tensor:
+        """(N, 3, S, S) -> (N, C, 4, 4)."""
+        out: Tensor = self.netD_1(images)
+        return out
+
+    def conditional(self, features: Tensor, condition: Tensor) -> Tensor:
+        """Features (N, C, 4, 4), which come first, and sentence vectors (N, text_dim) -> logits (N,)."""
+        projected = self.projector["projection"](condition)
+        out: Tensor = self.netD_2(torch.cat([features, tile(projected, features)], dim=1))
+        return out
+
+    def forward(self, images: Tensor, text: Tensor | None = None) -> Tensor:
+        features = self.features(images)
+        if text is not None:
+            return self.conditional(features, text)
+        out: Tensor = self.netD_2(features)
+        return out
+
+
+def conditional_generator(config: Mapping[str, Any], text_dim: int, residual: bool) -> DcganGenerator:
+    """The generator with captions of a `gan_cls` or `dcgan` stage with this config; drawn anew."""
+    return DcganGenerator(
+        width=config["generator_width"],
+        image_size=config["image_size"],
+        z_dim=config["z_dim"],
+        text_dim=text_dim,
+        condition_dim=config["condition_dim"],
+        residual=residual,
+    )
+
+
+def generator_of(export: Mapping[str, Any], text_dim: int) -> DcganGenerator:
+    """The generator that fits an export with captions, by its index (``{"system", "config", "plan", ...}``).
+
+    Raises ValueError where the export is of a system that has none.
+    """
+    system, config = export["system"], export["config"]
+    if system == "gan_cls":
+        return conditional_generator(config, text_dim, config["residual"])
+    if system == "dcgan" and config["conditional"]:
+        return conditional_generator(config, text_dim, residual=False)
+    without = " without captions" if system == "dcgan" else ""
+    raise ValueError(
+        f"uses.generator: the export is of system '{system}'{without}; it must be of 'gan_cls', or of 'dcgan' with "
+        "conditional: true"
+    )

@@ -1,0 +1,113 @@
+"""DCGAN (Radford et al. 2016), the base of the family, and the plain conditional GAN on the same layers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from t2idist.contract import Adam, Batch, Captions, Draw, Frozen, Plan, Role, Sample, Train
+from t2idist.losses.adversarial import says_fake, says_real
+from t2idist.nn.dcgan import DcganDiscriminator, DcganGenerator, conditional_generator
+from t2idist.nn.initial import normal_
+from t2idist.nn.text_encoders import sentence_encoder, sentence_vectors
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults: the paper's, which draws z from a uniform distribution; here it is normal, as in all that followed.
+
+    image_size: a power of two from 16 on. conditional: both networks see a caption, whose sentence vector slot "text"
+    or the data gives, and the discriminator sees matching captions only. condition_dim: what a sentence vector is
+    projected to. unit_text: sentence vectors are scaled to a root mean square of 1, which an encoder trained on cosines
+    leaves to chance. ema_half_life_images: none: no average, as published.
+    """
+
+    image_size: int = 64
+    generator_width: int = 128  # figure 1: 1024 channels at 4x4
+    discriminator_width: int = 64
+    z_dim: int = 100
+    conditional: bool = False
+    condition_dim: int = 128  # GAN-CLS, section 5
+    generator_lr: float = 2e-4
+    discriminator_lr: float = 2e-4
+    ema_half_life_images: float | None = None
+    unit_text: bool = False
+
+
+class Dcgan:
+    """The system; its export holds "generator" and, where an encoder reads the captions, "text"."""
+
+    def __init__(self, config: Config, plan: Plan) -> None:
+        self.config = config
+        self.sizes = (config.image_size,)
+        self.frozen: dict[str, Frozen] = {}
+        text_dim = None
+        if config.conditional:
+            encoder, text_dim = sentence_encoder(plan.sources, plan.vocabulary_size, plan.extent.vector_dim)
+            if encoder is not None:
+                self.frozen["text"] = Frozen(encoder, "text", "text")
+        generator = (
+            DcganGenerator(width=config.generator_width, image_size=config.image_size, z_dim=config.z_dim)
+            if text_dim is None
+            else conditional_generator(asdict(config), text_dim, residual=False)
+        )
+        discriminator = DcganDiscriminator(
+            width=config.discriminator_width,
+            image_size=config.image_size,
+            text_dim=text_dim,
+            condition_dim=config.condition_dim,
+        )
+        normal_(generator)
+        normal_(discriminator)
+        self.roles = {
+            "generator": Role(generator, Adam(lr=config.generator_lr), config.ema_half_life_images),
+            "discriminator": Role(discriminator, Adam(lr=config.discriminator_lr)),
+        }
+        self.exports = ("generator", *self.frozen)
+
+    def step(self, batch: Batch, train: Train) -> None:
+        text = self._text(batch.captions, train)
+        fake = train.forward("generator", _call, train.noise(self.config.z_dim), text)
+        real_loss, fake_loss = train.forward("discriminator", _verdict, batch.images[-1], fake.detach(), text)
+        train.apply("discriminator", real_loss + fake_loss)
+        train.report("discriminator/real", real_loss)
+        train.report("discriminator/fake", fake_loss)
+        with train.frozen("discriminator") as judge:
+            loss = says_real(judge(fake, text))
+        train.report("generator/adversarial", loss)
+        train.apply("generator", loss)
+
+    def _text(self, captions: Captions, train: Train) -> Tensor | None:
+        if not self.config.conditional:
+            return None
+        with torch.no_grad(), train.frozen("text") if "text" in self.frozen else contextlib.nullcontext() as encoder:
+            return self._read(encoder, captions)
+
+    def _read(self, encoder: nn.Module | None, captions: Captions) -> Tensor:
+        return sentence_vectors(encoder, captions.tokens, captions.lengths, captions.vectors, self.config.unit_text)
+
+    def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: Draw) -> Sample:
+        text = self._read(nets.get("text"), captions) if self.config.conditional else None
+        return Sample((nets["generator"](draw(self.config.z_dim), text),))
+
+
+def _call(net: nn.Module, z: Tensor, text: Tensor | None) -> Tensor:
+    images: Tensor = net(z, text)
+    return images
+
+
+def _verdict(net: nn.Module, real: Tensor, fake: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor]:
+    return says_real(net(real, text)), says_fake(net(fake, text))
+
+
+def build(config: Config, plan: Plan) -> Dcgan:
+    """The system with newly drawn weights. Raises ValueError, naming the key, where the config cannot be had."""
+    if config.conditional and plan.group_size < 2:
+        raise ValueError(
+            f"group_size is {plan.group_size}; dcgan with captions normalises them over a group and takes at least 2"
+        )
+    return Dcgan(config, plan)

@@ -149,10 +149,9 @@ class Recipe:
         vectors = facts.read(place.encoded.vectors, captions)
         if not captions:
             return np.zeros(facts.dim, dtype=np.float32)
-        others = min(self.vectors_mean_of, captions) - 1
-        if place.draw is None or not others:
-            return vectors[number]
-        generator = np.random.Generator(np.random.Philox(key=int(place.draw[CAPTION])))
-        chosen = generator.choice(np.delete(np.arange(captions), number), others, replace=False)
-        mean: NDArray[np.float32] = vectors[[number, *chosen]].mean(axis=0)
-        return mean
+        chosen = [number]
+        if place.draw is not None and self.vectors_mean_of > 1:
+            generator = np.random.Generator(np.random.Philox(key=int(place.draw[CAPTION])))
+            others = generator.permutation(np.delete(np.arange(captions), number))
+            chosen += others[: self.vectors_mean_of - 1].tolist()
+        return np.asarray(vectors[chosen].mean(axis=0), dtype=np.float32)

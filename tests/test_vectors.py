@@ -349,7 +349,7 @@ def test_files_that_hold_no_vectors_give_a_sentence(tmp_path: Path):
         ("code.npz", "allow_pickle=False"),
         ("whole.npz", "give floating numbers"),
         ("none.npz", "holds no vectors"),
-        ("junk.npz", "junk.npz"),
+        ("junk.npz", "junk.npz: not a npz file of vectors"),
         ("junk.safetensors", "not a safetensors file"),
         ("junk.parquet", "not a parquet file"),
         ("odd.parquet", "differ in length"),

@@ -71,9 +71,10 @@ Read = Callable[[str], Any]
 
 
 def _npz(path: Path) -> tuple[frozenset[str], Read]:
+    path.stat()  # raises OSError where it is missing
+    if not zipfile.is_zipfile(path):
+        raise zipfile.BadZipFile("give one with an array for each sample key")
     archive = np.load(path, allow_pickle=False)
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise ValueError(f"{path}: holds one array; give an .npz with one for each sample key")
     return frozenset(archive.files), archive.__getitem__
 
 

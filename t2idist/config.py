@@ -43,17 +43,20 @@ class DataConfig:
 
     source: "avatars" (made on first use), "emoji" (shipped with the package) or the URL of a shard set.
     samples, size: number and pixels of avatars to make. max_words: longer captions lose random words (training) or
-    their end (evaluation). crop: the shorter side is resized to crop * size, then cropped at random; 1 = no crop.
-    threads: that decode. prefetch_mib: memory for samples that are read or decoded ahead. max_bad: share of samples
-    that may be unusable before the run stops. cache: folder for avatars and cached shards (none: ~/.cache/t2idist).
-    cache_gib: how much of a remote data set's shards may lie there (0: read by ranges only). endpoint_url: the address
-    of an S3 service (MinIO, Ceph, SeaweedFS) where it is not the environment's.
+    their end (evaluation). vectors_mean_of: where data comes with sentence vectors, a picture's vector in training is
+    the mean of so many of its own, drawn at random (Reed et al. 2016: 4 for CUB, 3 for COCO). crop: the shorter side is
+    resized to crop * size, then cropped at random; 1 = no crop. threads: that decode. prefetch_mib: memory for samples
+    that are read or decoded ahead. max_bad: share of samples that may be unusable before the run stops. cache: folder
+    for avatars and cached shards (none: ~/.cache/t2idist). cache_gib: how much of a remote data set's shards may lie
+    there (0: read by ranges only). endpoint_url: the address of an S3 service (MinIO, Ceph, SeaweedFS) where it is not
+    the environment's.
     """
 
     source: str = "avatars"
     samples: int = 4000
     size: int = 64
     max_words: int = 18
+    vectors_mean_of: int = 1
     crop: float = 76 / 64
     flip: bool = True
     threads: int = 2
@@ -66,7 +69,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.endpoint_url is not None and "@" in self.endpoint_url:
             raise ValueError("data.endpoint_url: credentials do not belong in it; use the environment or files")
-        _positive(self, "data", "samples", "size", "max_words", "threads", "prefetch_mib")
+        _positive(self, "data", "samples", "size", "max_words", "vectors_mean_of", "threads", "prefetch_mib")
         if not 0.0 <= self.max_bad <= 1.0:
             raise ValueError(f"data.max_bad: {self.max_bad}; allowed are 0 (none) to 1 (any share of the samples)")
         if not 0.0 <= self.cache_gib <= 1e6:

@@ -23,8 +23,18 @@ GROUPS, GROUP_SIZE, MAX_WORDS = 4, 3, 6
 
 DAMSM = {"embedding_dim": 16, "word_dim": 8, "trunk": "small", "trunk_width": 4, "image_size": 32}
 TREE = {"base_size": 16, "branches": 2, "residuals": 1, "z_dim": 6, "condition_dim": 6, "ema_half_life_images": 100}
+CHAR_TEXT = {
+    "embedding_dim": 16,
+    "characters": 60,
+    "widths": [6, 8, 8],
+    "trunk": "small",
+    "trunk_width": 4,
+    "image_size": 32,
+    "margin": 3e-4,  # as small as the scores: where every hinge acts, the biases' gradients are rounding alone
+}
 MODELS: dict[str, dict[str, Any]] = {
     "damsm": DAMSM,
+    "char_text": CHAR_TEXT,
     "attngan": {**TREE, "generator_width": 8, "discriminator_width": 8},
     "stackgan_pp": {**TREE, "generator_width": 8, "discriminator_width": 4, "colour_weight": 5.0},
     "dcgan": {"image_size": 16, "generator_width": 4, "discriminator_width": 4, "z_dim": 6},

@@ -54,7 +54,7 @@ def checked(dataset: Dataset, shard: Shard, first: int = 0) -> ShardReport:
         facts = {"captions": split.captions(i), "attributes": split.attributes(i), "class_id": None}
         place = (int(split.offsets[i]), int(split.lengths[i]))
         rows.append(Expected(split.keys[i], *place, split.sha256(i), facts, *split.picture_size(i), False))
-    return check_shard(storage.join(dataset.url, shard.name), shard, rows, fingerprints=False)
+    return check_shard(storage.join(dataset.url, shard.name), shard, rows, fingerprints=False, vectors=dataset.vectors)
 
 
 @pytest.mark.whole

@@ -54,6 +54,7 @@ ONLY_IN: dict[str, set[str]] = {
     "aiohttp": {"retry.py"},
     "deepspeed": {"engine/zero.py"},
     "webdataset": {"data/reader.py"},
+    "sentence_transformers": {"evaluate/encoders.py"},
 }
 OUTSIDE: dict[str, set[str]] = {"config": {"torch"}, "strict": {"torch"}, "storage": {"torch"}, "retry": {"torch"}}
 

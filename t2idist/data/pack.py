@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from t2idist import storage
 from t2idist.data.samples import Packed, SampleRecord, pack
-from t2idist.data.shards import COLUMNS, DESCRIPTION, MANIFEST, SCHEMA_VERSION, Shard
+from t2idist.data.shards import COLUMNS, DESCRIPTION, MANIFEST, SCHEMA_VERSION, Shard, VectorFacts
 from t2idist.data.text import Vocabulary, tokenise
 
 _TAR_END = bytes(2 * tarfile.BLOCKSIZE)
@@ -62,19 +62,22 @@ def write_shards(
     shard_bytes: int = 100 << 20,
     compress: bool = False,
     min_count: int = 1,
+    encoder: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a shard set of samples that are made already; the same samples in the same order give the same bytes.
 
     samples: of all splits, mixed as they come; each split keeps its order. A shard ends at `shard_samples` samples or
     `shard_bytes` bytes. compress: gzip the shards (for small sets that ship; a reader then takes whole shards).
     min_count: words that are rarer are left out of the vocabulary, which is made of the captions of all splits.
-    Raises ValueError for a key that comes twice, and when there is no sample.
+    encoder: what made the samples' sentence vectors, which all or none have. Raises ValueError for a key that comes
+    twice, for vectors of another kind than those before, and when there is no sample.
     """
     refuse_finished(url)
     open_shards: dict[str, ShardPacker] = {}
     shards: dict[str, list[Shard]] = {}
     rows: dict[str, list[list[Row]]] = {}
     keys: set[str] = set()
+    vectors = _VectorsOfAll(dict(encoder or {}))
 
     def close(split: str) -> None:
         packer = open_shards.pop(split)
@@ -88,6 +91,7 @@ def write_shards(
         if sample.key in keys:
             raise ValueError(f"sample key {sample.key!r} comes twice; each sample needs a key of its own")
         keys.add(sample.key)
+        vectors.add(sample)
         shards.setdefault(sample.split, [])
         rows.setdefault(sample.split, [])
         packer = open_shards.setdefault(sample.split, ShardPacker())
@@ -100,8 +104,31 @@ def write_shards(
         raise ValueError(f"{storage.redact(url)}: no sample to write")
     write_index(
         url, {s: shards[s] for s in sorted(shards)}, (part for s in sorted(rows) for part in rows[s]),
-        facts={"source": source, "licence": licence, "options": dict(options or {})}, min_count=min_count,
+        facts={"source": source, "licence": licence, "options": dict(options or {}), **vectors.facts},
+        min_count=min_count,
     )  # fmt: skip
+
+
+class _VectorsOfAll:
+    """Holds that all samples of a set have sentence vectors of one kind, or none has any."""
+
+    def __init__(self, encoder: dict[str, Any]) -> None:
+        self._encoder = encoder
+        self._kinds: list[tuple[int, str] | None] = []
+
+    def add(self, sample: SampleRecord) -> None:
+        kind = None if sample.vectors is None else (sample.vectors.shape[1], sample.vectors.dtype.name)
+        if not self._kinds:
+            self._kinds.append(kind)
+        if kind != self._kinds[0]:
+            ours, others = (f"{k[0]} numbers of {k[1]}" if k else "none" for k in (kind, self._kinds[0]))
+            raise ValueError(f"sample {sample.key}: sentence vectors: {ours}; samples before it have {others}")
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """As dataset.json has them."""
+        kind = self._kinds[0] if self._kinds else None
+        return {} if kind is None else {"vectors": asdict(VectorFacts(*kind, self._encoder))}
 
 
 def refuse_finished(url: str) -> None:

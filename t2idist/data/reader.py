@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from t2idist import storage
 from t2idist.data.cache import ShardCache
 from t2idist.data.order import Run
-from t2idist.data.shards import EXTENSIONS, Dataset, Shard, inflate
+from t2idist.data.samples import EXTENSIONS, VECTORS
+from t2idist.data.shards import Dataset, Shard, inflate
 
 os.environ["WDS_SECURE"] = "1"  # no pipe: URLs, should webdataset ever be handed one; read when it is imported
 from webdataset.tariterators import group_by_keys, tar_file_expander
@@ -35,10 +36,11 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Encoded:
-    """A picture as it is stored. extension: webp, png or jpg."""
+    """A picture as it is stored. extension: webp, png or jpg. vectors: those of its captions, as they are stored."""
 
     data: bytes
     extension: str
+    vectors: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -202,5 +204,5 @@ def _wanted(name: str) -> bool:
 def _picture(sample: dict[str, bytes]) -> Encoded:
     for extension in EXTENSIONS:
         if extension in sample:
-            return Encoded(sample[extension], extension)
+            return Encoded(sample[extension], extension, sample.get(VECTORS, b""))
     raise ValueError(f"no picture ({', '.join(EXTENSIONS)}) among its members {[n for n in sample if n[:2] != '__']}")

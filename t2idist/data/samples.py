@@ -1,4 +1,5 @@
-"""One sample as it lies in a shard: two consecutive tar members, ``<key>.<webp|png|jpg>`` and ``<key>.json``.
+"""One sample as it lies in a shard: consecutive tar members ``<key>.<webp|png|jpg>``, ``<key>.json``, and in a set with
+sentence vectors ``<key>.vectors.npy``.
 
 Kept free of heavy imports, because every process that makes samples loads it.
 """
@@ -10,7 +11,10 @@ import json
 import re
 import tarfile
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 EXTENSIONS = ("webp", "png", "jpg")
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,90}")
@@ -20,13 +24,18 @@ MAX_PIXELS = 64 << 20
 MAX_FILE_BYTES = 512 << 20
 MAX_CAPTION_CHARACTERS = 10_000
 
+VECTORS = "vectors.npy"
+VECTOR_TYPES = {"float16": "<f2", "float32": "<f4"}
+MAX_VECTOR_DIM = 1 << 16
+
 
 @dataclass(frozen=True)
 class SampleRecord:
     """One picture with what is known about it, as the writer takes it.
 
     image: encoded bytes, stored as they are. extension: webp, png or jpg. class_id: samples of one class are not each
-    other's negatives (None: each sample is its own class). width, height: of the encoded picture, in pixels.
+    other's negatives (None: each sample is its own class). width, height: of the encoded picture, in pixels. vectors:
+    (captions, D) float16 or float32, one for each caption in their order (None: a set without).
     """
 
     split: str
@@ -38,6 +47,7 @@ class SampleRecord:
     height: int
     attributes: tuple[str, ...] = ()
     class_id: int | None = None
+    vectors: NDArray[Any] | None = None
 
     def __post_init__(self) -> None:
         if not KEY_PATTERN.fullmatch(self.key):
@@ -46,6 +56,8 @@ class SampleRecord:
             raise ValueError(f"split {self.split!r} of sample {self.key}: allowed are letters, digits, '_' and '-'")
         if self.extension not in EXTENSIONS:
             raise ValueError(f"sample {self.key}: extension {self.extension!r}; allowed are {', '.join(EXTENSIONS)}")
+        if self.vectors is not None:
+            _check_vectors(self.key, self.vectors, len(self.captions))
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,33 @@ def pack(sample: SampleRecord) -> Packed:
     text = json.dumps(facts, ensure_ascii=False, sort_keys=True).encode()
     tar = member(f"{sample.key}.{sample.extension}", sample.image) + member(f"{sample.key}.json", text)
     seen = {"split": sample.split, "key": sample.key, "width": sample.width, "height": sample.height}
+    if sample.vectors is not None:
+        tar += member(f"{sample.key}.{VECTORS}", npy(sample.vectors))
     return Packed(tar, {**seen, "size": len(tar), "sha256": hashlib.sha256(tar).hexdigest(), **facts})
+
+
+def _check_vectors(key: str, vectors: NDArray[Any], captions: int) -> None:
+    if vectors.dtype.name not in VECTOR_TYPES:
+        raise ValueError(f"sample {key}: vectors of {vectors.dtype.name}; allowed are {', '.join(VECTOR_TYPES)}")
+    if vectors.ndim != 2 or len(vectors) != captions or not 1 <= vectors.shape[1] <= MAX_VECTOR_DIM:
+        shape = " x ".join(str(size) for size in vectors.shape)
+        raise ValueError(f"sample {key}: vectors {shape}; give one for each of its {captions} captions")
+    if not (abs(vectors) < float("inf")).all():
+        raise ValueError(f"sample {key}: its vectors have values that are not finite")
+
+
+def npy(vectors: NDArray[Any]) -> bytes:
+    """Vectors (n, D) as an .npy file."""
+    dtype = vectors.dtype.name
+    return npy_header(dtype, *vectors.shape) + vectors.astype(VECTOR_TYPES[dtype], order="C").tobytes()
+
+
+def npy_header(dtype: str, rows: int, columns: int) -> bytes:
+    """What an .npy file (version 1.0) of such an array begins with, as numpy writes it; a reader compares and never
+    parses it."""
+    text = f"{{'descr': '{VECTOR_TYPES[dtype]}', 'fortran_order': False, 'shape': ({rows}, {columns}), }}"
+    length = -(-(10 + len(text) + 1) // 64) * 64 - 10
+    return b"\x93NUMPY\x01\x00" + length.to_bytes(2, "little") + text.ljust(length - 1).encode() + b"\n"
 
 
 def member(name: str, data: bytes) -> bytes:

@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 
 from t2idist import storage
 from t2idist.contract import Extent
-from t2idist.data.samples import EXTENSIONS as EXTENSIONS
-from t2idist.data.samples import KEY_PATTERN, MAX_CAPTION_CHARACTERS
+from t2idist.data.samples import KEY_PATTERN, MAX_CAPTION_CHARACTERS, MAX_VECTOR_DIM, VECTOR_TYPES, npy_header
 from t2idist.data.text import END, Vocabulary
 
 SCHEMA_VERSION = 2
@@ -60,6 +59,39 @@ class Shard:
     bytes: int
     sha256: str
     tar_bytes: int
+
+
+@dataclass(frozen=True)
+class VectorFacts:
+    """The sentence vectors of a set: one for each caption of each sample, in the captions' order.
+
+    dtype: float16 or float32. encoder: what made them: its name and what else tells it from others.
+    """
+
+    dim: int
+    dtype: str
+    encoder: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in VECTOR_TYPES:
+            raise ValueError(f"vectors of {self.dtype!r}; allowed are {', '.join(VECTOR_TYPES)}")
+        if isinstance(self.dim, bool) or not isinstance(self.dim, int) or not 1 <= self.dim <= MAX_VECTOR_DIM:
+            raise ValueError(f"vectors of {self.dim!r} numbers; allowed are 1 to {MAX_VECTOR_DIM}")
+        if not isinstance(self.encoder, dict):
+            raise ValueError(f"the vectors' encoder is {self.encoder!r}; it must be a mapping")
+
+    def read(self, data: bytes, captions: int) -> NDArray[np.float32]:
+        """A sample's vectors (captions, dim). Raises ValueError with the reason where `data` is no such array."""
+        if not data:
+            raise ValueError("has no sentence vectors")
+        header = npy_header(self.dtype, captions, self.dim)
+        numbers = np.dtype(VECTOR_TYPES[self.dtype])
+        if not data.startswith(header) or len(data) != len(header) + captions * self.dim * numbers.itemsize:
+            raise ValueError(f"its sentence vectors are not {captions} x {self.dim} numbers of {self.dtype}")
+        found = np.frombuffer(data, numbers, offset=len(header)).reshape(captions, self.dim).astype(np.float32)
+        if not np.isfinite(found).all():
+            raise ValueError("its sentence vectors have values that are not finite")
+        return found
 
 
 class Split:
@@ -118,7 +150,7 @@ class Dataset:
     """An opened shard set.
 
     vocabulary: of all its captions. word_counts: by word. source, licence: for reports. endpoint_url: of the object
-    store, where it is not the usual one.
+    store, where it is not the usual one. vectors: of its sentence vectors (None: it has none).
     """
 
     url: str
@@ -130,6 +162,7 @@ class Dataset:
     licence: str
     options: dict[str, Any]
     endpoint_url: str | None = None
+    vectors: VectorFacts | None = None
 
     @classmethod
     def open(cls, url: str, check_sizes: bool = True, endpoint_url: str | None = None) -> Dataset:
@@ -150,6 +183,7 @@ class Dataset:
             manifest_bytes, manifest_sha256 = (description["manifest"][key] for key in ("bytes", "sha256"))
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"{where}/{DESCRIPTION}: not a shard set's description: {error!r}") from None
+        vectors = _read_vector_facts(where, description)
         table = _read_manifest(url, manifest_bytes, manifest_sha256, endpoint_url)
         splits = _split_table(where, shards, table)
         if check_sizes:
@@ -164,12 +198,19 @@ class Dataset:
             str(licence),
             dict(options),
             endpoint_url,
+            vectors,
         )
 
     @property
     def extent(self) -> Extent:
         """What a system may know of it. Raises ValueError where there is no train split."""
-        return Extent(tuple(self.vocabulary.words), len(self.split("train")), attributes=(tuple(self.attribute_names),))
+        words, images = tuple(self.vocabulary.words), len(self.split("train"))
+        return Extent(words, images, self.vector_dim, (tuple(self.attribute_names),))
+
+    @property
+    def vector_dim(self) -> int:
+        """Of its sentence vectors, 0 where there are none."""
+        return 0 if self.vectors is None else self.vectors.dim
 
     def split(self, name: str) -> Split:
         """The split `name`; raises ValueError that names what exists."""
@@ -195,6 +236,16 @@ def _read_description(url: str, endpoint_url: str | None) -> dict[str, Any]:
     if not isinstance(description.get("options"), dict):
         raise ValueError(f"{where}/{DESCRIPTION}: not a shard set's description: no options")
     return description
+
+
+def _read_vector_facts(where: str, description: Mapping[str, Any]) -> VectorFacts | None:
+    said = description.get("vectors")
+    if said is None:
+        return None
+    try:
+        return VectorFacts(**said)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}/{DESCRIPTION}: vectors: {error}") from None
 
 
 def _shard(where: str, facts: Mapping[str, Any]) -> Shard:

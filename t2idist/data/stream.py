@@ -10,26 +10,22 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from t2idist import storage
 from t2idist.config import DataConfig
-from t2idist.contract import Batch, Captions
+from t2idist.contract import Batch
 from t2idist.data.cache import ShardCache
 from t2idist.data.lanes import READ_SAMPLES, Lane
 from t2idist.data.order import Order, Run, draws, permutation
-from t2idist.data.pictures import CAPTION, WORDS, crop_and_flip, decode, fill_pyramid, shorter_side
-from t2idist.data.reader import Bad, Encoded, ShardReader
-from t2idist.data.shards import Dataset, Split
-from t2idist.data.text import Vocabulary
+from t2idist.data.reader import ShardReader
+from t2idist.data.rows import Arrays, Place, Recipe
+from t2idist.data.shards import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -40,121 +36,10 @@ _RUN_SAMPLES = 256
 
 
 @dataclass(frozen=True)
-class _Place:
-    """What goes where: sample `index` of the split, with its random words, into row `row` of the batch."""
-
-    row: int
-    index: int
-    draw: NDArray[np.uint64] | None
-    encoded: Encoded | Bad
-
-
-class _Arrays:
-    """Host memory of one batch; rows may be filled by several threads."""
-
-    def __init__(self, samples: int, sizes: Sequence[int], max_words: int, attributes: int) -> None:
-        self.images = [np.zeros((samples, 3, size, size), dtype=np.uint8) for size in sizes]
-        self.tokens = np.zeros((samples, max_words), dtype=np.int64)
-        self.lengths = np.ones(samples, dtype=np.int64)
-        self.class_ids = np.zeros(samples, dtype=np.int64)
-        self.attributes = np.zeros((samples, attributes), dtype=np.float32)
-        self.ids = [""] * samples
-        self.bad: dict[int, str] = {}
-
-    @property
-    def bytes(self) -> int:
-        return sum(array.nbytes for array in (*self.images, *self._numbers))
-
-    @property
-    def _numbers(self) -> tuple[NDArray[Any], ...]:
-        return self.tokens, self.lengths, self.class_ids, self.attributes
-
-    def copy_row(self, source: int, target: int) -> None:
-        for array in (*self.images, *self._numbers):
-            array[target] = array[source]
-        self.ids[target] = self.ids[source]
-
-    def rows(self, kept: Sequence[int]) -> _Arrays:
-        """Only these rows, in this order."""
-        if len(kept) == len(self.ids):
-            return self
-        fewer = _Arrays(0, (), 0, 0)
-        fewer.images = [image[kept] for image in self.images]
-        fewer.tokens, fewer.lengths, fewer.class_ids, fewer.attributes = (array[kept] for array in self._numbers)
-        fewer.ids = [self.ids[row] for row in kept]
-        return fewer
-
-    def batch(self, groups: int) -> Batch:
-        return Batch(
-            images=tuple(torch.from_numpy(image) for image in self.images),
-            captions=Captions(
-                torch.from_numpy(self.tokens), torch.from_numpy(self.lengths), torch.zeros(len(self.ids), 0)
-            ),
-            class_ids=torch.from_numpy(self.class_ids),
-            attributes=torch.from_numpy(self.attributes),
-            ids=tuple(self.ids),
-            groups=groups,
-        )
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    """How a sample becomes a row. attributes: number by name. crop, flip: as in DataConfig. caption: which one, where
-    nothing is drawn."""
-
-    split: Split
-    vocabulary: Vocabulary
-    attributes: Mapping[str, int]
-    max_words: int
-    crop: float
-    flip: bool
-    caption: int = 0
-
-    def fill(self, arrays: _Arrays, places: Sequence[_Place]) -> None:
-        """Fill the rows, which follow on each other; those that cannot be filled are named in `arrays.bad`."""
-        size = arrays.images[-1].shape[-1]
-        pictures = np.zeros((len(places), size, size, 3), dtype=np.uint8)
-        for place, picture in zip(places, pictures, strict=True):
-            try:
-                self._fill_one(arrays, place, picture)
-            except ValueError as error:
-                arrays.bad[place.row] = str(error)
-        rows = slice(places[0].row, places[-1].row + 1)
-        fill_pyramid(pictures, [image[rows] for image in arrays.images])
-
-    def _fill_one(self, arrays: _Arrays, place: _Place, picture: NDArray[np.uint8]) -> None:
-        row = place.row
-        arrays.ids[row] = self.split.keys[place.index]
-        if isinstance(place.encoded, Bad):
-            raise ValueError(place.encoded.reason)
-        ids, length = self.words(place.index, place.draw)
-        size = picture.shape[0]
-        decoded = decode(place.encoded, shorter_side(size, self.crop))
-        picture[...] = np.asarray(crop_and_flip(decoded, size, self.crop, self.flip, place.draw))
-        arrays.tokens[row], arrays.lengths[row] = ids, length
-        arrays.class_ids[row] = self.split.class_ids[place.index]
-        arrays.attributes[row, [self.attributes[name] for name in self.split.attributes(place.index)]] = 1.0
-
-    def words(self, index: int, draw: NDArray[np.uint64] | None) -> tuple[NDArray[np.int64], int]:
-        """A caption's word numbers; a caption with no known word gives way to the next."""
-        captions = self.split.captions(index)
-        if not captions:
-            return np.zeros(self.max_words, dtype=np.int64), 1  # a set without captions: one word of padding
-        first = (self.caption if draw is None else int(draw[CAPTION])) % len(captions)
-        seed = None if draw is None else int(draw[WORDS])
-        for caption in captions[first:] + captions[:first]:
-            try:
-                return self.vocabulary.encode(caption, self.max_words, seed)
-            except ValueError:
-                continue
-        raise ValueError("no caption of it has a word of the vocabulary")
-
-
-@dataclass(frozen=True)
 class _Ticket:
     """A batch under way."""
 
-    arrays: _Arrays
+    arrays: Arrays
     work: list[Future[None]]
 
 
@@ -168,7 +53,7 @@ class Loader(Iterator[Batch]):
     """
 
     def __init__(
-        self, recipe: _Recipe, reader: ShardReader, order: Order, config: DataConfig, sizes: Sequence[int],
+        self, recipe: Recipe, reader: ShardReader, order: Order, config: DataConfig, sizes: Sequence[int],
         groups: Sequence[int], step0: int, training: bool,
     ) -> None:  # fmt: skip
         self.quarantine: dict[str, str] = {}
@@ -187,7 +72,7 @@ class Loader(Iterator[Batch]):
         budget_bytes = (config.prefetch_mib << 20) // 2  # half for samples as they are stored, half for batches
         ahead = max(READ_SAMPLES, budget_bytes // len(groups) // max(reader.mean_bytes, 1))
         self._lanes = {group: Lane(group, order, reader, self._read_pool, ahead) for group in groups}
-        batch_bytes = _Arrays(1, sizes, recipe.max_words, len(recipe.attributes)).bytes * order.group_size * len(groups)
+        batch_bytes = recipe.arrays(1, sizes).bytes * order.group_size * len(groups)
         fewest, most = _BATCHES_AHEAD
         self._queue: queue.Queue[_Ticket | BaseException] = queue.Queue(
             max(fewest, min(most, budget_bytes // batch_bytes))
@@ -234,7 +119,7 @@ class Loader(Iterator[Batch]):
         for pool in (self._read_pool, self._decode_pool):
             pool.shutdown(wait=True)
 
-    def _fill_gaps(self, arrays: _Arrays) -> None:
+    def _fill_gaps(self, arrays: Arrays) -> None:
         size = self._order.group_size
         self.samples_read += len(arrays.ids)
         self.bad_reads += len(arrays.bad)
@@ -272,14 +157,14 @@ class Loader(Iterator[Batch]):
     def _start(self, step: int) -> _Ticket:
         size = self._order.group_size
         samples = size * len(self._groups)
-        arrays = _Arrays(samples, self._sizes, self._recipe.max_words, len(self._recipe.attributes))
+        arrays = self._recipe.arrays(samples, self._sizes)
         work = []
         for number, group in enumerate(self._groups):
             indices = self._order.sample_index(step, group)
             random = draws(self._order.seed, self._order.position(step, group), size)
             encoded = [sample for piece in self._order.pieces(step, group) for sample in self._lanes[group].take(piece)]
             places = [
-                _Place(number * size + i, int(indices[i]), random[i] if self._training else None, encoded[i])
+                Place(number * size + i, int(indices[i]), random[i] if self._training else None, encoded[i])
                 for i in range(size)
             ]
             for first in range(0, size, _DECODE_CHUNK):
@@ -313,7 +198,10 @@ def open_loader(
     of_split = dataset.split(split)
     order = Order(seed, of_split.shard_sizes, total_groups, group_size)
     attributes = _numbered(dataset.attribute_names)
-    recipe = _Recipe(of_split, dataset.vocabulary, attributes, config.max_words, config.crop, config.flip)
+    recipe = Recipe(
+        of_split, dataset.vocabulary, attributes, config.max_words, config.crop, config.flip, dataset.vectors,
+        config.vectors_mean_of,
+    )  # fmt: skip
     reader = ShardReader(dataset, split, _cache(dataset, config))
     return Loader(recipe, reader, order, config, sizes, mine, step0, training)
 
@@ -362,15 +250,17 @@ def load_split(
     if limit is not None and limit < len(of_split):
         chosen = np.sort(permutation(len(of_split), "limit", seed)[:limit])
     attributes = _numbered(dataset.attribute_names)
-    recipe = _Recipe(of_split, dataset.vocabulary, attributes, max_words, crop, flip=False, caption=caption)
+    recipe = Recipe(
+        of_split, dataset.vocabulary, attributes, max_words, crop, flip=False, vectors=dataset.vectors, caption=caption
+    )
     reader = ShardReader(dataset, split)
-    arrays = _Arrays(len(chosen), sizes, max_words, len(attributes))
+    arrays = recipe.arrays(len(chosen), sizes)
 
     def fill(run: Run, first: int) -> None:
         rows = range(*np.searchsorted(chosen, [first, first + run.count]))
         if rows:
             read = reader.read(run)
-            places = [_Place(row, int(chosen[row]), None, read[int(chosen[row]) - first]) for row in rows]
+            places = [Place(row, int(chosen[row]), None, read[int(chosen[row]) - first]) for row in rows]
             recipe.fill(arrays, places)
 
     starts = np.cumsum([0, *of_split.shard_sizes])

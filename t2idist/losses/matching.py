@@ -1,4 +1,4 @@
-"""What couples pictures and captions: mismatched pairs and the DAMSM's losses, inside each group of samples.
+"""What couples pictures and captions: mismatched pairs, the DAMSM's losses and Reed's, inside each group of samples.
 
 N samples are ``groups`` x B, those of one group contiguous; nothing crosses a group's border, so several groups in one
 call give the mean of the losses that each would give alone.
@@ -53,7 +53,7 @@ class Gammas:
 
 @dataclass(frozen=True)
 class RankingLosses:
-    """Cross-entropies of ranking inside a group: the caption of each picture, the picture of each caption."""
+    """Losses of ranking inside a group: the caption of each picture, the picture of each caption."""
 
     caption_of_image: Tensor
     image_of_caption: Tensor
@@ -128,3 +128,24 @@ def sentence_losses(images: Tensor, sentences: Tensor, class_ids: Tensor, groups
         norms = pictures.norm(dim=2).unsqueeze(2) * captions.norm(dim=2).unsqueeze(1)
         cosine = (pictures @ captions.transpose(1, 2)) / norms.clamp(min=SMALLEST_NORM)
         return _ranking_losses(gammas.ranking * cosine, class_ids)
+
+
+def joint_embedding_losses(
+    images: Tensor, sentences: Tensor, class_ids: Tensor, groups: int, margin: float
+) -> RankingLosses:
+    """The symmetric structured joint embedding loss (DS-SJE; Reed et al. 2016, "Learning Deep Representations of
+    Fine-Grained Visual Descriptions").
+
+    Image codes and sentence vectors, both (N, D); their score is the inner product. Each picture's own caption is to
+    score higher, by the margin, than each caption of another class in its group, and each caption's own picture than
+    each of another class: hinges, summed over the pairs and divided by B**2, as in the released code; the paper writes
+    the largest hinge of each.
+    """
+    with full_precision(images):
+        score = _by_group(full(images), groups) @ _by_group(full(sentences), groups).transpose(1, 2)
+        classes = _by_group(class_ids, groups)
+        other = classes.unsqueeze(2) != classes.unsqueeze(1)
+        own = score.diagonal(dim1=1, dim2=2)
+        hinge_of_captions = (margin + score - own.unsqueeze(2)).clamp(min=0) * other
+        hinge_of_images = (margin + score - own.unsqueeze(1)).clamp(min=0) * other
+        return RankingLosses(hinge_of_captions.mean(), hinge_of_images.mean())

@@ -1,4 +1,4 @@
-"""Image encoders of the DAMSM: a picture to a vector for every region and one for the whole."""
+"""Image encoders of what matches text: a picture to a vector for every region, if asked for, and one for the whole."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from t2idist.nn.blocks import down_block
 from t2idist.nn.inception import InceptionTrunk
 
 TRUNKS = ("inception", "small")
+SMALLEST_INCEPTION = 75
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -25,18 +26,17 @@ def resize(images: Tensor, size: int) -> Tensor:
 class InceptionEncoder(InceptionTrunk):
     """AttnGAN's image encoder (section 3.2): Inception-v3, not trained, and two trained projections.
 
-    Pictures (N, 3, S, S) in [-1, 1] -> regions (N, embedding_dim, 289) and whole (N, embedding_dim). The trunk has no
-    gradient to its weights and stays in eval mode (the released code left it in train mode, so its running statistics
-    drifted, and then used it in eval mode).
+    Pictures (N, 3, S, S) in [-1, 1] -> regions (N, embedding_dim, 289), none of them where `regions` is false, and
+    whole (N, embedding_dim). The trunk has no gradient to its weights and stays in eval mode (the released code left it
+    in train mode, so its running statistics drifted, and then used it in eval mode).
     """
 
-    def __init__(self, embedding_dim: int, image_size: int = 299) -> None:
+    def __init__(self, embedding_dim: int, image_size: int = 299, regions: bool = True) -> None:
         super().__init__()
         self.image_size = image_size
         self.requires_grad_(False)
-        self.emb_features = nn.Conv2d(768, embedding_dim, kernel_size=1, bias=False)
+        self.emb_features = _region_projection(768, embedding_dim) if regions else None
         self.emb_cnn_code = nn.Linear(2048, embedding_dim)
-        nn.init.uniform_(self.emb_features.weight, -0.1, 0.1)
         nn.init.uniform_(self.emb_cnn_code.weight, -0.1, 0.1)
 
     def train(self, mode: bool = True) -> Self:
@@ -47,16 +47,17 @@ class InceptionEncoder(InceptionTrunk):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         regions, pooled = self.features(resize(images, self.image_size))
-        return self.emb_features(regions).flatten(2), self.emb_cnn_code(pooled)
+        return _with_regions(self.emb_features, regions, self.emb_cnn_code(pooled))
 
 
 class SmallEncoder(nn.Module):
     """A trunk small enough to be trained from scratch with the DAMSM on small pictures.
 
-    Pictures (N, 3, S, S) in [-1, 1] -> regions (N, embedding_dim, (image_size / 8)**2) and whole (N, embedding_dim).
+    Pictures (N, 3, S, S) in [-1, 1] -> regions (N, embedding_dim, (image_size / 8)**2), none of them where `regions` is
+    false, and whole (N, embedding_dim).
     """
 
-    def __init__(self, embedding_dim: int, image_size: int, width: int) -> None:
+    def __init__(self, embedding_dim: int, image_size: int, width: int, regions: bool = True) -> None:
         super().__init__()
         if image_size < 32 or image_size % 16:
             raise ValueError(f"image_size is {image_size}; the small trunk takes multiples of 16 from 32 up")
@@ -65,24 +66,59 @@ class SmallEncoder(nn.Module):
             down_block(3, width, norm=False), down_block(width, 2 * width), down_block(2 * width, 4 * width)
         )
         self.whole = down_block(4 * width, 8 * width)
-        self.emb_features = nn.Conv2d(4 * width, embedding_dim, kernel_size=1, bias=False)
+        self.emb_features = _region_projection(4 * width, embedding_dim) if regions else None
         self.emb_cnn_code = nn.Linear(8 * width, embedding_dim)
-        nn.init.uniform_(self.emb_features.weight, -0.1, 0.1)
         nn.init.uniform_(self.emb_cnn_code.weight, -0.1, 0.1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         regions = self.local(resize(images, self.image_size))
         pooled = self.whole(regions).mean(dim=(2, 3))
-        return self.emb_features(regions).flatten(2), self.emb_cnn_code(pooled)
+        return _with_regions(self.emb_features, regions, self.emb_cnn_code(pooled))
 
 
-def damsm_image_encoder(config: Mapping[str, Any]) -> InceptionEncoder | SmallEncoder:
-    """The image encoder that a `damsm` stage with this config trains; drawn anew."""
+def _region_projection(channels: int, embedding_dim: int) -> nn.Conv2d:
+    projection = nn.Conv2d(channels, embedding_dim, kernel_size=1, bias=False)
+    nn.init.uniform_(projection.weight, -0.1, 0.1)
+    return projection
+
+
+def _with_regions(projection: nn.Conv2d | None, regions: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+    if projection is None:
+        return whole.new_zeros(*whole.shape, 0), whole
+    projected: Tensor = projection(regions)
+    return projected.flatten(2), whole
+
+
+def damsm_image_encoder(config: Mapping[str, Any], regions: bool = True) -> InceptionEncoder | SmallEncoder:
+    """The image encoder that a `damsm` stage (or, without `regions`, a `char_text` stage) with this config trains.
+
+    It is drawn anew. Raises ValueError for a trunk that there is not, and for a picture size that it does not take.
+    """
+    if config["trunk"] not in TRUNKS:
+        raise ValueError(f"trunk is '{config['trunk']}'; it must be one of {', '.join(TRUNKS)}")
     if config["trunk"] == "inception":
-        return InceptionEncoder(config["embedding_dim"], config["image_size"])
-    if config["trunk"] == "small":
-        return SmallEncoder(config["embedding_dim"], config["image_size"], config["trunk_width"])
-    raise ValueError(f"trunk is '{config['trunk']}'; it must be one of {', '.join(TRUNKS)}")
+        return InceptionEncoder(config["embedding_dim"], config["image_size"], regions)
+    return SmallEncoder(config["embedding_dim"], config["image_size"], config["trunk_width"], regions)
+
+
+def check_trunk(trunk: str, image_size: int, trunk_weights: str) -> None:
+    """Whether a stage can train with such a trunk. Raises ValueError that names the key."""
+    if trunk == "inception" and image_size < SMALLEST_INCEPTION:
+        raise ValueError(
+            f"image_size is {image_size}; the trunk 'inception' takes {SMALLEST_INCEPTION} and more, "
+            "and was trained at 299"
+        )
+    if trunk != "inception" and trunk_weights:
+        raise ValueError(f"trunk_weights is given, but trunk is '{trunk}'; only 'inception' takes weights")
+
+
+class Encoders(nn.Module):
+    """A text and an image encoder as one role: one Adam trains both, as published."""
+
+    def __init__(self, text: nn.Module, image: nn.Module) -> None:
+        super().__init__()
+        self.text = text
+        self.image = image
 
 
 def load_trunk(encoder: InceptionEncoder, weights: Mapping[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from t2idist.nn.char_encoder import char_text_encoder
 from t2idist.nn.precision import full, full_precision
 
 SMALLEST_NORM = 1e-8
@@ -50,15 +51,20 @@ def text_encoder_of(export: Mapping[str, Any], vocabulary_size: int) -> BiLSTM:
 
     Raises ValueError where the export is another system's, or knows another number of words than the data.
     """
-    if export["system"] != "damsm":
-        raise ValueError(f"uses: damsm: the export is of system '{export['system']}'; it must be of 'damsm'")
+    _check_encoder("damsm", export, vocabulary_size, ("damsm",))
+    return damsm_text_encoder(export["config"], vocabulary_size)
+
+
+def _check_encoder(slot: str, export: Mapping[str, Any], vocabulary_size: int, systems: tuple[str, ...]) -> None:
+    if export["system"] not in systems:
+        allowed = " or ".join(f"'{system}'" for system in systems)
+        raise ValueError(f"uses: {slot}: the export is of system '{export['system']}'; it must be of {allowed}")
     theirs = export["plan"]["vocabulary_size"]
     if theirs != vocabulary_size:
         raise ValueError(
-            f"uses: damsm: its vocabulary has {theirs} words and this data's has {vocabulary_size}; "
-            "train DAMSM on this data"
+            f"uses: {slot}: its vocabulary has {theirs} words and this data's has {vocabulary_size}; "
+            "train it on this data"
         )
-    return damsm_text_encoder(export["config"], vocabulary_size)
 
 
 def sentence_encoder(
@@ -66,10 +72,17 @@ def sentence_encoder(
 ) -> tuple[nn.Module | None, int]:
     """What gives a system its sentence vectors, and their length: the encoder in slot "text", or the data itself.
 
-    None stands for the data's own vectors (of `vector_dim`). Raises ValueError where there is neither.
+    The encoder, of a `damsm` or `char_text` export, is drawn anew: tokens (N, T), lengths (N,) -> words and sentence
+    (N, D). None stands for the data's own vectors (of `vector_dim`). Raises ValueError where there is neither.
     """
     if "text" in sources:
-        return text_encoder_of(sources["text"], vocabulary_size), sources["text"]["config"]["embedding_dim"]
+        source = sources["text"]
+        _check_encoder("text", source, vocabulary_size, ("damsm", "char_text"))
+        config = source["config"]
+        if source["system"] == "char_text":
+            unspelled = ("",) * vocabulary_size  # the export's weights bring the spelling
+            return char_text_encoder(config, unspelled), config["embedding_dim"]
+        return damsm_text_encoder(config, vocabulary_size), config["embedding_dim"]
     if vector_dim:
         return None, vector_dim
     raise ValueError(

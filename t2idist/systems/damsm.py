@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from t2idist.contract import Adam, Batch, Captions, Frozen, Plan, Pretrained, Role, Schedule, Train
 from t2idist.losses.matching import Gammas, RankingLosses, sentence_losses, word_losses
-from t2idist.nn.image_encoders import InceptionEncoder, damsm_image_encoder, load_trunk
+from t2idist.nn.image_encoders import Encoders, InceptionEncoder, check_trunk, damsm_image_encoder, load_trunk
 from t2idist.nn.text_encoders import damsm_text_encoder
 
 
@@ -37,15 +37,6 @@ class Config:
     lr_factor_per_epoch: float = 0.98
     lr_floor: float = 0.1
     clip_norm: float = 0.25
-
-
-class Encoders(nn.Module):
-    """Both encoders as one role: one Adam trains them, as published."""
-
-    def __init__(self, text: nn.Module, image: nn.Module) -> None:
-        super().__init__()
-        self.text = text
-        self.image = image
 
 
 class Damsm:
@@ -100,10 +91,5 @@ class Damsm:
 
 def build(config: Config, plan: Plan) -> Damsm:
     """The system with newly drawn weights; the Inception trunk's come from `trunk_weights` afterwards."""
-    if config.trunk == "inception" and config.image_size < 75:
-        raise ValueError(
-            f"image_size is {config.image_size}; the trunk 'inception' takes 75 and more, and was trained at 299"
-        )
-    if config.trunk != "inception" and config.trunk_weights:
-        raise ValueError(f"trunk_weights is given, but trunk is '{config.trunk}'; only 'inception' takes weights")
+    check_trunk(config.trunk, config.image_size, config.trunk_weights)
     return Damsm(config, plan)

@@ -22,8 +22,8 @@ from t2idist.data.ingest.duplicates import Fingerprint, fingerprint
 from t2idist.data.ingest.picture import decode_rgb
 from t2idist.data.ingest.sheet import thumbnail
 from t2idist.data.ingest.writer import PROGRESS, REJECTED
-from t2idist.data.samples import EXTENSIONS, MAX_FILE_BYTES
-from t2idist.data.shards import DESCRIPTION, MANIFEST, Dataset, Shard, Split, inflate
+from t2idist.data.samples import EXTENSIONS, MAX_FILE_BYTES, VECTORS
+from t2idist.data.shards import DESCRIPTION, MANIFEST, Dataset, Shard, Split, VectorFacts, inflate
 from t2idist.data.text import count_words
 
 _PROBLEMS_KEPT = 20
@@ -123,7 +123,8 @@ def check_set(
         for split, shard, first in jobs:
             rows = [_expected(split, i, wanted) for i in range(first, first + shard.samples)]
             url = storage.join(dataset.url, shard.name)
-            under_way.append((split, shard, pool.submit(check_shard, url, shard, rows, fingerprints)))
+            checked = pool.submit(check_shard, url, shard, rows, fingerprints, dataset.vectors)
+            under_way.append((split, shard, checked))
             if len(under_way) > 2 * processes:
                 settle()
         while under_way:
@@ -198,8 +199,10 @@ def _check_counts(dataset: Dataset, description: dict[str, Any], problems: Probl
         problems.add(f"{DESCRIPTION}: its attributes are not those of the samples, such as {differ[0]!r}")
 
 
-def check_shard(url: str, shard: Shard, rows: Sequence[Expected], fingerprints: bool) -> ShardReport:
-    """Check one shard's bytes, members and pictures."""
+def check_shard(
+    url: str, shard: Shard, rows: Sequence[Expected], fingerprints: bool, vectors: VectorFacts | None
+) -> ShardReport:
+    """Check one shard's bytes, members, pictures and sentence vectors."""
     report = ShardReport()
     try:
         data = storage.read_bytes(url)
@@ -210,28 +213,31 @@ def check_shard(url: str, shard: Shard, rows: Sequence[Expected], fingerprints: 
         report.problems.add(f"{shard.name}: its {len(data)} bytes differ from the SHA-256 in {DESCRIPTION}")
     try:
         tar = inflate(data, shard) if shard.name.endswith(".gz") else data
-        members = list(_members(tar, len(rows)))
+        each = 2 if vectors is None else 3
+        members = list(_members(tar, each * len(rows)))
     except (tarfile.TarError, ValueError, EOFError, OSError, OverflowError) as error:
         report.problems.add(f"{shard.name}: not a readable tar: {type(error).__name__}: {str(error)[:200]}")
         return report
-    if len(members) != 2 * len(rows):
-        report.problems.add(f"{shard.name}: holds {len(members)} members; the manifest needs {2 * len(rows)}")
+    if len(members) != each * len(rows):
+        report.problems.add(f"{shard.name}: holds {len(members)} members; the manifest needs {each * len(rows)}")
     for place, row in enumerate(rows):
-        for sentence in _check_sample(tar, members[2 * place : 2 * place + 2], row, fingerprints, report):
+        own = members[each * place : each * (place + 1)]
+        for sentence in _check_sample(tar, own, row, vectors, fingerprints, report):
             report.problems.add(f"{shard.name}, sample {row.key}: {sentence}")
-    for member in members[2 * len(rows) :]:
-        report.problems.add(f"{shard.name}: {_refusal(member) or f'member {member.name[:100]!r} is not of the set'}")
+    for member in members[each * len(rows) :]:
+        why = _refusal(member, "") or f"member {member.name[:100]!r} is not of the set"
+        report.problems.add(f"{shard.name}: {why}")
     return report
 
 
-def _members(tar: bytes, rows: int) -> Iterator[tarfile.TarInfo]:
+def _members(tar: bytes, expected: int) -> Iterator[tarfile.TarInfo]:
     """The headers of a tar, none of which is ever unpacked; a few more than there should be at most."""
     with tarfile.open(fileobj=io.BytesIO(tar), mode="r:") as archive:
-        yield from islice(archive, 2 * rows + 3)
+        yield from islice(archive, expected + 3)
 
 
-def _refusal(member: tarfile.TarInfo) -> str | None:
-    """Why such a member may be in no shard, None where it may."""
+def _refusal(member: tarfile.TarInfo, wanted: str) -> str | None:
+    """Why such a member may be in no shard, None where it may. wanted: a name that may be there, whatever its kind."""
     name = member.name[:100]
     if not member.isreg() or member.issparse():
         kinds = ((member.issym(), "a link"), (member.islnk(), "a link"), (member.isdir(), "a folder"))
@@ -240,9 +246,9 @@ def _refusal(member: tarfile.TarInfo) -> str | None:
     if name.startswith("/") or ".." in name.split("/") or "\\" in name:
         return f"member {name!r} has a name that leaves its folder"
     extension = name.rsplit(".", 1)[-1].lower()
-    if extension in _CODE:
+    if extension in _CODE and name != wanted:
         return f"member {name!r} could run code when it is read; it is not allowed"
-    if extension not in (*EXTENSIONS, "json"):
+    if extension not in (*EXTENSIONS, "json") and name != wanted:
         return f"member {name!r} is of a kind that is not allowed"
     if member.size > MAX_FILE_BYTES:
         return f"member {name!r} has {member.size} bytes; at most {MAX_FILE_BYTES}"
@@ -250,38 +256,50 @@ def _refusal(member: tarfile.TarInfo) -> str | None:
 
 
 def _check_sample(
-    tar: bytes, members: Sequence[tarfile.TarInfo], row: Expected, fingerprints: bool, report: ShardReport
-) -> Iterator[str]:
+    tar: bytes, members: Sequence[tarfile.TarInfo], row: Expected, vectors: VectorFacts | None, fingerprints: bool,
+    report: ShardReport,
+) -> Iterator[str]:  # fmt: skip
     end = row.offset + row.size
     if hashlib.sha256(tar[row.offset : end]).digest() != row.sha256:
         yield "its bytes differ from the manifest's hash"
-    refused = [why for member in members if (why := _refusal(member))]
-    if refused or len(members) != 2:
+    named = ("json",) if vectors is None else ("json", VECTORS)
+    refused = [why for member in members if (why := _refusal(member, f"{row.key}.{named[-1]}"))]
+    if refused or len(members) != 1 + len(named):
         yield from refused or ["its members are missing"]
         return
-    picture, facts = members
+    picture, facts, last = members[0], members[1], members[-1]
     extension = picture.name.rsplit(".", 1)[-1]
-    if picture.name != f"{row.key}.{extension}" or facts.name != f"{row.key}.json" or extension not in EXTENSIONS:
-        yield f"its members are {picture.name[:100]!r} and {facts.name[:100]!r}"
+    expected = [f"{row.key}.{extension}", *(f"{row.key}.{kind}" for kind in named)]
+    if [member.name for member in members] != expected or extension not in EXTENSIONS:
+        yield f"its members are {' and '.join(repr(member.name[:100]) for member in members)}"
         return
-    if picture.offset != row.offset or facts.offset_data + facts.size + -facts.size % tarfile.BLOCKSIZE != end:
+    if picture.offset != row.offset or last.offset_data + last.size + -last.size % tarfile.BLOCKSIZE != end:
         yield "does not lie where the manifest says"
         return
+    if vectors is not None:
+        try:
+            vectors.read(_bytes(tar, last), len(row.facts["captions"]))
+        except ValueError as error:
+            yield str(error)
     try:
-        found = json.loads(tar[facts.offset_data : facts.offset_data + facts.size])
+        found = json.loads(_bytes(tar, facts))
     except (ValueError, RecursionError) as error:
         yield f"its JSON cannot be read: {str(error)[:100]}"
     else:
         if found != row.facts:
             yield "its JSON differs from the manifest"
     try:
-        image = decode_rgb(tar[picture.offset_data : picture.offset_data + picture.size], extension)
+        image = decode_rgb(_bytes(tar, picture), extension)
     except ValueError as error:
         yield f"its picture {error}"
         return
     if image.size != (row.width, row.height):
         yield f"its picture is {image.width} x {image.height} pixels; the manifest says {row.width} x {row.height}"
     _look(image, row, fingerprints, report)
+
+
+def _bytes(tar: bytes, member: tarfile.TarInfo) -> bytes:
+    return tar[member.offset_data : member.offset_data + member.size]
 
 
 def _look(image: Image.Image, row: Expected, fingerprints: bool, report: ShardReport) -> None:

@@ -167,7 +167,7 @@ def _wanted(
     arguments: argparse.Namespace, loaded: Loaded, system: Translates, images: Tensor, device: torch.device
 ) -> Tensor:
     known = Labels.of(system.labels[arguments.domain], system.exclusive[arguments.domain])
-    with torch.inference_mode():
+    with torch.no_grad():
         labels = system.read(loaded.nets, as_floats(images.to(device)), arguments.domain).float().cpu()
     for name in arguments.clear:
         labels[:, known.place(name)] = 0

@@ -41,7 +41,8 @@ def _check_seed(where: str, seed: int) -> None:
 class DataConfig:
     """Which pictures and captions, and how they are read.
 
-    source: "avatars" (made on first use), "emoji" (shipped with the package) or the URL of a shard set.
+    source: "avatars" (made on first use), "emoji" (shipped with the package) or the URL of a shard set. beside: more of
+    them, which take turns with `source`, a step each, for systems that learn from several (stargan).
     samples, size: number and pixels of avatars to make. max_words: longer captions lose random words (training) or
     their end (evaluation). vectors_mean_of: where data comes with sentence vectors, a picture's vector in training is
     the mean of so many of its own, drawn at random (Reed et al. 2016: 4 for CUB, 3 for COCO). crop: the shorter side is
@@ -53,6 +54,7 @@ class DataConfig:
     """
 
     source: str = "avatars"
+    beside: tuple[str, ...] = ()
     samples: int = 4000
     size: int = 64
     max_words: int = 18

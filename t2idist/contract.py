@@ -57,8 +57,8 @@ class Batch:
 
     images: the pyramid, lowest size first, each (N, 3, S, S): uint8 on the host, after `to` floats in [-1, 1].
     captions: one of each picture's. class_ids: (N,) int64 (samples of one class do not serve as each other's
-    negatives). attributes: (N, A) float32, 1 where a picture has the attribute, in the order of `Plan.attributes`. ids:
-    sample keys, in order. domain: which of the stage's data sets all of them are from (0 where there is one).
+    negatives). attributes: (N, A) float32, 1 where a picture has the attribute, in the order of `Extent.attributes`
+    of its domain. ids: sample keys, in order. domain: which of the stage's data sets all are from (0: there is one).
     """
 
     images: tuple[Tensor, ...]
@@ -299,10 +299,21 @@ class Inverts(Protocol):
 
 
 class Translates(Protocol):
-    """A system that changes attributes of pictures."""
+    """A system that changes attributes of pictures; it may be trained on several data sets, its domains.
+
+    labels: for each domain, the names of the A attributes that it changes, in the order of the tensors below.
+    exclusive: for each domain, whether exactly one of them holds for a picture.
+    """
+
+    labels: tuple[tuple[str, ...], ...]
+    exclusive: tuple[bool, ...]
 
     def translate(self, nets: Mapping[str, nn.Module], images: Tensor, attributes: Tensor, domain: int) -> Tensor:
         """Pictures (N, 3, S, S) in [-1, 1] with these attributes (N, A) of a domain instead of their own."""
+        ...
+
+    def read(self, nets: Mapping[str, nn.Module], images: Tensor, domain: int) -> Tensor:
+        """What it takes the attributes (N, A) of a domain of pictures (N, 3, S, S) in [-1, 1] to be: 0 or 1."""
         ...
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,23 +11,26 @@ from torch import nn
 from t2idist import stages, storage
 from t2idist.config import DataConfig, RunConfig
 from t2idist.contract import Extent, System
+from t2idist.data.domains import extent_of
 from t2idist.data.shards import Dataset
-from t2idist.data.sources import open_dataset
+from t2idist.data.sources import open_datasets
 from t2idist.engine import export, pretrained
 from t2idist.strict import parse_yaml, to_dict, to_yaml
 
 ADJUSTABLE = ("about", "storage", "report", "checkpoint", "cluster", "guard", "strategy", "zero")
 ADJUSTABLE_STAGE = ("images", "max_groups_per_worker", "checkpoint_every_images", "pictures_every_images")
 ADJUSTABLE_DATA = ("threads", "prefetch_mib", "cache", "cache_gib", "endpoint_url", "max_bad")
+UNKNOWN = Extent(("",), 1, attributes=())
+"""Of data that is not given yet."""
 
 
 def check(config: RunConfig) -> None:
     """All that can be found wrong before a worker starts. Raises ValueError, one sentence."""
     stages.check_uses(config)
     for name in config.stages:
-        dataset = _dataset(config.stage_data(name))
-        extent = _extent(dataset)
-        _check_vocabulary(config, name, dataset)
+        datasets = open_datasets(config.stage_data(name))
+        extent = extent_of(datasets)
+        _check_vocabulary(config, name, datasets[0])
         system = _on_meta(config, name, extent)
         for role in system.roles.values():
             if role.pretrained is not None:
@@ -42,17 +45,16 @@ def describe(config: RunConfig) -> str:
     lines = [to_yaml(config).rstrip(), ""]
     for name in config.stages:
         data = config.stage_data(name)
-        dataset = _dataset(data) if data.source else None
-        extent = _extent(dataset)
-        if dataset is not None:
-            _check_vocabulary(config, name, dataset)
-        system = _on_meta(config, name, extent)
-        lines += [*_stage_lines(config, name, system, dataset), ""]
+        datasets = open_datasets(data) if data.source else ()
+        if datasets:
+            _check_vocabulary(config, name, datasets[0])
+        system = _on_meta(config, name, extent_of(datasets) if datasets else UNKNOWN)
+        lines += [*_stage_lines(config, name, system, datasets), ""]
     _check_same_run(config)
     return "\n".join(lines).rstrip()
 
 
-def _stage_lines(config: RunConfig, name: str, system: System, dataset: Dataset | None) -> Iterator[str]:
+def _stage_lines(config: RunConfig, name: str, system: System, datasets: Sequence[Dataset]) -> Iterator[str]:
     stage = config.stages[name]
     yield (
         f"stage {name} ({stage.system}): {stage.groups} groups x {stage.group_size} = {stage.images_per_step:,} images "
@@ -66,12 +68,14 @@ def _stage_lines(config: RunConfig, name: str, system: System, dataset: Dataset 
         f"  memory per worker {memory / 2**30:.2f} GiB for weights, gradients, Adam and EMA; activations come on top, "
         f"for {-(-stage.groups // largest)} to {-(-stage.groups // smallest)} groups of {stage.group_size}"
     )
-    if dataset is None:
+    if not datasets:
         yield "  data.source is not given: images per epoch and the vocabulary are not known"
-    else:
+    for dataset in datasets:
         images = len(dataset.split("train"))
-        words = len(dataset.vocabulary)
-        yield f"  {images:,} images per epoch, {stage.images / images:.1f} epochs, vocabulary of {words:,} words"
+        known = f"vocabulary of {len(dataset.vocabulary):,} words"
+        if len(datasets) > 1:
+            known = f"{len(dataset.attribute_names)} attributes, from {storage.redact(dataset.url)}"
+        yield f"  {images:,} images per epoch, {stage.images / len(datasets) / images:.1f} epochs, {known}"
     for role in system.roles.values():
         if role.pretrained is not None and not role.pretrained.url:
             yield f"  stages.{name}.model.{role.pretrained.key} is not given; the run needs it"
@@ -112,17 +116,13 @@ def _state_bytes(system: System, precision: str, dividers: int) -> int:
 
 def _on_meta(config: RunConfig, name: str, extent: Extent) -> System:
     with torch.device("meta"):
-        return stages.build(config, name, stages.plan(config, name, extent))
-
-
-def _dataset(data: DataConfig) -> Dataset:
-    if not data.source:
-        raise ValueError("data.source: not given; give avatars, emoji or the URL of a shard set")
-    return open_dataset(data)
-
-
-def _extent(dataset: Dataset | None) -> Extent:
-    return Extent(("",), 1) if dataset is None else dataset.extent
+        system = stages.build(config, name, stages.plan(config, name, extent))
+    if len(extent.attributes) > 1 and not callable(getattr(system, "translate", None)):
+        raise ValueError(
+            f"stages.{name}: data.beside gives {len(extent.attributes)} data sets that take turns, and "
+            f"{config.stages[name].system} learns from one; leave data.beside out"
+        )
+    return system
 
 
 def _check_vocabulary(config: RunConfig, name: str, dataset: Dataset) -> None:
@@ -143,7 +143,9 @@ def _check_same_run(config: RunConfig) -> None:
     where = storage.join(stages.run_url(config), "config.yaml")
     if not storage.exists(where):
         return
-    before = _fixed(parse_yaml(storage.read_bytes(where).decode(), where))
+    stored = parse_yaml(storage.read_bytes(where).decode(), where)
+    stored["data"] = {**to_dict(DataConfig()), **stored["data"]}  # an older version's run lacks keys that came since
+    before = _fixed(stored)
     now = _fixed(to_dict(config))
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if changed:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from t2idist import storage, systems
-from t2idist.config import RunConfig
+from t2idist.config import DataConfig, RunConfig
 from t2idist.contract import Extent, Plan, System
 from t2idist.data.text import Vocabulary
 from t2idist.engine import export
@@ -16,17 +16,19 @@ from t2idist.strict import from_dict, to_dict
 
 def anchored(config: RunConfig) -> RunConfig:
     """The config with relative local paths made absolute, as workers elsewhere need them."""
-    data = config.data
-    if "/" in data.source:
-        data = replace(data, source=storage.absolute(data.source))
-    made = {
-        name: replace(
-            stage,
-            uses={s: u if u in config.stages else storage.absolute(u) for s, u in stage.uses.items()},
-        )
-        for name, stage in config.stages.items()
-    }
-    return replace(config, storage=storage.absolute(config.storage), data=data, stages=made)
+    made = {}
+    for name, stage in config.stages.items():
+        uses = {s: u if u in config.stages else storage.absolute(u) for s, u in stage.uses.items()}
+        own = to_dict(_anchored_data(config.stage_data(name)))
+        made[name] = replace(stage, uses=uses, data={key: own[key] for key in stage.data})
+    return replace(config, storage=storage.absolute(config.storage), data=_anchored_data(config.data), stages=made)
+
+
+def _anchored_data(data: DataConfig) -> DataConfig:
+    def absolute(source: str) -> str:
+        return storage.absolute(source) if "/" in source else source
+
+    return replace(data, source=absolute(data.source), beside=tuple(absolute(source) for source in data.beside))
 
 
 def run_url(config: RunConfig) -> str:

@@ -13,7 +13,7 @@ import logging
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ import t2idist
 from t2idist import stages, storage
 from t2idist.config import RunConfig
 from t2idist.contract import Plan, System
+from t2idist.data.domains import extent_of, open_turns
 from t2idist.data.shards import Dataset
-from t2idist.data.sources import open_dataset
-from t2idist.data.stream import open_loader
+from t2idist.data.sources import open_datasets
 from t2idist.engine import export, loop, pretrained
 from t2idist.engine.checkpoint import Checkpoints, Found
 from t2idist.engine.guard import Diverged
@@ -165,11 +165,11 @@ def _run_stage(
     rollback: int,
 ) -> None:
     stage = config.stages[name]
-    dataset = open_dataset(config.stage_data(name))
+    datasets = open_datasets(config.stage_data(name))
     sources = _read_sources(config, name)
-    vocabulary = stages.vocabulary_of(dataset.vocabulary, {slot: s.vocabulary for slot, s in sources.items()})
-    dataset = dataclasses.replace(dataset, vocabulary=vocabulary)
-    plan = stages.plan(config, name, dataset.extent)
+    vocabulary = stages.vocabulary_of(datasets[0].vocabulary, {slot: s.vocabulary for slot, s in sources.items()})
+    datasets = (dataclasses.replace(datasets[0], vocabulary=vocabulary), *datasets[1:])
+    plan = stages.plan(config, name, extent_of(datasets))
     system = _build(config, name, plan, sources)
     trainer = _trainer(config, name, system, world, rollback)
     meta = {"config": to_dict(config), "vocabulary": list(vocabulary.words), "versions": ran_on}
@@ -185,7 +185,7 @@ def _run_stage(
         _note_resumed(stages.run_url(config), name, found)
     log, watcher = None, None
     if world.first:
-        watcher = Watcher(system, dataset, config, name, stages.stage_url(config, name), world.device)
+        watcher = Watcher(system, datasets, config, name, stages.stage_url(config, name), world.device)
         log = Log(
             stages.run_url(config),
             name,
@@ -196,7 +196,7 @@ def _run_stage(
             watch=around.watch,
         )
         log.tell("training")
-    batches = _open_intake(config, name, dataset, system, trainer, checkpoints.attempt)
+    batches = _open_intake(config, name, datasets, system, trainer, checkpoints.attempt)
     try:
         look = watcher.look if watcher is not None else _no_look
         notices = Notices(around.ask, around.look_seconds, world)
@@ -209,7 +209,7 @@ def _run_stage(
         batches.close()
         if log is not None:
             log.close()
-    _finish(config, name, trainer, dataset, plan, ran_on, log)
+    _finish(config, name, trainer, datasets, plan, ran_on, log)
     if memory is not None:
         memory.close(forget=True)
 
@@ -244,18 +244,18 @@ def _restore(trainer: Trainer, checkpoints: Checkpoints, memory: Memory | None, 
 
 
 def _open_intake(
-    config: RunConfig, name: str, dataset: Dataset, system: System, trainer: Trainer, attempt: str
+    config: RunConfig, name: str, datasets: Sequence[Dataset], system: System, trainer: Trainer, attempt: str
 ) -> Intake:
-    data = config.stage_data(name)
-    loader = open_loader(
-        dataset,
+    data, seed = config.stage_data(name), config.stage_seed(name)
+    loader = open_turns(
+        datasets,
         "train",
         config=data,
         sizes=system.sizes,
         groups=list(trainer.share.lanes),
         total_groups=trainer.share.groups,
         group_size=trainer.group_size,
-        seed=key(config.stage_seed(name), name, "data"),
+        seeds=[key(seed, name, "data", *([domain] if domain else [])) for domain in range(len(datasets))],
         step0=trainer.step,
     )
     return Intake(
@@ -266,7 +266,7 @@ def _open_intake(
         step=trainer.step,
         attempt=attempt,
         max_bad=data.max_bad,
-        epoch_images=len(dataset.split("train")),
+        epoch_images=extent_of(datasets).epoch_images,
         ledger=config.report.ledger,
     )
 
@@ -292,7 +292,7 @@ def _finish(
     config: RunConfig,
     name: str,
     trainer: Trainer,
-    dataset: Dataset,
+    datasets: Sequence[Dataset],
     plan: Plan,
     ran_on: dict[str, Any],
     log: Log | None,
@@ -303,11 +303,11 @@ def _finish(
             "system": config.stages[name].system,
             "config": to_dict(stages.model_config(config, name)),
             "plan": plan.describe(),
-            "vocabulary": list(dataset.vocabulary.words),
+            "vocabulary": list(datasets[0].vocabulary.words),
             "images": trainer.images,
             "data": {
-                "source": dataset.source,
-                "licence": dataset.licence,
+                "source": "; ".join(dataset.source for dataset in datasets),
+                "licence": "; ".join(dataset.licence for dataset in datasets),
                 "settings": to_dict(config.stage_data(name)),
             },
             "versions": ran_on,

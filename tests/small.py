@@ -48,6 +48,17 @@ MODELS: dict[str, dict[str, Any]] = {
         "ema_half_life_images": 100,
     },
     "style": {"width": 4},
+    "stargan": {
+        "domains": [{"attributes": ["Black_Hair", "Blond_Hair", "Smiling"]}, {"exclusive": True}],
+        "image_size": 16,
+        "generator_width": 4,
+        "residuals": 1,
+        "discriminator_width": 4,
+        "layers": 3,
+        "discriminator_steps": 2,
+        "decay_start_images": 12,
+        "decay_end_images": 200,
+    },
 }
 USES: dict[str, dict[str, str]] = {
     "attngan": {"damsm": "damsm"},
@@ -56,6 +67,9 @@ USES: dict[str, dict[str, str]] = {
     "style": {"generator": "gan_cls"},
 }
 """By system and slot, which other one trains what it uses."""
+
+EXTENTS = {"stargan": toys.TWO_SETS}
+"""By system, what its data is like, where that is not `toys.EXTENT`."""
 
 
 def config(system: str, precision: str = "float64") -> RunConfig:
@@ -86,7 +100,7 @@ def build(system: str) -> System:
     """The system with weights that are a function of its name alone; frozen networks are those of fresh sources."""
     run = config(system)
     torch.manual_seed(11)
-    made = stages.build(run, system, stages.plan(run, system, toys.EXTENT))
+    made = stages.build(run, system, stages.plan(run, system, EXTENTS.get(system, toys.EXTENT)))
     for frozen in made.frozen.values():
         source = build(USES[system][frozen.source])
         dotted = next(name for name in source.exports if name.rpartition(".")[2] == frozen.network)
@@ -117,5 +131,6 @@ def trainer(world: World, system: str, precision: str, groups: int = GROUPS) -> 
 
 
 def run_steps(made: Trainer, count: int) -> None:
+    extent = EXTENTS.get(made.noise_source.stage, toys.EXTENT)
     for _ in range(count):
-        made.run_step(toys.batch(made.step, made.share.lanes, GROUP_SIZE, made.system.sizes, MAX_WORDS))
+        made.run_step(toys.batch(made.step, made.share.lanes, GROUP_SIZE, made.system.sizes, MAX_WORDS, extent))

@@ -129,5 +129,11 @@ def use(made: Trainer, nets: object, batch: object) -> Tensor:
             assert [image.shape[-1] for image in drawn.images] == list(made.system.sizes)
             assert float(drawn.images[-1].std()) > 1e-6
             return drawn.images[-1]
+        if hasattr(made.system, "translate"):
+            images = batch.images[-1]  # type: ignore[attr-defined]
+            labels = made.system.read(nets, images, 0)  # type: ignore[attr-defined]
+            changed = made.system.translate(nets, images, 1 - labels, 0)  # type: ignore[attr-defined]
+            assert changed.shape == images.shape and float(changed.std()) > 1e-3
+            return changed
         codes = made.system.embed(nets, batch.images[-1], batch.captions)  # type: ignore[attr-defined]
         return torch.cat(codes)

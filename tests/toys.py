@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ EXTENT = Extent(
     vector_dim=12,
     attributes=(("Bangs", "Black_Hair", "Blond_Hair", "Smiling"),),
 )
+TWO_SETS = replace(EXTENT, attributes=(*EXTENT.attributes, ("happy", "sad", "neutral")))
+"""Of two data sets that take turns, step by step."""
 
 
 class Generator(nn.Module):
@@ -81,8 +84,17 @@ class ToyGan:
         train.apply("generator", loss)
 
 
-def batch(step: int, lanes: range, group_size: int, sizes: tuple[int, ...] = (8,), max_words: int = 5) -> Batch:
-    """What lanes of a data set would give: sample (step, lane, place) is the same on any number of workers."""
+def batch(
+    step: int,
+    lanes: range,
+    group_size: int,
+    sizes: tuple[int, ...] = (8,),
+    max_words: int = 5,
+    extent: Extent = EXTENT,
+) -> Batch:
+    """What lanes of data sets would give: sample (step, lane, place) is the same on any number of workers."""
+    domain = step % len(extent.attributes)
+    kinds = len(extent.attributes[domain])
     images: list[list[Tensor]] = [[] for _ in sizes]
     tokens, lengths, vectors, attributes, ids = [], [], [], [], []
     for lane in lanes:
@@ -94,12 +106,12 @@ def batch(step: int, lanes: range, group_size: int, sizes: tuple[int, ...] = (8,
         tokens.append(words * (torch.arange(max_words)[None] < length[:, None]))
         lengths.append(length)
         vectors.append(torch.randn(group_size, EXTENT.vector_dim, generator=generator))
-        attributes.append(torch.randint(0, 2, (group_size, len(EXTENT.attributes[0])), generator=generator).float())
+        attributes.append(torch.randint(0, 2, (group_size, kinds), generator=generator).float())
         ids += [f"{step}-{lane}-{place}" for place in range(group_size)]
     numbers = torch.tensor([hash_of(key) % 7 for key in ids])  # some of a group share a class
     captions = Captions(torch.cat(tokens), torch.cat(lengths), torch.cat(vectors))
     pictures = tuple(torch.cat(scale) for scale in images)
-    return Batch(pictures, captions, numbers, torch.cat(attributes), tuple(ids), len(lanes))
+    return Batch(pictures, captions, numbers, torch.cat(attributes), tuple(ids), len(lanes), domain)
 
 
 def hash_of(key: str) -> int:

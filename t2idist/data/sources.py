@@ -28,11 +28,25 @@ def open_dataset(config: DataConfig) -> Dataset:
 
     Raises ValueError for a name that is neither, and where the URL holds no shard set.
     """
-    source = config.source
+    return _open(config, config.source, "data.source")
+
+
+def open_datasets(config: DataConfig) -> tuple[Dataset, ...]:
+    """Open `config.source` and all of `config.beside`. Raises ValueError as `open_dataset` does, and for one twice."""
+    named = {"data.source": config.source} | {f"data.beside[{i}]": name for i, name in enumerate(config.beside)}
+    for i, (key, name) in enumerate(named.items()):
+        if not name:
+            raise ValueError(f"{key}: not given; give {', '.join(EMBEDDED)} or the URL of a shard set")
+        if name in list(named.values())[:i]:
+            raise ValueError(f"{key}: {name!r} is there before; sets that take turns must differ")
+    return tuple(_open(config, name, key) for key, name in named.items())
+
+
+def _open(config: DataConfig, source: str, key: str) -> Dataset:
     if source in EMBEDDED:
         return Dataset.open(EMBEDDED[source](config))
     if "/" not in source:
         near = difflib.get_close_matches(source, EMBEDDED, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"data.source: {source!r}{hint}; allowed are {', '.join(EMBEDDED)} and the URL of a shard set")
+        raise ValueError(f"{key}: {source!r}{hint}; allowed are {', '.join(EMBEDDED)} and the URL of a shard set")
     return Dataset.open(source, endpoint_url=config.endpoint_url)

@@ -33,6 +33,11 @@ def can_match(system: System) -> bool:
     return callable(getattr(system, "embed", None))
 
 
+def can_translate(system: System) -> bool:
+    """Whether the system changes attributes of pictures (contract.Translates)."""
+    return callable(getattr(system, "translate", None))
+
+
 class Monitor:
     """Draws the same captions with the same noise at every cadence.
 

@@ -26,6 +26,7 @@ NAMES = 22
 SMALLEST_CELL = 96
 CAPTION_WIDTH = 250
 WORDS_A_ROW = 9
+HEAD_LINES = 3
 
 _HEAT = np.array([(18, 10, 60), (120, 28, 109), (229, 80, 57), (252, 165, 10), (252, 255, 164)], dtype=np.float32)
 
@@ -103,6 +104,33 @@ def grid(
                 _paste(sheet, tops, n, cell, (left, tops_at))
         _paste(sheet, images, n, cell, (left, top))
         left += n * (cell + GAP) + BLOCK_GAP
+    return sheet
+
+
+def translation_grid(title: str, columns: Sequence[tuple[str, Tensor]]) -> Image.Image:
+    """Pictures (rows) and what was made of them (columns), each column under its name; the first stands apart.
+
+    columns: names and pictures (R, 3, S, S) in [-1, 1], as many rows in each.
+    """
+    rows = len(columns[0][1])
+    cell = _cell(int(columns[0][1].shape[-1]))
+    title_font, head_font = ImageFont.load_default(size=17), ImageFont.load_default(size=13)
+    top = 30 + HEAD_LINES * 16
+    width = BLOCK_GAP * 3 + len(columns) * (cell + GAP)
+    sheet = Image.new("RGB", (width, top + rows * (cell + GAP) + GAP), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((BLOCK_GAP, 5), title, font=title_font, fill=INK)
+    left = BLOCK_GAP
+    for i, (name, images) in enumerate(columns):
+        if len(images) != rows:
+            raise ValueError(f"translation_grid: {len(images)} pictures of '{name}'; the first column has {rows}")
+        lines = _wrapped(pen, name.replace("_", " "), head_font, cell)[:HEAD_LINES]
+        for number, line in enumerate(lines):
+            at = (left, top - 4 - 16 * (len(lines) - number))
+            pen.text(at, _fitted(pen, line, head_font, cell), font=head_font, fill=FAINT)
+        for row in range(rows):
+            sheet.paste(_enlarged(to_picture(images[row]), cell), (left, top + row * (cell + GAP)))
+        left += cell + GAP + (BLOCK_GAP if i == 0 else 0)
     return sheet
 
 
@@ -197,18 +225,24 @@ def _caption(
     box: tuple[int, int],
 ) -> None:
     """The caption wrapped into its box, centred in height; what does not fit ends in dots."""
-    lines, line = [], ""
-    for word in caption.split():
-        longer = f"{line} {word}".strip()
-        if line and pen.textlength(longer, font=font) > box[0]:
-            lines.append(line)
-            line = word
-        else:
-            line = longer
-    lines.append(line)
+    lines = _wrapped(pen, caption, font, box[0])
     room = max(1, box[1] // 20)
     if len(lines) > room:
         lines = [*lines[: room - 1], lines[room - 1] + " .."]
     y = corner[1] + max(0, (box[1] - 20 * len(lines)) // 2)
     for i, text in enumerate(lines):
         pen.text((corner[0], y + 20 * i), _fitted(pen, text, font, box[0]), font=font, fill=INK)
+
+
+def _wrapped(
+    pen: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
+) -> list[str]:
+    lines, line = [], ""
+    for word in text.split():
+        longer = f"{line} {word}".strip()
+        if line and pen.textlength(longer, font=font) > width:
+            lines.append(line)
+            line = word
+        else:
+            line = longer
+    return [*lines, line]

@@ -131,9 +131,11 @@ def _final_pictures(run: RunFolder) -> str:
         return ""
     stage = drawing[-1]
     last = stage.grids[-1]
+    what = "The same captions (rows) with the same noise (columns), drawn by {} after {:,} images, at every scale."
+    if stage.translates:
+        what = "Pictures that were never trained on (left), and what {} made of them after {:,} images."
     return (
-        f'<p class="lead">The same captions (rows) with the same noise (columns), drawn by {escape(stage.name)} after '
-        f"{last.images:,} images, at every scale of the generator.</p>"
+        f'<p class="lead">{what.format(escape(stage.name), last.images)}</p>'
         f"{_image(last.url, f'Grid of pictures after {last.images:,} images', WIDEST_LARGE, 90)}"
     )
 
@@ -230,7 +232,7 @@ def _scores(rows: Sequence[Mapping[str, Any]]) -> str:
             f'<td class="n">{_number(row.get("n"))}</td><td class="note">{escape(str(row.get("note") or ""))}</td></tr>'
         )
     return (
-        '<p class="lead">On captions that were never trained on. In each bar the orange mark is chance and the dark '
+        '<p class="lead">On samples that were never trained on. In each bar the orange mark is chance and the dark '
         'mark is what real pictures score.</p><div class="scroll"><table><thead><tr><th>Score</th>'
         '<th class="n">Generated</th><th></th><th class="n">Chance</th><th class="n">Real</th>'
         '<th class="n">n</th><th>How</th></tr></thead>'
@@ -340,7 +342,11 @@ def _configuration(run: RunFolder) -> str:
     command = ""
     if samples:
         line = f'python -m t2idist.evaluate.sample --export {samples.export_url} --text "..."'
-        command = f'<p class="lead">To draw pictures of your own sentences:</p>{_copyable(line)}'
+        lead = "To draw pictures of your own sentences:"
+        if samples.translates:
+            line = f"python -m t2idist.evaluate.translate --export {samples.export_url} --image FILE --set NAME"
+            lead = "To change a picture of your own:"
+        command = f'<p class="lead">{lead}</p>{_copyable(line)}'
     return f"{command}<details><summary>Resolved configuration</summary>{_copyable(run.config_text.rstrip())}</details>"
 
 

@@ -12,7 +12,7 @@ from t2idist import storage
 from t2idist.strict import parse_yaml
 
 NOT_METRICS = ("images", "step", "seconds", "images_per_second", "restarts", "time")
-_PICTURE = re.compile(r"^(images|attention)_(\d+)\.png$")
+_PICTURE = re.compile(r"^(images|attention|translated)_(\d+)\.png$")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Restart:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. metrics: lines of metrics.jsonl in order of images."""
+    """One stage. metrics: lines of metrics.jsonl in order of images. grids: of captions or of translated pictures."""
 
     name: str
     system: str
@@ -44,6 +44,7 @@ class Stage:
     metrics: tuple[Mapping[str, Any], ...]
     grids: tuple[Drawn, ...]
     attention: tuple[Drawn, ...]
+    translates: bool
     export_url: str
     export: Mapping[str, Any] | None
 
@@ -109,7 +110,7 @@ def read(url: str) -> RunFolder:
 
 def _stage(url: str, name: str, config: Mapping[str, Any]) -> Stage:
     folder = storage.join(url, name)
-    pictures: dict[str, list[Drawn]] = {"images": [], "attention": []}
+    pictures: dict[str, list[Drawn]] = {"images": [], "attention": [], "translated": []}
     for file in storage.list_dir(storage.join(folder, "pictures")):
         found = _PICTURE.match(file)
         if found:
@@ -119,7 +120,8 @@ def _stage(url: str, name: str, config: Mapping[str, Any]) -> Stage:
         system=str(config.get("system", name)),
         budget_images=config.get("images"),
         metrics=tuple(_lines(storage.join(folder, "metrics.jsonl"))),
-        grids=tuple(sorted(pictures["images"], key=lambda drawn: drawn.images)),
+        grids=tuple(sorted(pictures["images"] or pictures["translated"], key=lambda drawn: drawn.images)),
+        translates=bool(pictures["translated"]),
         attention=tuple(sorted(pictures["attention"], key=lambda drawn: drawn.images)),
         export_url=storage.join(folder, "export"),
         export=_json(folder, "export/export.json", None),

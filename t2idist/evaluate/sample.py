@@ -21,7 +21,7 @@ from t2idist import storage
 from t2idist.contract import Captions, Draws, Sample
 from t2idist.evaluate.draw import encode, generate
 from t2idist.evaluate.load import Loaded, load
-from t2idist.evaluate.monitor import can_draw, known_words
+from t2idist.evaluate.monitor import can_draw, can_translate, known_words
 from t2idist.evaluate.pictures import attention_figure, grid, png_bytes, read_picture, to_picture
 from t2idist.evaluate.rows import (
     PLACEHOLDER,
@@ -121,6 +121,11 @@ def _run(arguments: argparse.Namespace) -> int:
     device = _device(arguments.device)
     sentences = _sentences(arguments)
     loaded = load(arguments.export, device)
+    if can_translate(loaded.system):
+        raise ValueError(
+            f"{storage.redact(arguments.export)}: this export changes pictures and draws none from sentences; use "
+            f"python -m t2idist.evaluate.translate --export {storage.redact(arguments.export)} --image FILE --set NAME"
+        )
     if not can_draw(loaded.system):
         raise ValueError(
             f"{storage.redact(arguments.export)}: this export does not draw pictures; give that of a generator"

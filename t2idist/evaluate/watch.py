@@ -1,8 +1,8 @@
-"""What the first worker looks at during training: pictures of a system that draws, R-precision of one that matches."""
+"""What the first worker looks at during training: pictures that are drawn or translated, R-precision of matching."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -12,21 +12,33 @@ from t2idist.config import RunConfig
 from t2idist.contract import System
 from t2idist.data.shards import Dataset
 from t2idist.data.stream import load_split
-from t2idist.evaluate.monitor import Monitor, can_draw, can_match, score_matching
+from t2idist.evaluate.monitor import Monitor, can_draw, can_match, can_translate, score_matching
+from t2idist.evaluate.translate import Translations
 
 GRID_CAPTIONS = 8
 VAL_PICTURES = 1000
 
 
 class Watcher:
-    """Looks at a stage's networks at a cadence. folder: the stage's."""
+    """Looks at a stage's networks at a cadence. datasets, folder: the stage's."""
 
     def __init__(
-        self, system: System, dataset: Dataset, config: RunConfig, stage: str, folder: str, device: torch.device
+        self,
+        system: System,
+        datasets: Sequence[Dataset],
+        config: RunConfig,
+        stage: str,
+        folder: str,
+        device: torch.device,
     ) -> None:
         self._system, self._device, self._seed = system, device, config.seed
-        data = config.stage_data(stage)
+        data, dataset = config.stage_data(stage), datasets[0]
         self._monitor, self._val = None, None
+        self._translations = None
+        if can_translate(system):
+            self._translations = Translations(
+                system, datasets, crop=data.crop, folder=storage.join(folder, "pictures"), device=device
+            )
         if can_draw(system):
             test = load_split(
                 dataset,
@@ -58,6 +70,8 @@ class Watcher:
         """Write the pictures, and give the measured values."""
         if self._monitor is not None:
             self._monitor.write(nets, images_seen)
+        if self._translations is not None:
+            self._translations.write(nets, images_seen)
         if self._val is None:
             return {}
         return score_matching(self._system, nets, self._val.batch, seed=self._seed, device=self._device)

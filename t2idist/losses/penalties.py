@@ -1,0 +1,32 @@
+"""Penalties on the slope of a discriminator. They differentiate twice: call them inside a role's forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from t2idist.nn.precision import full, full_precision
+
+
+def slope_penalty(scores: Tensor, images: Tensor) -> Tensor:
+    """Mean over pictures of (norm of the slope of the picture's summed scores - 1) squared; differentiable again.
+
+    scores: (N, ...), made of `images` (N, ...), which require a gradient.
+    """
+    (slope,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
+    norms: Tensor = torch.linalg.vector_norm(slope.flatten(1), dim=1)
+    return (norms - 1).square().mean()
+
+
+def gradient_penalty(score: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, mixing: Tensor) -> Tensor:
+    """WGAN-GP (Gulrajani et al. 2017, eq. 3), in full precision, between real and generated pictures (N, 3, S, S).
+
+    score: (N, 3, S, S) -> (N, ...), each picture's own, with no statistics over pictures. mixing: (N,) in [0, 1], the
+    share of the real picture.
+    """
+    with full_precision(real):
+        share = full(mixing).view(-1, 1, 1, 1)
+        mixed = (share * full(real) + (1 - share) * full(fake)).detach().requires_grad_()
+        return slope_penalty(full(score(mixed)), mixed)

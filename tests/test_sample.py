@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from t2idist import systems
 from t2idist.contract import Captions, Draw, Sample
 from t2idist.engine import export
 from t2idist.evaluate import pictures, rows, sample
@@ -304,7 +303,6 @@ def test_command_truncates_the_noise(exports: dict[str, str], tmp_path: Path) ->
     assert np.abs(columns[0] - columns[1]).mean() < 0.5 * np.abs(others[0] - others[1]).mean()
 
 
-@pytest.mark.skipif("style" not in systems.names(), reason="there is no system 'style'")
 def test_command_gives_the_style_of_pictures_to_sentences(tmp_path: Path) -> None:
     url = str(tmp_path / "export")
     small.write_export("style", url, WORDS)

@@ -73,8 +73,8 @@ def grid(
 
     scales: lowest size first, each (R * columns, 3, S, S) in [-1, 1] in row-major order, R = number of captions. Small
     sizes are enlarged without smoothing, so that all scales show equally large. real: (R, 3, S, S), a real picture of
-    each caption, shown in a first block. names: a few letters over each column. tops: (columns, 3, S, S), a picture
-    over each column, that it takes after.
+    each caption, shown in a first block. names: a few letters over each column. tops: (columns, 3, S, S), the picture
+    over each column whose style it has.
     """
     rows = len(captions)
     for images in scales:
@@ -93,6 +93,8 @@ def grid(
     pen = ImageDraw.Draw(sheet)
     for row, caption in enumerate(captions):
         _caption(pen, caption, font, (12, top + row * (cell + GAP)), (CAPTION_WIDTH - 24, cell))
+    if tops is not None:
+        _caption(pen, "in the style of", font, (12, tops_at), (CAPTION_WIDTH - 24, cell))
     left = CAPTION_WIDTH
     for title, images, n in blocks:
         small = ImageFont.load_default(size=15)

@@ -74,6 +74,11 @@ def test_looks_keep_to_their_pace() -> None:
         step(made, 1)
         notices.heed(made, Checkpoints("memory://none", ALONE, CheckpointConfig(), {}))
     assert asked == [2, 4, 6]
+    for step_seconds in (0.4, 0.67, 0.5, 0.67, 0.5):  # no step is a multiple of what is right at its moment
+        notices.pace(step_seconds)
+        step(made, 1)
+        notices.heed(made, Checkpoints("memory://none", ALONE, CheckpointConfig(), {}))
+    assert asked == [2, 4, 6, 10]
 
 
 def test_slow_steps_are_held_at_the_last_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

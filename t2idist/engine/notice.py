@@ -42,6 +42,7 @@ class Notices:
         self._ask, self._look_seconds, self._world = ask, look_seconds, world
         self._every_steps, self._hold_seconds = 1, _HOLD_SECONDS
         self._heard = self._held = False
+        self._looked_step: int | None = None
 
     def pace(self, step_seconds: float) -> None:
         """Set how often to look, from what a step takes; all workers give the same."""
@@ -55,8 +56,11 @@ class Notices:
         training waits for that, so that no step is lost; if it does not go after all, training goes on. Raises `Left`
         where this process itself is to end.
         """
-        if self._ask is None or trainer.step % self._every_steps:
+        if self._looked_step is None:
+            self._looked_step = trainer.step - 1
+        if self._ask is None or trainer.step - self._looked_step < self._every_steps:
             return
+        self._looked_step = trainer.step
         notice = self._world.from_first(self._ask())
         if notice is None:
             self._heard = self._held = False

@@ -309,6 +309,7 @@ def _finish(
                 "source": "; ".join(dataset.source for dataset in datasets),
                 "licence": "; ".join(dataset.licence for dataset in datasets),
                 "settings": to_dict(config.stage_data(name)),
+                "vectors": None if datasets[0].vectors is None else to_dict(datasets[0].vectors),
             },
             "versions": ran_on,
             "seed": config.stage_seed(name),

@@ -16,8 +16,8 @@ import safetensors.numpy
 import torch
 import webdataset as wds
 
-from t2idist import stages, storage
-from t2idist.config import DataConfig
+from t2idist import stages, storage, worker
+from t2idist.config import DataConfig, RunConfig
 from t2idist.contract import Batch
 from t2idist.data import samples
 from t2idist.data.embed import Sentences, embed_set
@@ -28,9 +28,10 @@ from t2idist.data.shards import Dataset, VectorFacts
 from t2idist.data.stream import load_split
 from t2idist.data.vectors_file import VectorsFile
 from t2idist.engine import export
+from t2idist.evaluate import sample as sampler
 from t2idist.evaluate.encoders import open_encoder, read_sentences
 from t2idist.evaluate.load import network
-from t2idist.strict import to_dict
+from t2idist.strict import from_dict, to_dict
 from tests import small, toys
 from tests.test_data import WORDS, loader, sample, take
 from tools import check_shards, embed_captions
@@ -411,6 +412,7 @@ def test_what_is_no_encoder_gives_a_sentence(tmp_path: Path):
 
 
 @pytest.mark.whole
+@pytest.mark.parametrize("text_export", ["damsm"], indirect=True)
 def test_the_tool_embeds_emoji_by_an_export(text_export: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = str(tmp_path / "new")
     words = ["--data", "emoji", "--to", out, "--encoder", text_export, "--dtype", "float16"]
@@ -449,6 +451,36 @@ def test_the_tool_embeds_emoji_by_a_file(tmp_path: Path, capsys: pytest.CaptureF
         count = len(split.captions(split.keys.index(key)))
         whole = np.random.default_rng([number, split.keys.index(key)]).normal(size=(count, 12)).astype(np.float32)
         assert np.array_equal(found.numpy(), whole[0])
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("text_export", ["char_text"], indirect=True)
+def test_a_system_is_trained_on_vectors_and_drawn_from_by_their_encoder(
+    text_export: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+):
+    assert embed_captions.main(["--data", "emoji", "--to", str(tmp_path / "set"), "--encoder", text_export]) == 0
+    data = {"source": str(tmp_path / "set"), "max_words": 6, "vectors_mean_of": 2}
+    stage = {"system": "gan_cls", "group_size": 4, "groups": 2, "images": 16, "model": small.MODELS["gan_cls"]}
+    given = {"name": "run", "storage": str(tmp_path), "precision": "float32", "data": data, "stages": {"gan": stage}}
+    worker.main(from_dict(RunConfig, {**given, "report": {"captions": ["a red heart"]}}), CPU, worker.Around())
+    assert "reads the data's sentence vectors, and these captions have none" in caplog.text
+    assert (tmp_path / "run/gan/pictures/images_000000016.png").exists()
+    url = str(tmp_path / "run/gan/export")
+    assert set(export.read(url).weights) == {"generator"}
+    command = ["--export", url, "--out", str(tmp_path / "out"), "--text", "a red heart", "--text", "smiling face"]
+    capsys.readouterr()
+    assert sampler.main(command) == 2
+    assert f"sentence vectors of 16 numbers, made by {text_export}; give" in capsys.readouterr().err
+    assert sampler.main([*command, "--encoder", text_export, "--n", "2"]) == 0
+    assert capsys.readouterr().err == "" and len(list((tmp_path / "out").iterdir())) == 5
+    assert sampler.main([*command[:4], "--interpolate-text", "red heart", "face", "--encoder", text_export]) == 0
+    assert sampler.main([*command, "--text", "qqxq zqz", "--encoder", text_export]) == 2
+    assert '"qqxq zqz": the encoder knows no word' in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(small.MODELS, "damsm", {**small.MODELS["damsm"], "embedding_dim": 8})
+        small.write_export("damsm", str(tmp_path / "short"), toys.EXTENT.words)
+    assert sampler.main([*command, "--encoder", str(tmp_path / "short")]) == 2
+    assert "gives 8 numbers; the export reads 16" in capsys.readouterr().err
 
 
 @pytest.mark.whole

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -121,6 +121,12 @@ class ExportEncoder:
         found = np.array(sentences)
         found[unread] = np.nan
         return found
+
+
+def maker_of_vectors(meta: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Of an export, by its index: facts of the encoder that made the sentence vectors of its data, if that is known."""
+    facts = (meta.get("data") or {}).get("vectors")
+    return facts["encoder"] if facts and "name" in facts["encoder"] else None
 
 
 def read_sentences(encoder: Encoder, sentences: Sequence[str]) -> Captions:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -38,12 +39,17 @@ def can_translate(system: System) -> bool:
     return callable(getattr(system, "translate", None))
 
 
+def reads_vectors(system: System, vector_dim: int) -> bool:
+    """Whether the system reads the sentence vectors of its data: there are some, and it exports no text encoder."""
+    return vector_dim > 0 and all(name.rpartition(".")[2] != "text" for name in system.exports)
+
+
 class Monitor:
     """Draws the same captions with the same noise at every cadence.
 
-    captions: one row of the grid each. max_words: the encoder's. draws: noise draws, one column each; a column has the
-    same noise in every row. real: (R, 3, S, S) in [-1, 1] or uint8, a real picture of each caption, shown beside.
-    folder: URL under which pictures are written.
+    captions: one row of the grid each. vectors: theirs, where they came with the data. max_words: the encoder's. draws:
+    noise draws, one column each; a column has the same noise in every row. real: (R, 3, S, S) in [-1, 1] or uint8, a
+    real picture of each caption, shown beside. folder: URL under which pictures are written.
     """
 
     def __init__(
@@ -58,6 +64,7 @@ class Monitor:
         folder: str,
         device: torch.device,
         real: Tensor | None = None,
+        vectors: Tensor | None = None,
     ) -> None:
         self._system = cast(Draws, system)
         self._captions = list(captions)
@@ -66,7 +73,8 @@ class Monitor:
         self._folder = folder
         self._device = device
         self._real = None if real is None else as_floats(real)
-        self._encoded = encode(vocabulary, self._captions, max_words).each(draws)
+        encoded = encode(vocabulary, self._captions, max_words)
+        self._encoded = (encoded if vectors is None else replace(encoded, vectors=vectors)).each(draws)
         self._words = [known_words(vocabulary, caption)[:max_words] for caption in self._captions]
 
     def write(self, nets: Mapping[str, nn.Module], images_seen: int) -> list[str]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from t2idist import storage
 from t2idist.contract import Captions, Draws, Sample
 from t2idist.evaluate.draw import encode, generate
+from t2idist.evaluate.encoders import maker_of_vectors, open_encoder, read_sentences
 from t2idist.evaluate.load import Loaded, load
 from t2idist.evaluate.monitor import can_draw, can_translate, known_words
 from t2idist.evaluate.pictures import attention_figure, grid, png_bytes, read_picture, to_picture
@@ -63,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same pictures (default: 0)")
     parser.add_argument("--scale", choices=("all", "largest"), default="largest", help="which sizes to write")
     parser.add_argument("--attention", action="store_true", help="also write each word beside its attention map")
+    parser.add_argument(
+        "--encoder",
+        metavar="NAME",
+        help="what makes sentence vectors, for exports that were trained on the data's own: a name, folder or URL, as "
+        "tools/embed_captions.py takes it",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     rows = parser.add_argument_group("rows")
     rows.add_argument("--text", action="append", default=[], metavar="SENTENCE", help="a sentence; may be given again")
@@ -189,20 +196,40 @@ def _rows(arguments: argparse.Namespace, loaded: Loaded, sentences: Sequence[str
         return plain_rows(loaded, ["without text"], empty)
     if not sentences:
         raise ValueError("no sentence: give --text or a --captions file with one sentence a line")
-    captions = _encoded(arguments, loaded, sentences).to(device)
+    captions = _encoded(arguments, loaded, sentences, device).to(device)
     if arguments.interpolate_text:
         return rows_between(loaded, sentences, captions, arguments.steps or STEPS)
     return plain_rows(loaded, sentences, captions)
 
 
-def _encoded(arguments: argparse.Namespace, loaded: Loaded, sentences: Sequence[str]) -> Captions:
+def _encoded(arguments: argparse.Namespace, loaded: Loaded, sentences: Sequence[str], device: torch.device) -> Captions:
     """The sentences as the export reads them."""
     if "text" not in loaded.nets:
-        raise ValueError(f"{storage.redact(loaded.url)}: this export reads vectors of sentences, not their words")
+        return _as_vectors(arguments.encoder, loaded, sentences, device)
+    if arguments.encoder is not None:
+        raise ValueError("--encoder: this export has a text encoder of its own; leave it away")
     if arguments.change_word is not None:
         _check_changed(loaded, changed_words(arguments.change_word))
     _check_words(loaded, sentences)
     return encode(loaded.vocabulary, sentences, loaded.plan.max_words)
+
+
+def _as_vectors(name: str | None, loaded: Loaded, sentences: Sequence[str], device: torch.device) -> Captions:
+    """The sentences as vectors by the encoder `name`, for an export that was trained on such vectors."""
+    dim = loaded.plan.extent.vector_dim
+    made_by = maker_of_vectors(loaded.meta)
+    if name is None:
+        by = f", made by {made_by['name']}" if made_by else ""
+        raise ValueError(
+            f"{storage.redact(loaded.url)}: this export reads sentence vectors of {dim} numbers{by}; give what makes "
+            "them as --encoder"
+        )
+    encoder = open_encoder(name, device)
+    if encoder.dim != dim:
+        raise ValueError(f"--encoder {storage.redact(name)}: gives {encoder.dim} numbers; the export reads {dim}")
+    if made_by and made_by.get("sha256") != encoder.facts["sha256"]:
+        print(f"sample: --encoder is not the one that made the data's vectors ({made_by['name']})", file=sys.stderr)
+    return read_sentences(encoder, sentences)
 
 
 def _columns(arguments: argparse.Namespace, loaded: Loaded, device: torch.device) -> Columns:

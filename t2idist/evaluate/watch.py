@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -12,8 +13,10 @@ from t2idist.config import RunConfig
 from t2idist.contract import System
 from t2idist.data.shards import Dataset
 from t2idist.data.stream import load_split
-from t2idist.evaluate.monitor import Monitor, can_draw, can_match, can_translate, score_matching
+from t2idist.evaluate.monitor import Monitor, can_draw, can_match, can_translate, reads_vectors, score_matching
 from t2idist.evaluate.translate import Translations
+
+logger = logging.getLogger(__name__)
 
 GRID_CAPTIONS = 8
 VAL_PICTURES = 1000
@@ -49,6 +52,13 @@ class Watcher:
                 crop=data.crop,
             )
             given = config.report.captions
+            if given and reads_vectors(system, dataset.vector_dim):
+                logger.warning(
+                    "report.captions: stage %s reads the data's sentence vectors, and these captions have none; the "
+                    "grids show captions of the data",
+                    stage,
+                )
+                given = ()
             captions = given or tuple(captions[0] for captions in test.captions)
             self._monitor = Monitor(
                 system,
@@ -60,6 +70,7 @@ class Watcher:
                 folder=storage.join(folder, "pictures"),
                 device=device,
                 real=None if given else test.batch.images[-1],
+                vectors=None if given else test.batch.captions.vectors,
             )
         if can_match(system) and "val" in dataset.splits:
             self._val = load_split(

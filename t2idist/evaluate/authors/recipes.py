@@ -1,0 +1,178 @@
+"""What each of the authors' files holds: which network it is by its names, and the sizes by the shapes.
+
+A system is one entry of `RECIPES`. Parameter names of our networks are the authors', so that an entry only says how its
+files are told apart and which settings follow from which tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from t2idist.evaluate.authors.checkpoints import Checkpoint
+
+Found = Mapping[str, Checkpoint]
+"""Files by the network that they hold."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kind of file.
+
+    network: what our system calls what it holds. has, lacks: names that tell it from the other kinds. numbered: a
+    tensor with a row for every word of the vocabulary. inner: tensors whose names begin so are another recipe's
+    network: prefix -> (slot, network).
+    """
+
+    network: str
+    has: tuple[str, ...]
+    lacks: tuple[str, ...] = ()
+    numbered: str = ""
+    inner: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+    def fits(self, checkpoint: Checkpoint) -> bool:
+        names = checkpoint.weights.keys()
+        return all(key in names for key in self.has) and not any(key in names for key in self.lacks)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What the tensors say of the export: its system's settings and its plan's.
+
+    config: settings; the others have the system's defaults. vector_dim: of the sentence vectors that it reads, where
+    no encoder of ours gives them. labels: how many attributes each data set has, where the system takes attributes.
+    """
+
+    config: dict[str, Any]
+    vector_dim: int = 0
+    labels: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the files of a published system become an export.
+
+    fit: the settings by its files, of which some may not be there. uses: by slot, the recipe whose export the system
+    uses; its files are given along. group_size: as published. weights: what they are, for the export's index.
+    """
+
+    name: str
+    system: str
+    parts: tuple[Part, ...]
+    fit: Callable[[Found], Fit]
+    group_size: int
+    weights: str
+    uses: Mapping[str, str] = field(default_factory=dict)
+
+
+AS_TRAINED = "as they were at the end of training"
+AVERAGED = (
+    "the exponential moving average of the parameters, beside the running statistics of BatchNorm of the network that "
+    "was trained, which the authors' code did not average"
+)
+
+
+# ---------------------------------------------------------------------------------------------------- trees
+def _tree(generator: Checkpoint) -> dict[str, Any]:
+    """Settings that both kinds of trees have; without conditioning augmentation the condition is the noise itself."""
+    sizes: dict[str, Any] = {
+        "generator_width": generator.size("img_net1.img.0.weight", 1),
+        "branches": generator.count(r"img_net(\d+)\."),
+        "base_size": 4 << generator.count(r"h_net1\.upsample(\d+)\."),
+        "residuals": generator.count(r"h_net2\.residual\.(\d+)\."),
+        "z_dim": generator.size("h_net1.fc.0.weight", 1),
+    }
+    if "ca_net.fc.weight" in generator.weights:
+        sizes["condition_dim"] = generator.size("ca_net.fc.weight", 0) // 4
+        sizes["z_dim"] -= sizes["condition_dim"]
+    return sizes
+
+
+def _judge_width(found: Found) -> dict[str, Any]:
+    """The width of whichever discriminator is there."""
+    judges = [checkpoint for name, checkpoint in found.items() if name.startswith("discriminator_")]
+    return {"discriminator_width": judges[0].size("img_code_s16.0.weight", 0)} if judges else {}
+
+
+def _judges(mark: str) -> tuple[Part, ...]:
+    """A tree's discriminators; mark: a name that those of the system have."""
+    down = "img_code_s16.0.weight", "img_code_s32.0.weight", "img_code_s64.0.weight"
+    return (
+        Part("discriminator_64", (mark, down[0]), down[1:]),
+        Part("discriminator_128", (mark, down[1]), down[2:]),
+        Part("discriminator_256", (mark, down[2])),
+    )
+
+
+def _fit_damsm(found: Found) -> Fit:
+    config: dict[str, Any] = {"gamma_attention": 4.0}  # the released settings
+    if "text" in found:
+        config["word_dim"] = found["text"].size("encoder.weight", 1)
+        config["embedding_dim"] = 2 * found["text"].size("rnn.weight_hh_l0", 1)
+    elif "image" in found:
+        config["embedding_dim"] = found["image"].size("emb_features.weight", 0)
+    return Fit(config)
+
+
+def _fit_attngan(found: Found) -> Fit:
+    released = {"gamma_attention": 4.0, "compat": "authors"}
+    return Fit({**_tree(found["generator"]), **_judge_width(found), **released})
+
+
+def _fit_stackgan_pp(found: Found) -> Fit:
+    generator = found["generator"]
+    conditional = "ca_net.fc.weight" in generator.weights
+    released = {"kl_weight": 2.0, "colour_weight": 0.0 if conditional else 50.0}
+    read = {"unit_text": False, "compat": "authors", "conditional": conditional}
+    config = {**_tree(generator), **_judge_width(found), **released, **read}
+    return Fit(config, vector_dim=generator.size("ca_net.fc.weight", 1) if conditional else 0)
+
+
+TEXT = Part("text", ("encoder.weight", "rnn.weight_hh_l0"), numbered="encoder.weight")
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            name="damsm",
+            system="damsm",
+            parts=(TEXT, Part("image", ("emb_features.weight", "emb_cnn_code.weight"))),
+            fit=_fit_damsm,
+            group_size=48,
+            weights=f"{AS_TRAINED}; Inception's running statistics drifted with the pictures that it was trained on",
+        ),
+        Recipe(
+            name="attngan",
+            system="attngan",
+            parts=(
+                Part("generator", ("h_net1.fc.0.weight", "h_net2.att.conv_context.weight")),
+                *_judges("COND_DNET.outlogits.0.weight"),
+            ),
+            fit=_fit_attngan,
+            group_size=20,
+            weights=AVERAGED,
+            uses={"damsm": "damsm"},
+        ),
+        Recipe(
+            name="stackgan_pp",
+            system="stackgan_pp",
+            parts=(
+                Part("generator", ("h_net1.fc.0.weight", "h_net2.jointConv.0.weight")),
+                *_judges("logits.0.weight"),
+            ),
+            fit=_fit_stackgan_pp,
+            group_size=24,
+            weights=AVERAGED,
+        ),
+    )
+}
+
+
+def of_system(system: str) -> list[Recipe]:
+    """The recipes of a system. Raises ValueError where there is none."""
+    made = [recipe for recipe in RECIPES.values() if recipe.system == system]
+    if not made:
+        known = ", ".join(sorted({recipe.system for recipe in RECIPES.values()}))
+        raise ValueError(f"--system {system}: there are no weights of its authors that can be read; there are: {known}")
+    return made

@@ -164,7 +164,57 @@ CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
         tuple(f"stackganv2/uncond/net{net}" for net in ("G", "D0", "D1", "D2")),
         {**TREES, "generator_width": 64, "discriminator_width": 64, "residuals": 2, "conditional": False},
     ),
-}
+    "mirrorgan-cub": (
+        "mirrorgan",
+        (
+            "mirrorgan/cub/netG", *CUB_JUDGES, "damsm/cub/text_encoder", "damsm/image_encoder",
+            "mirrorgan/caption_cnn", "mirrorgan/cub/caption_rnn",
+        ),
+        {**TREES, "generator_width": 32, "discriminator_width": 64, "residuals": 2, "condition_dim": 100},
+    ),
+    "mirrorgan-coco": (
+        "mirrorgan",
+        ("mirrorgan/coco/netG", "damsm/coco/text_encoder"),
+        {**TREES, "generator_width": 48, "residuals": 3, "condition_dim": 100},
+    ),
+    "captioner": (
+        "captioner", ("mirrorgan/caption_cnn", "mirrorgan/cub/caption_rnn"), {"word_dim": 256, "hidden_dim": 512},
+    ),
+    "stackgan-1": (
+        "stackgan",
+        ("stackganv1/coco/stage1_netG", "stackganv1/coco/stage1_netD"),
+        {
+            "stage": 1, "image_size": 64, "generator_width": 192, "discriminator_width": 96, "z_dim": 100,
+            "condition_dim": 128,
+        },
+    ),
+    "stackgan-2": (
+        "stackgan",
+        ("stackganv1/coco/stage2_netG", "stackganv1/coco/stage2_netD"),
+        {
+            "stage": 2, "image_size": 256, "generator_width": 192, "discriminator_width": 96, "z_dim": 100,
+            "condition_dim": 128, "residuals": 2,
+        },
+    ),
+    "stargan-celeba": (
+        "stargan",
+        ("stargan/celeba128/G", "stargan/celeba128/D"),
+        {"generator_width": 64, "discriminator_width": 64, "residuals": 6, "layers": 6, "image_size": 128},
+    ),
+    "stargan-both": (
+        "stargan",
+        ("stargan/both256/G", "stargan/both256/D"),
+        {"generator_width": 64, "discriminator_width": 64, "residuals": 6, "layers": 6, "image_size": 256},
+    ),
+    "gan_cls": (
+        "gan_cls",
+        ("aelnouby/gan_cls/G", "aelnouby/gan_cls/D"),
+        {
+            "image_size": 64, "generator_width": 64, "discriminator_width": 64, "z_dim": 100, "condition_dim": 128,
+            "residual": False,
+        },
+    ),
+}  # fmt: skip
 """By name: the system, the authors' networks (in state_dict_keys.json), and settings that are to be found."""
 
 there = [name for name, (system, _, _) in CASES.items() if system in systems.names()]

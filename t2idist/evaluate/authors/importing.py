@@ -148,7 +148,13 @@ class Maker:
     ) -> None:
         self.recipe, self.files, self.sources = recipe, files, sources or {}
         module = load_system(recipe.system)
-        fit = recipe.fit(files)
+        borrowed = {
+            f"{slot}.{name}": file for slot, source in self.sources.items() for name, file in source.files.items()
+        }
+        try:
+            fit = recipe.fit({**borrowed, **files})
+        except KeyError as lacking:
+            raise ValueError(f"{recipe.system}: its {lacking.args[0]} too must be given, with --from FILE") from None
         self.settings = fit.config
         self.config = from_dict(module.Config, fit.config, recipe.system)
         extent = Extent(words, 1, fit.vector_dim, _attributes(fit, options.attributes))  # how much data, no file tells
@@ -216,9 +222,15 @@ class Maker:
 
 
 def _attributes(fit: Fit, given: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
-    if not given:
-        return tuple(tuple(f"attribute_{i + 1}" for i in range(count)) for count in fit.labels)
-    if tuple(len(names) for names in given) != fit.labels:
-        counts = " and ".join(str(count) for count in fit.labels)
-        raise ValueError(f"--attributes: {' and '.join(str(len(n)) for n in given)} names; the files have {counts}")
-    return given
+    """The attributes' names, by data set: the given ones, else the published ones, else numbers."""
+    sets = f"{fit.domains} data set{'s' if fit.domains > 1 else ''}"
+    if given:
+        if len(given) != fit.domains or sum(len(names) for names in given) != fit.labels:
+            counts = " and ".join(str(len(names)) for names in given)
+            raise ValueError(f"--attributes: {counts} names are given; the files have {fit.labels}, of {sets}")
+        return given
+    if fit.names:
+        return fit.names
+    if fit.domains > 1:
+        raise ValueError(f"--attributes: must be given for each of {sets}, {fit.labels} names in all")
+    return (tuple(f"attribute_{i + 1}" for i in range(fit.labels)),)

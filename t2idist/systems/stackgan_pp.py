@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from t2idist.losses.image import colour_consistency, kl_divergence
 from t2idist.losses.matching import wrong_pairs
 from t2idist.nn.discriminators import StackDiscriminator
 from t2idist.nn.initial import orthogonal_
-from t2idist.nn.text_encoders import text_encoder_of, unit_scale
+from t2idist.nn.text_encoders import sentence_vectors, text_encoder_of
 from t2idist.nn.tree import Drawn, StackGenerator, pyramid
 
 
@@ -79,11 +80,8 @@ class StackGanPP:
     def step(self, batch: Batch, train: Train) -> None:
         z = train.noise(self.config.z_dim)
         if self.config.conditional:
-            if self.frozen:
-                with torch.no_grad(), train.frozen("text") as text:
-                    sentence = self._sentence(batch.captions, text)
-            else:
-                sentence = self._sentence(batch.captions, None)
+            with torch.no_grad(), train.frozen("text") if self.frozen else contextlib.nullcontext() as text:
+                sentence = self._sentence(text, batch.captions)
             drawn = train.forward("generator", _draw, z, train.noise(self.config.condition_dim), sentence)
             self._judge_pairs(drawn, batch, train)
         else:
@@ -91,10 +89,8 @@ class StackGanPP:
             self._judge_pictures(drawn, batch, train)
         train.apply("generator", self._generator_loss(drawn, train))
 
-    def _sentence(self, captions: Captions, text: nn.Module | None) -> Tensor:
-        """Sentence vectors (N, text_dim) as generator and discriminators get them."""
-        vectors = captions.vectors if text is None else text(captions.tokens, captions.lengths)[1]
-        return unit_scale(vectors) if self.config.unit_text else vectors
+    def _sentence(self, encoder: nn.Module | None, captions: Captions) -> Tensor:
+        return sentence_vectors(encoder, captions.tokens, captions.lengths, captions.vectors, self.config.unit_text)
 
     def _judge_pairs(self, drawn: Drawn, batch: Batch, train: Train) -> None:
         """The discriminators' updates with captions, conditioned on the mean of the conditioning Gaussian."""
@@ -143,7 +139,7 @@ class StackGanPP:
         z = draw(self.config.z_dim)
         if not self.config.conditional:
             return Sample(_draw(nets["generator"], z, None, None).images)
-        sentence = self._sentence(captions, nets["text"] if self.frozen else None)
+        sentence = self._sentence(nets.get("text"), captions)
         return Sample(_draw(nets["generator"], z, draw(self.config.condition_dim), sentence).images)
 
 

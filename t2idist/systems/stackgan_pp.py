@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from t2idist.losses.image import colour_consistency, kl_divergence
 from t2idist.losses.matching import wrong_pairs
 from t2idist.nn.discriminators import StackDiscriminator
 from t2idist.nn.initial import orthogonal_
-from t2idist.nn.text_encoders import text_encoder_of, unit_scale
+from t2idist.nn.text_encoders import sentence_vectors, text_encoder_of
 from t2idist.nn.tree import Drawn, StackGenerator, pyramid
 
 
@@ -22,7 +23,9 @@ from t2idist.nn.tree import Drawn, StackGenerator, pyramid
 class Config:
     """Defaults: the paper's settings for CUB, else the released ones.
 
-    conditional: with captions, whose sentence vectors slot "damsm" gives; without, the tree takes noise alone.
+    conditional: with captions, whose sentence vectors slot "damsm" gives, or else the data; without, the tree takes
+    noise alone. unit_text: sentence vectors have unit scale where they are read (see unit_scale); not for the released
+    weights.
     colour_weight: alpha of the colour-consistency; the paper: 50 without condition, 0 with it.
     compat: "authors" weighs the discriminator's terms and the colours as the released code does.
     """
@@ -40,6 +43,7 @@ class Config:
     generator_lr: float = 2e-4
     discriminator_lr: float = 2e-4
     ema_half_life_images: float = 16627.0  # released code: 0.999 a step at 24 images
+    unit_text: bool = True
     compat: str = ""
 
 
@@ -49,14 +53,15 @@ class StackGanPP:
     def __init__(self, config: Config, plan: Plan) -> None:
         self.config = config
         self.sizes = pyramid(config.base_size, config.branches)
-        source = plan.sources["damsm"] if config.conditional else None
+        source = plan.sources.get("damsm") if config.conditional else None
+        text_dim = plan.extent.vector_dim if source is None else source["config"]["embedding_dim"]
         generator = StackGenerator(
             width=config.generator_width,
             z_dim=config.z_dim,
             base_size=config.base_size,
             branches=config.branches,
             residuals=config.residuals,
-            text_dim=None if source is None else source["config"]["embedding_dim"],
+            text_dim=text_dim if config.conditional else None,
             condition_dim=config.condition_dim,
         )
         orthogonal_(generator)
@@ -75,14 +80,17 @@ class StackGanPP:
     def step(self, batch: Batch, train: Train) -> None:
         z = train.noise(self.config.z_dim)
         if self.config.conditional:
-            with torch.no_grad(), train.frozen("text") as text:
-                sentence = unit_scale(text(batch.captions.tokens, batch.captions.lengths)[1])
+            with torch.no_grad(), train.frozen("text") if self.frozen else contextlib.nullcontext() as text:
+                sentence = self._sentence(text, batch.captions)
             drawn = train.forward("generator", _draw, z, train.noise(self.config.condition_dim), sentence)
             self._judge_pairs(drawn, batch, train)
         else:
             drawn = train.forward("generator", _draw, z, None, None)
             self._judge_pictures(drawn, batch, train)
         train.apply("generator", self._generator_loss(drawn, train))
+
+    def _sentence(self, encoder: nn.Module | None, captions: Captions) -> Tensor:
+        return sentence_vectors(encoder, captions.tokens, captions.lengths, captions.vectors, self.config.unit_text)
 
     def _judge_pairs(self, drawn: Drawn, batch: Batch, train: Train) -> None:
         """The discriminators' updates with captions, conditioned on the mean of the conditioning Gaussian."""
@@ -131,7 +139,7 @@ class StackGanPP:
         z = draw(self.config.z_dim)
         if not self.config.conditional:
             return Sample(_draw(nets["generator"], z, None, None).images)
-        sentence = unit_scale(nets["text"](captions.tokens, captions.lengths)[1])
+        sentence = self._sentence(nets.get("text"), captions)
         return Sample(_draw(nets["generator"], z, draw(self.config.condition_dim), sentence).images)
 
 
@@ -148,8 +156,11 @@ def build(config: Config, plan: Plan) -> StackGanPP:
     """The system with newly drawn weights. Raises ValueError, naming the key, where the config cannot be had."""
     if config.compat not in ("", "authors"):
         raise ValueError(f"compat is '{config.compat}'; it must be '' or 'authors'")
-    if config.conditional and "damsm" not in plan.sources:
-        raise ValueError("uses.damsm is missing; stackgan_pp takes sentence vectors from it, or set conditional: false")
+    if config.conditional and "damsm" not in plan.sources and not plan.extent.vector_dim:
+        raise ValueError(
+            "uses.damsm is missing; stackgan_pp takes sentence vectors from it, or from data that comes with vectors; "
+            "else set conditional: false"
+        )
     if config.conditional and plan.group_size < 2:
         raise ValueError(
             f"group_size is {plan.group_size}; stackgan_pp pairs pictures with wrong captions and takes at least 2"

@@ -20,13 +20,29 @@ GROUPS, GROUP_SIZE, MAX_WORDS = 4, 3, 6
 
 DAMSM = {"embedding_dim": 16, "word_dim": 8, "trunk": "small", "trunk_width": 4, "image_size": 32}
 TREE = {"base_size": 16, "branches": 2, "residuals": 1, "z_dim": 6, "condition_dim": 6, "ema_half_life_images": 100}
+TWO_STAGE = {"generator_width": 8, "discriminator_width": 4, "z_dim": 6, "condition_dim": 6}
 MODELS: dict[str, dict[str, Any]] = {
     "damsm": DAMSM,
     "attngan": {**TREE, "generator_width": 8, "discriminator_width": 8},
     "stackgan_pp": {**TREE, "generator_width": 8, "discriminator_width": 4, "colour_weight": 5.0},
+    "stackgan": {**TWO_STAGE, "image_size": 16, "ema_half_life_images": 100},
+    "stackgan-2": {**TWO_STAGE, "stage": 2, "image_size": 32, "residuals": 1},
+    "captioner": {"trunk": "small", "trunk_width": 4, "image_size": 32, "word_dim": 8, "hidden_dim": 8},
+    "mirrorgan": {**TREE, "generator_width": 8, "discriminator_width": 8, "damsm_weight": 1.0},
 }
-USES: dict[str, dict[str, str]] = {"attngan": {"damsm": "damsm"}, "stackgan_pp": {"damsm": "damsm"}}
-"""By system and slot, which other one trains what it uses."""
+"""By label: a system's name, and what follows a dash tells its settings apart."""
+USES: dict[str, dict[str, str]] = {
+    "attngan": {"damsm": "damsm"},
+    "stackgan_pp": {"damsm": "damsm"},
+    "stackgan": {"text": "damsm"},
+    "stackgan-2": {"stage1": "stackgan"},
+    "mirrorgan": {"damsm": "damsm", "captioner": "captioner"},
+}
+"""By label and slot, which other one trains what it uses."""
+
+
+def system_of(label: str) -> str:
+    return label.partition("-")[0]
 
 
 def config(system: str, precision: str = "float64") -> RunConfig:
@@ -38,7 +54,7 @@ def config(system: str, precision: str = "float64") -> RunConfig:
         uses = USES.get(name, {})
         for source in uses.values():
             add(source)
-        made[name] = {"system": name, **scale, "model": MODELS[name], "uses": uses}
+        made[name] = {"system": system_of(name), **scale, "model": MODELS[name], "uses": uses}
 
     add(system)
     return from_dict(

@@ -47,12 +47,16 @@ class Verdict:
     fake_alone: Tensor
 
 
-class Judge(Protocol):
-    """A discriminator of two heads on one trunk."""
+class MatchJudge(Protocol):
+    """A discriminator that judges pictures with their captions."""
 
     def features(self, images: Tensor) -> Tensor: ...
 
     def conditional(self, features: Tensor, condition: Tensor) -> Tensor: ...
+
+
+class Judge(MatchJudge, Protocol):
+    """A discriminator of two heads on one trunk."""
 
     def unconditional(self, features: Tensor) -> Tensor: ...
 
@@ -71,6 +75,24 @@ def judge_pairs(net: Judge, real: Tensor, fake: Tensor, condition: Tensor, pairs
         real_alone=says_real(net.unconditional(real_features)),
         fake_alone=says_fake(net.unconditional(fake_features)),
     )
+
+
+def judge_matches(
+    net: MatchJudge, real: Tensor, fake: Tensor, condition: Tensor, pairs: WrongPairs, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`judge_pairs` without an unconditional head: the cross-entropies of real, wrong and fake pairs."""
+    features = net.features(real)
+    return (
+        says_real(net.conditional(features, condition)),
+        says_fake_where(net.conditional(features, condition[pairs.caption]), pairs.keep, groups),
+        says_fake(net.conditional(net.features(fake), condition)),
+    )
+
+
+def passes_as_real(net: Judge, fake: Tensor, condition: Tensor) -> Tensor:
+    """The generator's side of `judge_pairs`: both heads ought to call its pictures (N, 3, S, S) real."""
+    features = net.features(fake)
+    return says_real(net.conditional(features, condition)) + says_real(net.unconditional(features))
 
 
 def halves_and_thirds(v: Verdict) -> Tensor:

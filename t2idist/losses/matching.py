@@ -128,3 +128,18 @@ def sentence_losses(images: Tensor, sentences: Tensor, class_ids: Tensor, groups
         norms = pictures.norm(dim=2).unsqueeze(2) * captions.norm(dim=2).unsqueeze(1)
         cosine = (pictures @ captions.transpose(1, 2)) / norms.clamp(min=SMALLEST_NORM)
         return _ranking_losses(gammas.ranking * cosine, class_ids)
+
+
+def damsm_loss(
+    regions: Tensor,
+    whole: Tensor,
+    words: Tensor,
+    sentences: Tensor,
+    lengths: Tensor,
+    class_ids: Tensor,
+    groups: int,
+    gammas: Gammas,
+) -> Tensor:
+    """L_DAMSM (AttnGAN, section 3.2, eq. 14): the word and sentence losses in both directions, summed."""
+    by_words = word_losses(regions, words, lengths, class_ids, groups, gammas)
+    return by_words.sum() + sentence_losses(whole, sentences, class_ids, groups, gammas).sum()

@@ -26,9 +26,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "attngan": {**TREE, "generator_width": 8, "discriminator_width": 8},
     "stackgan_pp": {**TREE, "generator_width": 8, "discriminator_width": 4, "colour_weight": 5.0},
     "stackgan": {**TWO_STAGE, "image_size": 16, "ema_half_life_images": 100},
-    "stackgan-2": {**TWO_STAGE, "stage": 2, "image_size": 32, "residuals": 1},
+    "stackgan-2": {**TWO_STAGE, "stage": 2, "image_size": 32, "residuals": 1, "compat": "authors"},
     "captioner": {"trunk": "small", "trunk_width": 4, "image_size": 32, "word_dim": 8, "hidden_dim": 8},
-    "mirrorgan": {**TREE, "generator_width": 8, "discriminator_width": 8, "damsm_weight": 1.0},
+    "mirrorgan": {**TREE, "generator_width": 8, "discriminator_width": 4, "damsm_weight": 1.0},
 }
 """By label: a system's name, and what follows a dash tells its settings apart."""
 USES: dict[str, dict[str, str]] = {

@@ -51,8 +51,8 @@ class ResNetTrunk(nn.Sequential):
 
     channels = 2048
 
-    def __init__(self) -> None:
-        first, second, third, fourth = BLOCKS
+    def __init__(self, blocks: tuple[int, int, int, int] = BLOCKS) -> None:
+        first, second, third, fourth = blocks
         super().__init__(
             nn.Conv2d(3, 64, kernel_size=7, stride=2, padding=3, bias=False),
             nn.BatchNorm2d(64),

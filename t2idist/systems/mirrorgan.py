@@ -63,6 +63,14 @@ class MirrorGan:
         damsm = plan.sources["damsm"]
         embedding_dim: int = damsm["config"]["embedding_dim"]
         self.sizes = pyramid(config.base_size, config.branches)
+        cnn, rnn = captioner_of(plan.sources["captioner"], plan.vocabulary_size)
+        self.frozen = {
+            "text": Frozen(text_encoder_of(damsm, plan.vocabulary_size), "damsm", "text"),
+            "cnn": Frozen(cnn, "captioner", "cnn"),
+            "rnn": Frozen(rnn, "captioner", "rnn"),
+        }
+        if config.damsm_weight:
+            self.frozen["image"] = Frozen(damsm_image_encoder(damsm["config"]), "damsm", "image")
         generator = AttentionGenerator(
             width=config.generator_width,
             z_dim=config.z_dim,
@@ -80,14 +88,6 @@ class MirrorGan:
             judge = AttnDiscriminator(config.discriminator_width, size, embedding_dim)
             orthogonal_(judge)
             self.roles[f"discriminator_{size}"] = Role(judge, Adam(lr=config.discriminator_lr))
-        cnn, rnn = captioner_of(plan.sources["captioner"], plan.vocabulary_size)
-        self.frozen = {
-            "text": Frozen(text_encoder_of(damsm, plan.vocabulary_size), "damsm", "text"),
-            "cnn": Frozen(cnn, "captioner", "cnn"),
-            "rnn": Frozen(rnn, "captioner", "rnn"),
-        }
-        if config.damsm_weight:
-            self.frozen["image"] = Frozen(damsm_image_encoder(damsm["config"]), "damsm", "image")
         self.exports = ("generator", "text")
         self.gammas = Gammas(config.gamma_attention, config.gamma_words, config.gamma_ranking)
 

@@ -32,6 +32,7 @@ CHAR_TEXT = {
     "image_size": 32,
     "margin": 3e-4,  # as small as the scores: where every hinge acts, the biases' gradients are rounding alone
 }
+TWO_STAGE = {"generator_width": 8, "discriminator_width": 4, "z_dim": 6, "condition_dim": 6}
 MODELS: dict[str, dict[str, Any]] = {
     "damsm": DAMSM,
     "char_text": CHAR_TEXT,
@@ -59,14 +60,27 @@ MODELS: dict[str, dict[str, Any]] = {
         "decay_start_images": 12,
         "decay_end_images": 200,
     },
+    "stackgan": {**TWO_STAGE, "image_size": 16, "ema_half_life_images": 100},
+    "stackgan-2": {**TWO_STAGE, "stage": 2, "image_size": 32, "residuals": 1, "compat": "authors"},
+    "captioner": {"trunk": "small", "trunk_width": 4, "image_size": 32, "word_dim": 8, "hidden_dim": 8},
+    "mirrorgan": {**TREE, "generator_width": 8, "discriminator_width": 4, "damsm_weight": 1.0},
 }
+"""By label: a system's name, and what follows a dash tells its settings apart."""
 USES: dict[str, dict[str, str]] = {
     "attngan": {"damsm": "damsm"},
     "stackgan_pp": {"damsm": "damsm"},
     "gan_cls": {"text": "damsm"},
     "style": {"generator": "gan_cls"},
+    "stackgan": {"text": "damsm"},
+    "stackgan-2": {"stage1": "stackgan"},
+    "mirrorgan": {"damsm": "damsm", "captioner": "captioner"},
 }
-"""By system and slot, which other one trains what it uses."""
+"""By label and slot, which other one trains what it uses."""
+
+
+def system_of(label: str) -> str:
+    return label.partition("-")[0]
+
 
 EXTENTS = {"stargan": toys.TWO_SETS}
 """By system, what its data is like, where that is not `toys.EXTENT`."""
@@ -81,7 +95,7 @@ def config(system: str, precision: str = "float64") -> RunConfig:
         uses = USES.get(name, {})
         for source in uses.values():
             add(source)
-        made[name] = {"system": name, **scale, "model": MODELS[name], "uses": uses}
+        made[name] = {"system": system_of(name), **scale, "model": MODELS[name], "uses": uses}
 
     add(system)
     return from_dict(
@@ -113,7 +127,13 @@ def write_export(system: str, url: str, words: Sequence[str]) -> None:
     run, made = config(system), build(system)
     plan = stages.plan(run, system, replace(toys.EXTENT, vector_dim=0))
     settings = to_dict(stages.model_config(run, system))
-    index = {"system": system, "config": settings, "plan": plan.describe(), "vocabulary": list(words), "images": 7}
+    index = {
+        "system": system_of(system),
+        "config": settings,
+        "plan": plan.describe(),
+        "vocabulary": list(words),
+        "images": 7,
+    }
     export.write(url, {dotted.rpartition(".")[2]: network(made, dotted) for dotted in made.exports}, index)
 
 

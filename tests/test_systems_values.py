@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -176,10 +177,13 @@ def test_damsm_learns_which_caption_a_picture_has(trained_damsm: Trainer) -> Non
     assert (similarity.argmax(1) == torch.arange(8)).float().mean() >= 0.75
 
 
-def follows(run: Trainer) -> float:
-    """Correlation of the mean colours of generated pictures with the colours that their captions name."""
+def follows(run: Trainer, told: Callable[[Batch], Batch] = lambda batch: batch) -> float:
+    """Correlation of the mean colours of generated pictures with the colours that their captions name.
+
+    told: what is done to a batch of colours before it is used.
+    """
     nets = run.evaluation_nets()
-    batch = colour_batch(run.system.sizes, step=2000, repeats=8)
+    batch = told(colour_batch(run.system.sizes, step=2000, repeats=8))
     generator = torch.Generator().manual_seed(7)
 
     def draw(*shape: int) -> Tensor:

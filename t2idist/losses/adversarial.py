@@ -47,12 +47,16 @@ class Verdict:
     fake_alone: Tensor
 
 
-class Judge(Protocol):
-    """A discriminator of two heads on one trunk."""
+class PairJudge(Protocol):
+    """A discriminator that judges pictures with their captions."""
 
     def features(self, images: Tensor) -> Tensor: ...
 
     def conditional(self, features: Tensor, condition: Tensor) -> Tensor: ...
+
+
+class Judge(PairJudge, Protocol):
+    """A discriminator of two heads on one trunk."""
 
     def unconditional(self, features: Tensor) -> Tensor: ...
 
@@ -71,14 +75,6 @@ def judge_pairs(net: Judge, real: Tensor, fake: Tensor, condition: Tensor, pairs
         real_alone=says_real(net.unconditional(real_features)),
         fake_alone=says_fake(net.unconditional(fake_features)),
     )
-
-
-class PairJudge(Protocol):
-    """A discriminator of one head, which sees a picture and a condition."""
-
-    def features(self, images: Tensor) -> Tensor: ...
-
-    def conditional(self, features: Tensor, condition: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -108,6 +104,12 @@ def judge_three(
         fake=says_fake(net.conditional(net.features(fake), condition)),
         matching=preferred.sum() / pairs.keep.sum().clamp(min=1),
     )
+
+
+def passes_as_real(net: Judge, fake: Tensor, condition: Tensor) -> Tensor:
+    """The generator's side of `judge_pairs`: both heads ought to call its pictures (N, 3, S, S) real."""
+    features = net.features(fake)
+    return says_real(net.conditional(features, condition)) + says_real(net.unconditional(features))
 
 
 def halves_and_thirds(v: Verdict) -> Tensor:

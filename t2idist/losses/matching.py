@@ -149,3 +149,18 @@ def joint_embedding_losses(
         hinge_of_captions = (margin + score - own.unsqueeze(2)).clamp(min=0) * other
         hinge_of_images = (margin + score - own.unsqueeze(1)).clamp(min=0) * other
         return RankingLosses(hinge_of_captions.mean(), hinge_of_images.mean())
+
+
+def damsm_loss(
+    regions: Tensor,
+    whole: Tensor,
+    words: Tensor,
+    sentences: Tensor,
+    lengths: Tensor,
+    class_ids: Tensor,
+    groups: int,
+    gammas: Gammas,
+) -> Tensor:
+    """L_DAMSM (AttnGAN, section 3.2, eq. 14): the word and sentence losses in both directions, summed."""
+    by_words = word_losses(regions, words, lengths, class_ids, groups, gammas)
+    return by_words.sum() + sentence_losses(whole, sentences, class_ids, groups, gammas).sum()

@@ -1,10 +1,11 @@
-"""Word attention: for every place of a feature map, a mixture of the caption's words."""
+"""Attention to a caption: for every place of a feature map, a mixture of its words, and a part of its sentence."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from t2idist.nn.blocks import tile
 from t2idist.nn.precision import full
 
 
@@ -37,3 +38,22 @@ class WordAttention(nn.Module):
         weights = full(scores).masked_fill(hidden, float("-inf")).softmax(dim=1)
         context = torch.bmm(projected, weights.to(projected.dtype))
         return context.view(count, channels, height, width), weights.view(count, -1, height, width)
+
+
+class GlobalLocalAttention(WordAttention):
+    """GLAM of MirrorGAN (section 3.2, eq. 4 and 5): attention to words, and beside it to the sentence.
+
+    `sentence`: features (N, C, H, W), condition (N, condition_dim) -> context (N, C, H, W). As released: the features
+    times the projected sentence go through one more 1x1 convolution, and the softmax is over channels; the paper leaves
+    open over what.
+    """
+
+    def __init__(self, channels: int, word_dim: int, condition_dim: int, compat: str = "") -> None:
+        super().__init__(channels, word_dim, compat)
+        self.linear = nn.Linear(condition_dim, channels)
+        self.conv_sentence_vis = nn.Conv2d(channels, channels, kernel_size=1, bias=False)
+
+    def sentence(self, features: Tensor, condition: Tensor) -> Tensor:
+        projected = tile(self.linear(condition), features)
+        weights = full(self.conv_sentence_vis(features * projected)).softmax(dim=1)
+        return weights.to(features.dtype) * projected

@@ -21,5 +21,27 @@ class ConditioningAugmentation(nn.Module):
         self.glu = GLU()
 
     def forward(self, text: Tensor, normal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        mean, log_variance = full(self.glu(self.fc(text))).chunk(2, dim=1)
-        return mean + torch.exp(0.5 * log_variance) * normal, mean, log_variance
+        return _drawn(self.glu(self.fc(text)), normal)
+
+
+class LinearConditioning(nn.Module):
+    """Conditioning augmentation of StackGAN (section 3.2): one linear map gives mean and log-variance.
+
+    (N, text_dim) and standard normal (N, condition_dim) -> condition, mean and log-variance, each (N, condition_dim).
+    compat "authors": a ReLU on both, as the released weights were trained, so that the deviation is at least 1.
+    """
+
+    def __init__(self, text_dim: int, condition_dim: int, compat: str = "") -> None:
+        super().__init__()
+        self.fc = nn.Linear(text_dim, 2 * condition_dim)
+        self.compat = compat
+
+    def forward(self, text: Tensor, normal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        out = self.fc(text)
+        return _drawn(out.relu() if self.compat == "authors" else out, normal)
+
+
+def _drawn(statistics: Tensor, normal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and log-variance side by side (N, 2 * D) -> a draw from the Gaussian, the mean and the log-variance."""
+    mean, log_variance = full(statistics).chunk(2, dim=1)
+    return mean + torch.exp(0.5 * log_variance) * normal, mean, log_variance

@@ -1,4 +1,4 @@
-"""Discriminators of the trees: a trunk down to 4x4 places, a conditional and an unconditional head.
+"""Discriminators of StackGAN and of the trees: a trunk down to 4x4 places, a conditional and an unconditional head.
 
 The published layouts are those of 64, 128 and 256 pixels, and their parameter names are kept; below 64 there are fewer
 down blocks and the trunk ends with fewer channels.
@@ -30,14 +30,16 @@ def logit_head(channels: int) -> nn.Sequential:
     return nn.Sequential(LogitConv(channels))
 
 
-def _trunk(width: int, size: int) -> tuple[list[tuple[str, nn.Module]], int]:
+def _trunk(width: int, size: int) -> tuple[list[tuple[str, nn.Sequential]], int]:
     """Named parts of the trunk for pictures of `size` pixels, and the channels that come out at 4x4."""
+    if size not in SIZES:
+        raise ValueError(f"a discriminator for pictures of {size} pixels is asked for; there are {SIZES}")
     downs = (size // 4).bit_length() - 1
     first = min(downs, 4)
     layers: list[nn.Module] = [*down_block(3, width, norm=False)]
     for i in range(1, first):
         layers += down_block(width << (i - 1), width << i)
-    parts: list[tuple[str, nn.Module]] = [(f"img_code_s{2**first}", nn.Sequential(*layers))]
+    parts: list[tuple[str, nn.Sequential]] = [(f"img_code_s{2**first}", nn.Sequential(*layers))]
     top = width << (first - 1)
     if downs >= 5:
         parts.append(("img_code_s32", down_block(top, 2 * top)))
@@ -58,8 +60,6 @@ class Discriminator(nn.Module):
 
     def __init__(self, width: int, size: int) -> None:
         super().__init__()
-        if size not in SIZES:
-            raise ValueError(f"a discriminator for pictures of {size} pixels is asked for; there are {SIZES}")
         parts, self.channels = _trunk(width, size)
         self.trunk_names = tuple(name for name, _ in parts)
         for name, part in parts:
@@ -95,6 +95,45 @@ class ConditionalHead(nn.Module):
     def forward(self, features: Tensor, condition: Tensor) -> Tensor:
         joint = torch.cat([features, tile(condition, features)], dim=1)
         out: Tensor = self.outlogits(self.jointConv(joint))
+        return out
+
+
+class JointLogitHead(nn.Module):
+    """StackGAN's conditional head: features (N, C, 4, 4), condition (N, D), picture's channels first -> logits (N,)."""
+
+    def __init__(self, channels: int, condition_dim: int) -> None:
+        super().__init__()
+        self.outlogits = nn.Sequential(*leaky_block(channels + condition_dim, channels), *logit_head(channels))
+
+    def forward(self, features: Tensor, condition: Tensor) -> Tensor:
+        out: Tensor = self.outlogits(torch.cat([features, tile(condition, features)], dim=1))
+        return out
+
+
+class StageDiscriminator(nn.Module):
+    """Discriminator of a stage of StackGAN (v1). unconditional: with the head that the second stage has too."""
+
+    def __init__(self, width: int, size: int, condition_dim: int, *, unconditional: bool) -> None:
+        super().__init__()
+        parts, channels = _trunk(width, size)
+        self.encode_img = nn.Sequential(*(layer for _, part in parts for layer in part))
+        self.get_cond_logits = JointLogitHead(channels, condition_dim)
+        if unconditional:
+            self.get_uncond_logits = LogitHead(channels)
+
+    def features(self, images: Tensor) -> Tensor:
+        """(N, 3, size, size) -> (N, C, 4, 4)."""
+        out: Tensor = self.encode_img(images)
+        return out
+
+    def conditional(self, features: Tensor, condition: Tensor) -> Tensor:
+        """(N, C, 4, 4), (N, condition_dim) -> logits (N,): is it a real picture of this condition?"""
+        out: Tensor = self.get_cond_logits(features, condition)
+        return out
+
+    def unconditional(self, features: Tensor) -> Tensor:
+        """(N, C, 4, 4) -> logits (N,): is it a real picture?"""
+        out: Tensor = self.get_uncond_logits(features)
         return out
 
 

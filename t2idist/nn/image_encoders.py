@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Self
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -50,14 +51,14 @@ class InceptionEncoder(InceptionTrunk):
         return _with_regions(self.emb_features, regions, self.emb_cnn_code(pooled))
 
 
-class SmallEncoder(nn.Module):
-    """A trunk small enough to be trained from scratch with the DAMSM on small pictures.
+class SmallTrunk(nn.Module):
+    """A trunk small enough to be trained from scratch on small pictures.
 
-    Pictures (N, 3, S, S) in [-1, 1] -> regions (N, embedding_dim, (image_size / 8)**2), none of them where `regions` is
-    false, and whole (N, embedding_dim).
+    Pictures (N, 3, S, S) in [-1, 1] -> regions (N, 4 * width, image_size / 8, image_size / 8) and their pooled features
+    (N, 8 * width).
     """
 
-    def __init__(self, embedding_dim: int, image_size: int, width: int, regions: bool = True) -> None:
+    def __init__(self, image_size: int, width: int) -> None:
         super().__init__()
         if image_size < 32 or image_size % 16:
             raise ValueError(f"image_size is {image_size}; the small trunk takes multiples of 16 from 32 up")
@@ -66,13 +67,27 @@ class SmallEncoder(nn.Module):
             down_block(3, width, norm=False), down_block(width, 2 * width), down_block(2 * width, 4 * width)
         )
         self.whole = down_block(4 * width, 8 * width)
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        regions = self.local(resize(images, self.image_size))
+        return regions, self.whole(regions).mean(dim=(2, 3))
+
+
+class SmallEncoder(SmallTrunk):
+    """The small trunk with the DAMSM's two projections.
+
+    Pictures (N, 3, S, S) in [-1, 1] -> regions (N, embedding_dim, (image_size / 8)**2), none of them where `regions` is
+    false, and whole (N, embedding_dim).
+    """
+
+    def __init__(self, embedding_dim: int, image_size: int, width: int, regions: bool = True) -> None:
+        super().__init__(image_size, width)
         self.emb_features = _region_projection(4 * width, embedding_dim) if regions else None
         self.emb_cnn_code = nn.Linear(8 * width, embedding_dim)
         nn.init.uniform_(self.emb_cnn_code.weight, -0.1, 0.1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        regions = self.local(resize(images, self.image_size))
-        pooled = self.whole(regions).mean(dim=(2, 3))
+        regions, pooled = self.features(images)
         return _with_regions(self.emb_features, regions, self.emb_cnn_code(pooled))
 
 
@@ -130,14 +145,23 @@ def load_trunk(encoder: InceptionEncoder, weights: Mapping[str, Tensor]) -> None
     own = {k: v for k, v in encoder.state_dict().items() if not k.startswith(("emb_features.", "emb_cnn_code."))}
     given = {k.removeprefix("module."): v for k, v in weights.items()}
     given = {k: v for k, v in given.items() if not k.startswith(("fc.", "AuxLogits."))}
+    fill_trunk(own, given, "Inception-v3")
+
+
+def fill_trunk(own: Mapping[str, Tensor], given: Mapping[str, Tensor], kind: str) -> None:
+    """Copy weights by name into a trunk's tensors; missing `num_batches_tracked` keep their value.
+
+    Raises ValueError, naming the key, where names or shapes do not fit. kind: the trunk's name, for the message.
+    """
     unknown = sorted(given.keys() - own.keys())
     missing = sorted(k for k in own.keys() - given.keys() if not k.endswith("num_batches_tracked"))
     if unknown or missing:
-        what = f"does not have '{missing[0]}'" if missing else f"has '{unknown[0]}', which Inception-v3 does not"
+        what = f"does not have '{missing[0]}'" if missing else f"has '{unknown[0]}', which {kind} does not"
         raise ValueError(f"trunk_weights {what} ({len(missing)} names missing, {len(unknown)} unknown)")
     for key, value in given.items():
         if value.shape != own[key].shape:
             raise ValueError(
-                f"trunk_weights: '{key}' has shape {tuple(value.shape)}; Inception-v3 has {tuple(own[key].shape)}"
+                f"trunk_weights: '{key}' has shape {tuple(value.shape)}; {kind} has {tuple(own[key].shape)}"
             )
-    encoder.load_state_dict(given, strict=False)
+        with torch.no_grad():
+            own[key].copy_(value)

@@ -1,4 +1,4 @@
-"""The generator trees of StackGAN++ and AttnGAN: one trunk, a picture at every branch.
+"""The generator trees of StackGAN++, AttnGAN and MirrorGAN: one trunk, a picture at every branch.
 
 Widths are those of the papers, whose first branch is 64 pixels: the trunk starts with ``width * base_size / 4``
 channels on 4x4 places and reaches `width` channels at the first branch. Parameter names are the published ones.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from t2idist.nn.attention import WordAttention
+from t2idist.nn.attention import GlobalLocalAttention, WordAttention
 from t2idist.nn.blocks import GLU, GLUResidual, conv3x3, glu_block, tile, up_block
 from t2idist.nn.conditioning import ConditioningAugmentation
 from t2idist.nn.precision import full
@@ -87,10 +87,29 @@ class AttentionStage(nn.Module):
         self.residual = nn.Sequential(*(GLUResidual(2 * channels) for _ in range(residuals)))
         self.upsample = up_block(2 * channels, channels)
 
-    def forward(self, features: Tensor, words: Tensor, padding: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, features: Tensor, condition: Tensor, words: Tensor, padding: Tensor, groups: int
+    ) -> tuple[Tensor, Tensor]:
         context, weights = self.att(features, words, padding, groups)
-        joint = torch.cat([features, context.to(features.dtype)], dim=1)
+        joint = self.join(features, context.to(features.dtype), condition)
         return self.upsample(self.residual(joint)), weights
+
+    def join(self, features: Tensor, context: Tensor, condition: Tensor) -> Tensor:
+        """Features and word context, each (N, C, H, W), -> (N, 2 * C, H, W); AttnGAN has no use for the condition."""
+        return torch.cat([features, context], dim=1)
+
+
+class MirrorStage(AttentionStage):
+    """MirrorGAN's later stage: AttnGAN's, with a context from the sentence beside that from the words."""
+
+    def __init__(self, channels: int, word_dim: int, condition_dim: int, residuals: int, compat: str) -> None:
+        super().__init__(channels, word_dim, residuals, compat)
+        self.att: GlobalLocalAttention = GlobalLocalAttention(channels, word_dim, condition_dim, compat)
+        self.conv = nn.Conv2d(3 * channels, 2 * channels, kernel_size=1, bias=False)
+
+    def join(self, features: Tensor, context: Tensor, condition: Tensor) -> Tensor:
+        out: Tensor = self.conv(torch.cat([features, context, self.att.sentence(features, condition)], dim=1))
+        return out
 
 
 class ImageHead(nn.Module):
@@ -150,7 +169,7 @@ class AttentionGenerator(nn.Module):
     """The attentional generator of AttnGAN (section 3.1): every branch has `width` channels.
 
     forward(z (N, z_dim), normal (N, condition_dim), sentence (N, text_dim), words (N, text_dim, T), padding (N, T)).
-    compat: see `WordAttention`; only with compat "authors" does `groups` matter.
+    compat: see `WordAttention`; only with compat "authors" does `groups` matter. global_attention: MirrorGAN's stages.
     """
 
     def __init__(
@@ -164,6 +183,7 @@ class AttentionGenerator(nn.Module):
         text_dim: int,
         condition_dim: int,
         compat: str = "",
+        global_attention: bool = False,
     ) -> None:
         super().__init__()
         self.branches = branches
@@ -171,7 +191,12 @@ class AttentionGenerator(nn.Module):
         self.h_net1 = SeedStage(condition_dim + z_dim, width, base_size)
         self.img_net1 = ImageHead(width)
         for i in range(1, branches):
-            setattr(self, f"h_net{i + 1}", AttentionStage(width, text_dim, residuals, compat))
+            stage = (
+                MirrorStage(width, text_dim, condition_dim, residuals, compat)
+                if global_attention
+                else AttentionStage(width, text_dim, residuals, compat)
+            )
+            setattr(self, f"h_net{i + 1}", stage)
             setattr(self, f"img_net{i + 1}", ImageHead(width))
 
     def forward(
@@ -182,7 +207,7 @@ class AttentionGenerator(nn.Module):
         images = [self.img_net1(features)]
         attention = []
         for i in range(1, self.branches):
-            features, weights = self.get_submodule(f"h_net{i + 1}")(features, words, padding, groups)
+            features, weights = self.get_submodule(f"h_net{i + 1}")(features, condition, words, padding, groups)
             images.append(self.get_submodule(f"img_net{i + 1}")(features))
             attention.append(weights)
         return Drawn(tuple(images), mean, log_variance, tuple(attention))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from t2idist.contract import Adam, Batch, Captions, Draw, Frozen, Plan, Role, Sample, Train
-from t2idist.losses.adversarial import halves_and_thirds, judge_pairs, says_real
+from t2idist.losses.adversarial import halves_and_thirds, judge_pairs, passes_as_real
 from t2idist.losses.image import kl_divergence
-from t2idist.losses.matching import Gammas, sentence_losses, word_losses, wrong_pairs
+from t2idist.losses.matching import Gammas, damsm_loss, wrong_pairs
 from t2idist.nn.discriminators import AttnDiscriminator
 from t2idist.nn.image_encoders import damsm_image_encoder
 from t2idist.nn.initial import orthogonal_
@@ -110,21 +110,17 @@ class AttnGan:
         loss = self.config.kl_weight * kl
         for size, fake in zip(self.sizes, drawn.images, strict=True):
             with train.frozen(f"discriminator_{size}") as judge:
-                features = judge.features(fake)
-                adversarial = says_real(judge.conditional(features, condition)) + says_real(
-                    judge.unconditional(features)
-                )
+                adversarial = passes_as_real(judge, fake, condition)
             train.report(f"generator/adversarial_{size}", adversarial)
             loss = loss + adversarial
         return loss
 
     def _matching(self, images: Tensor, words: Tensor, sentence: Tensor, batch: Batch, train: Train) -> Tensor:
-        """L_DAMSM of the largest pictures (section 3.2, eq. 14)."""
+        """L_DAMSM of the largest pictures."""
         with train.frozen("image") as encoder:
             regions, whole = encoder(images)
-        classes, groups = batch.class_ids, batch.groups
-        by_words = word_losses(regions, words, batch.captions.lengths, classes, groups, self.gammas)
-        return by_words.sum() + sentence_losses(whole, sentence, classes, groups, self.gammas).sum()
+        lengths, classes = batch.captions.lengths, batch.class_ids
+        return damsm_loss(regions, whole, words, sentence, lengths, classes, batch.groups, self.gammas)
 
     def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: Draw) -> Sample:
         words, sentence = self._read(*nets["text"](captions.tokens, captions.lengths))

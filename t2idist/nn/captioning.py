@@ -1,0 +1,130 @@
+"""The captioner of MirrorGAN's STREAM: a picture to a vector, the vector to a caption word by word."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from t2idist.nn.image_encoders import SmallTrunk, resize
+from t2idist.nn.precision import full, full_precision
+from t2idist.nn.resnet import ResNetTrunk, imagenet_scale
+
+TRUNKS = ("resnet152", "small")
+
+
+class ResNetCaptionCNN(nn.Module):
+    """ResNet-152, not trained, and a trained projection: pictures (N, 3, S, S) in [-1, 1] -> (N, word_dim).
+
+    The trunk has no gradient to its weights and stays in eval mode. compat "authors": it gets the pictures in [-1, 1]
+    as they are, as the released captioner did, not with ImageNet's mean and deviation.
+    """
+
+    def __init__(self, word_dim: int, image_size: int, compat: str) -> None:
+        super().__init__()
+        self.image_size = image_size
+        self.compat = compat
+        self.resnet = ResNetTrunk().requires_grad_(False)
+        self.linear = nn.Linear(self.resnet.channels, word_dim)
+        self.bn = nn.BatchNorm1d(word_dim, momentum=0.01)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.resnet.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = resize(images, self.image_size)
+        features = self.resnet(x if self.compat == "authors" else imagenet_scale(x))
+        return _projected(features.flatten(1), self.linear, self.bn)
+
+
+class SmallCaptionCNN(SmallTrunk):
+    """The small trunk and the projection, trained together: pictures (N, 3, S, S) in [-1, 1] -> (N, word_dim)."""
+
+    def __init__(self, word_dim: int, image_size: int, width: int) -> None:
+        super().__init__(image_size, width)
+        self.linear = nn.Linear(8 * width, word_dim)
+        self.bn = nn.BatchNorm1d(word_dim, momentum=0.01)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return _projected(self.features(images)[1], self.linear, self.bn)
+
+
+def _projected(features: Tensor, linear: nn.Linear, norm: nn.BatchNorm1d) -> Tensor:
+    # The BatchNorm cancels the bias: its gradient is 0 but for rounding, from which Adam would make steps.
+    projected = F.linear(features, linear.weight, linear.bias.detach()) + 0.0 * linear.bias
+    out: Tensor = norm(projected)
+    return out
+
+
+class CaptionRNN(nn.Module):
+    """The decoder: an LSTM that is fed the picture's vector, then word after word.
+
+    picture (N, word_dim), tokens (N, T) int64 -> logits (N, T, vocabulary) of each word, given the picture and the
+    words before it. What follows a caption's end takes no part in what is before it.
+    """
+
+    def __init__(self, vocabulary_size: int, word_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary_size, word_dim)
+        self.lstm = nn.LSTM(word_dim, hidden_dim, batch_first=True)
+        self.linear = nn.Linear(hidden_dim, vocabulary_size)
+
+    def train(self, mode: bool = True) -> Self:
+        """The LSTM has no dropout and stays in train mode: in eval mode cuDNN gives no gradient to its input."""
+        super().train(mode)
+        self.lstm.train()
+        return self
+
+    def forward(self, picture: Tensor, tokens: Tensor) -> Tensor:
+        before = torch.cat([full(picture).unsqueeze(1), self.embed(tokens[:, :-1])], dim=1)
+        with full_precision(before):
+            states, _ = self.lstm(before)
+        out: Tensor = self.linear(states)
+        return out
+
+    def describe(self, picture: Tensor, words: int) -> Tensor:
+        """The likeliest word each time: (N, word_dim) -> tokens (N, words)."""
+        tokens: list[Tensor] = []
+        given, state = full(picture).unsqueeze(1), None
+        for _ in range(words):
+            out, state = self.lstm(given, state)
+            tokens.append(self.linear(out[:, 0]).argmax(dim=1))
+            given = self.embed(tokens[-1]).unsqueeze(1)
+        return torch.stack(tokens, dim=1)
+
+
+def caption_cnn(config: Mapping[str, Any]) -> ResNetCaptionCNN | SmallCaptionCNN:
+    """The image part that a `captioner` stage with this config trains; drawn anew."""
+    if config["trunk"] == "resnet152":
+        return ResNetCaptionCNN(config["word_dim"], config["image_size"], config["compat"])
+    if config["trunk"] == "small":
+        return SmallCaptionCNN(config["word_dim"], config["image_size"], config["trunk_width"])
+    raise ValueError(f"trunk is '{config['trunk']}'; it must be one of {', '.join(TRUNKS)}")
+
+
+def caption_rnn(config: Mapping[str, Any], vocabulary_size: int) -> CaptionRNN:
+    """The decoder that a `captioner` stage with this config trains; drawn anew."""
+    return CaptionRNN(vocabulary_size, config["word_dim"], config["hidden_dim"])
+
+
+def captioner_of(
+    export: Mapping[str, Any], vocabulary_size: int
+) -> tuple[ResNetCaptionCNN | SmallCaptionCNN, CaptionRNN]:
+    """Both parts that fit a `captioner` stage's export, by its index (``{"system", "config", "plan", ...}``).
+
+    Raises ValueError where the export is another system's, or knows another number of words than the data.
+    """
+    if export["system"] != "captioner":
+        raise ValueError(f"uses.captioner: the export is of system '{export['system']}'; it must be of 'captioner'")
+    theirs = export["plan"]["vocabulary_size"]
+    if theirs != vocabulary_size:
+        raise ValueError(
+            f"uses.captioner: its vocabulary has {theirs} words and this data's has {vocabulary_size}; "
+            "train the captioner on this data"
+        )
+    return caption_cnn(export["config"]), caption_rnn(export["config"], vocabulary_size)

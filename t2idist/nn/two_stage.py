@@ -1,0 +1,154 @@
+"""The generators of StackGAN (v1): a sketch from noise and text, and its refinement to a larger picture.
+
+Widths are those of the paper, whose pictures have 64 and 256 pixels; other sizes have fewer or more doublings.
+Parameter names are the published ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from t2idist.nn.blocks import UpConv2d, conv3x3, tile
+from t2idist.nn.conditioning import LinearConditioning
+from t2idist.nn.initial import BATCH_NORMS
+from t2idist.nn.precision import full
+from t2idist.nn.tree import SEED_SIZE, Drawn
+
+
+def _normed(conv: nn.Conv2d) -> list[nn.Module]:
+    return [conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU(inplace=True)]
+
+
+def _halving(channels_in: int, channels_out: int) -> list[nn.Module]:
+    """4x4 stride-2 convolution + BatchNorm + ReLU: (N, C, H, W) -> (N, channels_out, H/2, W/2)."""
+    return _normed(nn.Conv2d(channels_in, channels_out, kernel_size=4, stride=2, padding=1, bias=False))
+
+
+def _doubling(channels_in: int, channels_out: int) -> nn.Sequential:
+    """Nearest x2 + conv3x3 + BatchNorm + ReLU: (N, C, H, W) -> (N, channels_out, 2H, 2W)."""
+    return nn.Sequential(nn.Identity(), *_normed(UpConv2d(channels_in, channels_out)))
+
+
+def doublings(size: int, image_size: int) -> int:
+    """How often `size` pixels are doubled to get to `image_size`."""
+    return (image_size // size).bit_length() - 1
+
+
+class Upsampler(nn.Module):
+    """What both generators end with: `ups` doublings, each to half the channels, and the picture."""
+
+    def __init__(self, channels: int, ups: int) -> None:
+        super().__init__()
+        self.ups = ups
+        for i in range(ups):
+            setattr(self, f"upsample{i + 1}", _doubling(channels >> i, channels >> (i + 1)))
+        self.img = nn.Sequential(conv3x3(channels >> ups, 3))
+
+    def picture(self, features: Tensor) -> Tensor:
+        """(N, channels, S, S) -> (N, 3, S << ups, S << ups) in [-1, 1], in full precision."""
+        for i in range(self.ups):
+            features = self.get_submodule(f"upsample{i + 1}")(features)
+        return torch.tanh(full(self.img(features)))
+
+
+class StageOneGenerator(Upsampler):
+    """Stage-I generator (StackGAN, section 3.3): noise and condition to a small picture.
+
+    forward(z (N, z_dim), normal (N, condition_dim), text (N, text_dim)). The last features have width / 2 channels.
+    compat: see `LinearConditioning`.
+    """
+
+    def __init__(
+        self, *, width: int, image_size: int, z_dim: int, text_dim: int, condition_dim: int, compat: str
+    ) -> None:
+        ups = doublings(SEED_SIZE, image_size)
+        channels = (width // 2) << ups
+        super().__init__(channels, ups)
+        units = channels * SEED_SIZE * SEED_SIZE
+        self.ca_net = LinearConditioning(text_dim, condition_dim, compat)
+        self.fc = nn.Sequential(
+            nn.Linear(z_dim + condition_dim, units, bias=False), nn.BatchNorm1d(units), nn.ReLU(inplace=True)
+        )
+
+    def forward(self, z: Tensor, normal: Tensor, text: Tensor) -> Drawn:
+        condition, mean, log_variance = self.ca_net(text, normal)
+        seed = self.fc(torch.cat([z, condition], dim=1))
+        return Drawn((self.picture(seed.view(seed.shape[0], -1, SEED_SIZE, SEED_SIZE)),), mean, log_variance)
+
+
+def stage_one_generator(config: Mapping[str, Any], text_dim: int) -> StageOneGenerator:
+    """The generator that a `stackgan` stage 1 with this config trains; drawn anew."""
+    return StageOneGenerator(
+        width=config["generator_width"],
+        image_size=config["image_size"],
+        z_dim=config["z_dim"],
+        text_dim=text_dim,
+        condition_dim=config["condition_dim"],
+        compat=config["compat"],
+    )
+
+
+class ReluResidual(nn.Module):
+    """relu(x + BN(conv(relu(BN(conv(x))))))."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block = nn.Sequential(
+            *_normed(conv3x3(channels, channels)), conv3x3(channels, channels), nn.BatchNorm2d(channels)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.relu(x + self.block(x))
+        return out
+
+
+class StageTwoGenerator(Upsampler):
+    """Stage-II generator (StackGAN, section 3.4): a small picture and the condition again to a large one.
+
+    forward(low (N, 3, low_size, low_size), normal (N, condition_dim), text (N, text_dim)). The small picture is brought
+    down to a quarter of its size and 4 * width channels, joined with the condition, and refined by residual blocks.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        low_size: int,
+        image_size: int,
+        residuals: int,
+        text_dim: int,
+        condition_dim: int,
+        compat: str,
+    ) -> None:
+        channels = 4 * width
+        super().__init__(channels, doublings(low_size // 4, image_size))
+        self.ca_net = LinearConditioning(text_dim, condition_dim, compat)
+        self.encoder = nn.Sequential(
+            conv3x3(3, width), nn.ReLU(inplace=True), *_halving(width, 2 * width), *_halving(2 * width, channels)
+        )
+        self.hr_joint = nn.Sequential(*_normed(conv3x3(channels + condition_dim, channels)))
+        self.residual = nn.Sequential(*(ReluResidual(channels) for _ in range(residuals)))
+
+    def forward(self, low: Tensor, normal: Tensor, text: Tensor) -> Drawn:
+        condition, mean, log_variance = self.ca_net(text, normal)
+        features = self.encoder(low)
+        joint = self.hr_joint(torch.cat([features, tile(condition, features)], dim=1))
+        return Drawn((self.picture(self.residual(joint)),), mean, log_variance)
+
+
+@contextlib.contextmanager
+def batch_statistics(net: nn.Module) -> Iterator[None]:
+    """Inside, BatchNorm of a network in eval mode goes by the samples at hand; its running statistics stay."""
+    norms = [module for module in net.modules() if isinstance(module, BATCH_NORMS)]
+    for norm in norms:
+        norm.training, norm.track_running_stats = True, False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.training, norm.track_running_stats = False, True

@@ -56,6 +56,8 @@ def test_a_poisoned_step_is_skipped_and_the_export_loads_again(tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     stage = tmp_path / "runs/tiny/attngan"
     assert [line["guard/skipped_steps"] for line in read_metrics(str(stage))] == [0, 0, 0, 1, 1, 1, 1, 1]
-    loaded = load(str(stage / "export"), torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"if you trust it, give --system tests\.poisoned"):
+        load(str(stage / "export"), torch.device("cpu"))
+    loaded = load(str(stage / "export"), torch.device("cpu"), "tests.poisoned")
     assert loaded.name == "tests.poisoned" and isinstance(loaded.system, poisoned.Poisoned)
     assert all(value.isfinite().all() for net in loaded.nets.values() for value in net.state_dict().values())

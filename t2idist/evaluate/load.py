@@ -31,13 +31,19 @@ class Loaded:
     meta: Mapping[str, Any]
 
 
-def load(url: str, device: torch.device) -> Loaded:
+def load(url: str, device: torch.device, own_system: str = "") -> Loaded:
     """Read the export at `url`, build its system and put the weights in.
 
+    own_system: the module of somebody's own that the export may name; no other is imported, for its code would run.
     Raises ValueError, one sentence, where the export is missing, torn, or does not fit the system that it names.
     """
     where = storage.redact(url)
     found = export.read(url)
+    if "." in found.system and found.system != own_system:
+        raise ValueError(
+            f"{where}: is of system '{found.system}', a module whose code would run; if you trust it, give --system "
+            f"{found.system}"
+        )
     module = load_system(found.system)
     config = from_dict(module.Config, found.config, f"{where}: config")
     try:

@@ -70,6 +70,12 @@ def _parser() -> argparse.ArgumentParser:
         help="what makes sentence vectors, for exports that were trained on the data's own: a name, folder or URL, as "
         "tools/embed_captions.py takes it",
     )
+    parser.add_argument(
+        "--system",
+        default="",
+        metavar="MODULE",
+        help="for an export of a system of your own: its module, as it names it",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     rows = parser.add_argument_group("rows")
     rows.add_argument("--text", action="append", default=[], metavar="SENTENCE", help="a sentence; may be given again")
@@ -127,7 +133,7 @@ def _run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     device = _device(arguments.device)
     sentences = _sentences(arguments)
-    loaded = load(arguments.export, device)
+    loaded = load(arguments.export, device, arguments.system)
     if can_translate(loaded.system):
         raise ValueError(
             f"{storage.redact(arguments.export)}: this export changes pictures and draws none from sentences; use "

@@ -2,7 +2,8 @@
 
 A system of one's own needs no edit here: ``system: my_package.my_gan``, a name with a dot, is a module that Python
 finds on every machine of the run (installed there, or in the job's working directory), with ``Config`` and ``build`` as
-`contract.System` says. Such a module is imported, so its code runs: also where an export that names it is loaded.
+`contract.System` says. Its code runs when it is imported, so an export that names one is only loaded for somebody who
+names it too.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Keepers on Ray: an actor on each machine that holds copies of the training's state in its memory.
 
-They are `engine.memory.Keepers`. They outlive workers and drivers; the end of the run, or half an hour in which nobody
+They are `engine.held.Keepers`. They outlive workers and drivers; the end of the run, or half an hour in which nobody
 calls, ends them.
 """
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from t2idist.engine.memory import Held
+from t2idist.engine.held import Held
 
 _NAMESPACE = "t2idist"
 _COPIES_HELD = 2

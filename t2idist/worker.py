@@ -31,8 +31,9 @@ from t2idist.data.sources import open_datasets
 from t2idist.engine import export, loop, pretrained
 from t2idist.engine.checkpoint import Checkpoints, Found
 from t2idist.engine.guard import Diverged
+from t2idist.engine.held import Keepers
 from t2idist.engine.intake import Intake, write_ledger
-from t2idist.engine.memory import Keepers, Memory
+from t2idist.engine.memory import Memory
 from t2idist.engine.metrics import Log, add_lines, now
 from t2idist.engine.noise import key
 from t2idist.engine.notice import Ask, Notices

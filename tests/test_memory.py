@@ -14,7 +14,8 @@ from torch import Tensor
 
 from t2idist.config import CheckpointConfig
 from t2idist.engine.checkpoint import Checkpoints, Found
-from t2idist.engine.memory import Held, Memory
+from t2idist.engine.held import Held
+from t2idist.engine.memory import Memory
 from t2idist.engine.world import World
 from tests.test_engine import ALONE, GROUP_SIZE, GROUPS, apart, saved, snapshot, step, trainer
 from tests.workers import Workers

@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from t2idist.config import CheckpointConfig
 from t2idist.engine import dcp
 from t2idist.engine.checkpoint import Found, facts_of, load_into, state_of
+from t2idist.engine.held import Held, Keepers
 from t2idist.engine.train import Trainer
 from t2idist.engine.world import World
 
@@ -24,38 +24,6 @@ logger = logging.getLogger(__name__)
 IN_MEMORY = "copy in memory"
 MOST_SHARE = 0.01
 """Of the training's time that the copies may take."""
-
-
-@dataclass(frozen=True)
-class Held:
-    """What a keeper knows of one worker's part of one copy.
-
-    attempt: of the workers that made it together. images, step: the training's. rank, workers: whose part, of how many.
-    facts: of the whole copy (only with the first worker's part) and notes (with each).
-    """
-
-    attempt: str
-    step: int
-    images: int
-    rank: int
-    workers: int
-    facts: Mapping[str, Any]
-
-
-class Keepers(Protocol):
-    """Other processes that hold parts by key. All raise OSError where they cannot be reached."""
-
-    def put(self, key: str, held: Held, data: memoryview) -> None:
-        """Give a part to keepers on two machines, where there are two; of each worker they hold the last two."""
-
-    def list_held(self, key: str) -> list[Held]:
-        """What all keepers that still live hold."""
-
-    def get(self, key: str, held: Held) -> bytes:
-        """The bytes of a part."""
-
-    def forget(self, prefix: str) -> None:
-        """Let go of what is held under keys with this prefix."""
 
 
 @dataclass(frozen=True)

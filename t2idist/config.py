@@ -179,11 +179,11 @@ class ClusterConfig:
     """How many workers, and what each one takes.
 
     workers: a number, or [smallest, largest]: the run takes what the cluster has between the two. gpus_per_worker: 0 or
-    1. max_failures: worker failures that restart the group before the run gives up. dead_after_seconds: a worker that
-    does not answer for so long is given up. hung_after_seconds: a collective that takes longer counts as a failure.
-    start_within_seconds: workers that are not all there by then are asked for again, as many as the cluster then has.
-    grow_after_seconds: how often the run looks whether it can have more workers. address: of a running Ray cluster;
-    "auto": the one this process belongs to, else this machine.
+    1. max_failures: failures of workers that restart them before the run gives up, and as many of Ray's controller.
+    dead_after_seconds: a worker that does not answer for so long is given up. hung_after_seconds: a collective that
+    takes longer counts as a failure. start_within_seconds: workers that are not all there by then are asked for again,
+    as many as the cluster then has. grow_after_seconds: how often the run looks whether it can have more workers.
+    address: of a running Ray cluster; "auto": the one this process belongs to, else this machine.
     """
 
     workers: tuple[int, int] = (1, 1)

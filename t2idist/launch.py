@@ -26,15 +26,13 @@ from t2idist.engine.metrics import PROGRESS
 from t2idist.engine.notice import Ask, Notice
 from t2idist.evaluate.progress import ProgressPrinter
 from t2idist.keepers import RayKeepers
-from t2idist.nodes import KnownNodes, Reservation, StartWatch
+from t2idist.nodes import KnownNodes, Reservation, StartWatch, own_placement_groups, remove_placement_groups
 from t2idist.strict import from_dict, to_dict
 
 logger = logging.getLogger(__name__)
 
 RUN_ID = "run_id.json"
 _LOOK_SECONDS = 2.0
-CONTROLLER_RETRIES = 3
-"""Times that `fit` is called again after a failure that Ray's own counters do not cover (its controller's)."""
 
 
 def alone(config: RunConfig) -> None:
@@ -73,9 +71,9 @@ def submit(config: RunConfig) -> None:
 
 def _fit(config: RunConfig, folder: str) -> None:
     """Run the trainer to its end, again where Ray's controller failed, which its own counters do not cover."""
-    keepers = RayKeepers(_run_id(config))
+    keepers, others = RayKeepers(_run_id(config)), own_placement_groups()
     with _Progress(config), Reservation(stages.run_url(config), config.cluster) as reservation:
-        for retry in range(CONTROLLER_RETRIES + 1):
+        for retry in range(config.cluster.max_failures + 1):
             try:
                 trainer = _trainer(config, folder)
                 reservation.hold(f"train-{trainer.train_run_context.run_id}")  # type: ignore[attr-defined]
@@ -84,9 +82,10 @@ def _fit(config: RunConfig, folder: str) -> None:
             except WorkerGroupError as error:
                 raise RuntimeError(f"the run failed: {_cause(error)}") from None
             except (TrainingFailedError, RayError) as error:
-                if retry == CONTROLLER_RETRIES:
+                if retry == config.cluster.max_failures:
                     raise RuntimeError(f"the run failed: {_cause(error)}") from None
                 logger.warning("Ray Train's controller failed (%s); the run is taken up again", _cause(error))
+                remove_placement_groups(own_placement_groups() - others)
     keepers.end()
     fatal = worker.read_fatal(config)
     if fatal is not None:

@@ -7,12 +7,14 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ray
+from ray import PlacementGroupID
 from ray.exceptions import RayError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from t2idist import storage
 from t2idist.config import ClusterConfig
@@ -159,6 +161,26 @@ class Reservation:
             with contextlib.suppress(ValueError, RayError):
                 call = _coordinator().get_reserved_resources.remote(self._holder, recompute=True)
                 ray.get(call, timeout=_COORDINATOR_SECONDS)
+
+
+def own_placement_groups() -> set[str]:
+    """Ids of the placement groups that this job has; their last digits are the job's."""
+    job = ray.get_runtime_context().get_job_id()
+    try:
+        table: dict[str, dict[str, Any]] = ray.util.placement_group_table()  # type: ignore[no-untyped-call]
+    except RayError:
+        return set()
+    return {group for group, facts in table.items() if facts["state"] != "REMOVED" and group.endswith(job)}
+
+
+def remove_placement_groups(groups: Iterable[str]) -> None:
+    """Give back what a dead controller held: Ray keeps it where its State API, a part of the dashboard, does not run.
+
+    Workers of the next controller would wait for the same places without end.
+    """
+    for group in groups:
+        with contextlib.suppress(RayError):
+            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group)))
 
 
 def _coordinator() -> Any:

@@ -187,6 +187,7 @@ def _fit_gan_cls(found: Found) -> Fit:
         "z_dim": generator.size("netG.0.weight", 0) - condition_dim,
         "residual": False,
         "interpolate": False,
+        "compat": "authors",
     }
     if "discriminator" in found:
         config["discriminator_width"] = found["discriminator"].size("netD_1.0.weight", 0)

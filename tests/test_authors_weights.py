@@ -10,6 +10,7 @@ import pickle
 import struct
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from t2idist import systems
-from t2idist.contract import Captions
+from t2idist.contract import Captions, Extent, Plan
 from t2idist.data.text import Vocabulary
 from t2idist.engine import export
 from t2idist.evaluate.authors import captions, checkpoints
@@ -28,6 +29,7 @@ from t2idist.evaluate.authors.importing import Imported, Options, import_weights
 from t2idist.evaluate.load import load, network
 from t2idist.evaluate.monitor import can_draw, can_match, can_translate
 from tests.recipe import weight
+from tests.test_systems_values import colour_batch, trainer
 from tools import import_weights as tool
 
 CPU = torch.device("cpu")
@@ -139,6 +141,26 @@ def test_stackgan_pp_draws_what_its_authors_drew(tmp_path: Path, outputs: dict[s
         )
     for image, size in zip(drawn.images, (64, 128, 256), strict=True):
         close(thin(image), outputs[f"stackgan/image_{size}"])
+
+
+def test_stackgan_pp_trains_on_vectors_that_come_with_the_data() -> None:
+    """As its authors did; vectors of another length give another loss only where they are not scaled."""
+    module = systems.load("stackgan_pp")
+    shape = {"base_size": 16, "branches": 2, "generator_width": 8, "discriminator_width": 4, "residuals": 1, "z_dim": 4}
+
+    def losses(scale: float, unit_text: bool) -> Mapping[str, float]:
+        torch.manual_seed(0)
+        config = module.Config(**shape, condition_dim=8, unit_text=unit_text)
+        system = module.build(config, Plan(8, 5, Extent(("<end>",), 100, vector_dim=12)))
+        assert not system.frozen and system.exports == ("generator",)
+        batch = colour_batch(system.sizes, 0)
+        vectors = scale * torch.randn(8, 12, generator=torch.Generator().manual_seed(1))
+        run = trainer(system, 8)
+        run.run_step(replace(batch, captions=replace(batch.captions, vectors=vectors)))
+        return run.take_reports()
+
+    assert losses(1.0, True) == pytest.approx(losses(3.0, True), rel=1e-4)
+    assert losses(1.0, False)["generator/kl"] != pytest.approx(losses(3.0, False)["generator/kl"], rel=1e-2)
 
 
 @pytest.mark.parametrize("changed", ["as saved", "without statistics"])

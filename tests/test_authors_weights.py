@@ -29,7 +29,7 @@ from t2idist.evaluate.authors.importing import Imported, Options, import_weights
 from t2idist.evaluate.load import load, network
 from t2idist.evaluate.monitor import can_draw, can_match, can_translate
 from tests.recipe import weight
-from tests.test_systems_values import colour_batch, trainer
+from tests.test_systems_values import TINY_DAMSM, colour_batch, counts, damsm_config, made, trainer
 from tools import import_weights as tool
 
 CPU = torch.device("cpu")
@@ -163,6 +163,22 @@ def test_stackgan_pp_trains_on_vectors_that_come_with_the_data() -> None:
     assert losses(1.0, False)["generator/kl"] != pytest.approx(losses(3.0, False)["generator/kl"], rel=1e-2)
 
 
+def test_attndcgan_has_one_picture_and_one_judge_of_pairs() -> None:
+    with torch.device("meta"):
+        system = made("attngan", damsm_config(), residuals=0, single_output=True)
+    assert counts(system) == {"generator": 6_638_960, "discriminator_256": 71_850_753}
+    torch.manual_seed(0)
+    shape = {"base_size": 16, "branches": 2, "generator_width": 8, "discriminator_width": 4, "residuals": 0, "z_dim": 4}
+    tiny = made("attngan", damsm_config(**TINY_DAMSM), 15, 8, **shape, condition_dim=8, single_output=True)
+    assert tiny.sizes == (32,)
+    run = trainer(tiny, 8)
+    for step in range(2):
+        run.run_step(colour_batch(tiny.sizes, step))
+    reports = run.take_reports()
+    assert {"discriminator_32/real", "discriminator_32/wrong", "generator/adversarial_32"} <= reports.keys()
+    assert "discriminator_32/real_alone" not in reports
+
+
 @pytest.mark.parametrize("changed", ["as saved", "without statistics"])
 def test_stargan_translates_and_judges_as_its_authors_did(tmp_path: Path, changed: str) -> None:
     theirs = load_file(HERE / "stargan.safetensors")
@@ -207,6 +223,11 @@ CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
         "attngan",
         ("attngan/coco/netG", *(f"attngan/coco/netD{i}" for i in range(3)), "damsm/coco/text_encoder"),
         {**TREES, "generator_width": 48, "discriminator_width": 96, "residuals": 3, "condition_dim": 100},
+    ),
+    "attndcgan-cub": (
+        "attngan",
+        ("attngan/cub/attnDCGAN_netG", "damsm/cub/text_encoder"),
+        {**TREES, "generator_width": 32, "residuals": 0, "condition_dim": 100, "single_output": True},
     ),
     "damsm": ("damsm", ("damsm/cub/text_encoder", "damsm/image_encoder"), {"embedding_dim": 256, "word_dim": 300}),
     "stackgan_pp-cub": (
@@ -304,6 +325,10 @@ def test_every_published_tensor_has_its_place(case: str) -> None:
             assert ours == {key: list(value.shape) for key, value in checkpoints.fitted(file, net).items()}
             placed.add(file.file)
     assert placed == set(names)
+
+
+def test_no_published_network_is_left_out() -> None:
+    assert {name for _, names, _ in CASES.values() for name in names} == PUBLISHED.keys()
 
 
 LARGEST_MB = 300

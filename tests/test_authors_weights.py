@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import pickle
 import struct
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from t2idist import systems
-from t2idist.contract import Captions
+from t2idist.contract import Captions, Extent, Plan
 from t2idist.data.text import Vocabulary
 from t2idist.engine import export
 from t2idist.evaluate.authors import captions, checkpoints
 from t2idist.evaluate.authors.checkpoints import Checkpoint
 from t2idist.evaluate.authors.importing import Imported, Options, import_weights, prepare
 from t2idist.evaluate.load import load, network
+from t2idist.evaluate.monitor import can_draw, can_match, can_translate
 from tests.recipe import weight
+from tests.test_systems_values import TINY_DAMSM, colour_batch, counts, damsm_config, made, trainer
 from tools import import_weights as tool
 
 CPU = torch.device("cpu")
@@ -139,6 +143,73 @@ def test_stackgan_pp_draws_what_its_authors_drew(tmp_path: Path, outputs: dict[s
         close(thin(image), outputs[f"stackgan/image_{size}"])
 
 
+def test_stackgan_pp_trains_on_vectors_that_come_with_the_data() -> None:
+    """As its authors did; vectors of another length give another loss only where they are not scaled."""
+    module = systems.load("stackgan_pp")
+    shape = {"base_size": 16, "branches": 2, "generator_width": 8, "discriminator_width": 4, "residuals": 1, "z_dim": 4}
+
+    def losses(scale: float, unit_text: bool) -> Mapping[str, float]:
+        torch.manual_seed(0)
+        config = module.Config(**shape, condition_dim=8, unit_text=unit_text)
+        system = module.build(config, Plan(8, 5, Extent(("<end>",), 100, vector_dim=12)))
+        assert not system.frozen and system.exports == ("generator",)
+        batch = colour_batch(system.sizes, 0)
+        vectors = scale * torch.randn(8, 12, generator=torch.Generator().manual_seed(1))
+        run = trainer(system, 8)
+        run.run_step(replace(batch, captions=replace(batch.captions, vectors=vectors)))
+        return run.take_reports()
+
+    assert losses(1.0, True) == pytest.approx(losses(3.0, True), rel=1e-4)
+    assert losses(1.0, False)["generator/kl"] != pytest.approx(losses(3.0, False)["generator/kl"], rel=1e-2)
+
+
+def test_attndcgan_has_one_picture_and_one_judge_of_pairs() -> None:
+    with torch.device("meta"):
+        system = made("attngan", damsm_config(), residuals=0, single_output=True)
+    assert counts(system) == {"generator": 6_638_960, "discriminator_256": 71_850_753}
+    torch.manual_seed(0)
+    shape = {"base_size": 16, "branches": 2, "generator_width": 8, "discriminator_width": 4, "residuals": 0, "z_dim": 4}
+    tiny = made("attngan", damsm_config(**TINY_DAMSM), 15, 8, **shape, condition_dim=8, single_output=True)
+    assert tiny.sizes == (32,)
+    run = trainer(tiny, 8)
+    for step in range(2):
+        run.run_step(colour_batch(tiny.sizes, step))
+    reports = run.take_reports()
+    assert {"discriminator_32/real", "discriminator_32/wrong", "generator/adversarial_32"} <= reports.keys()
+    assert "discriminator_32/real_alone" not in reports
+
+
+@pytest.mark.parametrize("changed", ["as saved", "without statistics"])
+def test_stargan_translates_and_judges_as_its_authors_did(tmp_path: Path, changed: str) -> None:
+    theirs = load_file(HERE / "stargan.safetensors")
+    generator = recipe_weights(SMALL["stargan/G"])
+    if changed == "without statistics":
+        generator = OrderedDict((k, v) for k, v in generator.items() if "running_" not in k and "num_b" not in k)
+    files = [
+        write(tmp_path, "200000-G.ckpt", generator),
+        write(tmp_path, "200000-D.ckpt", recipe_weights(SMALL["stargan/D"])),
+    ]
+    (made,) = import_weights("stargan", files, str(tmp_path / "out"))
+    loaded = load(made.url, CPU)
+    system: Any = loaded.system
+    assert system.labels == (("Black_Hair", "Blond_Hair", "Brown_Hair", "Male", "Young"),)
+    with torch.no_grad():
+        translated = system.translate(loaded.nets, theirs["images"], theirs["labels"], 0)
+        scores, classes = loaded.nets["discriminator"](theirs["images"])
+    close(thin(translated), theirs["translated"])
+    close(scores[:, None], theirs["scores"])
+    close(classes, theirs["classes"])
+
+
+def test_names_of_attributes_fit_the_files(tmp_path: Path) -> None:
+    files = [write(tmp_path, f"{net}.ckpt", recipe_weights(SMALL[f"stargan/{net}"])) for net in ("G", "D")]
+    names = ("hat", "glasses", "beard", "red", "blue")
+    (made,) = import_weights("stargan", files, str(tmp_path / "own"), Options(attributes=(names,)))
+    assert load(made.url, CPU).plan.extent.attributes == (names,)
+    with pytest.raises(ValueError, match="--attributes: 2 names are given; the files have 5, of 1 data set"):
+        import_weights("stargan", files, str(tmp_path / "bad"), Options(attributes=(names[:2],)))
+
+
 # ------------------------------------------------------------------------------------------- the published sizes, whole
 CUB_JUDGES = tuple(f"attngan/cub/netD{i}" for i in range(3))
 TREES = {"z_dim": 100, "base_size": 64, "branches": 3}
@@ -152,6 +223,11 @@ CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
         "attngan",
         ("attngan/coco/netG", *(f"attngan/coco/netD{i}" for i in range(3)), "damsm/coco/text_encoder"),
         {**TREES, "generator_width": 48, "discriminator_width": 96, "residuals": 3, "condition_dim": 100},
+    ),
+    "attndcgan-cub": (
+        "attngan",
+        ("attngan/cub/attnDCGAN_netG", "damsm/cub/text_encoder"),
+        {**TREES, "generator_width": 32, "residuals": 0, "condition_dim": 100, "single_output": True},
     ),
     "damsm": ("damsm", ("damsm/cub/text_encoder", "damsm/image_encoder"), {"embedding_dim": 256, "word_dim": 300}),
     "stackgan_pp-cub": (
@@ -249,6 +325,58 @@ def test_every_published_tensor_has_its_place(case: str) -> None:
             assert ours == {key: list(value.shape) for key, value in checkpoints.fitted(file, net).items()}
             placed.add(file.file)
     assert placed == set(names)
+
+
+def test_no_published_network_is_left_out() -> None:
+    assert {name for _, names, _ in CASES.values() for name in names} == PUBLISHED.keys()
+
+
+LARGEST_MB = 300
+
+
+def megabytes(name: str) -> float:
+    return sum(math.prod(shape) for shape in PUBLISHED[name].values()) * 4e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", there)
+def test_published_sizes_go_the_whole_way(tmp_path: Path, case: str) -> None:
+    """Files as large as the authors', imported by the command, and run; discriminators above 300 MB are left out."""
+    system, names, _ = CASES[case]
+    line = ["--system", system, "--to", str(tmp_path / "out")]
+    vocabulary = vocabulary_of(names)
+    if vocabulary is not None:
+        (tmp_path / "words.txt").write_text("\n".join(vocabulary.words))
+        line += ["--vocabulary", str(tmp_path / "words.txt")]
+    for i, name in enumerate(name for name in names if megabytes(name) <= LARGEST_MB):
+        line += ["--from", write(tmp_path, f"{i}.pth", recipe_weights(PUBLISHED[name]), "module." if i % 2 else "")]
+    assert tool.main(line) == 0
+    loaded = load(str(tmp_path / "out" / system), CPU)
+    runs: Any = loaded.system
+    size = max(loaded.system.sizes)
+    pictures = torch.rand(2, 3, size, size) * 2 - 1
+    tokens = torch.tensor([[1, 0, 0], [1, 2, 0]]) if vocabulary is not None else torch.zeros(2, 3, dtype=torch.int64)
+    read = Captions(tokens, torch.tensor([1, 2]), torch.randn(2, loaded.plan.extent.vector_dim))
+    with torch.no_grad():
+        if can_draw(runs):
+            made = runs.sample(loaded.nets, read, lambda *shape: torch.randn(2, *shape)).images
+            assert [image.shape[2] for image in made] == list(loaded.system.sizes)
+        elif can_translate(runs):
+            made = tuple(
+                runs.translate(loaded.nets, pictures, torch.ones(2, len(labels)), domain)
+                for domain, labels in enumerate(runs.labels)
+            )
+        elif can_match(runs):
+            made = runs.embed(loaded.nets, pictures, read)
+        else:
+            made = (runs.describe(loaded.nets, pictures, 3),)
+        for name, weights in export.read(loaded.url).weights.items():
+            if name not in loaded.nets:
+                judge: Any = runs.roles[name].net.to_empty(device="cpu").eval()
+                export.load_into(judge, weights, name)
+                side = int(name.rpartition("_")[2]) if "_" in name else size
+                made += (judge.features(torch.rand(1, 3, side, side)),)
+    assert all(bool(value.isfinite().all()) for value in made)
 
 
 # ---------------------------------------------------------------------------------------------- files as they come

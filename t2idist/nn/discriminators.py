@@ -138,11 +138,12 @@ class StageDiscriminator(nn.Module):
 
 
 class AttnDiscriminator(Discriminator):
-    """Discriminator of AttnGAN and MirrorGAN, with both heads."""
+    """Discriminator of AttnGAN and MirrorGAN, with both heads. unconditional: false leaves one out (AttnDCGAN)."""
 
-    def __init__(self, width: int, size: int, condition_dim: int) -> None:
+    def __init__(self, width: int, size: int, condition_dim: int, *, unconditional: bool = True) -> None:
         super().__init__(width, size)
-        self.UNCOND_DNET = LogitHead(self.channels)
+        if unconditional:
+            self.UNCOND_DNET = LogitHead(self.channels)
         self.COND_DNET = ConditionalHead(self.channels, condition_dim)
 
     def conditional(self, features: Tensor, condition: Tensor) -> Tensor:

@@ -170,6 +170,7 @@ class AttentionGenerator(nn.Module):
 
     forward(z (N, z_dim), normal (N, condition_dim), sentence (N, text_dim), words (N, text_dim, T), padding (N, T)).
     compat: see `WordAttention`; only with compat "authors" does `groups` matter. global_attention: MirrorGAN's stages.
+    single_output: one picture, at the end of the tree (AttnDCGAN, section 4.2 of AttnGAN).
     """
 
     def __init__(
@@ -184,12 +185,14 @@ class AttentionGenerator(nn.Module):
         condition_dim: int,
         compat: str = "",
         global_attention: bool = False,
+        single_output: bool = False,
     ) -> None:
         super().__init__()
         self.branches = branches
+        self.heads = ("img_net",) if single_output else tuple(f"img_net{i + 1}" for i in range(branches))
         self.ca_net = ConditioningAugmentation(text_dim, condition_dim)
         self.h_net1 = SeedStage(condition_dim + z_dim, width, base_size)
-        self.img_net1 = ImageHead(width)
+        setattr(self, self.heads[0], ImageHead(width))
         for i in range(1, branches):
             stage = (
                 MirrorStage(width, text_dim, condition_dim, residuals, compat)
@@ -197,17 +200,20 @@ class AttentionGenerator(nn.Module):
                 else AttentionStage(width, text_dim, residuals, compat)
             )
             setattr(self, f"h_net{i + 1}", stage)
-            setattr(self, f"img_net{i + 1}", ImageHead(width))
+            if not single_output:
+                setattr(self, self.heads[i], ImageHead(width))
 
     def forward(
         self, z: Tensor, normal: Tensor, sentence: Tensor, words: Tensor, padding: Tensor, groups: int = 1
     ) -> Drawn:
         condition, mean, log_variance = self.ca_net(sentence, normal)
         features = self.h_net1(torch.cat([condition, z], dim=1))
-        images = [self.img_net1(features)]
+        maps = [features]
         attention = []
         for i in range(1, self.branches):
             features, weights = self.get_submodule(f"h_net{i + 1}")(features, condition, words, padding, groups)
-            images.append(self.get_submodule(f"img_net{i + 1}")(features))
+            maps.append(features)
             attention.append(weights)
-        return Drawn(tuple(images), mean, log_variance, tuple(attention))
+        shown = maps[-len(self.heads) :]
+        images = tuple(self.get_submodule(head)(here) for head, here in zip(self.heads, shown, strict=True))
+        return Drawn(images, mean, log_variance, tuple(attention))

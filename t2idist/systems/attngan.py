@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from t2idist.contract import Adam, Batch, Captions, Draw, Frozen, Plan, Role, Sample, Train
-from t2idist.losses.adversarial import halves_and_thirds, judge_pairs, passes_as_real
+from t2idist.losses.adversarial import (
+    conditional_only,
+    halves_and_thirds,
+    judge_pairs,
+    judge_three,
+    passes_as_real,
+    says_real,
+)
 from t2idist.losses.image import kl_divergence
 from t2idist.losses.matching import Gammas, damsm_loss, wrong_pairs
 from t2idist.nn.discriminators import AttnDiscriminator
@@ -25,6 +32,8 @@ class Config:
 
     unit_text: sentence and words have unit scale where the generator and the discriminators read them. Not in the
     paper: the DAMSM's cosines leave their length to chance, and where it is small the condition is heard late.
+    single_output: AttnDCGAN, the paper's baseline of section 4.2: one picture, at the end of the tree, and one
+    discriminator, of pairs alone; residuals 0 and damsm_weight 1 as released.
     compat: "authors" for the released weights, whose attention had its mask laid out wrongly (see WordAttention).
     """
 
@@ -44,6 +53,7 @@ class Config:
     discriminator_lr: float = 2e-4
     ema_half_life_images: float = 13856.0  # released code: 0.999 a step at 20 images; 9699 for COCO's 14
     unit_text: bool = False
+    single_output: bool = False
     compat: str = ""
 
 
@@ -54,7 +64,7 @@ class AttnGan:
         self.config = config
         source = plan.sources["damsm"]
         embedding_dim: int = source["config"]["embedding_dim"]
-        self.sizes = pyramid(config.base_size, config.branches)
+        self.sizes = pyramid(config.base_size, config.branches)[-1 if config.single_output else 0 :]
         generator = AttentionGenerator(
             width=config.generator_width,
             z_dim=config.z_dim,
@@ -64,11 +74,14 @@ class AttnGan:
             text_dim=embedding_dim,
             condition_dim=config.condition_dim,
             compat=config.compat,
+            single_output=config.single_output,
         )
         orthogonal_(generator)
         self.roles = {"generator": Role(generator, Adam(lr=config.generator_lr), config.ema_half_life_images)}
         for size in self.sizes:
-            judge = AttnDiscriminator(config.discriminator_width, size, embedding_dim)
+            judge = AttnDiscriminator(
+                config.discriminator_width, size, embedding_dim, unconditional=not config.single_output
+            )
             orthogonal_(judge)
             self.roles[f"discriminator_{size}"] = Role(judge, Adam(lr=config.discriminator_lr))
         self.frozen = {
@@ -88,9 +101,15 @@ class AttnGan:
         pairs = wrong_pairs(batch.class_ids, batch.groups)
         for size, real, fake in zip(self.sizes, batch.images, drawn.images, strict=True):
             name = f"discriminator_{size}"
-            verdict = train.forward(name, judge_pairs, real, fake.detach(), condition, pairs, batch.groups)
-            train.apply(name, halves_and_thirds(verdict))
-            for part, value in vars(verdict).items():
+            shown = fake.detach()
+            if self.config.single_output:
+                pair = train.forward(name, judge_three, real, shown, condition, pairs, batch.groups)
+                parts, judged = vars(pair), conditional_only(pair.real, pair.wrong, pair.fake)
+            else:
+                verdict = train.forward(name, judge_pairs, real, shown, condition, pairs, batch.groups)
+                parts, judged = vars(verdict), halves_and_thirds(verdict)
+            train.apply(name, judged)
+            for part, value in parts.items():
                 train.report(f"{name}/{part}", value)
         loss = self._generator_loss(drawn, condition, train)
         if self.config.damsm_weight:
@@ -110,7 +129,10 @@ class AttnGan:
         loss = self.config.kl_weight * kl
         for size, fake in zip(self.sizes, drawn.images, strict=True):
             with train.frozen(f"discriminator_{size}") as judge:
-                adversarial = passes_as_real(judge, fake, condition)
+                if self.config.single_output:
+                    adversarial = says_real(judge.conditional(judge.features(fake), condition))
+                else:
+                    adversarial = passes_as_real(judge, fake, condition)
             train.report(f"generator/adversarial_{size}", adversarial)
             loss = loss + adversarial
         return loss

@@ -153,7 +153,7 @@ class StarGan:
         """What the generator is told: labels (N, A) in their domain's place, zeros in the others', and the mask."""
         if len(self.labels) == 1:
             return labels
-        whole = labels.new_zeros(len(labels), self._classes + len(self.labels))
+        whole = labels.new_zeros(labels.shape[0], self._classes + len(self.labels))
         whole[:, self._slices[domain]] = labels
         whole[:, self._classes + domain] = 1
         return whole

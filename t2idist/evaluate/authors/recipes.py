@@ -79,9 +79,10 @@ AVERAGED = (
 # ---------------------------------------------------------------------------------------------------- trees
 def _tree(generator: Checkpoint) -> dict[str, Any]:
     """Settings that both kinds of trees have; without conditioning augmentation the condition is the noise itself."""
+    head = "img_net.img.0.weight" if "img_net.img.0.weight" in generator.weights else "img_net1.img.0.weight"
     sizes: dict[str, Any] = {
-        "generator_width": generator.size("img_net1.img.0.weight", 1),
-        "branches": generator.count(r"img_net(\d+)\."),
+        "generator_width": generator.size(head, 1),
+        "branches": generator.count(r"h_net(\d+)\."),
         "base_size": 4 << generator.count(r"h_net1\.upsample(\d+)\."),
         "residuals": generator.count(r"h_net2\.residual\.(\d+)\."),
         "z_dim": generator.size("h_net1.fc.0.weight", 1),
@@ -119,7 +120,9 @@ def _fit_damsm(found: Found) -> Fit:
 
 
 def _fit_attngan(found: Found) -> Fit:
-    released = {"gamma_attention": 4.0, "compat": "authors"}
+    released: dict[str, Any] = {"gamma_attention": 4.0, "compat": "authors"}
+    if "img_net.img.0.weight" in found["generator"].weights:  # AttnDCGAN
+        released |= {"single_output": True, "damsm_weight": 1.0}
     return Fit({**_tree(found["generator"]), **_judge_width(found), **released})
 
 
@@ -187,6 +190,7 @@ def _fit_gan_cls(found: Found) -> Fit:
         "z_dim": generator.size("netG.0.weight", 0) - condition_dim,
         "residual": False,
         "interpolate": False,
+        "compat": "authors",
     }
     if "discriminator" in found:
         config["discriminator_width"] = found["discriminator"].size("netD_1.0.weight", 0)

@@ -196,9 +196,11 @@ def test_the_command_measures_what_the_parts_do(exports: dict[str, str], tmp_pat
     codes = style.codes_of(loaded, batch)["inverted noise"]
     leaning = (codes[:, 0] > codes[:, 0].median()).long()
     file = tmp_path / "labels.json"
-    file.write_text(json.dumps({key: f"style {int(n)}" for key, n in zip(batch.ids, leaning, strict=True)}))
+    labels = [(key, f"style {int(n)}") for key, n in zip(batch.ids, leaning, strict=True)]
+    file.write_text(json.dumps(dict(labels[1:])))
     found = printed(exports, tmp_path / "style.json", "--labels", str(file))
-    assert found["inverted noise"]["auc"] == pytest.approx(verify(codes, leaning, folds=2).auc)
+    assert found["inverted noise"]["auc"] == pytest.approx(verify(codes[1:], leaning[1:], folds=2).auc)
+    assert found["inverted noise"]["n"] == 79
     assert found["inverted noise"]["auc"] > found["sentence vector"]["auc"]
 
 

@@ -118,6 +118,7 @@ def test_the_released_int_script_lacks_a_leaky_relu() -> None:
     assert leaks(compat="authors", interpolate=False) == 4
     assert leaks(compat="authors") == 3
     assert leaks(compat="authors", residual=False) == 4
+    assert leaks(compat="authors", image_size=16) == 2  # there the last but one has no BatchNorm
 
 
 def test_only_the_ports_discriminator_is_deaf_to_matches() -> None:
@@ -148,14 +149,14 @@ class Meets(nn.Module):
 
 def test_three_kinds_of_pairs_by_hand() -> None:
     real, fake = (torch.tensor(v).view(3, 1, 1, 1).expand(3, 3, 2, 2) for v in ([1.0, 0.0, 2.0], [0.5, -1.0, 0.0]))
-    condition = torch.tensor([[1.0], [2.0], [-1.0]])
-    pairs = WrongPairs(torch.tensor([1, 2, 0]), torch.tensor([True, True, False]))
+    condition = torch.tensor([[3.0], [2.0], [1.0]])
+    pairs = WrongPairs(torch.tensor([1, 2, 0]), torch.tensor([False, True, True]))
     verdict = judge_three(Meets(), real, fake, condition, pairs, 1)
     softplus = nn.functional.softplus
-    torch.testing.assert_close(verdict.real, softplus(-torch.tensor([2.0, 2.0, 1.0])).mean())
-    torch.testing.assert_close(verdict.wrong, softplus(torch.tensor([3.0, -1.0])).mean())
-    torch.testing.assert_close(verdict.fake, softplus(torch.tensor([1.5, 1.0, -1.0])).mean())
-    assert verdict.matching == 0.5  # 2 against 3, 2 against -1; the third pair is of one class
+    torch.testing.assert_close(verdict.real, softplus(-torch.tensor([4.0, 2.0, 3.0])).mean())
+    torch.testing.assert_close(verdict.wrong, softplus(torch.tensor([1.0, 5.0])).mean())
+    torch.testing.assert_close(verdict.fake, softplus(torch.tensor([3.5, 1.0, 1.0])).mean())
+    assert verdict.matching == 0.5  # 2 against 1, 3 against 5; the first pair is of one class
 
 
 def text_batch(step: int, repeats: int = 1, size: int = 16) -> Batch:

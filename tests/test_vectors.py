@@ -478,7 +478,7 @@ def test_a_system_is_trained_on_vectors_and_drawn_from_by_their_encoder(
     assert '"qqxq zqz": the encoder knows no word' in capsys.readouterr().err
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(small.MODELS, "damsm", {**small.MODELS["damsm"], "embedding_dim": 8})
-        small.write_export("damsm", str(tmp_path / "short"), toys.EXTENT.words)
+        small.write_export("damsm", str(tmp_path / "short"), ("<end>", *toys.EXTENT.words[1:]))
     assert sampler.main([*command, "--encoder", str(tmp_path / "short")]) == 2
     assert "gives 8 numbers; the export reads 16" in capsys.readouterr().err
 

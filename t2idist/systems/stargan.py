@@ -33,8 +33,8 @@ class Config:
 
     domains: one for each data set of the stage, in their order (none given: all attributes of every set, as yes or no).
     decay_start_images, decay_end_images: between them the learning rate falls to 0; the end should be the stage's
-    budget. compat: "authors" for the released code, which penalises the slope of the sum over the patches, not of
-    their mean, and takes a thousandth of the decay's steps.
+    budget. The slope that is penalised is that of the sum over the patches, as in the released code: the paper does not
+    say, and the weights are tuned to it. compat: "authors" takes a thousandth of the decay, as the released code does.
     """
 
     domains: tuple[Domain, ...] = ()
@@ -43,10 +43,10 @@ class Config:
     residuals: int = 6
     discriminator_width: int = 64
     layers: int = 6
-    class_weight: float = 1.0  # lambda_cls, section 4.2
-    reconstruction_weight: float = 10.0  # lambda_rec, section 4.2
-    penalty_weight: float = 10.0  # lambda_gp, section 4.2
-    discriminator_steps: int = 5  # n_critic, section 5: the generator's turn comes every fifth time
+    class_weight: float = 1.0  # lambda_cls, section 3.1
+    reconstruction_weight: float = 10.0  # lambda_rec, section 3.1
+    penalty_weight: float = 10.0  # lambda_gp, section 4
+    discriminator_steps: int = 5  # n_critic, section 5.3: the generator's turn comes every fifth time
     generator_lr: float = 1e-4
     discriminator_lr: float = 1e-4
     decay_start_images: float = 1_600_000.0  # released code: the last 100,000 of 200,000 steps of 16 images
@@ -65,7 +65,7 @@ class StarGan:
         counts = [len(names) for names in self.labels]
         self._slices = [slice(sum(counts[:d]), sum(counts[: d + 1])) for d in range(len(counts))]
         self._classes = sum(counts)
-        mask = len(counts) if len(counts) > 1 else 0  # section 3.3: the mask vector says whose labels are known
+        mask = len(counts) if len(counts) > 1 else 0  # eq. 7: the mask vector says whose labels are known
         floor = 0.999 if config.compat == "authors" else 0.0
         decay = Schedule(
             "linear", floor=floor, start_images=config.decay_start_images, end_images=config.decay_end_images
@@ -111,17 +111,11 @@ class StarGan:
         """Terms of the discriminator's loss (eq. 5, 8): on real and generated pictures, of classes, and the penalty."""
         scores, logits = net(real)
         fake_scores = net.scores(fake)
-        authors = self.config.compat == "authors"
-
-        def score(images: Tensor) -> Tensor:
-            patches = net.scores(images)
-            return patches if authors else patches.mean(dim=(1, 2))
-
         return (
             -full(scores).mean(),
             full(fake_scores).mean(),
             self._class_loss(logits, own, domain),
-            gradient_penalty(score, real, fake, mixing),
+            gradient_penalty(net.scores, real, fake, mixing),
         )
 
     def _generator_loss(

@@ -66,6 +66,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "mirrorgan": {**TREE, "generator_width": 8, "discriminator_width": 4, "damsm_weight": 1.0},
 }
 """By label: a system's name, and what follows a dash tells its settings apart."""
+QUICK = ("damsm", "attngan", "stackgan_pp")
+"""Systems for which everything is tested every time; the whole of it for all others takes longer."""
 USES: dict[str, dict[str, str]] = {
     "attngan": {"damsm": "damsm"},
     "stackgan_pp": {"damsm": "damsm"},

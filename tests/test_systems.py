@@ -17,7 +17,19 @@ from t2idist.engine.world import World
 from tests import small, toys
 from tests.workers import Workers
 
-NAMES = list(small.MODELS)
+
+def labels(*marks: pytest.MarkDecorator) -> list[object]:
+    """All systems, those outside of `small.QUICK` with these marks."""
+    return [name if name in small.QUICK else pytest.param(name, marks=marks) for name in small.MODELS]
+
+
+SIZES = [
+    pytest.param(
+        name, size, marks=() if name in small.QUICK else [pytest.mark.whole if size == 3 else pytest.mark.slow]
+    )
+    for name in small.MODELS
+    for size in (2, 3, 4)
+]
 ALONE = World()
 STEPS = 10
 KINKED = {"stackgan": (1, 2e-2), "stackgan-2": (1, 2e-2)}
@@ -69,8 +81,7 @@ def test_every_system_is_tested() -> None:
     assert {small.system_of(label) for label in small.MODELS} == set(systems.names())
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
-@pytest.mark.parametrize("system", NAMES)
+@pytest.mark.parametrize(("system", "size"), SIZES)
 def test_any_number_of_workers_trains_the_same_model(workers: Workers, system: str, size: int) -> None:
     alone = workers.run(1, after, system, "float64", STEPS)[0]
     for ours in workers.run(size, after, system, "float64", STEPS):
@@ -78,7 +89,7 @@ def test_any_number_of_workers_trains_the_same_model(workers: Workers, system: s
         assert max(worst.values(), default=0.0) < 1e-9, max(worst.items(), key=lambda item: item[1])
 
 
-@pytest.mark.parametrize("system", NAMES)
+@pytest.mark.parametrize("system", labels(pytest.mark.slow))
 def test_in_float32_it_is_the_same_to_rounding(workers: Workers, system: str) -> None:
     steps, most = KINKED.get(system, (STEPS, 1e-4))
     alone = workers.run(1, after, system, "float32", steps)[0]
@@ -87,7 +98,7 @@ def test_in_float32_it_is_the_same_to_rounding(workers: Workers, system: str) ->
         assert max(worst.values(), default=0.0) < most, max(worst.items(), key=lambda item: item[1])
 
 
-@pytest.mark.parametrize("system", NAMES)
+@pytest.mark.parametrize("system", labels(pytest.mark.slow))
 def test_stopped_and_resumed_elsewhere(workers: Workers, tmp_path: Path, system: str) -> None:
     whole = workers.run(4, saved, system, str(tmp_path))[0]
     same = workers.run(4, resumed, system, str(tmp_path))[0]
@@ -97,7 +108,7 @@ def test_stopped_and_resumed_elsewhere(workers: Workers, tmp_path: Path, system:
         assert max(apart(other, whole).values(), default=0.0) < 1e-9
 
 
-@pytest.mark.parametrize("system", NAMES)
+@pytest.mark.parametrize("system", labels())
 def test_bfloat16_trains_with_finite_numbers(system: str) -> None:
     made = small.trainer(ALONE, system, "bfloat16", groups=2)
     small.run_steps(made, 2)
@@ -105,7 +116,7 @@ def test_bfloat16_trains_with_finite_numbers(system: str) -> None:
     assert all(v == v for v in made.take_reports().values())
 
 
-@pytest.mark.parametrize("system", NAMES)
+@pytest.mark.parametrize("system", labels())
 def test_what_a_system_exports_samples_the_same_again(tmp_path: Path, system: str) -> None:
     made = small.trainer(ALONE, system, "float32")
     small.run_steps(made, 1)

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from t2idist import systems
 from t2idist.config import CheckpointConfig, RunConfig
 from t2idist.contract import Batch, Plan, Role, Train
 from t2idist.engine.checkpoint import Checkpoints
@@ -31,7 +30,9 @@ from tools import bench_zero
 GROUPS, GROUP_SIZE, STEPS = 4, 3, 10
 PLAN = Plan(GROUP_SIZE, 5, toys.EXTENT)
 
-WHOLE_SYSTEMS = [pytest.param(name, marks=pytest.mark.whole) for name in systems.names()]
+WHOLE_SYSTEMS = [
+    pytest.param(name, marks=pytest.mark.whole if name in small.QUICK else pytest.mark.slow) for name in small.MODELS
+]
 
 
 class Clipped(toys.ToyGan):

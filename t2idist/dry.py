@@ -20,8 +20,8 @@ from t2idist.strict import parse_yaml, to_dict, to_yaml
 ADJUSTABLE = ("about", "storage", "report", "checkpoint", "cluster", "guard", "strategy", "zero")
 ADJUSTABLE_STAGE = ("images", "max_groups_per_worker", "checkpoint_every_images", "pictures_every_images")
 ADJUSTABLE_DATA = ("threads", "prefetch_mib", "cache", "cache_gib", "endpoint_url", "max_bad")
-UNKNOWN = Extent(("",), 1, attributes=())
-"""Of data that is not given yet."""
+UNKNOWN = Extent(("",), 1, vector_dim=1024, attributes=())
+"""Of data that is not given yet; sentence vectors are taken to be the published ones, of the char-CNN-RNN."""
 
 
 def check(config: RunConfig) -> None:

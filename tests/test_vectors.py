@@ -391,7 +391,7 @@ def emoji() -> str:
 def test_an_export_encodes_sentences_each_by_itself(text_export: str):
     encoder = open_encoder(text_export, CPU)
     assert encoder.dim == 16 and len(encoder.facts["sha256"]) == 64
-    said = ["red round", "happy", "zzz qqq", "red round zzz"]
+    said = ["red round", "happy", "zqz qqxq", "red round zqz"]
     found = encoder.encode(said)
     assert np.isnan(found[2]).all() and np.isfinite(found[[0, 1, 3]]).all()
     assert np.abs(found[0] - found[1]).max() > 1e-5
@@ -399,8 +399,8 @@ def test_an_export_encodes_sentences_each_by_itself(text_export: str):
     for sentence, row in zip(said[:2], found, strict=False):
         assert np.allclose(encoder.encode([sentence])[0], row, atol=1e-6)
     captions = read_sentences(encoder, said[:2])
-    assert torch.equal(captions.vectors, torch.from_numpy(found[:2])) and len(captions) == 2
-    with pytest.raises(ValueError, match='"zzz qqq": the encoder knows no word'):
+    assert torch.allclose(captions.vectors, torch.from_numpy(found[:2]), atol=1e-6) and len(captions) == 2
+    with pytest.raises(ValueError, match='"zqz qqxq": the encoder knows no word'):
         read_sentences(encoder, said)
 
 

@@ -16,18 +16,15 @@ from torch import Tensor, nn
 
 from t2idist import storage
 from t2idist.contract import System, Translates, as_floats
-from t2idist.data.pictures import crop_and_flip, decode
-from t2idist.data.reader import Encoded
 from t2idist.data.shards import Dataset
 from t2idist.data.stream import load_split
 from t2idist.evaluate.changes import Labels
 from t2idist.evaluate.load import Loaded, load
 from t2idist.evaluate.monitor import can_translate, evaluating
-from t2idist.evaluate.pictures import png_bytes, stacked, to_picture, translation_grid
+from t2idist.evaluate.pictures import png_bytes, read_picture, stacked, to_picture, translation_grid
 
 GRID_PICTURES = 8
 MOST_COLUMNS = 16
-_EXTENSIONS = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
 
 
 def translate(
@@ -126,7 +123,9 @@ def _parser() -> argparse.ArgumentParser:
         "classifier finds it; setting an attribute clears those that exclude it (other hair colours).",
     )
     parser.add_argument("--export", required=True, metavar="URL", help="folder of an export of a stargan stage")
-    parser.add_argument("--image", required=True, nargs="+", metavar="FILE", help="pictures: .png, .jpg or .webp")
+    parser.add_argument(
+        "--image", required=True, nargs="+", metavar="FILE", help="pictures: .png, .jpg or .webp; a URL, too"
+    )
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME", help="attributes that they shall have")
     parser.add_argument("--clear", nargs="+", default=[], metavar="NAME", help="attributes that they shall not have")
     parser.add_argument("--domain", type=int, default=0, metavar="N", help="number of the data set whose attributes "
@@ -150,14 +149,14 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--domain {arguments.domain}: this export has {len(system.labels)}, counted from 0")
     if not arguments.set and not arguments.clear:
         raise ValueError(f"give --set or --clear: {', '.join(system.labels[arguments.domain])}")
-    images = torch.stack([_picture(Path(file), loaded.system.sizes[-1]) for file in arguments.image])
+    images = torch.stack([read_picture(file, loaded.system.sizes[-1]) for file in arguments.image])
     labels = _wanted(arguments, loaded, system, images, device)
     made = translate(system, loaded.nets, images, labels, arguments.domain, device=device)
     for file, picture in zip(arguments.image, made, strict=True):
         url = storage.join(arguments.out, f"{Path(file).stem}.png")
         storage.write_bytes(url, png_bytes(to_picture(picture)))
     title = " ".join([*(f"+{name}" for name in arguments.set), *(f"-{name}" for name in arguments.clear)])
-    sheet = translation_grid(title, [("picture", as_floats(images)), ("translated", made)])
+    sheet = translation_grid(title, [("picture", images), ("translated", made)])
     storage.write_bytes(storage.join(arguments.out, "grid.png"), png_bytes(sheet))
     print(f"{len(made)} pictures in {storage.redact(arguments.out)}, for a first look: grid.png")
     return 0
@@ -168,7 +167,7 @@ def _wanted(
 ) -> Tensor:
     known = Labels.of(system.labels[arguments.domain], system.exclusive[arguments.domain])
     with torch.no_grad():
-        labels = system.read(loaded.nets, as_floats(images.to(device)), arguments.domain).float().cpu()
+        labels = system.read(loaded.nets, images.to(device), arguments.domain).float().cpu()
     for name in arguments.clear:
         labels[:, known.place(name)] = 0
     for name in arguments.set:
@@ -176,20 +175,6 @@ def _wanted(
             raise ValueError(f"--set {name}: it cannot hold with the other changes")
         labels = known.with_set(labels, name)
     return labels
-
-
-def _picture(file: Path, size: int) -> Tensor:
-    """(3, size, size) uint8: the middle of a picture."""
-    if file.suffix.lower() not in _EXTENSIONS:
-        raise ValueError(f"--image {file}: {file.suffix or 'no extension'}; allowed are {', '.join(_EXTENSIONS)}")
-    try:
-        picture = decode(Encoded(file.read_bytes(), _EXTENSIONS[file.suffix.lower()]))
-    except OSError as error:
-        raise ValueError(f"--image {file}: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"--image {file}: {error}") from None
-    cropped = crop_and_flip(picture, size, 1.0, False, None)
-    return torch.frombuffer(bytearray(cropped.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
 
 
 if __name__ == "__main__":

@@ -10,16 +10,28 @@ from pathlib import Path
 
 import pytest
 
-from t2idist.config import CheckpointConfig
-from t2idist.engine import export, notice
+from t2idist.config import CheckpointConfig, GuardConfig, StageConfig
+from t2idist.contract import Batch
+from t2idist.engine import export, loop, notice
 from t2idist.engine.checkpoint import Checkpoints, list_folders
+from t2idist.engine.intake import Intake, read_ledger
 from t2idist.engine.notice import Left, Notice, Notices
-from t2idist.engine.world import World
+from t2idist.engine.train import Trainer
+from t2idist.engine.world import Share, World
+from tests import toys
 from tests.test_engine import ALONE, GROUP_SIZE, GROUPS, step, trainer
 from tests.test_run import ROOT, command, environment, images_of, recipe, run, weights
 from tests.workers import Workers
 
 IMAGES = GROUPS * GROUP_SIZE
+
+
+def keep(checkpoints: Checkpoints, made: Trainer) -> None:
+    checkpoints.save(made)
+
+
+def never() -> None:
+    raise AssertionError("nothing was announced")
 
 
 def saves(world: World, folder: Path, said: list[Notice | None]) -> list[int]:
@@ -31,7 +43,7 @@ def saves(world: World, folder: Path, said: list[Notice | None]) -> list[int]:
     try:
         for _ in range(len(said)):
             step(made, 1)
-            notices.heed(made, checkpoints)
+            notices.heed(made, lambda: keep(checkpoints, made), checkpoints.finish)
     finally:
         checkpoints.finish()
     return sorted(int(name[:12]) // IMAGES for name in list_folders(str(folder)))
@@ -61,6 +73,34 @@ def test_one_that_is_to_end_saves_and_leaves(tmp_path: Path) -> None:
     assert [int(name[:12]) for name in list_folders(str(tmp_path))] == [2 * IMAGES]
 
 
+class Toys:
+    """Batches, as `intake.Source` gives them."""
+
+    samples_read, bad_reads, wait_seconds = 0, 0, 0.0
+
+    def __init__(self) -> None:
+        self.quarantine: dict[str, str] = {}
+        self._batches = toys.batches(range(GROUPS), GROUP_SIZE, (8,), 5)
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+    def close(self) -> None:
+        pass
+
+
+def test_what_was_trained_on_is_on_record_before_a_save_that_a_notice_causes(tmp_path: Path) -> None:
+    made, url = trainer(ALONE), str(tmp_path)
+    stage = StageConfig("toy", GROUP_SIZE, GROUPS, images=300 * 10 * IMAGES)  # a report, and its ledger, every 10 steps
+    checkpoints = Checkpoints(url, ALONE, CheckpointConfig(), {})
+    share = Share.of(ALONE, GROUPS)
+    batches = Intake(Toys(), ALONE, share, url, step=0, attempt="a", max_bad=1.0, epoch_images=99, ledger=True)
+    notices = Notices(lambda: Notice(0.0) if made.step == 4 else None, 0.0, ALONE)
+    with pytest.raises(Left):
+        loop.run(made, batches, stage, checkpoints, None, notices, None, lambda nets, images: {}, GuardConfig())
+    assert list(read_ledger(url)) == [(number, group) for number in range(4) for group in range(GROUPS)]
+
+
 def test_looks_keep_to_their_pace() -> None:
     made = trainer(ALONE)
     asked: list[int] = []
@@ -72,12 +112,12 @@ def test_looks_keep_to_their_pace() -> None:
     notices.pace(1.0)
     for _ in range(6):
         step(made, 1)
-        notices.heed(made, Checkpoints("memory://none", ALONE, CheckpointConfig(), {}))
+        notices.heed(made, never, never)
     assert asked == [2, 4, 6]
     for step_seconds in (0.4, 0.67, 0.5, 0.67, 0.5):  # no step is a multiple of what is right at its moment
         notices.pace(step_seconds)
         step(made, 1)
-        notices.heed(made, Checkpoints("memory://none", ALONE, CheckpointConfig(), {}))
+        notices.heed(made, never, never)
     assert asked == [2, 4, 6, 10]
 
 
@@ -89,7 +129,7 @@ def test_slow_steps_are_held_at_the_last_look(tmp_path: Path, monkeypatch: pytes
     for step_seconds, held in ((10.0, 0), (20.0, 1)):
         notices.pace(step_seconds)
         step(made, 1)
-        notices.heed(made, checkpoints)
+        notices.heed(made, lambda: keep(checkpoints, made), checkpoints.finish)
         assert len(waited) == held
     checkpoints.finish()
 

@@ -46,6 +46,14 @@ def run(
     Raises `Diverged`, on every worker, where too many steps in a row were skipped.
     """
     pace = _Pace(trainer)
+
+    def save() -> None:
+        """A checkpoint; the steps that it counts as done are on record before."""
+        if log is not None:
+            log.flush()
+        batches.write_ledger()
+        checkpoints.save(trainer)
+
     while trainer.step < stage.steps:
         before = trainer.images
         trainer.run_step(next(batches))
@@ -66,17 +74,14 @@ def run(
         if memory is not None and memory.due(trainer.step):
             metrics = log.unwritten() if log is not None else []
             memory.take(trainer, {"ledger": batches.unwritten(), "metrics": metrics})
-        notices.heed(trainer, checkpoints)
+        notices.heed(trainer, save, checkpoints.finish)
         paused = time.monotonic()
         if last or due(stage.pictures_every_images, before, images):
             nets = trainer.evaluation_nets()
             if log is not None:
                 log.note(look(nets, images))
         if last or due(stage.checkpoint_every_images, before, images):
-            if log is not None:
-                log.flush()
-            batches.write_ledger()
-            checkpoints.save(trainer)
+            save()
         if log is not None:
             log.pause(time.monotonic() - paused)
     checkpoints.finish()

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from t2idist.engine.checkpoint import Checkpoints
 from t2idist.engine.train import Trainer
 from t2idist.engine.world import World
 
@@ -49,12 +48,14 @@ class Notices:
         self._every_steps = max(1, round(self._look_seconds / max(step_seconds, 1e-6)))
         self._hold_seconds = max(_HOLD_SECONDS, 2 * self._every_steps * step_seconds)  # else the last look is too early
 
-    def heed(self, trainer: Trainer, checkpoints: Checkpoints) -> None:
+    def heed(self, trainer: Trainer, save: Callable[[], None], finish: Callable[[], None]) -> None:
         """Look for a notice after a step, where it is time. A collective.
 
         At the first one the state is saved, and training goes on; shortly before the machine goes it is saved again and
         training waits for that, so that no step is lost; if it does not go after all, training goes on. Raises `Left`
         where this process itself is to end.
+
+        save: begins a checkpoint, with what goes on record before one. finish: waits until it is written.
         """
         if self._looked_step is None:
             self._looked_step = trainer.step - 1
@@ -70,13 +71,13 @@ class Notices:
         began = time.monotonic()
         if notice.seconds_left <= self._hold_seconds and not self._held:
             self._held = True
-            checkpoints.save(trainer)
-            checkpoints.finish()
+            save()
+            finish()
             if notice.seconds_left == 0:
                 raise Left(f"saved at {trainer.images} images")
             time.sleep(max(0.0, notice.seconds_left + _GRACE_SECONDS - (time.monotonic() - began)))
         elif not self._heard:
-            checkpoints.save(trainer)
+            save()
         self._heard = True
 
 

@@ -197,7 +197,7 @@ def _run_stage(
             watch=around.watch,
         )
         log.tell("training")
-    batches = _open_intake(config, name, datasets, system, trainer, checkpoints.attempt)
+    batches = _open_intake(config, name, datasets, plan.extent.epoch_images, system, trainer, checkpoints.attempt)
     try:
         look = watcher.look if watcher is not None else _no_look
         notices = Notices(around.ask, around.look_seconds, world)
@@ -245,7 +245,13 @@ def _restore(trainer: Trainer, checkpoints: Checkpoints, memory: Memory | None, 
 
 
 def _open_intake(
-    config: RunConfig, name: str, datasets: Sequence[Dataset], system: System, trainer: Trainer, attempt: str
+    config: RunConfig,
+    name: str,
+    datasets: Sequence[Dataset],
+    epoch_images: int,
+    system: System,
+    trainer: Trainer,
+    attempt: str,
 ) -> Intake:
     data, seed = config.stage_data(name), config.stage_seed(name)
     loader = open_turns(
@@ -267,7 +273,7 @@ def _open_intake(
         step=trainer.step,
         attempt=attempt,
         max_bad=data.max_bad,
-        epoch_images=extent_of(datasets).epoch_images,
+        epoch_images=epoch_images,
         ledger=config.report.ledger,
     )
 

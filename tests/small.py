@@ -10,7 +10,7 @@ import torch
 
 from t2idist import stages
 from t2idist.config import RunConfig
-from t2idist.contract import System
+from t2idist.contract import Extent, System
 from t2idist.engine import export
 from t2idist.engine.strategy import Precision
 from t2idist.engine.train import Trainer
@@ -124,10 +124,13 @@ def build(system: str) -> System:
     return made
 
 
-def write_export(system: str, url: str, words: Sequence[str]) -> None:
-    """The export of the system as `build` makes it, from a stage whose data has this vocabulary and no vectors."""
+WITHOUT_VECTORS = replace(toys.EXTENT, vector_dim=0)
+
+
+def write_export(system: str, url: str, words: Sequence[str], extent: Extent = WITHOUT_VECTORS) -> None:
+    """The export of the system as `build` makes it, from a stage whose data is like `extent`, with this vocabulary."""
     run, made = config(system), build(system)
-    plan = stages.plan(run, system, replace(toys.EXTENT, vector_dim=0))
+    plan = stages.plan(run, system, extent)
     settings = to_dict(stages.model_config(run, system))
     index = {
         "system": system_of(system),

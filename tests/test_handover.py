@@ -11,11 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from t2idist import stages
 from t2idist.contract import Captions
-from t2idist.engine import export
-from t2idist.evaluate.load import load, network
-from t2idist.strict import to_dict
+from t2idist.evaluate.load import load
 from tests import small, toys
 from tools import export_weights as tool
 
@@ -26,15 +23,7 @@ NO_PICTURES = {"damsm", "char_text", "captioner"}
 
 def made(folder: Path, name: str) -> str:
     """An export of an untrained small system."""
-    system, run = small.build(name), small.config(name)
-    index = {
-        "system": small.system_of(name),
-        "config": to_dict(stages.model_config(run, name)),
-        "plan": stages.plan(run, name, small.EXTENTS.get(name, toys.EXTENT)).describe(),
-        "vocabulary": WORDS,
-        "images": 7,
-    }
-    export.write(str(folder / name), {d.rpartition(".")[2]: network(system, d) for d in system.exports}, index)
+    small.write_export(name, str(folder / name), WORDS, small.EXTENTS.get(name, toys.EXTENT))
     return str(folder / name)
 
 

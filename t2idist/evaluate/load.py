@@ -63,6 +63,16 @@ def load(url: str, device: torch.device, own_system: str = "") -> Loaded:
     return Loaded(url, found.system, system, nets, Vocabulary(found.vocabulary), plan, found.images, found.meta)
 
 
+def open_device(name: str) -> torch.device:
+    """The device of a command's --device. Raises ValueError where this machine has none of it."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {name}: not available on this machine") from None
+    return device
+
+
 def network(system: System, dotted: str) -> nn.Module:
     """The network of a name in `exports`: a role, a frozen network, or a part of one ("damsm.text")."""
     head, _, part = dotted.partition(".")

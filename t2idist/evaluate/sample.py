@@ -21,7 +21,7 @@ from t2idist import storage
 from t2idist.contract import Captions, Draws, Sample
 from t2idist.evaluate.draw import encode, generate
 from t2idist.evaluate.encoders import maker_of_vectors, open_encoder, read_sentences
-from t2idist.evaluate.load import Loaded, load
+from t2idist.evaluate.load import Loaded, load, open_device
 from t2idist.evaluate.monitor import can_draw, can_translate, known_words
 from t2idist.evaluate.pictures import attention_figure, grid, png_bytes, read_picture, to_picture
 from t2idist.evaluate.rows import (
@@ -131,7 +131,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     _check(arguments)
-    device = _device(arguments.device)
+    device = open_device(arguments.device)
     sentences = _sentences(arguments)
     loaded = load(arguments.export, device, arguments.system)
     if can_translate(loaded.system):
@@ -246,15 +246,6 @@ def _columns(arguments: argparse.Namespace, loaded: Loaded, device: torch.device
         pictures = torch.stack([read_picture(url, loaded.system.sizes[-1]) for url in arguments.style_of]).to(device)
         return style_columns(loaded, pictures, arguments.seed, truncation)
     return plain_columns(arguments.seed, DRAWS if arguments.n is None else arguments.n, truncation, device)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {name}: not available on this machine") from None
-    return device
 
 
 def _check_words(loaded: Loaded, captions: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from t2idist.contract import System, Translates, as_floats
 from t2idist.data.shards import Dataset
 from t2idist.data.stream import load_split
 from t2idist.evaluate.changes import Labels
-from t2idist.evaluate.load import Loaded, load
+from t2idist.evaluate.load import Loaded, load, open_device
 from t2idist.evaluate.monitor import can_translate, evaluating
 from t2idist.evaluate.pictures import png_bytes, read_picture, stacked, to_picture, translation_grid
 
@@ -136,11 +136,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    try:
-        device = torch.device(arguments.device)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {arguments.device}: not available on this machine") from None
+    device = open_device(arguments.device)
     loaded = load(arguments.export, device)
     if not can_translate(loaded.system):
         raise ValueError(f"{storage.redact(arguments.export)}: this export changes no pictures; give that of a stargan")

@@ -34,6 +34,12 @@ class Drawn:
     attention: tuple[Tensor, ...] = ()
 
 
+def draw(net: nn.Module, *inputs: Tensor | int | None) -> Drawn:
+    """What a generator gives for its inputs, as a function of the network."""
+    drawn: Drawn = net(*inputs)
+    return drawn
+
+
 def pyramid(base_size: int, branches: int) -> tuple[int, ...]:
     """Picture sizes of a tree, lowest first; raises ValueError where a size is not one that the nets can have."""
     if base_size not in (16, 32, 64):

@@ -19,6 +19,7 @@ from t2idist.losses.adversarial import (
 )
 from t2idist.losses.image import kl_divergence
 from t2idist.losses.matching import Gammas, damsm_loss, wrong_pairs
+from t2idist.nn import tree
 from t2idist.nn.discriminators import AttnDiscriminator
 from t2idist.nn.image_encoders import damsm_image_encoder
 from t2idist.nn.initial import orthogonal_
@@ -97,7 +98,7 @@ class AttnGan:
         read, condition = self._read(words, sentence)
         z, normal = train.noise(self.config.z_dim), train.noise(self.config.condition_dim)
         padding = padding_of(batch.captions.lengths, words.shape[2])
-        drawn = train.forward("generator", _draw, z, normal, condition, read, padding, batch.groups)
+        drawn = train.forward("generator", tree.draw, z, normal, condition, read, padding, batch.groups)
         pairs = wrong_pairs(batch.class_ids, batch.groups)
         for size, real, fake in zip(self.sizes, batch.images, drawn.images, strict=True):
             name = f"discriminator_{size}"
@@ -148,15 +149,8 @@ class AttnGan:
         words, sentence = self._read(*nets["text"](captions.tokens, captions.lengths))
         padding = padding_of(captions.lengths, words.shape[2])
         z, normal = draw(self.config.z_dim), draw(self.config.condition_dim)
-        drawn: Drawn = nets["generator"](z, normal, sentence, words, padding)
+        drawn = tree.draw(nets["generator"], z, normal, sentence, words, padding)
         return Sample(drawn.images, drawn.attention)
-
-
-def _draw(
-    net: AttentionGenerator, z: Tensor, normal: Tensor, sentence: Tensor, words: Tensor, padding: Tensor, groups: int
-) -> Drawn:
-    drawn: Drawn = net(z, normal, sentence, words, padding, groups)
-    return drawn
 
 
 def build(config: Config, plan: Plan) -> AttnGan:

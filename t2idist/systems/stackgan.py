@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,9 +21,10 @@ from t2idist.losses.adversarial import (
 )
 from t2idist.losses.image import kl_divergence
 from t2idist.losses.matching import wrong_pairs
+from t2idist.nn import tree
 from t2idist.nn.discriminators import SIZES, StageDiscriminator
 from t2idist.nn.initial import normal_
-from t2idist.nn.text_encoders import sentence_encoder, unit_scale
+from t2idist.nn.text_encoders import sentence_encoder, sentence_vectors
 from t2idist.nn.tree import Drawn
 from t2idist.nn.two_stage import StageOneGenerator, StageTwoGenerator, batch_statistics, stage_one_generator
 
@@ -102,31 +104,28 @@ class StackGan:
 
     def step(self, batch: Batch, train: Train) -> None:
         sentence = self._sentence(batch.captions, train)
-        first = train.noise(self.config.z_dim)
+        first = train.noise(self.config.z_dim)  # what the generator begins from: noise, or stage 1's picture
         if self.config.stage == 2:
             first = self._low(first, train.noise(self.low_condition_dim), sentence, batch.groups, train)
-        drawn = train.forward("generator", _draw, first, train.noise(self.config.condition_dim), sentence)
+        drawn = train.forward("generator", tree.draw, first, train.noise(self.config.condition_dim), sentence)
         self._judge(drawn, batch, train)
         train.apply("generator", self._generator_loss(drawn, train))
 
     def _sentence(self, captions: Captions, train: Train) -> Tensor:
-        if "text" not in self.frozen:
-            return self._read(captions.vectors)
-        with torch.no_grad(), train.frozen("text") as text:
-            return self._read(text(captions.tokens, captions.lengths)[1])
+        with torch.no_grad(), train.frozen("text") if "text" in self.frozen else contextlib.nullcontext() as encoder:
+            return self._read(encoder, captions)
 
-    def _read(self, sentence: Tensor) -> Tensor:
-        """Sentence vectors as the networks get them."""
-        return unit_scale(sentence) if self.config.unit_text else sentence
+    def _read(self, encoder: nn.Module | None, captions: Captions) -> Tensor:
+        return sentence_vectors(encoder, captions.tokens, captions.lengths, captions.vectors, self.config.unit_text)
 
     def _low(self, z: Tensor, normal: Tensor, sentence: Tensor, groups: int, train: Train) -> Tensor:
         """Stage 1's pictures."""
         with torch.no_grad(), train.frozen("stage1") as net:
             if self.config.compat != "authors":
-                return _draw(net, z, normal, sentence).images[0]
+                return tree.draw(net, z, normal, sentence).images[0]
             parts = zip(z.chunk(groups), normal.chunk(groups), sentence.chunk(groups), strict=True)
             with batch_statistics(net):
-                return torch.cat([_draw(net, *part).images[0] for part in parts])
+                return torch.cat([tree.draw(net, *part).images[0] for part in parts])
 
     def _judge(self, drawn: Drawn, batch: Batch, train: Train) -> None:
         """The discriminator's update, conditioned on the mean of the conditioning Gaussian."""
@@ -157,18 +156,11 @@ class StackGan:
         return adversarial + self.config.kl_weight * kl
 
     def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: Draw) -> Sample:
-        vectors = nets["text"](captions.tokens, captions.lengths)[1] if "text" in nets else captions.vectors
-        sentence = self._read(vectors)
+        sentence = self._read(nets.get("text"), captions)
         first = draw(self.config.z_dim)
         if self.config.stage == 2:
-            first = _draw(nets["stage1"], first, draw(self.low_condition_dim), sentence).images[0]
-        return Sample(_draw(nets["generator"], first, draw(self.config.condition_dim), sentence).images)
-
-
-def _draw(net: nn.Module, first: Tensor, normal: Tensor, sentence: Tensor) -> Drawn:
-    """first: noise in stage 1, the small picture in stage 2."""
-    drawn: Drawn = net(first, normal, sentence)
-    return drawn
+            first = tree.draw(nets["stage1"], first, draw(self.low_condition_dim), sentence).images[0]
+        return Sample(tree.draw(nets["generator"], first, draw(self.config.condition_dim), sentence).images)
 
 
 def _check_stage1(config: Config, plan: Plan) -> None:

@@ -13,6 +13,7 @@ from t2idist.contract import Adam, Batch, Captions, Draw, Frozen, Plan, Role, Sa
 from t2idist.losses.adversarial import authors_joint, balanced_joint, judge_pairs, says_fake, says_real
 from t2idist.losses.image import colour_consistency, kl_divergence
 from t2idist.losses.matching import wrong_pairs
+from t2idist.nn import tree
 from t2idist.nn.discriminators import StackDiscriminator
 from t2idist.nn.initial import orthogonal_
 from t2idist.nn.text_encoders import sentence_vectors, text_encoder_of
@@ -82,10 +83,10 @@ class StackGanPP:
         if self.config.conditional:
             with torch.no_grad(), train.frozen("text") if self.frozen else contextlib.nullcontext() as text:
                 sentence = self._sentence(text, batch.captions)
-            drawn = train.forward("generator", _draw, z, train.noise(self.config.condition_dim), sentence)
+            drawn = train.forward("generator", tree.draw, z, train.noise(self.config.condition_dim), sentence)
             self._judge_pairs(drawn, batch, train)
         else:
-            drawn = train.forward("generator", _draw, z, None, None)
+            drawn = train.forward("generator", tree.draw, z, None, None)
             self._judge_pictures(drawn, batch, train)
         train.apply("generator", self._generator_loss(drawn, train))
 
@@ -138,14 +139,9 @@ class StackGanPP:
     def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: Draw) -> Sample:
         z = draw(self.config.z_dim)
         if not self.config.conditional:
-            return Sample(_draw(nets["generator"], z, None, None).images)
+            return Sample(tree.draw(nets["generator"], z, None, None).images)
         sentence = self._sentence(nets.get("text"), captions)
-        return Sample(_draw(nets["generator"], z, draw(self.config.condition_dim), sentence).images)
-
-
-def _draw(net: nn.Module, z: Tensor, normal: Tensor | None, sentence: Tensor | None) -> Drawn:
-    drawn: Drawn = net(z, normal, sentence)
-    return drawn
+        return Sample(tree.draw(nets["generator"], z, draw(self.config.condition_dim), sentence).images)
 
 
 def _picture_verdict(net: StackDiscriminator, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:

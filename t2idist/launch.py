@@ -18,15 +18,14 @@ import torch
 from ray.exceptions import RayError
 from ray.train import FailureConfig, ScalingConfig, TrainingFailedError, WorkerGroupError, get_preemption_info
 from ray.train import RunConfig as RayRunConfig
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch import TorchConfig, get_device
 
-from t2idist import stages, storage, worker
+from t2idist import nodes, regroup, stages, storage, worker
 from t2idist.config import RunConfig
 from t2idist.engine.metrics import PROGRESS
 from t2idist.engine.notice import Ask, Notice
 from t2idist.evaluate.progress import ProgressPrinter
 from t2idist.keepers import RayKeepers
-from t2idist.nodes import KnownNodes, Reservation, StartWatch, own_placement_groups, remove_placement_groups
 from t2idist.strict import from_dict, to_dict
 
 logger = logging.getLogger(__name__)
@@ -71,8 +70,8 @@ def submit(config: RunConfig) -> None:
 
 def _fit(config: RunConfig, folder: str) -> None:
     """Run the trainer to its end, again where Ray's controller failed, which its own counters do not cover."""
-    keepers, others = RayKeepers(_run_id(config)), own_placement_groups()
-    with _Progress(config), Reservation(stages.run_url(config), config.cluster) as reservation:
+    keepers, others = RayKeepers(_run_id(config)), nodes.own_placement_groups()
+    with _Progress(config), nodes.Reservation(stages.run_url(config), config.cluster) as reservation:
         for retry in range(config.cluster.max_failures + 1):
             try:
                 trainer = _trainer(config, folder)
@@ -85,7 +84,7 @@ def _fit(config: RunConfig, folder: str) -> None:
                 if retry == config.cluster.max_failures:
                     raise RuntimeError(f"the run failed: {_cause(error)}") from None
                 logger.warning("Ray Train's controller failed (%s); the run is taken up again", _cause(error))
-                remove_placement_groups(own_placement_groups() - others)
+                nodes.remove_placement_groups(nodes.own_placement_groups() - others)
     keepers.end()
     fatal = worker.read_fatal(config)
     if fatal is not None:
@@ -138,14 +137,15 @@ def _check_cluster(config: RunConfig) -> None:
             )
 
 
-def _trainer(config: RunConfig, folder: str) -> TorchTrainer:
+def _trainer(config: RunConfig, folder: str) -> nodes.Trainer:
     """Ray's trainer; `folder` takes its own notes of this attempt. The run's state is in our checkpoints, not there."""
     cluster = config.cluster
     smallest, largest = cluster.workers
     resources = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
         resources["GPU"] = float(cluster.gpus_per_worker)
-    return TorchTrainer(
+    known = nodes.Known(RayKeepers(_run_id(config)), cluster.start_within_seconds)
+    return nodes.Trainer(
         _work,
         train_loop_config={"config": to_dict(config), "run_id": _run_id(config)},
         scaling_config=ScalingConfig(
@@ -155,15 +155,15 @@ def _trainer(config: RunConfig, folder: str) -> TorchTrainer:
             resources_per_worker=resources,
         ),
         torch_config=TorchConfig(timeout_s=max(1, int(cluster.hung_after_seconds))),
+        known=known,
         run_config=RayRunConfig(
             name=config.name,
             storage_path=folder,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             callbacks=[
-                KnownNodes(  # type: ignore[list-item]
-                    RayKeepers(_run_id(config)), cluster.start_within_seconds, smallest
-                ),
-                StartWatch(cluster.start_within_seconds),  # type: ignore[list-item]
+                nodes.WaitUntilKnown(known),  # type: ignore[list-item]
+                nodes.StartWatch(cluster.start_within_seconds),  # type: ignore[list-item]
+                regroup.StandStill(cluster.start_within_seconds),  # type: ignore[list-item]
             ],
             worker_runtime_env={"env_vars": _environment(config)},  # type: ignore[call-arg]
         ),
@@ -182,12 +182,15 @@ def _work(settings: dict[str, Any]) -> None:
     if not config.cluster.gpus_per_worker:
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     keepers = RayKeepers(settings["run_id"])
-    worker.main(config, get_device(), worker.Around(keepers=keepers, ask=_preemption, look_seconds=_LOOK_SECONDS))
+    with regroup.ready_at_end():
+        worker.main(config, get_device(), worker.Around(None, keepers, _announced, _LOOK_SECONDS, regroup.stand))
 
 
-def _preemption() -> Notice | None:
-    """What Ray knows of machines that are to be drained. A collective."""
+def _announced() -> Notice | None:
+    """What Ray knows of machines that are to be drained, and of a change of the number of workers. A collective."""
     info = get_preemption_info()
+    if regroup.asked():
+        return Notice(math.inf, regroup=True)
     if info is None:
         return None
     return Notice(math.inf if info.deadline_ms is None else max(0.1, info.deadline_ms / 1000 - time.time()))

@@ -7,13 +7,16 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import ray
 from ray import PlacementGroupID
 from ray.exceptions import RayError
+from ray.train import ScalingConfig
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from t2idist import storage
@@ -29,31 +32,19 @@ _PING_SECONDS = 1.0
 _SHUTDOWN_SECONDS = "5"
 
 
-class KnownNodes(ControllerCallback):  # type: ignore[misc]
-    """Lets Ray Train choose the new number of workers only when it is known which machines are left.
+class Known:
+    """Knows which machines are left.
 
-    A machine that falls silent counts as alive until Ray's health check gives it up; asked for before that, the new
-    workers would wait for it until they are given up too, after `start_within_seconds`. Every machine that had a worker
-    has a keeper: one that does not answer is waited for, until it does or Ray knows, but no longer than that.
+    One that falls silent counts as alive until Ray's health check gives it up; new workers that are started before that
+    would wait for it, until they are given up too after `start_within_seconds`. Every machine that had a worker has a
+    keeper: one that does not answer is waited for, until it does or Ray knows, but no longer than that.
     """
 
-    def __init__(self, keepers: RayKeepers, start_within_seconds: float, smallest: int) -> None:
-        self._keepers, self._start_within_seconds, self._smallest = keepers, start_within_seconds, smallest
+    def __init__(self, keepers: RayKeepers, start_within_seconds: float) -> None:
+        self._keepers, self._start_within_seconds = keepers, start_within_seconds
 
-    def after_controller_start(self, train_run_context: Any) -> None:
-        os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", _SHUTDOWN_SECONDS)
-
-    def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
-        self._wait()
-
-    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
-        self._wait()
-        with contextlib.suppress(RayError):
-            room = room_for(resize_decision.resources_per_worker)
-            if self._smallest <= room < resize_decision.num_workers:  # it was taken before the wait
-                resize_decision.num_workers = room
-
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Until every keeper answers or its machine is given up; Ray's coordinator then looks anew."""
         deadline = time.monotonic() + self._start_within_seconds
         while time.monotonic() < deadline:
             with contextlib.suppress(RayError):
@@ -62,6 +53,62 @@ class KnownNodes(ControllerCallback):  # type: ignore[misc]
             time.sleep(_PING_SECONDS / 4)
         with contextlib.suppress(ValueError, RayError):
             ray.get(_coordinator().get_reserved_resources.remote("", recompute=True), timeout=_COORDINATOR_SECONDS)
+
+
+class WaitUntilKnown(ControllerCallback):  # type: ignore[misc]
+    """Lets Ray Train start workers only when it is known which machines are left."""
+
+    def __init__(self, known: Known) -> None:
+        self._known = known
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", _SHUTDOWN_SECONDS)
+
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        self._known.wait()
+
+
+class StayingMachines(ElasticScalingPolicy):  # type: ignore[misc]
+    """Ray Train's own choice of the number of workers, of machines that are known to stay.
+
+    What Ray's coordinator says may be seconds old, and it counts machines that are about to go. Workers that run on one
+    stay there as long as it does.
+    """
+
+    def __init__(self, scaling_config: ScalingConfig, known: Known) -> None:
+        super().__init__(scaling_config)  # type: ignore[arg-type]
+        self._known = known
+        self._in_use: set[str] = set()
+
+    def make_decision_for_non_running_worker_group(self) -> Any:
+        self._in_use = set()
+        return super().make_decision_for_non_running_worker_group()
+
+    def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
+        self._in_use = {worker.metadata.node_id for worker in worker_group_state.workers}
+        return super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
+
+    def _get_reserved_resources(self) -> dict[str, dict[str, float]] | None:
+        self._known.wait()
+        reserved: dict[str, dict[str, float]] | None = super()._get_reserved_resources()
+        try:
+            usable = staying_nodes().keys() | self._in_use
+        except RayError:  # the next look may know
+            return None
+        return None if reserved is None else {node: has for node, has in reserved.items() if node in usable}
+
+
+class Trainer(TorchTrainer):
+    """Ray's trainer with our choice of the number of workers where it is a range."""
+
+    def __init__(self, *args: Any, known: Known, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._known = known
+
+    def _initialize_and_run_controller(self, **settings: Any) -> Any:
+        if isinstance(settings["scaling_policy"], ElasticScalingPolicy):
+            settings["scaling_policy"] = StayingMachines(self.scaling_config, self._known)
+        return super()._initialize_and_run_controller(**settings)  # type: ignore[misc]
 
 
 class StartWatch(WorkerGroupCallback):  # type: ignore[misc]
@@ -109,14 +156,6 @@ def alive_nodes() -> dict[str, dict[str, float]]:
     """The machines that Ray takes to be alive, with all that each has."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return {node["NodeID"]: node["Resources"] for node in nodes if node["Alive"]}
-
-
-def room_for(resources: Mapping[str, float]) -> int:
-    """Workers that need so much each, as many as all machines that stay could hold."""
-    return sum(
-        min(int(has.get(kind, 0.0) // amount) for kind, amount in resources.items() if amount)
-        for has in staying_nodes().values()
-    )
 
 
 class Reservation:

@@ -57,13 +57,14 @@ class Around:
 
     watch: gets the progress messages of the first worker. keepers: hold copies of the state outside this process. ask:
     whether the end of this worker, or of one beside it, is announced; look_seconds: how often to ask (0: after every
-    step).
+    step). stand: what a worker calls that stands still to be replaced (see `Notices`).
     """
 
     watch: Watch | None = None
     keepers: Keepers | None = None
     ask: Ask | None = None
     look_seconds: float = 0.0
+    stand: Callable[[], None] | None = None
 
 
 def main(config: RunConfig, device: torch.device, around: Around) -> None:
@@ -200,7 +201,7 @@ def _run_stage(
     batches = _open_intake(config, name, datasets, plan.extent.epoch_images, system, trainer, checkpoints.attempt)
     try:
         look = watcher.look if watcher is not None else _no_look
-        notices = Notices(around.ask, around.look_seconds, world)
+        notices = Notices(around.ask, around.look_seconds, world, around.stand)
         loop.run(trainer, batches, stage, checkpoints, memory, notices, log, look, config.guard)
     except Diverged:
         if memory is not None:

@@ -15,11 +15,13 @@ from t2idist.contract import Batch
 from t2idist.engine import export, loop, notice
 from t2idist.engine.checkpoint import Checkpoints, list_folders
 from t2idist.engine.intake import Intake, read_ledger
+from t2idist.engine.memory import Memory
 from t2idist.engine.notice import Left, Notice, Notices
 from t2idist.engine.train import Trainer
 from t2idist.engine.world import Share, World
 from tests import toys
-from tests.test_engine import ALONE, GROUP_SIZE, GROUPS, step, trainer
+from tests.test_engine import ALONE, GROUP_SIZE, GROUPS, apart, snapshot, step, trainer
+from tests.test_memory import FolderKeepers
 from tests.test_run import ROOT, command, environment, images_of, recipe, run, weights
 from tests.workers import Workers
 
@@ -43,7 +45,7 @@ def saves(world: World, folder: Path, said: list[Notice | None]) -> list[int]:
     try:
         for _ in range(len(said)):
             step(made, 1)
-            notices.heed(made, lambda: keep(checkpoints, made), checkpoints.finish)
+            notices.heed(made, lambda: keep(checkpoints, made), checkpoints.finish, never)
     finally:
         checkpoints.finish()
     return sorted(int(name[:12]) // IMAGES for name in list_folders(str(folder)))
@@ -91,14 +93,56 @@ class Toys:
 
 def test_what_was_trained_on_is_on_record_before_a_save_that_a_notice_causes(tmp_path: Path) -> None:
     made, url = trainer(ALONE), str(tmp_path)
+    notices = Notices(lambda: Notice(0.0) if made.step == 4 else None, 0.0, ALONE)
+    with pytest.raises(Left):
+        train(made, url, notices, None)
+    assert list(read_ledger(url)) == [(number, group) for number in range(4) for group in range(GROUPS)]
+
+
+def train(made: Trainer, url: str, notices: Notices, memory: Memory | None) -> None:
     stage = StageConfig("toy", GROUP_SIZE, GROUPS, images=300 * 10 * IMAGES)  # a report, and its ledger, every 10 steps
     checkpoints = Checkpoints(url, ALONE, CheckpointConfig(), {})
     share = Share.of(ALONE, GROUPS)
     batches = Intake(Toys(), ALONE, share, url, step=0, attempt="a", max_bad=1.0, epoch_images=99, ledger=True)
-    notices = Notices(lambda: Notice(0.0) if made.step == 4 else None, 0.0, ALONE)
-    with pytest.raises(Left):
-        loop.run(made, batches, stage, checkpoints, None, notices, None, lambda nets, images: {}, GuardConfig())
-    assert list(read_ledger(url)) == [(number, group) for number in range(4) for group in range(GROUPS)]
+    loop.run(made, batches, stage, checkpoints, memory, notices, None, lambda nets, images: {}, GuardConfig())
+
+
+class Replaced(Exception):
+    """As a worker is ended from outside."""
+
+
+def replaced() -> None:
+    raise Replaced
+
+
+@pytest.mark.parametrize("kept_in", ["memory", "storage", "storage, as no keeper answers"])
+def test_workers_that_are_to_be_replaced_keep_their_state_and_stand(tmp_path: Path, kept_in: str) -> None:
+    (tmp_path / "held").mkdir()
+    made, keepers = trainer(ALONE), FolderKeepers(tmp_path / ("nowhere" if "no keeper" in kept_in else "held"))
+    memory = (
+        None if kept_in == "storage" else Memory(keepers, "toy/0", ALONE, CheckpointConfig(memory_every_steps=3), "a")
+    )
+    notices = Notices(lambda: Notice(math.inf, regroup=True) if made.step == 4 else None, 0.0, ALONE, replaced)
+    with pytest.raises(Replaced):
+        train(made, str(tmp_path), notices, memory)
+    taken, checkpoints = trainer(ALONE), Checkpoints(str(tmp_path), ALONE, CheckpointConfig(), {})
+    if kept_in == "memory":
+        assert checkpoints.newest_images() <= 0
+        found = Memory(keepers, "toy/0", ALONE, CheckpointConfig(), "b")
+        assert found.restore(taken, -1) is not None and len(found.notes[0]["ledger"]) == 4 * GROUPS
+    else:
+        assert checkpoints.restore(taken) is not None
+    assert taken.step == 4 and apart(snapshot(taken), snapshot(made)) == 0
+
+
+def test_workers_that_were_to_be_replaced_and_were_not_go_on() -> None:
+    made, done = trainer(ALONE), []
+    answers = iter([Notice(math.inf, regroup=True), None, Notice(math.inf, regroup=True)])
+    notices = Notices(lambda: next(answers), 0.0, ALONE, lambda: done.append(("stood", made.step)))
+    for _ in range(3):
+        step(made, 1)
+        notices.heed(made, never, never, lambda: done.append(("kept", made.step)))
+    assert done == [("kept", 1), ("stood", 1), ("kept", 3), ("stood", 3)]
 
 
 def test_looks_keep_to_their_pace() -> None:
@@ -112,12 +156,12 @@ def test_looks_keep_to_their_pace() -> None:
     notices.pace(1.0)
     for _ in range(6):
         step(made, 1)
-        notices.heed(made, never, never)
+        notices.heed(made, never, never, never)
     assert asked == [2, 4, 6]
     for step_seconds in (0.4, 0.67, 0.5, 0.67, 0.5):  # no step is a multiple of what is right at its moment
         notices.pace(step_seconds)
         step(made, 1)
-        notices.heed(made, never, never)
+        notices.heed(made, never, never, never)
     assert asked == [2, 4, 6, 10]
 
 
@@ -129,7 +173,7 @@ def test_slow_steps_are_held_at_the_last_look(tmp_path: Path, monkeypatch: pytes
     for step_seconds, held in ((10.0, 0), (20.0, 1)):
         notices.pace(step_seconds)
         step(made, 1)
-        notices.heed(made, lambda: keep(checkpoints, made), checkpoints.finish)
+        notices.heed(made, lambda: keep(checkpoints, made), checkpoints.finish, never)
         assert len(waited) == held
     checkpoints.finish()
 

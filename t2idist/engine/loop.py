@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -54,6 +55,15 @@ def run(
         batches.write_ledger()
         checkpoints.save(trainer)
 
+    def notes() -> dict[str, Any]:
+        """What goes with a copy in memory, as it may be lost with this worker."""
+        return {"ledger": batches.unwritten(), "metrics": log.unwritten() if log is not None else []}
+
+    def keep() -> None:
+        if memory is None or not memory.keep(trainer, notes()):
+            save()
+            checkpoints.finish()
+
     while trainer.step < stage.steps:
         before = trainer.images
         trainer.run_step(next(batches))
@@ -72,9 +82,8 @@ def run(
             if log is not None:
                 log.add(losses, others, trainer.step)
         if memory is not None and memory.due(trainer.step):
-            metrics = log.unwritten() if log is not None else []
-            memory.take(trainer, {"ledger": batches.unwritten(), "metrics": metrics})
-        notices.heed(trainer, save, checkpoints.finish)
+            memory.take(trainer, notes())
+        notices.heed(trainer, save, checkpoints.finish, keep)
         paused = time.monotonic()
         if last or due(stage.pictures_every_images, before, images):
             nets = trainer.evaluation_nets()

@@ -51,6 +51,7 @@ class Memory:
         self._told = False
         self._cost_seconds = self._sent_seconds = 0.0
         self._copies = 0
+        self._taken_step: int | None = None
         self.notes: list[Any] = []
 
     def due(self, step: int) -> bool:
@@ -74,8 +75,16 @@ class Memory:
         held = Held(self._attempt, trainer.step, trainer.images, self._world.rank, self._world.size, facts)
         self._sending = threading.Thread(target=self._send, args=(held, self._part), name="memory", daemon=True)
         self._sending.start()
+        self._taken_step = trainer.step
         self._cost_seconds += time.monotonic() - began
         self._copies += 1
+
+    def keep(self, trainer: Trainer, notes: Any) -> bool:
+        """See that the state of this very step is held, and whether it is by all workers. A collective."""
+        if self._taken_step != trainer.step:
+            self.take(trainer, notes)
+        self._join()
+        return not any(self._world.gather(self._fault is not None))
 
     def settle(self, step_seconds: float) -> dict[str, float]:
         """Choose how often to copy from what it has cost; values to log. A collective.

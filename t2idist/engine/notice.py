@@ -1,4 +1,7 @@
-"""Announced ends: a signal to this process, or a cloud that takes a machine back. What is not saved then is saved."""
+"""Announced ends: a signal to this process, a machine that a cloud takes back, new workers in place of these.
+
+What is not saved then is saved.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,13 @@ Ask = Callable[[], "Notice | None"]
 
 @dataclass(frozen=True)
 class Notice:
-    """seconds_left: until a machine of the run goes (math.inf: nobody said); 0: this process is to end now."""
+    """seconds_left: until a machine of the run goes (math.inf: nobody said); 0: this process is to end now.
+
+    regroup: new workers, more or fewer, are to take the place of these as soon as they stand still.
+    """
 
     seconds_left: float
+    regroup: bool = False
 
 
 class Left(Exception):
@@ -34,11 +41,14 @@ class Left(Exception):
 class Notices:
     """What a stage does about notices.
 
-    ask: None where nobody could give one. look_seconds: about how often to ask (0: after every step).
+    ask: None where nobody could give one. look_seconds: about how often to ask (0: after every step). stand: tells that
+    this worker stands still and waits for its end, or, if that does not come, until `ask` says so no more.
     """
 
-    def __init__(self, ask: Ask | None, look_seconds: float, world: World) -> None:
-        self._ask, self._look_seconds, self._world = ask, look_seconds, world
+    def __init__(
+        self, ask: Ask | None, look_seconds: float, world: World, stand: Callable[[], None] | None = None
+    ) -> None:
+        self._ask, self._look_seconds, self._world, self._stand = ask, look_seconds, world, stand
         self._every_steps, self._hold_seconds = 1, _HOLD_SECONDS
         self._heard = self._held = False
         self._looked_step: int | None = None
@@ -48,14 +58,18 @@ class Notices:
         self._every_steps = max(1, round(self._look_seconds / max(step_seconds, 1e-6)))
         self._hold_seconds = max(_HOLD_SECONDS, 2 * self._every_steps * step_seconds)  # else the last look is too early
 
-    def heed(self, trainer: Trainer, save: Callable[[], None], finish: Callable[[], None]) -> None:
+    def heed(
+        self, trainer: Trainer, save: Callable[[], None], finish: Callable[[], None], keep: Callable[[], None]
+    ) -> None:
         """Look for a notice after a step, where it is time. A collective.
 
         At the first one the state is saved, and training goes on; shortly before the machine goes it is saved again and
-        training waits for that, so that no step is lost; if it does not go after all, training goes on. Raises `Left`
-        where this process itself is to end.
+        training waits for that, so that no step is lost; if it does not go after all, training goes on. Where the
+        workers are to be replaced, the state is kept and they wait for that. Raises `Left` where this process itself is
+        to end.
 
-        save: begins a checkpoint, with what goes on record before one. finish: waits until it is written.
+        save: begins a checkpoint, with what goes on record before one. finish: waits until it is written. keep: keeps
+        the state where other workers find it, and waits until that is done.
         """
         if self._looked_step is None:
             self._looked_step = trainer.step - 1
@@ -65,6 +79,11 @@ class Notices:
         notice = self._world.from_first(self._ask())
         if notice is None:
             self._heard = self._held = False
+            return
+        if notice.regroup:
+            assert self._stand is not None
+            keep()
+            self._stand()
             return
         if not self._heard and self._world.first:
             logger.warning("a machine of this run is about to go%s; saving", _when(notice.seconds_left))

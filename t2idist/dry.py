@@ -14,7 +14,7 @@ from t2idist.contract import Extent, System
 from t2idist.data.domains import extent_of
 from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_datasets
-from t2idist.engine import export, pretrained
+from t2idist.engine import pretrained
 from t2idist.strict import parse_yaml, to_dict, to_yaml
 
 ADJUSTABLE = ("about", "storage", "report", "checkpoint", "cluster", "guard", "strategy", "zero")
@@ -127,11 +127,7 @@ def _on_meta(config: RunConfig, name: str, extent: Extent) -> System:
 
 def _check_vocabulary(config: RunConfig, name: str, dataset: Dataset) -> None:
     """Whether the exports from elsewhere that a stage uses know the data's words."""
-    words = {}
-    for slot, source in config.stages[name].uses.items():
-        url = stages.source_url(config, source)
-        if source not in config.stages or export.exists(url):
-            words[slot] = export.read_index(url)["vocabulary"]
+    words = stages.vocabularies(config, name)
     try:
         stages.vocabulary_of(dataset.vocabulary, words)
     except ValueError as error:

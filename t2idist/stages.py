@@ -98,12 +98,22 @@ def build(config: RunConfig, stage: str, made: Plan) -> System:
         raise ValueError(f"stages.{stage}: {error}") from None
 
 
+def vocabularies(config: RunConfig, stage: str) -> dict[str, list[str]]:
+    """By slot, the words that the exports know which a stage uses; those of stages that are not done are left out."""
+    urls = {s: source_url(config, u) for s, u in config.stages[stage].uses.items()}
+    return {
+        slot: export.read_index(url)["vocabulary"]
+        for slot, url in urls.items()
+        if config.stages[stage].uses[slot] not in config.stages or export.exists(url)
+    }
+
+
 def vocabulary_of(data: Vocabulary, sources: Mapping[str, list[str]]) -> Vocabulary:
     """The vocabulary that a stage's captions are numbered with: its encoder's where it uses one, else the data's.
 
-    Raises ValueError where the encoder does not know words of the data.
+    Raises ValueError where an encoder does not know words of the data, or two number them in different ways.
     """
-    chosen = data
+    chosen, first = data, ""
     for slot, words in sources.items():
         known = Vocabulary(words)
         missing = [word for word in data.words if word not in known.numbers]
@@ -113,5 +123,10 @@ def vocabulary_of(data: Vocabulary, sources: Mapping[str, list[str]]) -> Vocabul
                 f"data's {len(data)} words are not in it ({', '.join(missing[:5])}...); train the encoder on this "
                 "data, or give the data that it was trained on"
             )
-        chosen = known
+        if first and known.words != chosen.words:
+            raise ValueError(
+                f"uses.{slot}: its vocabulary is not that of uses.{first}, and captions can be numbered in one way "
+                "only; give exports that were trained on the same data"
+            )
+        chosen, first = known, slot
     return chosen

@@ -168,11 +168,10 @@ def _run_stage(
 ) -> None:
     stage = config.stages[name]
     datasets = open_datasets(config.stage_data(name))
-    sources = _read_sources(config, name)
-    vocabulary = stages.vocabulary_of(datasets[0].vocabulary, {slot: s.vocabulary for slot, s in sources.items()})
+    vocabulary = stages.vocabulary_of(datasets[0].vocabulary, stages.vocabularies(config, name))
     datasets = (dataclasses.replace(datasets[0], vocabulary=vocabulary), *datasets[1:])
     plan = stages.plan(config, name, extent_of(datasets))
-    system = _build(config, name, plan, sources)
+    system = _build(config, name, plan)
     trainer = _trainer(config, name, system, world, rollback)
     meta = {"config": to_dict(config), "vocabulary": list(vocabulary.words), "versions": ran_on}
     checkpoints = Checkpoints(
@@ -279,13 +278,14 @@ def _open_intake(
     )
 
 
-def _build(config: RunConfig, name: str, plan: Plan, sources: Mapping[str, export.Export]) -> System:
+def _build(config: RunConfig, name: str, plan: Plan) -> System:
     """The stage's system with its initial weights, those of earlier exports and those from files."""
     torch.manual_seed(key(config.stage_seed(name), name))
     system = stages.build(config, name, plan)
     for frozen in system.frozen.values():
-        source = sources[frozen.source]
-        export.load_into(frozen.net, source.weights[frozen.network], f"{source.url}: {frozen.network}")
+        url = stages.source_url(config, config.stages[name].uses[frozen.source])
+        weights = export.read(url, (frozen.network,)).weights[frozen.network]
+        export.load_into(frozen.net, weights, f"{storage.redact(url)}: {frozen.network}")
     for role in system.roles.values():
         if role.pretrained is not None:
             pretrained.load(role.pretrained, f"stages.{name}.model")
@@ -326,10 +326,6 @@ def _finish(
         assert log is not None
         log.tell("done")
     trainer.world.barrier()
-
-
-def _read_sources(config: RunConfig, name: str) -> dict[str, export.Export]:
-    return {slot: export.read(stages.source_url(config, source)) for slot, source in config.stages[name].uses.items()}
 
 
 def _count_attempt(url: str, world: World) -> int:

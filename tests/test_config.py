@@ -11,6 +11,7 @@ from t2idist import config as configuration
 from t2idist import dry, run, stages
 from t2idist.config import RunConfig, load
 from t2idist.contract import Extent, Schedule
+from t2idist.data.text import Vocabulary
 from t2idist.engine.schedule import ema_decay, factor
 from t2idist.strict import from_dict, parse_yaml, to_dict, to_yaml
 
@@ -103,6 +104,14 @@ def test_a_key_that_stands_twice_is_an_error() -> None:
         parse_yaml("a: 1\na: 2\n", "file.yaml")
     with pytest.raises(ValueError, match="not valid YAML"):
         parse_yaml("a: !!python/object/apply:os.system ['true']", "file.yaml")
+
+
+def test_encoders_that_number_words_in_two_ways_are_refused() -> None:
+    data, one, other = Vocabulary(["<end>", "a"]), ["<end>", "a", "b"], ["<end>", "b", "a"]
+    assert stages.vocabulary_of(data, {"damsm": one, "captioner": one}).words == tuple(one)
+    assert stages.vocabulary_of(data, {}) == data
+    with pytest.raises(ValueError, match=r"uses.captioner: its vocabulary is not that of uses.damsm"):
+        stages.vocabulary_of(data, {"damsm": one, "captioner": other})
 
 
 def test_every_recipe_can_be_built_and_names_its_preset(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_three_kinds_of_pairs_by_hand() -> None:
     torch.testing.assert_close(verdict.real, softplus(-torch.tensor([4.0, 2.0, 3.0])).mean())
     torch.testing.assert_close(verdict.wrong, softplus(torch.tensor([1.0, 5.0])).mean())
     torch.testing.assert_close(verdict.fake, softplus(torch.tensor([3.5, 1.0, 1.0])).mean())
-    assert verdict.matching == 0.5  # 2 against 1, 3 against 5; the first pair is of one class
+    assert verdict.accuracy_matching == 0.5  # 2 against 1, 3 against 5; the first pair is of one class
 
 
 def text_batch(step: int, repeats: int = 1, size: int = 16) -> Batch:
@@ -212,7 +212,7 @@ def test_a_step_of_gan_cls_by_hand(settings: dict[str, Any]) -> None:
     expected["generator/adversarial"] = plain
     if settings["interpolate"]:
         expected["generator/interpolated"] = mixed
-    assert reports.keys() - {"discriminator/matching"} == expected.keys()
+    assert reports.keys() - {"discriminator/accuracy_matching"} == expected.keys()
     for name, value in expected.items():
         assert reports[name] == pytest.approx(value.item(), rel=1e-5), name
     for name, gradients in zip(names, (of_generator, of_judge), strict=True):
@@ -318,4 +318,4 @@ def test_pictures_follow_their_captions(name: str, settings: dict[str, Any]) -> 
     assert follows(run) > 0.5
     reports = run.take_reports()
     if settings.get("matching_aware", name == "gan_cls"):
-        assert reports["discriminator/matching"] > 0.8
+        assert reports["discriminator/accuracy_matching"] > 0.8

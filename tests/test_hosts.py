@@ -39,7 +39,9 @@ def test_a_host_is_killed_and_comes_back(tmp_path: Path) -> None:
 @pytest.mark.timeout(1800)
 def test_a_host_is_drained_and_comes_back_then_the_driver_dies_then_the_whole_cluster(tmp_path: Path) -> None:
     words = ["checkpoint.memory_every_steps=10", "cluster.grow_after_seconds=5"]
-    schedule = chaos_injuries.parse_schedule("20:drain_host:2 65:return_host:2 110:nan 150:kill_driver 200:kill_head", 3)
+    schedule = chaos_injuries.parse_schedule(
+        "20:drain_host:2 65:return_host:2 110:nan 150:kill_driver 200:kill_head", 3
+    )
     try:
         verdict = chaos.run(words, schedule, folder=tmp_path, steps=320, return_seconds=1200, limit_seconds=1200)
     except Missing as missing:

@@ -28,7 +28,7 @@ def recipe(folder: Path, system: str = "attngan", **top: Any) -> Path:
     scale = {"group_size": 4, "groups": 2, "images": 64, "checkpoint_every_images": 16, "pictures_every_images": 32}
     stages = {
         "damsm": {"system": "damsm", **scale, "model": small.DAMSM},
-        system: {"system": system, **scale, "uses": {"damsm": "damsm"}, "model": small.MODELS[system]},
+        system: {"system": system, **scale, "uses": small.USES[system], "model": small.MODELS[system]},
     }
     values = {
         "name": "tiny",

@@ -23,17 +23,20 @@ COLOURS = torch.tensor(
 )
 
 
-def plan_for(group_size: int, vocabulary_size: int, damsm: Any = None) -> Plan:
+SLOT = {"attngan": "damsm", "stackgan_pp": "text"}
+
+
+def plan_for(group_size: int, vocabulary_size: int, damsm: Any = None, slot: str = "damsm") -> Plan:
     plan = Plan(group_size, 5, Extent(("",) * vocabulary_size, 1000))
     if damsm is None:
         return plan
     source = {"system": "damsm", "config": asdict(damsm), "plan": plan.describe()}
-    return replace(plan, sources={"damsm": source})
+    return replace(plan, sources={slot: source})
 
 
 def made(name: str, damsm: Any = None, vocabulary_size: int = 5450, group_size: int = 20, **settings: Any) -> System:
     module = systems.load(name)
-    return module.build(module.Config(**settings), plan_for(group_size, vocabulary_size, damsm))
+    return module.build(module.Config(**settings), plan_for(group_size, vocabulary_size, damsm, SLOT.get(name, "")))
 
 
 def damsm_config(**settings: Any) -> Any:
@@ -95,17 +98,17 @@ TINY_DAMSM = {"embedding_dim": 16, "word_dim": 8, "trunk": "small", "trunk_width
 @pytest.mark.parametrize("name", ["attngan", "stackgan_pp"])
 def test_what_cannot_be_built_is_named(name: str) -> None:
     damsm = damsm_config(**TINY_DAMSM)
-    with pytest.raises(ValueError, match=r"uses\.damsm is missing"):
+    with pytest.raises(ValueError, match=rf"uses\.{SLOT[name]} is missing"):
         made(name, **SMALL)
     with pytest.raises(ValueError, match="group_size is 1"):
         made(name, damsm, group_size=1, **SMALL)
     with pytest.raises(ValueError, match="compat is 'old'; it must be '' or 'authors'"):
         made(name, damsm, compat="old", **SMALL)
     module = systems.load(name)
-    plan = plan_for(20, 30, damsm)
+    plan = plan_for(20, 30, damsm, SLOT[name])
     with pytest.raises(ValueError, match="its vocabulary has 30 words and this data's has 31"):
         module.build(module.Config(**SMALL), replace(plan, extent=Extent(("",) * 31, 1000)))
-    other = {"damsm": {**plan.sources["damsm"], "system": "stream"}}
+    other = {SLOT[name]: {**plan.sources[SLOT[name]], "system": "stream"}}
     with pytest.raises(ValueError, match="of system 'stream'; it must be of 'damsm'"):
         module.build(module.Config(**SMALL), replace(plan, sources=other))
 
@@ -207,7 +210,7 @@ def follows(run: Trainer, told: Callable[[Batch], Batch] = lambda batch: batch) 
 def test_conditional_trees_learn_to_follow_captions(
     trained_damsm: Trainer, name: str, settings: dict[str, float]
 ) -> None:
-    torch.manual_seed(1)
+    torch.manual_seed(2)
     damsm: Any = trained_damsm.system
     rates = {"generator_lr": 1e-3, "discriminator_lr": 1e-3, "ema_half_life_images": 200.0}
     system = made(

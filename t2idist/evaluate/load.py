@@ -38,25 +38,23 @@ def load(url: str, device: torch.device, own_system: str = "") -> Loaded:
     Raises ValueError, one sentence, where the export is missing, torn, or does not fit the system that it names.
     """
     where = storage.redact(url)
-    found = export.read(url)
-    if "." in found.system and found.system != own_system:
+    index = export.read_index(url)
+    if "." in index["system"] and index["system"] != own_system:
         raise ValueError(
-            f"{where}: is of system '{found.system}', a module whose code would run; if you trust it, give --system "
-            f"{found.system}"
+            f"{where}: is of system '{index['system']}', a module whose code would run; if you trust it, give --system "
+            f"{index['system']}"
         )
-    module = load_system(found.system)
-    config = from_dict(module.Config, found.config, f"{where}: config")
+    module = load_system(index["system"])
+    config = from_dict(module.Config, index["config"], f"{where}: config")
     try:
-        plan = Plan.of(found.plan, found.vocabulary)
+        plan = Plan.of(index["plan"], index["vocabulary"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{where}: plan: {error!r}") from None
     with torch.device("meta"):  # so that nothing is drawn for networks that the export does not hold
         system = module.build(config, plan)
-    nets = {}
-    for dotted in system.exports:
-        name = dotted.rpartition(".")[2]
-        if name not in found.weights:
-            raise ValueError(f"{where}: network '{name}' is missing; it holds {', '.join(sorted(found.weights))}")
+    named = {dotted.rpartition(".")[2]: dotted for dotted in system.exports}
+    found, nets = export.read(url, tuple(named)), {}
+    for name, dotted in named.items():
         net = network(system, dotted).to_empty(device=device)
         export.load_into(net, found.weights[name], f"{where}: network '{name}'")
         nets[name] = net.eval().requires_grad_(False)

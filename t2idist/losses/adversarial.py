@@ -84,7 +84,7 @@ class PairVerdict:
     real: Tensor
     wrong: Tensor
     fake: Tensor
-    matching: Tensor
+    accuracy_matching: Tensor
 
 
 def judge_three(
@@ -92,7 +92,7 @@ def judge_three(
 ) -> PairVerdict:
     """A matching-aware discriminator's verdict (GAN-CLS, section 4.2) on pictures (N, 3, S, S) of conditions (N, D).
 
-    matching has no gradient: how often a real picture's own condition gets a higher logit than the wrong one.
+    accuracy_matching has no gradient: how often a real picture's own condition gets a higher logit than the wrong one.
     """
     real_features = net.features(real)
     own = net.conditional(real_features, condition)
@@ -102,7 +102,7 @@ def judge_three(
         real=says_real(own),
         wrong=says_fake_where(other, pairs.keep, groups),
         fake=says_fake(net.conditional(net.features(fake), condition)),
-        matching=preferred.sum() / pairs.keep.sum().clamp(min=1),
+        accuracy_matching=preferred.sum() / pairs.keep.sum().clamp(min=1),
     )
 
 

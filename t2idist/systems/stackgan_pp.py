@@ -16,7 +16,7 @@ from t2idist.losses.matching import wrong_pairs
 from t2idist.nn import tree
 from t2idist.nn.discriminators import StackDiscriminator
 from t2idist.nn.initial import orthogonal_
-from t2idist.nn.text_encoders import sentence_vectors, text_encoder_of
+from t2idist.nn.text_encoders import sentence_encoder, sentence_vectors
 from t2idist.nn.tree import Drawn, StackGenerator, pyramid
 
 
@@ -24,7 +24,7 @@ from t2idist.nn.tree import Drawn, StackGenerator, pyramid
 class Config:
     """Defaults: the paper's settings for CUB, else the released ones.
 
-    conditional: with captions, whose sentence vectors slot "damsm" gives, or else the data; without, the tree takes
+    conditional: with captions, whose sentence vectors slot "text" gives, or else the data; without, the tree takes
     noise alone. unit_text: sentence vectors have unit scale where they are read (see unit_scale); not for the released
     weights.
     colour_weight: alpha of the colour-consistency; the paper: 50 without condition, 0 with it.
@@ -54,15 +54,16 @@ class StackGanPP:
     def __init__(self, config: Config, plan: Plan) -> None:
         self.config = config
         self.sizes = pyramid(config.base_size, config.branches)
-        source = plan.sources.get("damsm") if config.conditional else None
-        text_dim = plan.extent.vector_dim if source is None else source["config"]["embedding_dim"]
+        encoder, text_dim = None, None
+        if config.conditional:
+            encoder, text_dim = sentence_encoder(plan.sources, plan.vocabulary_size, plan.extent.vector_dim)
         generator = StackGenerator(
             width=config.generator_width,
             z_dim=config.z_dim,
             base_size=config.base_size,
             branches=config.branches,
             residuals=config.residuals,
-            text_dim=text_dim if config.conditional else None,
+            text_dim=text_dim,
             condition_dim=config.condition_dim,
         )
         orthogonal_(generator)
@@ -74,8 +75,8 @@ class StackGanPP:
             orthogonal_(judge)
             self.roles[f"discriminator_{size}"] = Role(judge, Adam(lr=config.discriminator_lr))
         self.frozen: dict[str, Frozen] = {}
-        if source is not None:
-            self.frozen["text"] = Frozen(text_encoder_of(source, plan.vocabulary_size), "damsm", "text")
+        if encoder is not None:
+            self.frozen["text"] = Frozen(encoder, "text", "text")
         self.exports = ("generator", *self.frozen)
 
     def step(self, batch: Batch, train: Train) -> None:
@@ -152,11 +153,6 @@ def build(config: Config, plan: Plan) -> StackGanPP:
     """The system with newly drawn weights. Raises ValueError, naming the key, where the config cannot be had."""
     if config.compat not in ("", "authors"):
         raise ValueError(f"compat is '{config.compat}'; it must be '' or 'authors'")
-    if config.conditional and "damsm" not in plan.sources and not plan.extent.vector_dim:
-        raise ValueError(
-            "uses.damsm is missing; stackgan_pp takes sentence vectors from it, or from data that comes with vectors; "
-            "else set conditional: false"
-        )
     if config.conditional and plan.group_size < 2:
         raise ValueError(
             f"group_size is {plan.group_size}; stackgan_pp pairs pictures with wrong captions and takes at least 2"

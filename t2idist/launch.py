@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import signal
 import sys
 import tempfile
 import threading
@@ -23,7 +22,7 @@ from ray.train.torch import TorchConfig, get_device
 from t2idist import nodes, regroup, stages, storage, worker
 from t2idist.config import RunConfig
 from t2idist.engine.metrics import PROGRESS
-from t2idist.engine.notice import Ask, Notice
+from t2idist.engine.notice import Notice
 from t2idist.evaluate.progress import ProgressPrinter
 from t2idist.keepers import RayKeepers
 from t2idist.strict import from_dict, to_dict
@@ -32,25 +31,6 @@ logger = logging.getLogger(__name__)
 
 RUN_ID = "run_id.json"
 _LOOK_SECONDS = 2.0
-
-
-def alone(config: RunConfig) -> None:
-    """The run on one worker in this process, without Ray."""
-    worker.clear_fatal(config)
-    printer = ProgressPrinter(sys.stdout)
-    device = torch.device("cuda" if config.cluster.gpus_per_worker else "cpu")
-    asked = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
-    try:
-        ask = _told(asked)
-        worker.main(config, device, worker.Around(watch=printer.show, ask=ask))
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        printer.close()
-
-
-def _told(asked: threading.Event) -> Ask:
-    return lambda: Notice(0.0) if asked.is_set() else None
 
 
 def submit(config: RunConfig) -> None:

@@ -56,11 +56,17 @@ def _run(config: RunConfig, dry_run: bool, local: bool) -> int:
         return 0
     dry.check(config)
     print(f"run folder {stages.run_url(config)}", flush=True)
-    from t2idist import launch
     from t2idist.engine.notice import Left
 
     try:
-        (launch.alone if local else launch.submit)(config)
+        if local:
+            from t2idist import alone
+
+            alone.train(config)
+        else:
+            from t2idist import launch  # Ray takes seconds to import
+
+            launch.submit(config)
     except Left as left:
         print(f"ended on request, {left}; the same command goes on", file=sys.stderr)
         return 128 + signal.SIGTERM

@@ -45,10 +45,11 @@ ALLOWED: dict[str, set[str]] = {
         "engine.notice",
         "evaluate.progress",
     },
+    "alone": {"config", "worker", "engine.notice", "evaluate.progress"},
     "keepers": {"engine.held"},
     "nodes": {"storage", "config", "keepers"},
     "regroup": set(),
-    "run": {"config", "engine.notice", "stages", "dry", "launch"},
+    "run": {"config", "engine.notice", "stages", "dry", "alone", "launch"},
 }
 ONLY_IN: dict[str, set[str]] = {
     "ray": {"launch.py", "keepers.py", "nodes.py", "regroup.py"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,6 +77,21 @@ def check_finished(folder: Path, system: str = "attngan") -> None:
     assert "data:image/" in page and "http://" not in page.replace("http://www.w3.org", "")
 
 
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the recipe and its run, which is done; not to be changed."""
+    folder = tmp_path_factory.mktemp("finished")
+    done = run(str(recipe(folder)), "--local")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def copied(finished: Path, folder: Path) -> Path:
+    """The same in another folder; gives the recipe there."""
+    shutil.copytree(finished / "runs", folder / "runs")
+    return recipe(folder)
+
+
 @pytest.mark.parametrize("system", ["attngan", pytest.param("stackgan_pp", marks=pytest.mark.slow)])
 def test_killed_and_taken_up_again_gives_the_same_model(tmp_path: Path, system: str) -> None:
     for name in ("whole", "killed"):
@@ -102,18 +118,16 @@ def test_killed_and_taken_up_again_gives_the_same_model(tmp_path: Path, system: 
 
 
 @pytest.mark.whole
-def test_a_run_that_is_done_is_done(tmp_path: Path) -> None:
-    file = recipe(tmp_path, precision="float64")
-    assert run(str(file), "--local").returncode == 0
+def test_a_run_that_is_done_is_done(finished: Path, tmp_path: Path) -> None:
+    file = copied(finished, tmp_path)
     before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.safetensors")}
     assert run(str(file), "--local").returncode == 0
     assert before == {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.safetensors")}
 
 
 @pytest.mark.whole
-def test_an_encoder_that_does_not_know_the_words_is_refused(tmp_path: Path) -> None:
-    file = recipe(tmp_path)
-    assert run(str(file), "--local").returncode == 0
+def test_an_encoder_that_does_not_know_the_words_is_refused(finished: Path, tmp_path: Path) -> None:
+    file = copied(finished, tmp_path)
     encoder = tmp_path / "runs/tiny/damsm/export"
     index = json.loads((encoder / "export.json").read_text())
     index["vocabulary"] = index["vocabulary"][:100]
@@ -124,17 +138,14 @@ def test_an_encoder_that_does_not_know_the_words_is_refused(tmp_path: Path) -> N
 
 
 @pytest.mark.whole
-def test_two_ray_workers_train_what_one_trains(tmp_path: Path) -> None:
-    for name in ("alone", "cluster"):
-        (tmp_path / name).mkdir()
-    assert run(str(recipe(tmp_path / "alone")), "--local").returncode == 0
-    done = run(str(recipe(tmp_path / "cluster", cluster={"workers": 2, "cpus_per_worker": 1})))
+def test_two_ray_workers_train_what_one_trains(finished: Path, tmp_path: Path) -> None:
+    done = run(str(recipe(tmp_path, cluster={"workers": 2, "cpus_per_worker": 1})))
     assert done.returncode == 0, done.stderr + done.stdout
     assert "workers 2" in done.stdout
-    check_finished(tmp_path / "cluster")
+    check_finished(tmp_path)
     for stage, file in (("damsm", "text"), ("attngan", "generator")):
-        ours = load_file(tmp_path / "cluster/runs/tiny" / stage / f"export/{file}.safetensors")
-        theirs = load_file(tmp_path / "alone/runs/tiny" / stage / f"export/{file}.safetensors")
+        ours = load_file(tmp_path / "runs/tiny" / stage / f"export/{file}.safetensors")
+        theirs = load_file(finished / "runs/tiny" / stage / f"export/{file}.safetensors")
         for name, value in theirs.items():
             assert float((ours[name].double() - value.double()).norm()) <= 1e-3 * float(value.double().norm()) + 1e-6, (
                 name
@@ -142,9 +153,8 @@ def test_two_ray_workers_train_what_one_trains(tmp_path: Path) -> None:
 
 
 @pytest.mark.whole
-def test_a_fault_that_a_restart_cannot_mend_ends_the_run_with_its_sentence(tmp_path: Path) -> None:
-    file = recipe(tmp_path)
-    run(str(file), "--local", "stages.attngan.images=32")
+def test_a_fault_that_a_restart_cannot_mend_ends_the_run_with_its_sentence(finished: Path, tmp_path: Path) -> None:
+    file = copied(finished, tmp_path)
     (tmp_path / "runs/tiny/attngan/export/export.json").unlink()
     for marker in (tmp_path / "runs/tiny/attngan/checkpoints").glob("*/commit.json"):
         marker.write_text("{")

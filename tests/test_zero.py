@@ -46,7 +46,7 @@ class Clipped(toys.ToyGan):
 def build(system: str):  # type: ignore[no-untyped-def]
     torch.manual_seed(3)
     if system in small.MODELS:
-        return small.build(system)
+        return small.build_smooth(system)
     return {"toy": toys.ToyGan, "clipped": Clipped}[system](PLAN) if system in ("toy", "clipped") else Poisoned(system)
 
 
@@ -142,12 +142,12 @@ def test_a_bad_update_changes_nothing_on_any_worker(workers: Workers, how: str, 
 
 
 # ------------------------------------------------------------ checkpoints
-def leg(world: World, system: str, zero: int, url: str, go_on: bool) -> dict[str, Tensor]:
-    """Three steps from the start or from the newest checkpoint, and a checkpoint of them."""
+def leg(world: World, system: str, zero: int, url: str, go_on: bool, count: int) -> dict[str, Tensor]:
+    """So many steps from the start or from the newest checkpoint, and a checkpoint of them."""
     made = trainer(world, system, zero)
     checkpoints = Checkpoints(url, world, CheckpointConfig(), {})
     assert (checkpoints.restore(made) is not None) is go_on
-    steps(made, 3)
+    steps(made, count)
     checkpoints.save(made)
     checkpoints.finish()
     return snapshot(made)
@@ -163,19 +163,20 @@ def uninterrupted(world: World, system: str, zero: int, count: int) -> dict[str,
 def test_a_run_goes_on_under_any_strategy_on_any_number_of_workers(
     workers: Workers, tmp_path: Path, system: str
 ) -> None:
+    count = 3 if system == "toy" else 1
     legs = [(0, 4), (1, 3), (2, 2), (0, 2), (2, 3), (1, 2), (0, 1)]
     ours: list[dict[str, Tensor]] = []
     for number, (zero, size) in enumerate(legs):
-        ours = workers.run(size, leg, system, zero, str(tmp_path), number > 0)
-    whole = workers.run(1, uninterrupted, system, 0, 3 * len(legs))[0]
+        ours = workers.run(size, leg, system, zero, str(tmp_path), number > 0, count)
+    whole = workers.run(1, uninterrupted, system, 0, count * len(legs))[0]
     assert apart(ours[0], whole) < 1e-4
-    assert float(whole[next(name for name in whole if name.endswith("/step"))]) == 3 * len(legs)
+    assert max(float(value) for name, value in whole.items() if name.endswith("/step")) == count * len(legs)
 
 
 @pytest.mark.parametrize("zero", [1, 2])
 def test_the_same_workers_resume_bitwise(workers: Workers, tmp_path: Path, zero: int) -> None:
     for number in range(2):
-        ours = workers.run(3, leg, "toy", zero, str(tmp_path), number > 0)[0]
+        ours = workers.run(3, leg, "toy", zero, str(tmp_path), number > 0, 3)[0]
     whole = workers.run(3, uninterrupted, "toy", zero, 6)[0]
     assert all(torch.equal(ours[name], value) for name, value in whole.items())
 
@@ -292,7 +293,8 @@ def test_a_parameter_that_deepspeed_cannot_take_is_named(workers: Workers) -> No
 
 
 # ------------------------------------------------------------ a real run
-@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.whole)])
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 2])
 def test_two_ray_workers_train_under_deepspeed_what_one_trains(tmp_path: Path, zero: int) -> None:
     for name in ("alone", "cluster"):
         (tmp_path / name).mkdir()

@@ -34,11 +34,10 @@ class LinearConditioning(nn.Module):
     def __init__(self, text_dim: int, condition_dim: int, compat: str = "") -> None:
         super().__init__()
         self.fc = nn.Linear(text_dim, 2 * condition_dim)
-        self.compat = compat
+        self.activation = nn.ReLU() if compat == "authors" else nn.Identity()
 
     def forward(self, text: Tensor, normal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        out = self.fc(text)
-        return _drawn(out.relu() if self.compat == "authors" else out, normal)
+        return _drawn(self.activation(self.fc(text)), normal)
 
 
 def _drawn(statistics: Tensor, normal: Tensor) -> tuple[Tensor, Tensor, Tensor]:

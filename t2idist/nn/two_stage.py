@@ -101,9 +101,10 @@ class ReluResidual(nn.Module):
         self.block = nn.Sequential(
             *_normed(conv3x3(channels, channels)), conv3x3(channels, channels), nn.BatchNorm2d(channels)
         )
+        self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.relu(x + self.block(x))
+        out: Tensor = self.relu(x + self.block(x))
         return out
 
 

@@ -269,7 +269,7 @@ def shard_folder(mine: Path, out: Path | str, processes: int = 2) -> list[str]:
     return tool("shard_folder", *words, "--test", "0", "--processes", str(processes), "--licence", "mine")
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_a_killed_tool_goes_on_and_its_workers_end(mine: Path, done: dict[str, bytes], tmp_path: Path):
     out = tmp_path / "set"
     for shards in (0, 2):
@@ -341,7 +341,7 @@ def object_store() -> Iterator[dict[str, str]]:
         yield reach
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_from_and_to_an_object_store(
     mine: Path, done: dict[str, bytes], tmp_path: Path, object_store: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ):

@@ -137,7 +137,7 @@ def test_an_encoder_that_does_not_know_the_words_is_refused(finished: Path, tmp_
     assert "does not fit the data" in refused.stderr and len(refused.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_two_ray_workers_train_what_one_trains(finished: Path, tmp_path: Path) -> None:
     done = run(str(recipe(tmp_path, cluster={"workers": 2, "cpus_per_worker": 1})))
     assert done.returncode == 0, done.stderr + done.stdout
@@ -152,7 +152,7 @@ def test_two_ray_workers_train_what_one_trains(finished: Path, tmp_path: Path) -
             )
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_a_fault_that_a_restart_cannot_mend_ends_the_run_with_its_sentence(finished: Path, tmp_path: Path) -> None:
     file = copied(finished, tmp_path)
     (tmp_path / "runs/tiny/attngan/export/export.json").unlink()

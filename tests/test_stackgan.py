@@ -207,6 +207,7 @@ def learnt(system: System, steps: int) -> Recorder:
     return run
 
 
+@pytest.mark.slow
 def test_both_stages_learn_to_follow_captions() -> None:
     torch.manual_seed(1)
     given = plan()

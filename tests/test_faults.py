@@ -51,6 +51,7 @@ def loader(address: str | None, **changed: object) -> Loader:
     return open_loader(dataset, "train", config=config, groups=[0, 1], step0=0, **settings)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kinds", [*([kind] for kind in FAULTS), list(FAULTS)], ids=lambda kinds: "+".join(kinds))
 def test_batches_do_not_change_whatever_the_network_does(proxy: Proxy, kinds: list[str]) -> None:
     wanted = take(loader(None), 17)  # two epochs
@@ -164,6 +165,7 @@ def test_missing_and_shortened_shards_are_named(store: str) -> None:
             take(stream, 9)
 
 
+@pytest.mark.whole
 def test_processes_of_a_host_fetch_a_shard_once(proxy: Proxy, tmp_path: Path) -> None:
     asked: list[str] = []
 

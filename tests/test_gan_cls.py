@@ -297,6 +297,7 @@ def follows(run: Trainer) -> float:
     return torch.corrcoef(torch.stack([means.flatten(), COLOURS[batch.class_ids].flatten()]))[0, 1].item()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("name", "settings"),
     [

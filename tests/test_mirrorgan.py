@@ -261,6 +261,7 @@ def test_the_matching_loss_is_a_switch() -> None:
     assert run.take_reports()["generator/damsm"] > 0
 
 
+@pytest.mark.whole
 def test_pictures_learn_to_follow_captions(trained_captioner: Trainer) -> None:
     torch.manual_seed(1)
     rates = {"generator_lr": 1e-3, "discriminator_lr": 1e-3, "ema_half_life_images": 200.0}

@@ -312,6 +312,7 @@ def dots(step: int, count: int) -> Batch:
     return Batch((images,), none, torch.arange(count), red, tuple(map(str, range(count))), 1)
 
 
+@pytest.mark.whole
 def test_it_learns_to_change_a_colour() -> None:
     torch.manual_seed(0)
     settings = Config(

@@ -199,6 +199,7 @@ def follows(run: Trainer, told: Callable[[Batch], Batch] = lambda batch: batch) 
     return torch.corrcoef(torch.stack([means.flatten(), COLOURS[batch.class_ids].flatten()]))[0, 1].item()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("name", "settings"),
     [

@@ -163,7 +163,8 @@ def _work(settings: dict[str, Any]) -> None:
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     keepers = RayKeepers(settings["run_id"])
     with regroup.ready_at_end():
-        worker.main(config, get_device(), worker.Around(None, keepers, _announced, _LOOK_SECONDS, regroup.stand))
+        around = worker.Around(keepers=keepers, ask=_announced, look_seconds=_LOOK_SECONDS, stand=regroup.stand)
+        worker.main(config, get_device(), around)
 
 
 def _announced() -> Notice | None:

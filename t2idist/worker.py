@@ -282,10 +282,12 @@ def _build(config: RunConfig, name: str, plan: Plan) -> System:
     """The stage's system with its initial weights, those of earlier exports and those from files."""
     torch.manual_seed(key(config.stage_seed(name), name))
     system = stages.build(config, name, plan)
-    for frozen in system.frozen.values():
-        url = stages.source_url(config, config.stages[name].uses[frozen.source])
-        weights = export.read(url, (frozen.network,)).weights[frozen.network]
-        export.load_into(frozen.net, weights, f"{storage.redact(url)}: {frozen.network}")
+    for slot, source in config.stages[name].uses.items():
+        taken = [frozen for frozen in system.frozen.values() if frozen.source == slot]
+        found = export.read(stages.source_url(config, source), tuple(frozen.network for frozen in taken))
+        for frozen in taken:
+            where = f"{storage.redact(found.url)}: {frozen.network}"
+            export.load_into(frozen.net, found.weights[frozen.network], where)
     for role in system.roles.values():
         if role.pretrained is not None:
             pretrained.load(role.pretrained, f"stages.{name}.model")

@@ -6,6 +6,8 @@ import math
 import signal
 import subprocess
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -28,12 +30,17 @@ from tests.workers import Workers
 IMAGES = GROUPS * GROUP_SIZE
 
 
-def keep(checkpoints: Checkpoints, made: Trainer) -> None:
-    checkpoints.save(made)
-
-
 def never() -> None:
     raise AssertionError("nothing was announced")
+
+
+@dataclass(frozen=True)
+class Goes:
+    """A `notice.State`; what is not given is not to be called."""
+
+    save: Callable[[], None] = never
+    finish: Callable[[], None] = never
+    keep: Callable[[], None] = never
 
 
 def saves(world: World, folder: Path, said: list[Notice | None]) -> list[int]:
@@ -45,7 +52,7 @@ def saves(world: World, folder: Path, said: list[Notice | None]) -> list[int]:
     try:
         for _ in range(len(said)):
             step(made, 1)
-            notices.heed(made, lambda: keep(checkpoints, made), checkpoints.finish, never)
+            notices.heed(made, Goes(lambda: checkpoints.save(made), checkpoints.finish))
     finally:
         checkpoints.finish()
     return sorted(int(name[:12]) // IMAGES for name in list_folders(str(folder)))
@@ -141,7 +148,7 @@ def test_workers_that_were_to_be_replaced_and_were_not_go_on() -> None:
     notices = Notices(lambda: next(answers), 0.0, ALONE, lambda: done.append(("stood", made.step)))
     for _ in range(3):
         step(made, 1)
-        notices.heed(made, never, never, lambda: done.append(("kept", made.step)))
+        notices.heed(made, Goes(keep=lambda: done.append(("kept", made.step))))
     assert done == [("kept", 1), ("stood", 1), ("kept", 3), ("stood", 3)]
 
 
@@ -156,12 +163,12 @@ def test_looks_keep_to_their_pace() -> None:
     notices.pace(1.0)
     for _ in range(6):
         step(made, 1)
-        notices.heed(made, never, never, never)
+        notices.heed(made, Goes())
     assert asked == [2, 4, 6]
     for step_seconds in (0.4, 0.67, 0.5, 0.67, 0.5):  # no step is a multiple of what is right at its moment
         notices.pace(step_seconds)
         step(made, 1)
-        notices.heed(made, never, never, never)
+        notices.heed(made, Goes())
     assert asked == [2, 4, 6, 10]
 
 
@@ -173,7 +180,7 @@ def test_slow_steps_are_held_at_the_last_look(tmp_path: Path, monkeypatch: pytes
     for step_seconds, held in ((10.0, 0), (20.0, 1)):
         notices.pace(step_seconds)
         step(made, 1)
-        notices.heed(made, lambda: keep(checkpoints, made), checkpoints.finish, never)
+        notices.heed(made, Goes(lambda: checkpoints.save(made), checkpoints.finish))
         assert len(waited) == held
     checkpoints.finish()
 

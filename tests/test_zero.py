@@ -163,7 +163,7 @@ def uninterrupted(world: World, system: str, zero: int, count: int) -> dict[str,
 def test_a_run_goes_on_under_any_strategy_on_any_number_of_workers(
     workers: Workers, tmp_path: Path, system: str
 ) -> None:
-    count = 3 if system == "toy" else 1
+    count = 3
     legs = [(0, 4), (1, 3), (2, 2), (0, 2), (2, 3), (1, 2), (0, 1)]
     ours: list[dict[str, Tensor]] = []
     for number, (zero, size) in enumerate(legs):

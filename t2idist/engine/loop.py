@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -46,24 +47,7 @@ def run(
 
     Raises `Diverged`, on every worker, where too many steps in a row were skipped.
     """
-    pace = _Pace(trainer)
-
-    def save() -> None:
-        """A checkpoint; the steps that it counts as done are on record before."""
-        if log is not None:
-            log.flush()
-        batches.write_ledger()
-        checkpoints.save(trainer)
-
-    def notes() -> dict[str, Any]:
-        """What goes with a copy in memory, as it may be lost with this worker."""
-        return {"ledger": batches.unwritten(), "metrics": log.unwritten() if log is not None else []}
-
-    def keep() -> None:
-        if memory is None or not memory.keep(trainer, notes()):
-            save()
-            checkpoints.finish()
-
+    pace, state = _Pace(trainer), _State(trainer, batches, checkpoints, memory, log)
     while trainer.step < stage.steps:
         before = trainer.images
         trainer.run_step(next(batches))
@@ -82,18 +66,48 @@ def run(
             if log is not None:
                 log.add(losses, others, trainer.step)
         if memory is not None and memory.due(trainer.step):
-            memory.take(trainer, notes())
-        notices.heed(trainer, save, checkpoints.finish, keep)
+            memory.take(trainer, state.notes())
+        notices.heed(trainer, state)
         paused = time.monotonic()
         if last or due(stage.pictures_every_images, before, images):
             nets = trainer.evaluation_nets()
             if log is not None:
                 log.note(look(nets, images))
         if last or due(stage.checkpoint_every_images, before, images):
-            save()
+            state.save()
         if log is not None:
             log.pause(time.monotonic() - paused)
     checkpoints.finish()
+
+
+@dataclass(frozen=True)
+class _State:
+    """Where a stage's state goes (`notice.State`): checkpoints, and copies in memory where there are any."""
+
+    trainer: Trainer
+    batches: Intake
+    checkpoints: Checkpoints
+    memory: Memory | None
+    log: Log | None
+
+    def save(self) -> None:
+        if self.log is not None:
+            self.log.flush()
+        self.batches.write_ledger()
+        self.checkpoints.save(self.trainer)
+
+    def finish(self) -> None:
+        self.checkpoints.finish()
+
+    def keep(self) -> None:
+        if self.memory is None or not self.memory.keep(self.trainer, self.notes()):
+            self.save()
+            self.finish()
+
+    def notes(self) -> dict[str, Any]:
+        """What goes with a copy in memory, as it may be lost with this worker."""
+        metrics = self.log.unwritten() if self.log is not None else []
+        return {"ledger": self.batches.unwritten(), "metrics": metrics}
 
 
 class _Pace:

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from t2idist.engine.train import Trainer
 from t2idist.engine.world import World
@@ -32,6 +33,22 @@ class Notice:
 
     seconds_left: float
     regroup: bool = False
+
+
+class State(Protocol):
+    """Where the state of a stage goes."""
+
+    def save(self) -> None:
+        """Begin a checkpoint; the steps that it counts as done are on record before."""
+        ...
+
+    def finish(self) -> None:
+        """Wait until it is written."""
+        ...
+
+    def keep(self) -> None:
+        """Keep the state where other workers find it, in memory or in storage, and wait until that is done."""
+        ...
 
 
 class Left(Exception):
@@ -58,18 +75,13 @@ class Notices:
         self._every_steps = max(1, round(self._look_seconds / max(step_seconds, 1e-6)))
         self._hold_seconds = max(_HOLD_SECONDS, 2 * self._every_steps * step_seconds)  # else the last look is too early
 
-    def heed(
-        self, trainer: Trainer, save: Callable[[], None], finish: Callable[[], None], keep: Callable[[], None]
-    ) -> None:
+    def heed(self, trainer: Trainer, state: State) -> None:
         """Look for a notice after a step, where it is time. A collective.
 
         At the first one the state is saved, and training goes on; shortly before the machine goes it is saved again and
         training waits for that, so that no step is lost; if it does not go after all, training goes on. Where the
         workers are to be replaced, the state is kept and they wait for that. Raises `Left` where this process itself is
         to end.
-
-        save: begins a checkpoint, with what goes on record before one. finish: waits until it is written. keep: keeps
-        the state where other workers find it, and waits until that is done.
         """
         if self._looked_step is None:
             self._looked_step = trainer.step - 1
@@ -82,7 +94,7 @@ class Notices:
             return
         if notice.regroup:
             assert self._stand is not None
-            keep()
+            state.keep()
             self._stand()
             return
         if not self._heard and self._world.first:
@@ -90,13 +102,13 @@ class Notices:
         began = time.monotonic()
         if notice.seconds_left <= self._hold_seconds and not self._held:
             self._held = True
-            save()
-            finish()
+            state.save()
+            state.finish()
             if notice.seconds_left == 0:
                 raise Left(f"saved at {trainer.images} images")
             time.sleep(max(0.0, notice.seconds_left + _GRACE_SECONDS - (time.monotonic() - began)))
         elif not self._heard:
-            save()
+            state.save()
         self._heard = True
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-import torch
 from torch import Tensor, nn
 
 from t2idist.contract import Adam, Batch, Captions, Draw, Frozen, Plan, Role, Sample, Train
 from t2idist.losses.adversarial import says_fake, says_real
 from t2idist.nn.dcgan import DcganDiscriminator, DcganGenerator, conditional_generator
 from t2idist.nn.initial import normal_
-from t2idist.nn.text_encoders import sentence_encoder, sentence_vectors
+from t2idist.nn.text_encoders import sentence_encoder
+from t2idist.systems import _sentences
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,9 @@ class Dcgan:
         self.exports = ("generator", *self.frozen)
 
     def step(self, batch: Batch, train: Train) -> None:
-        text = self._text(batch.captions, train)
+        text = None
+        if self.config.conditional:
+            text = _sentences.for_step(batch.captions, train, self.frozen, self.config.unit_text)
         fake = train.forward("generator", _call, train.noise(self.config.z_dim), text)
         real_loss, fake_loss = train.forward("discriminator", _verdict, batch.images[-1], fake.detach(), text)
         train.apply("discriminator", real_loss + fake_loss)
@@ -81,17 +82,8 @@ class Dcgan:
         train.report("generator/adversarial", loss)
         train.apply("generator", loss)
 
-    def _text(self, captions: Captions, train: Train) -> Tensor | None:
-        if not self.config.conditional:
-            return None
-        with torch.no_grad(), train.frozen("text") if "text" in self.frozen else contextlib.nullcontext() as encoder:
-            return self._read(encoder, captions)
-
-    def _read(self, encoder: nn.Module | None, captions: Captions) -> Tensor:
-        return sentence_vectors(encoder, captions.tokens, captions.lengths, captions.vectors, self.config.unit_text)
-
     def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: Draw) -> Sample:
-        text = self._read(nets.get("text"), captions) if self.config.conditional else None
+        text = _sentences.for_sample(captions, nets, self.config.unit_text) if self.config.conditional else None
         return Sample((nets["generator"](draw(self.config.z_dim), text),))
 
 

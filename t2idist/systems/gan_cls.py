@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -14,7 +13,8 @@ from t2idist.losses.adversarial import conditional_only, judge_three, says_real
 from t2idist.losses.matching import wrong_pairs
 from t2idist.nn.dcgan import DcganDiscriminator, conditional_generator
 from t2idist.nn.initial import normal_
-from t2idist.nn.text_encoders import sentence_encoder, sentence_vectors
+from t2idist.nn.text_encoders import sentence_encoder
+from t2idist.systems import _sentences
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class GanCls:
         self.exports = ("generator", *self.frozen)
 
     def step(self, batch: Batch, train: Train) -> None:
-        text = self._text(batch.captions, train)
+        text = _sentences.for_step(batch.captions, train, self.frozen, self.config.unit_text)
         pairs = wrong_pairs(batch.class_ids, batch.groups)
         texts, noises = [text], [train.noise(self.config.z_dim)]
         if self.config.interpolate:
@@ -113,15 +113,8 @@ class GanCls:
             total = (2 * plain + self.config.interpolation_weight * mixed) / 3
         return total
 
-    def _text(self, captions: Captions, train: Train) -> Tensor:
-        with torch.no_grad(), train.frozen("text") if self.frozen else contextlib.nullcontext() as encoder:
-            return self._read(encoder, captions)
-
-    def _read(self, encoder: nn.Module | None, captions: Captions) -> Tensor:
-        return sentence_vectors(encoder, captions.tokens, captions.lengths, captions.vectors, self.config.unit_text)
-
     def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: Draw) -> Sample:
-        text = self._read(nets.get("text"), captions)
+        text = _sentences.for_sample(captions, nets, self.config.unit_text)
         return Sample((nets["generator"](draw(self.config.z_dim), text),))
 
 

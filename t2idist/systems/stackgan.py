@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,9 +23,10 @@ from t2idist.losses.matching import wrong_pairs
 from t2idist.nn import tree
 from t2idist.nn.discriminators import SIZES, StageDiscriminator
 from t2idist.nn.initial import normal_
-from t2idist.nn.text_encoders import sentence_encoder, sentence_vectors
+from t2idist.nn.text_encoders import sentence_encoder
 from t2idist.nn.tree import Drawn
 from t2idist.nn.two_stage import StageOneGenerator, StageTwoGenerator, batch_statistics, stage_one_generator
+from t2idist.systems import _sentences
 
 
 @dataclass(frozen=True)
@@ -103,20 +103,13 @@ class StackGan:
         self.exports = ("generator", *self.frozen)
 
     def step(self, batch: Batch, train: Train) -> None:
-        sentence = self._sentence(batch.captions, train)
+        sentence = _sentences.for_step(batch.captions, train, self.frozen, self.config.unit_text)
         first = train.noise(self.config.z_dim)  # what the generator begins from: noise, or stage 1's picture
         if self.config.stage == 2:
             first = self._low(first, train.noise(self.low_condition_dim), sentence, batch.groups, train)
         drawn = train.forward("generator", tree.draw, first, train.noise(self.config.condition_dim), sentence)
         self._judge(drawn, batch, train)
         train.apply("generator", self._generator_loss(drawn, train))
-
-    def _sentence(self, captions: Captions, train: Train) -> Tensor:
-        with torch.no_grad(), train.frozen("text") if "text" in self.frozen else contextlib.nullcontext() as encoder:
-            return self._read(encoder, captions)
-
-    def _read(self, encoder: nn.Module | None, captions: Captions) -> Tensor:
-        return sentence_vectors(encoder, captions.tokens, captions.lengths, captions.vectors, self.config.unit_text)
 
     def _low(self, z: Tensor, normal: Tensor, sentence: Tensor, groups: int, train: Train) -> Tensor:
         """Stage 1's pictures."""
@@ -156,7 +149,7 @@ class StackGan:
         return adversarial + self.config.kl_weight * kl
 
     def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: Draw) -> Sample:
-        sentence = self._read(nets.get("text"), captions)
+        sentence = _sentences.for_sample(captions, nets, self.config.unit_text)
         first = draw(self.config.z_dim)
         if self.config.stage == 2:
             first = tree.draw(nets["stage1"], first, draw(self.low_condition_dim), sentence).images[0]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from t2idist.contract import Adam, Batch, Captions, Draw, Frozen, Plan, Role, Sample, Train
@@ -16,8 +14,9 @@ from t2idist.losses.matching import wrong_pairs
 from t2idist.nn import tree
 from t2idist.nn.discriminators import StackDiscriminator
 from t2idist.nn.initial import orthogonal_
-from t2idist.nn.text_encoders import sentence_encoder, sentence_vectors
+from t2idist.nn.text_encoders import sentence_encoder
 from t2idist.nn.tree import Drawn, StackGenerator, pyramid
+from t2idist.systems import _sentences
 
 
 @dataclass(frozen=True)
@@ -82,17 +81,13 @@ class StackGanPP:
     def step(self, batch: Batch, train: Train) -> None:
         z = train.noise(self.config.z_dim)
         if self.config.conditional:
-            with torch.no_grad(), train.frozen("text") if self.frozen else contextlib.nullcontext() as text:
-                sentence = self._sentence(text, batch.captions)
+            sentence = _sentences.for_step(batch.captions, train, self.frozen, self.config.unit_text)
             drawn = train.forward("generator", tree.draw, z, train.noise(self.config.condition_dim), sentence)
             self._judge_pairs(drawn, batch, train)
         else:
             drawn = train.forward("generator", tree.draw, z, None, None)
             self._judge_pictures(drawn, batch, train)
         train.apply("generator", self._generator_loss(drawn, train))
-
-    def _sentence(self, encoder: nn.Module | None, captions: Captions) -> Tensor:
-        return sentence_vectors(encoder, captions.tokens, captions.lengths, captions.vectors, self.config.unit_text)
 
     def _judge_pairs(self, drawn: Drawn, batch: Batch, train: Train) -> None:
         """The discriminators' updates with captions, conditioned on the mean of the conditioning Gaussian."""
@@ -141,7 +136,7 @@ class StackGanPP:
         z = draw(self.config.z_dim)
         if not self.config.conditional:
             return Sample(tree.draw(nets["generator"], z, None, None).images)
-        sentence = self._sentence(nets.get("text"), captions)
+        sentence = _sentences.for_sample(captions, nets, self.config.unit_text)
         return Sample(tree.draw(nets["generator"], z, draw(self.config.condition_dim), sentence).images)
 
 

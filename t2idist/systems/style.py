@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,7 +13,8 @@ from t2idist.nn.dcgan import generator_of, trunk
 from t2idist.nn.image_encoders import resize
 from t2idist.nn.initial import normal_
 from t2idist.nn.precision import full
-from t2idist.nn.text_encoders import sentence_encoder, sentence_vectors
+from t2idist.nn.text_encoders import sentence_encoder
+from t2idist.systems import _sentences
 
 
 @dataclass(frozen=True)
@@ -70,21 +70,14 @@ class Style:
     def step(self, batch: Batch, train: Train) -> None:
         """L_style (section 4.4, eq. 6): the noise of generated pictures; the real ones are not looked at."""
         z = train.noise(self.z_dim)
-        text = self._text(batch.captions, train)
+        text = _sentences.for_step(batch.captions, train, self.frozen, self.unit_text)
         with torch.no_grad(), train.frozen("generator") as generator:
             images = generator(z, text)
         train.report("style/squared_error", train.update("style", _error, images, z))
 
-    def _text(self, captions: Captions, train: Train) -> Tensor:
-        with torch.no_grad(), train.frozen("text") if "text" in self.frozen else contextlib.nullcontext() as encoder:
-            return self._read(encoder, captions)
-
-    def _read(self, encoder: nn.Module | None, captions: Captions) -> Tensor:
-        return sentence_vectors(encoder, captions.tokens, captions.lengths, captions.vectors, self.unit_text)
-
     def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: Draw) -> Sample:
         """What the generator draws; with z of `invert` as the first draw, in the style of another picture."""
-        return Sample((nets["generator"](draw(self.z_dim), self._read(nets.get("text"), captions)),))
+        return Sample((nets["generator"](draw(self.z_dim), _sentences.for_sample(captions, nets, self.unit_text)),))
 
     def invert(self, nets: Mapping[str, nn.Module], images: Tensor) -> Tensor:
         z: Tensor = nets["style"](images)

@@ -25,6 +25,7 @@ def test_the_table_has_every_loader() -> None:
     assert "waiting for data, local disk:" in done.stdout and "resident after epochs 1 to 3" in done.stdout
 
 
+@pytest.mark.whole
 def test_pictures_that_are_not_there_are_a_sentence(tmp_path: Path) -> None:
     line = [sys.executable, "tools/bench_loader.py", "--images", str(tmp_path)]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)

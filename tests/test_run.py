@@ -92,6 +92,7 @@ def copied(finished: Path, folder: Path) -> Path:
     return recipe(folder)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("system", ["attngan", pytest.param("stackgan_pp", marks=pytest.mark.slow)])
 def test_killed_and_taken_up_again_gives_the_same_model(tmp_path: Path, system: str) -> None:
     for name in ("whole", "killed"):

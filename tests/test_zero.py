@@ -200,6 +200,7 @@ def optimizer_bytes(world: World, zero: int) -> int:
     return made.optimizer_bytes()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("zero", [1, 2])
 def test_optimizer_memory_falls_with_the_number_of_workers(workers: Workers, zero: int) -> None:
     (whole,) = workers.run(1, optimizer_bytes, zero)

@@ -18,7 +18,6 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed.checkpoint as plain_dcp
-from bench_step import NOWHERE, stopwatch, system_of
 from torch import Tensor
 
 from t2idist import config as configuration
@@ -27,6 +26,7 @@ from t2idist.config import CheckpointConfig
 from t2idist.engine.checkpoint import Checkpoints
 from t2idist.engine.train import Trainer
 from t2idist.engine.world import World
+from tools.bench_step import NOWHERE, stopwatch, system_of
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_sharding import photograph
 from PIL import Image
 
 from t2idist.config import DataConfig
@@ -36,6 +35,7 @@ from t2idist.data.pack import write_shards
 from t2idist.data.samples import SampleRecord
 from t2idist.data.shards import Dataset
 from t2idist.data.stream import Loader, open_loader
+from tools.bench_sharding import photograph
 
 SIDE, QUALITY, CROP, SIZES = 304, 95, 256, (64, 128, 256)
 BATCH, MAX_WORDS = 20, 18
@@ -101,7 +101,7 @@ class Peer:
         self.words = words
         self.rng = np.random.default_rng(0)
 
-    def __call__(self, picture: Image.Image, facts: dict[str, Any]) -> tuple[np.ndarray, ...]:
+    def __call__(self, picture: Image.Image, facts: dict[str, Any]) -> tuple[Any, ...]:
         planes = [np.asarray(p).transpose(2, 0, 1) for p in pyramid(crop_of(picture, self.rng))]
         texts = facts["captions"]
         known = [self.words[w] for w in texts[int(self.rng.integers(len(texts)))].split() if w in self.words]
@@ -109,10 +109,10 @@ class Peer:
         ids[: len(known)] = known[:MAX_WORDS]
         return (*planes, ids, np.int64(len(known)))
 
-    def of_webdataset(self, sample: tuple[Image.Image, dict[str, Any]]) -> tuple[np.ndarray, ...]:
+    def of_webdataset(self, sample: tuple[Image.Image, dict[str, Any]]) -> tuple[Any, ...]:
         return self(*sample)
 
-    def of_bytes(self, sample: dict[str, Any]) -> tuple[np.ndarray, ...]:
+    def of_bytes(self, sample: dict[str, Any]) -> tuple[Any, ...]:
         return self(Image.open(io.BytesIO(sample["jpg"])).convert("RGB"), sample["json"])
 
 

@@ -42,7 +42,7 @@ def load(words: argparse.Namespace, folder: Path) -> RunConfig:
 def rate(run: Path, stage: str) -> float:
     """Images a second of a stage once it is under way."""
     lines = [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
-    rates = [line["images_per_second"] for line in lines if "images_per_second" in line]
+    rates: list[float] = [line["images_per_second"] for line in lines if "images_per_second" in line]
     return statistics.median(rates[len(rates) // 3 :])
 
 

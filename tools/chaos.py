@@ -85,10 +85,16 @@ def recipe(folder: Path, words: Sequence[str], steps: int, seed: int, failures: 
     scale = {"groups": 6, "group_size": 4, "max_groups_per_worker": 6}
     images = IMAGES_PER_STEP * steps
     damsm = {"embedding_dim": 64, "word_dim": 32, "trunk": "small", "trunk_width": 8, "image_size": 32}
-    tree = {"generator_width": 16, "discriminator_width": 16, "base_size": 16, "branches": 2, "residuals": 1}
+    tree: dict[str, Any] = {
+        "generator_width": 16,
+        "discriminator_width": 16,
+        "base_size": 16,
+        "branches": 2,
+        "residuals": 1,
+    }
     tree |= {"z_dim": 32, "condition_dim": 16, "ema_half_life_images": 500}
     tree |= {"generator_lr": 5e-5, "discriminator_lr": 5e-5}  # at 2e-4 rounding grows a million times in 240 steps
-    rare = {"pictures_every_images": images}
+    rare: dict[str, Any] = {"pictures_every_images": images}
     values: dict[str, Any] = {
         "name": RUN,
         "storage": RUNS,

@@ -178,7 +178,9 @@ class Tormentor:
             fit = [host for host in up if self.cluster.workers(host)]
         if injury.host is not None:
             return injury.host if injury.host in fit else None
-        return self._draws.choice(fit) if fit and draw else (fit or [None])[0]
+        if not fit:
+            return None
+        return self._draws.choice(fit) if draw else fit[0]
 
     def do(self, injury: Injury) -> None:
         if injury.kind == RETURN:

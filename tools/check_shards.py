@@ -14,6 +14,7 @@ from t2idist.data.ingest.check import Problems, check_set
 from t2idist.data.ingest.duplicates import find_duplicates
 from t2idist.data.ingest.sheet import choose, draw_sheet
 from t2idist.data.ingest.writer import Progress
+from t2idist.data.pack import cores
 from t2idist.data.shards import DESCRIPTION, Dataset
 
 PAIRS_SHOWN = 20
@@ -69,7 +70,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("url", metavar="URL", help="of the shard set")
     parser.add_argument("--duplicates", action="store_true", help="look for pictures that look the same")
     parser.add_argument("--sheet", metavar="FILE.png", help="draw pictures with their captions into this file")
-    parser.add_argument("--processes", type=int, default=command.cores(), help="default: one a core (%(default)s)")
+    parser.add_argument("--processes", type=int, default=cores(), help="default: one a core (%(default)s)")
     parser.add_argument("--endpoint-url", help="of the S3 service (default: AWS_ENDPOINT_URL)")
     arguments = parser.parse_args(words)
     return command.guarded(parser.prog, lambda: check(arguments))

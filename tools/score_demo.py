@@ -25,7 +25,7 @@ from t2idist.data.sources import open_dataset
 from t2idist.data.stream import LoadedSplit, load_split
 from t2idist.evaluate import report
 from t2idist.evaluate.attributes import TRAITS, answers, balanced_accuracy, decide, train_judge
-from t2idist.evaluate.draw import encode, generate
+from t2idist.evaluate.draw import NormalDraw, encode, generate
 from t2idist.evaluate.load import Loaded, load
 from t2idist.evaluate.monitor import can_draw, can_match, embed_all
 from t2idist.evaluate.r_precision import r_precision
@@ -100,9 +100,8 @@ def _real(data: DataConfig, split: str, size: int) -> LoadedSplit:
 def _draw(loaded: Loaded, captions: Sequence[str], seed: int, first_place: int) -> Tensor:
     """(n, 3, S, S): a picture of each caption, each with noise of its own."""
     encoded = encode(loaded.vocabulary, captions, loaded.plan.max_words)
-    places = range(first_place, first_place + len(captions))
-    system = cast(Draws, loaded.system)
-    return generate(system, loaded.nets, encoded, places=places, seed=seed, device=CPU).images[-1]
+    draw = NormalDraw(seed, range(first_place, first_place + len(captions)), CPU)
+    return generate(cast(Draws, loaded.system), loaded.nets, encoded, draw, device=CPU).images[-1]
 
 
 def _attribute_rows(train: LoadedSplit, test: LoadedSplit, drawn: Tensor, seed: int) -> list[Row]:

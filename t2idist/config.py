@@ -11,6 +11,8 @@ from typing import Any
 from t2idist.strict import from_dict, parse_yaml, to_dict, unknown_key
 
 PRECISIONS = ("bfloat16", "float32", "float64")
+METRICS = ("fid", "kid", "is", "prdc", "r_precision", "clip_r", "damsm_r", "memorisation")
+"""What evaluate/score.py measures."""
 DEEPSPEED = "0.19.8"
 """The one version that works: engine/zero.py reads attributes that DeepSpeed does not promise."""
 
@@ -87,7 +89,8 @@ class StageConfig:
     group_size: samples that share BatchNorm statistics and negatives (the paper's batch size). groups: how many such
     groups make a step. images: budget in images. uses: for each export slot of the system, the name of an earlier stage
     or the URL of an export. model: the system's own settings (``Config`` in systems/<system>.py). data: over the run's
-    data settings. seed: another one than the run's (a judge's, say).
+    data settings. seed: another one than the run's (a judge's, say). scores_every_images: how often the averaged
+    weights are scored (0: not in training); what is measured is in `RunConfig.scores`.
     """
 
     system: str
@@ -101,6 +104,7 @@ class StageConfig:
     seed: int | None = None
     checkpoint_every_images: int = 50_000
     pictures_every_images: int = 50_000
+    scores_every_images: int = 0
 
     @property
     def images_per_step(self) -> int:
@@ -175,6 +179,35 @@ class ReportConfig:
 
 
 @dataclass(frozen=True)
+class ScoresConfig:
+    """Scores during training, by a process of its own beside the first worker's, which goes on meanwhile.
+
+    metrics, n, real, train, extractor, weights, weights_sha256, judge, device: as options of evaluate/score.py. best:
+    the row by which the best weights are kept ("": none are). share: of the wall time, the most that scoring takes;
+    what does not fit is left out.
+    """
+
+    metrics: tuple[str, ...] = ("kid",)
+    n: int = 1000
+    real: int = 1000
+    train: int = 2000
+    extractor: str = "efficientnet-lite0"
+    weights: str = ""
+    weights_sha256: str = ""
+    judge: str = ""
+    device: str = "cpu"
+    best: str = "kid"
+    share: float = 0.02
+
+    def __post_init__(self) -> None:
+        _positive(self, "scores", "n", "real", "train", "share")
+        if unknown := [name for name in self.metrics if name not in METRICS]:
+            raise ValueError(f"scores.metrics: '{unknown[0]}'; there are {', '.join(METRICS)}")
+        if self.share > 1:
+            raise ValueError(f"scores.share: {self.share}; it is a share of the wall time, at most 1")
+
+
+@dataclass(frozen=True)
 class ClusterConfig:
     """How many workers, and what each one takes.
 
@@ -229,6 +262,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
     report: ReportConfig = ReportConfig()
+    scores: ScoresConfig = ScoresConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     def __post_init__(self) -> None:
@@ -248,6 +282,8 @@ class RunConfig:
             _check_seed(f"stages.{name}.seed", stage.seed or 0)
             _positive(stage, f"stages.{name}", "group_size", "groups", "images", "max_groups_per_worker")
             _positive(stage, f"stages.{name}", "checkpoint_every_images", "pictures_every_images")
+            if stage.scores_every_images < 0:
+                raise ValueError(f"stages.{name}.scores_every_images: {stage.scores_every_images}; 0 is never")
             self._check_scale(name, stage)
 
     def _check_strategy(self) -> None:

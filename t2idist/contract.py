@@ -320,6 +320,10 @@ class Translates(Protocol):
 class Matches(Protocol):
     """A system that places pictures and captions in one space (for R-precision)."""
 
-    def embed(self, nets: Mapping[str, nn.Module], images: Tensor, captions: Captions) -> tuple[Tensor, Tensor]:
-        """Image codes and caption codes, each (N, D), of pictures (N, 3, S, S) in [-1, 1] of any size."""
+    def embed_pictures(self, nets: Mapping[str, nn.Module], images: Tensor) -> Tensor:
+        """Codes (N, D) of pictures (N, 3, S, S) in [-1, 1] of any size."""
+        ...
+
+    def embed_captions(self, nets: Mapping[str, nn.Module], captions: Captions) -> Tensor:
+        """Codes (N, D) of captions."""
         ...

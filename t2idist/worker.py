@@ -184,9 +184,10 @@ def _run_stage(
     if found is not None and world.first:
         logger.info("stage %s goes on from %s images (%s)", name, found.images, found.url)
         _note_resumed(stages.run_url(config), name, found)
+    index = functools.partial(_export_index, config, name, datasets, plan, ran_on)
     log, watcher = None, None
     if world.first:
-        watcher = Watcher(system, datasets, config, name, stages.stage_url(config, name), world.device)
+        watcher = Watcher(system, datasets, config, name, stages.stage_url(config, name), world.device, index)
         log = Log(
             stages.run_url(config),
             name,
@@ -210,7 +211,9 @@ def _run_stage(
         batches.close()
         if log is not None:
             log.close()
-    _finish(config, name, trainer, datasets, plan, ran_on, log)
+        if watcher is not None:
+            watcher.close(finished=trainer.step == stage.steps)
+    _finish(config, name, trainer, index, log)
     if memory is not None:
         memory.close(forget=True)
 
@@ -294,40 +297,39 @@ def _build(config: RunConfig, name: str, plan: Plan) -> System:
     return system
 
 
-def _no_look(nets: Mapping[str, nn.Module], images: int) -> Mapping[str, float]:
+def _no_look(nets: Mapping[str, nn.Module], images_seen: int, *, pictures: bool, scores: bool) -> Mapping[str, float]:
     raise AssertionError("only the first worker looks")
 
 
 def _finish(
-    config: RunConfig,
-    name: str,
-    trainer: Trainer,
-    datasets: Sequence[Dataset],
-    plan: Plan,
-    ran_on: dict[str, Any],
-    log: Log | None,
+    config: RunConfig, name: str, trainer: Trainer, index: Callable[[int], dict[str, Any]], log: Log | None
 ) -> None:
     nets = trainer.evaluation_nets()
     if trainer.world.first:
-        index = {
-            "system": config.stages[name].system,
-            "config": to_dict(stages.model_config(config, name)),
-            "plan": plan.describe(),
-            "vocabulary": list(datasets[0].vocabulary.words),
-            "images": trainer.images,
-            "data": {
-                "source": "; ".join(dataset.source for dataset in datasets),
-                "licence": "; ".join(dataset.licence for dataset in datasets),
-                "settings": to_dict(config.stage_data(name)),
-                "vectors": None if datasets[0].vectors is None else to_dict(datasets[0].vectors),
-            },
-            "versions": ran_on,
-            "seed": config.stage_seed(name),
-        }
-        export.write(stages.export_url(config, name), nets, index)
+        export.write(stages.export_url(config, name), nets, index(trainer.images))
         assert log is not None
         log.tell("done")
     trainer.world.barrier()
+
+
+def _export_index(
+    config: RunConfig, name: str, datasets: Sequence[Dataset], plan: Plan, ran_on: dict[str, Any], images: int
+) -> dict[str, Any]:
+    return {
+        "system": config.stages[name].system,
+        "config": to_dict(stages.model_config(config, name)),
+        "plan": plan.describe(),
+        "vocabulary": list(datasets[0].vocabulary.words),
+        "images": images,
+        "data": {
+            "source": "; ".join(dataset.source for dataset in datasets),
+            "licence": "; ".join(dataset.licence for dataset in datasets),
+            "settings": to_dict(config.stage_data(name)),
+            "vectors": None if datasets[0].vectors is None else to_dict(datasets[0].vectors),
+        },
+        "versions": ran_on,
+        "seed": config.stage_seed(name),
+    }
 
 
 def _count_attempt(url: str, world: World) -> int:

@@ -367,7 +367,7 @@ def test_published_sizes_go_the_whole_way(tmp_path: Path, case: str) -> None:
                 for domain, labels in enumerate(runs.labels)
             )
         elif can_match(runs):
-            made = runs.embed(loaded.nets, pictures, read)
+            made = runs.embed_pictures(loaded.nets, pictures), runs.embed_captions(loaded.nets, read)
         else:
             made = (runs.describe(loaded.nets, pictures, 3),)
         for name, weights in export.read(loaded.url).weights.items():

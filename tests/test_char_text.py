@@ -125,7 +125,8 @@ def test_it_learns_which_caption_a_picture_has() -> None:
     nets = run.evaluation_nets()
     batch = colour_batch((32,), step=1000, repeats=4)
     with torch.no_grad():
-        codes, sentences = system.embed(nets, batch.images[-1], batch.captions)
+        codes = system.embed_pictures(nets, batch.images[-1])
+        sentences = system.embed_captions(nets, batch.captions)
     score = codes @ sentences.T
     best = batch.class_ids[score.argmax(1)]
     assert (best == batch.class_ids).float().mean() >= 0.75

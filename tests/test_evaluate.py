@@ -169,10 +169,11 @@ def test_monitor_draws_the_same_pictures_of_the_same_networks(exports: dict[str,
 
     for net in loaded.nets.values():
         net.train()
-    urls = monitor(str(tmp_path / "one")).write(loaded.nets, 12800)
+    one, two = monitor(str(tmp_path / "one")), monitor(str(tmp_path / "two"))
+    urls = one.write(one.draw(loaded.nets), 12800)
     assert [Path(url).name for url in urls] == ["images_000012800.png", "attention_000012800.png"]
     assert all(net.training for net in loaded.nets.values())
-    again = monitor(str(tmp_path / "two")).write(loaded.nets, 12800)
+    again = two.write(two.draw(loaded.nets), 12800)
     assert [Path(a).read_bytes() for a in urls] == [Path(b).read_bytes() for b in again]
 
 
@@ -417,6 +418,44 @@ def test_report_shows_scores_where_there_are_some(tmp_path: Path) -> None:
     assert report.main([str(at)]) == 0
     page = Page((at / "report.html").read_text())
     assert "hat <x>" in page.words and "0.910" in page.words and "0.500" in page.words
+
+
+def test_report_shows_what_was_scored_and_by_which_protocol(tmp_path: Path) -> None:
+    at = run_folder(tmp_path)
+    lines = [json.loads(line) for line in (at / "gan/metrics.jsonl").read_text().splitlines()[:-1]]
+    more = {"generator/adversarial_128": 3.0, "norm/generator": 0.7}
+    (at / "gan/metrics.jsonl").write_text("".join(json.dumps({**line, **more}) + "\n" for line in lines))
+    for folder in ("scores", "scored"):
+        (at / "gan" / folder).mkdir()
+    (at / "gan/scored/scores.jsonl").write_text('{"images": 20, "kid": 0.5}\n{"images": 40, "kid": 0.25}\n')
+    best = {"images": 40, "metric": "kid", "value": 0.25, "export": "scored/000000000040"}
+    (at / "gan/scored/best.json").write_text(json.dumps(best))
+    row = {"name": "r_precision", "value": 0.31, "error": 0.02, "low": 0.27, "high": 0.35, "real": 0.6, "chance": 0.01}
+    words = [{"name": f"word{i}", "n": 20 + i, "r_precision": i / 40, "clip_r": 0.5} for i in range(40)]
+    Image.new("RGB", (300, 120), (9, 90, 90)).save(at / "gan/scores/worst.png")
+    result = {
+        "protocol": {"generated": 600, "jpeg": 0, "truncation": None, "extractors": [{"name": "net", "sha256": "abc"}]},
+        "scores": [{**row, "n": 600, "note": "own caption out of 100 <x>"}],
+        "breakdown": {"words": words, "attributes": []},
+        "sheets": {"worst": "worst.png"},
+    }
+    (at / "gan/scores/scores.json").write_text(json.dumps(result))
+    text = report.build(str(at))
+    page = Page(text)
+    for wanted in (
+        "r_precision",
+        "± 0.020",
+        "0.270 to 0.350",
+        "extractor net",
+        "sha256 abc",
+        "own caption out of 100 <x>",
+    ):
+        assert wanted in page.words, wanted
+    assert "best after 40 images by kid (0.250)" in page.words and "gan/scored/000000000040" in page.words
+    assert "word0" in page.words and "word39" in page.words and "word20" not in page.words, "the ends of a long list"
+    assert "adversarial loss by scale" in page.words and "gradient norms" in page.words
+    assert "kid, scored in training" in page.words and "none compares" in page.words and "23.98" in page.words
+    assert all(source.startswith("data:") for source in page.sources) and "http://" not in text
 
 
 def test_report_of_a_run_that_has_just_begun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,12 +15,15 @@ from t2idist.losses.adversarial import (
     balanced_joint,
     conditional_only,
     halves_and_thirds,
+    judge_alone,
+    judge_pairs,
+    judge_three,
     says_fake,
     says_fake_where,
     says_real,
 )
 from t2idist.losses.image import colour_consistency, kl_divergence
-from t2idist.losses.matching import Gammas, sentence_losses, word_losses, word_similarity, wrong_pairs
+from t2idist.losses.matching import Gammas, WrongPairs, sentence_losses, word_losses, word_similarity, wrong_pairs
 
 NONE_ALIKE = torch.arange(4)
 LENGTHS = torch.tensor([12, 9, 7, 5])
@@ -125,18 +128,59 @@ def test_kept_terms_are_averaged_in_each_group() -> None:
     torch.testing.assert_close(says_fake_where(logits, torch.ones(6, dtype=torch.bool), 2), says_fake(logits))
 
 
+ACCURACIES = ("accuracy_real", "accuracy_wrong", "accuracy_fake", "accuracy_matching")
+
+
+class Logits:
+    """A discriminator whose pictures are their own features, and whose logit is their product with the condition."""
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        return images
+
+    def conditional(self, features: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        return (features * condition).sum(1)
+
+    def unconditional(self, features: torch.Tensor) -> torch.Tensor:
+        return features.sum(1)
+
+
+def test_a_verdict_counts_who_is_judged_rightly() -> None:
+    real = torch.tensor([[2.0, 0.0], [-1.0, 0.0], [0.0, 3.0], [0.0, 1.0]])
+    fake = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0], [-1.0, -1.0]])
+    condition = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    pairs = WrongPairs(caption=torch.tensor([2, 3, 0, 1]), keep=torch.tensor([True, True, True, False]))
+    verdict = judge_pairs(Logits(), real, fake, condition, pairs, groups=1)
+    assert verdict.accuracy_real == 0.5  # 2, -1, 3, -1
+    assert verdict.accuracy_wrong == 0.0  # 0, 0, 0, and one that does not count: at 0 nothing is decided
+    assert verdict.accuracy_fake == 0.25  # 1, -1, 0, 1
+    assert verdict.accuracy_matching == pytest.approx(2 / 3)  # 2 > 0, -1 > 0, 3 > 0
+    same = judge_three(Logits(), real, fake, condition, pairs, groups=1)
+    assert all(value == getattr(verdict, name) for name, value in vars(same).items())
+    none = WrongPairs(caption=pairs.caption, keep=torch.zeros(4, dtype=torch.bool))
+    assert judge_three(Logits(), real, fake, condition, none, groups=1).accuracy_matching == 0.0
+    alone = judge_alone(torch.tensor([1.0, -1.0]), torch.tensor([-2.0, -1.0]))
+    assert (alone.accuracy_real, alone.accuracy_fake) == (0.5, 1.0)
+
+
 def test_discriminator_losses_have_the_published_values() -> None:
     torch.manual_seed(0)
     real, fake, wrong, real_alone, fake_alone = torch.randn(5, 4)
     verdict = Verdict(
-        says_real(real), says_fake(wrong[:3]), says_fake(fake), says_real(real_alone), says_fake(fake_alone)
+        real=says_real(real),
+        wrong=says_fake(wrong[:3]),
+        fake=says_fake(fake),
+        real_alone=says_real(real_alone),
+        fake_alone=says_fake(fake_alone),
+        **dict.fromkeys(ACCURACIES, torch.ones(())),
     )
     assert halves_and_thirds(verdict).item() == pytest.approx(1.9574025, abs=1e-6)
     assert conditional_only(verdict.real, verdict.wrong, verdict.fake).item() == pytest.approx(2.1567173, abs=1e-6)
 
 
 def test_stackgan_losses_weigh_their_terms() -> None:
-    verdict = Verdict(*(torch.tensor(float(10**i)) for i in range(5)))  # real, wrong, fake, real_alone, fake_alone
+    parts = ("real", "wrong", "fake", "real_alone", "fake_alone")
+    values = {name: torch.tensor(float(10**i)) for i, name in enumerate(parts)}
+    verdict = Verdict(**values, **dict.fromkeys(ACCURACIES, torch.ones(())))
     assert balanced_joint(verdict).item() == 1 + (10 + 100) / 2 + 1000 + 10000
     assert authors_joint(verdict).item() == 1 + 10 + 100 + 2 * 1000 + 10000
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -148,5 +149,6 @@ def use(made: Trainer, nets: object, batch: object) -> Tensor:
             return changed
         if hasattr(made.system, "describe"):
             return made.system.describe(nets, batch.images[-1], 5)  # type: ignore[attr-defined]
-        codes = made.system.embed(nets, batch.images[-1], batch.captions)  # type: ignore[attr-defined]
+        runs: Any = made.system
+        codes = runs.embed_pictures(nets, batch.images[-1]), runs.embed_captions(nets, batch.captions)
         return torch.cat(codes)

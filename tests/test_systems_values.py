@@ -175,7 +175,8 @@ def test_damsm_learns_which_caption_a_picture_has(trained_damsm: Trainer) -> Non
     batch = colour_batch((32,), step=1000)
     system: Any = trained_damsm.system
     with torch.no_grad():
-        codes, sentences = system.embed(nets, batch.images[-1], batch.captions)
+        codes = system.embed_pictures(nets, batch.images[-1])
+        sentences = system.embed_captions(nets, batch.captions)
     similarity = torch.nn.functional.normalize(codes) @ torch.nn.functional.normalize(sentences).T
     assert (similarity.argmax(1) == torch.arange(8)).float().mean() >= 0.75
 

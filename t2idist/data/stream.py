@@ -236,18 +236,21 @@ def load_split(
     max_words: int,
     limit: int | None = None,
     seed: int = 0,
+    rows: Sequence[int] | None = None,
     crop: float = 76 / 64,
     caption: int = 0,
 ) -> LoadedSplit:
     """A split's samples for evaluation: centre crop, no mirroring, caption number `caption`.
 
-    sizes: lowest first. limit: at most so many samples, drawn by `seed` (None: all). crop: as in DataConfig. Samples
-    that cannot be used are left out, with a warning that names them.
+    sizes: lowest first. limit: at most so many samples, drawn by `seed` (None: all). rows: these samples, in this
+    order, which must be the split's. crop: as in DataConfig. Samples that cannot be used are left out, with a warning
+    that names them.
     """
     _check_picture_sizes(sizes)
     of_split = dataset.split(split)
-    chosen = np.arange(len(of_split))
+    chosen = np.arange(len(of_split)) if rows is None else np.asarray(rows, dtype=np.int64)
     if limit is not None and limit < len(of_split):
+        assert rows is None, "limit and rows both say which samples"
         chosen = np.sort(permutation(len(of_split), "limit", seed)[:limit])
     attributes = _numbered(dataset.attribute_names)
     recipe = Recipe(
@@ -257,10 +260,10 @@ def load_split(
     arrays = recipe.arrays(len(chosen), sizes)
 
     def fill(run: Run, first: int) -> None:
-        rows = range(*np.searchsorted(chosen, [first, first + run.count]))
-        if rows:
+        wanted = range(*np.searchsorted(chosen, [first, first + run.count]))
+        if wanted:
             read = reader.read(run)
-            places = [Place(row, int(chosen[row]), None, read[int(chosen[row]) - first]) for row in rows]
+            places = [Place(row, int(chosen[row]), None, read[int(chosen[row]) - first]) for row in wanted]
             recipe.fill(arrays, places)
 
     starts = np.cumsum([0, *of_split.shard_sizes])

@@ -38,12 +38,15 @@ class Guard:
         """The loss to differentiate; where it is not finite, so are its gradients, on every worker."""
         return loss * torch.where(loss.detach().isfinite(), weight, torch.nan)
 
-    def check(self, gradients: Sequence[Tensor]) -> Tensor:
-        """() float32 on the gradients' device: 1 where one of them is not finite (or their norm overflows), else 0."""
-        norm = torch.stack(torch._foreach_norm(list(gradients))).sum()
+    def check(self, gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """() float32 on the gradients' device: 1 where one of them is not finite (or their norm overflows), else 0.
+
+        And the 2-norm of them all together, which is not finite there.
+        """
+        norm = torch.stack(torch._foreach_norm(list(gradients))).double().norm()
         bad = (~norm.isfinite()).float()
         self._bad = torch.maximum(self._bad, bad)
-        return bad
+        return bad, norm
 
     def end_step(self) -> None:
         """Put the buffers back where an update of this step was bad, and count."""

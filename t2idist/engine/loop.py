@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -18,8 +18,14 @@ from t2idist.engine.metrics import Log
 from t2idist.engine.notice import Notices
 from t2idist.engine.train import Trainer
 
-Look = Callable[[Mapping[str, nn.Module], int], Mapping[str, float]]
-"""Called on the first worker with the evaluation networks and the images seen; gives values to log."""
+
+class Look(Protocol):
+    def __call__(
+        self, nets: Mapping[str, nn.Module], images_seen: int, *, pictures: bool, scores: bool
+    ) -> Mapping[str, float]:
+        """Called on the first worker with the evaluation networks where pictures or scores are due; gives values to
+        log."""
+        ...
 
 
 def due(every_images: int, before: int, after: int) -> bool:
@@ -69,10 +75,12 @@ def run(
             memory.take(trainer, state.notes())
         notices.heed(trainer, state)
         paused = time.monotonic()
-        if last or due(stage.pictures_every_images, before, images):
+        pictures = last or due(stage.pictures_every_images, before, images)
+        scores = stage.scores_every_images > 0 and (last or due(stage.scores_every_images, before, images))
+        if pictures or scores:
             nets = trainer.evaluation_nets()
             if log is not None:
-                log.note(look(nets, images))
+                log.note(look(nets, images, pictures=pictures, scores=scores))
         if last or due(stage.checkpoint_every_images, before, images):
             state.save()
         if log is not None:

@@ -22,7 +22,9 @@ from t2idist.engine.world import Share, World, mean_by_share
 from t2idist.engine.zero import Partitioned
 
 GRADIENTS = "gradients of "
-"""Begins the name under which a role's flag of non-finite gradients stands among the reports."""
+"""Begins the name under which the norm of a role's gradients stands among the reports where it is not finite..."""
+NORM = "norm/"
+"""...and where it is."""
 
 
 @dataclass
@@ -98,8 +100,8 @@ class Trainer:
         assert live.entered, f"{role}: apply without forward"
         assert loss.dim() == 0, f"{role}: the loss has shape {tuple(loss.shape)}; it must be a scalar"
         live.entered = False
-        bad = self.guard.check(live.engine.backward(self.guard.weigh(loss, self.share.weight)))
-        self._reports.append((self.step, f"{GRADIENTS}{role}", torch.where(bad > 0, torch.nan, 0.0)))
+        bad, norm = self.guard.check(live.engine.backward(self.guard.weigh(loss, self.share.weight)))
+        self._reports.append((self.step, f"{GRADIENTS}{role}", norm))
         live.engine.step(live.role.optimizer.lr * factor(live.role.optimizer.schedule, self.images), bad)
         if live.ema is not None:
             assert live.role.ema_half_life_images is not None
@@ -150,7 +152,8 @@ class Trainer:
     def take_reports(self) -> dict[str, float]:
         """Means of what was reported since the last call, over steps and, by share, over workers. A collective.
 
-        Values that are not finite are left out; `first_bad` names those of the first step that had any.
+        With "norm/<role>", the 2-norm of the role's averaged gradients before they are clipped. Values that are not
+        finite are left out; `first_bad` names those of the first step that had any.
         """
         reports, self._reports = self._reports, []
         values = torch.stack([value.double() for _, _, value in reports]).tolist() if reports else []
@@ -159,8 +162,8 @@ class Trainer:
         for (step, name, _), value in zip(reports, values, strict=True):
             if not math.isfinite(value):
                 bad.append((step, name.startswith(GRADIENTS), name))
-            elif not name.startswith(GRADIENTS):
-                finite.setdefault(name, []).append(value)
+            else:
+                finite.setdefault(name.replace(GRADIENTS, NORM, 1), []).append(value)
         mine = {name: math.fsum(of_name) / len(of_name) for name, of_name in finite.items()}
         parts = self.world.gather((self.share.fraction, mine, [entry for entry in bad if entry[0] == bad[0][0]]))
         firsts = sorted({entry for part in parts for entry in part[2]})

@@ -108,6 +108,13 @@ def encode(vocabulary: Vocabulary, captions: Sequence[str], max_words: int) -> C
     return Captions(tokens, lengths, torch.zeros(len(captions), 0))
 
 
+def no_captions(count: int) -> Captions:
+    """For a system that draws without text."""
+    return Captions(
+        torch.zeros(count, 1, dtype=torch.int64), torch.ones(count, dtype=torch.int64), torch.zeros(count, 0)
+    )
+
+
 def generate(
     system: Draws,
     nets: Mapping[str, nn.Module],

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from t2idist import storage
-from t2idist.contract import Batch, Draws, Matches, System, as_floats
+from t2idist.contract import Batch, Draws, Matches, Sample, System, as_floats
 from t2idist.data.text import Vocabulary, tokenise
 from t2idist.evaluate.draw import NormalDraw, encode, generate
 from t2idist.evaluate.pictures import attention_figure, grid, png_bytes, stacked
@@ -31,7 +31,7 @@ def can_draw(system: System) -> bool:
 
 def can_match(system: System) -> bool:
     """Whether the system places pictures and captions in one space (contract.Matches)."""
-    return callable(getattr(system, "embed", None))
+    return callable(getattr(system, "embed_pictures", None))
 
 
 def can_translate(system: System) -> bool:
@@ -77,15 +77,18 @@ class Monitor:
         self._encoded = (encoded if vectors is None else replace(encoded, vectors=vectors)).each(draws)
         self._words = [known_words(vocabulary, caption)[:max_words] for caption in self._captions]
 
-    def write(self, nets: Mapping[str, nn.Module], images_seen: int) -> list[str]:
-        """Draw by `nets` (the exported networks) and write the grid, and attention where there is any; gives the URLs.
+    def draw(self, nets: Mapping[str, nn.Module]) -> Sample:
+        """Draw by `nets`, the exported networks, which are put into eval mode and back.
 
-        The networks are put into eval mode and back. Nothing random of the caller is touched.
+        Nothing random of the caller is touched.
         """
         places = [i % self._draws for i in range(len(self._encoded))]
         with evaluating(nets):
-            draw = NormalDraw(self._seed, places, self._device)
-            sample = generate(self._system, nets, self._encoded, draw, device=self._device)
+            noise = NormalDraw(self._seed, places, self._device)
+            return generate(self._system, nets, self._encoded, noise, device=self._device)
+
+    def write(self, sample: Sample, images_seen: int) -> list[str]:
+        """Write the grid, and attention where there is any; gives the URLs."""
         written = [storage.join(self._folder, f"images_{images_seen:09d}.png")]
         storage.write_bytes(written[0], png_bytes(grid(sample.images, self._captions, self._draws, self._real)))
         if sample.attention:
@@ -135,7 +138,8 @@ def embed_all(
         for start in range(0, len(batch.ids), rows_at_once):
             rows = slice(start, start + rows_at_once)
             pictures = as_floats(batch.images[-1][rows], dtype).to(device)
-            pairs.append(system.embed(nets, pictures, batch.captions[rows].to(device)))
+            captions = batch.captions[rows].to(device)
+            pairs.append((system.embed_pictures(nets, pictures), system.embed_captions(nets, captions)))
     return torch.cat([a.float().cpu() for a, _ in pairs]), torch.cat([b.float().cpu() for _, b in pairs])
 
 

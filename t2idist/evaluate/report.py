@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import base64
-import io
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,13 +13,12 @@ from typing import Any
 from PIL import Image
 
 from t2idist import storage
-from t2idist.evaluate import charts, run_folder
+from t2idist.evaluate import charts, run_folder, score_page
+from t2idist.evaluate.page import WIDEST_LARGE, WIDEST_SMALL, data_uri, image, number, open_png, scale
 from t2idist.evaluate.progress import duration
 from t2idist.evaluate.run_folder import Drawn, RunFolder, Stage
 
 MOST_GRIDS = 12
-WIDEST_SMALL = 1200
-WIDEST_LARGE = 2200
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
@@ -34,7 +31,7 @@ def build(run_url: str) -> str:
     drawn: list[charts.Chart] = []
     sections = [
         ("pictures", "Pictures", _final_pictures(run)),
-        ("scores", "Scores", _scores(run.scores)),
+        ("scores", "Scores", _scores(run.scores) + "".join(score_page.section(stage) for stage in run.stages)),
         ("time", "Over time", "".join(_over_time(stage) for stage in run.stages)),
         ("curves", "Curves", "".join(_curves(stage, drawn) for stage in run.stages)),
         ("attention", "Attention", "".join(_attention(stage) for stage in run.stages)),
@@ -136,7 +133,7 @@ def _final_pictures(run: RunFolder) -> str:
         what = "Pictures that were never trained on (left), and what {} made of them after {:,} images."
     return (
         f'<p class="lead">{what.format(escape(stage.name), last.images)}</p>'
-        f"{_image(last.url, f'Grid of pictures after {last.images:,} images', WIDEST_LARGE, 90)}"
+        f"{image(last.url, f'Grid of pictures after {last.images:,} images', WIDEST_LARGE, 90)}"
     )
 
 
@@ -146,7 +143,7 @@ def _over_time(stage: Stage) -> str:
     shown = _evenly(stage.grids, MOST_GRIDS)
     labels = [f"{drawn.images:,} images" for drawn in shown]
     pictures = "".join(
-        _image(
+        image(
             drawn.url,
             f"Grid after {label}",
             WIDEST_SMALL,
@@ -174,7 +171,7 @@ def _attention(stage: Stage) -> str:
     ends = stage.attention[:1] + stage.attention[-1:] if len(stage.attention) > 1 else stage.attention
     figures = "".join(
         f'<figure class="plain"><figcaption>{escape(stage.name)}, after {drawn.images:,} images</figcaption>'
-        f"{_image(drawn.url, f'Attention of every word after {drawn.images:,} images', WIDEST_LARGE, 85)}</figure>"
+        f"{image(drawn.url, f'Attention of every word after {drawn.images:,} images', WIDEST_LARGE, 85)}</figure>"
         for drawn in ends
     )
     lead = "Where each word acts on the picture, early and at the end of training. " if len(ends) > 1 else ""
@@ -182,33 +179,12 @@ def _attention(stage: Stage) -> str:
     return f'<p class="lead">{lead}</p>{figures}'
 
 
-def _image(url: str, alternative: str, widest: int, quality: int, attributes: str = "") -> str:
-    picture = _open(url)
-    if picture.width > widest:
-        picture = picture.resize((widest, round(picture.height * widest / picture.width)), Image.Resampling.LANCZOS)
-    size = f'width="{picture.width}" height="{picture.height}"'
-    return f'<img class="picture" {size} alt="{escape(alternative)}" src="{_data_uri(picture, quality)}"{attributes}>'
-
-
 def _thumbnail(url: str) -> str:
     """The right end of a grid: its largest scale."""
-    picture = _open(url)
+    picture = open_png(url)
     side = min(picture.height - 30, picture.width // 4)
     cut = picture.crop((picture.width - side - 14, 30, picture.width - 14, 30 + side))
-    return (
-        f'<img alt="" width="92" height="92" src="{_data_uri(cut.resize((184, 184), Image.Resampling.LANCZOS), 70)}">'
-    )
-
-
-def _open(url: str) -> Image.Image:
-    with Image.open(io.BytesIO(storage.read_bytes(url)), formats=("PNG",)) as picture:
-        return picture.convert("RGB")
-
-
-def _data_uri(picture: Image.Image, quality: int) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="WEBP", quality=quality, method=4)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f'<img alt="" width="92" height="92" src="{data_uri(cut.resize((184, 184), Image.Resampling.LANCZOS), 70)}">'
 
 
 def _evenly(items: Sequence[Drawn], most: int) -> list[Drawn]:
@@ -227,9 +203,9 @@ def _scores(rows: Sequence[Mapping[str, Any]]) -> str:
         name = str(row.get("name", ""))
         body += (
             f"<tr{' class=mean' if name.startswith('mean') else ''}><td>{escape(name)}</td>"
-            f'<td class="n">{_number(row.get("value"))}</td><td>{_scale(row)}</td>'
-            f'<td class="n">{_number(row.get("chance"))}</td><td class="n">{_number(row.get("real"))}</td>'
-            f'<td class="n">{_number(row.get("n"))}</td><td class="note">{escape(str(row.get("note") or ""))}</td></tr>'
+            f'<td class="n">{number(row.get("value"))}</td><td>{scale(row)}</td>'
+            f'<td class="n">{number(row.get("chance"))}</td><td class="n">{number(row.get("real"))}</td>'
+            f'<td class="n">{number(row.get("n"))}</td><td class="note">{escape(str(row.get("note") or ""))}</td></tr>'
         )
     return (
         '<p class="lead">On samples that were never trained on. In each bar the orange mark is chance and the dark '
@@ -240,32 +216,12 @@ def _scores(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _scale(row: Mapping[str, Any]) -> str:
-    """A bar from 0 to 1 with marks for chance and real, where the score is a share."""
-    value, chance, real = (row.get(key) for key in ("value", "chance", "real"))
-    known = [v for v in (value, chance, real) if isinstance(v, (int, float))]
-    if not isinstance(value, (int, float)) or chance is None or any(not 0 <= v <= 1 for v in known):
-        return ""
-    marks = f'<i style="width:{value:.1%}"></i>'
-    if isinstance(chance, (int, float)):
-        marks += f'<b class="chance" style="left:{chance:.1%}"></b>'
-    if isinstance(real, (int, float)):
-        marks += f'<b style="left:calc({real:.1%} - 2px)"></b>'
-    return f'<div class="scale">{marks}</div>'
-
-
-def _number(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return "" if value is None else escape(str(value))
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
-
-
 def _curves(stage: Stage, drawn: list[charts.Chart]) -> str:
     groups: dict[str, list[charts.Series]] = {}
     for name in stage.metric_names():
         network, slash, part = name.partition("/")
         groups.setdefault(network, []).append(charts.Series(part if slash else name, *stage.series(name)))
-    titles = {"val": "validation", "lr": "learning rate"}
+    titles = {"val": "validation", "lr": "learning rate", "norm": "gradient norms"}
     order = sorted(groups, key=lambda group: (group == "lr", group == "val", group != "generator"))
     html = []
 
@@ -275,12 +231,35 @@ def _curves(stage: Stage, drawn: list[charts.Chart]) -> str:
 
     for group in order:
         add(titles.get(group, group), groups[group])
+    shares = _shares_by_scale(stage)
+    if shares:
+        add("adversarial loss by scale", shares, "share of the generator's adversarial loss")
+    for name in stage.scored_names():
+        add(f"{name}, scored in training", [charts.Series(name, *stage.scored_series(name))])
     speed = stage.series("images_per_second")
     if speed[0]:
         add("throughput", [charts.Series("images/s", *speed)], "all workers together")
     if not html:
         return ""
     return f'<h3>{_stage_title(stage)} <small>over images seen</small></h3><div class="charts">{"".join(html)}</div>'
+
+
+def _shares_by_scale(stage: Stage) -> list[charts.Series]:
+    """Of the adversarial losses of a generator that has one for each scale: what part of their sum each is."""
+    names = [name for name in stage.metric_names() if name.startswith("generator/adversarial_")]
+    if len(names) < 2:
+        return []
+    lines = [line for line in stage.metrics if all(name in line for name in names)]
+    images = tuple(float(line["images"]) for line in lines)
+    sums = [sum(float(line[name]) for name in names) for line in lines]
+    return [
+        charts.Series(
+            f"{name.rpartition('_')[2]} px",
+            images,
+            tuple(float(line[name]) / (total or 1.0) for line, total in zip(lines, sums, strict=True)),
+        )
+        for name in names
+    ]
 
 
 def _stage_title(stage: Stage) -> str:

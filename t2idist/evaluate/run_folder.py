@@ -36,7 +36,10 @@ class Restart:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. metrics: lines of metrics.jsonl in order of images. grids: of captions or of translated pictures."""
+    """One stage. metrics: lines of metrics.jsonl in order of images. grids: of captions or of translated pictures.
+
+    scored, best: in training (evaluate/during.py). scores: what evaluate/score.py left in folder scores_url.
+    """
 
     name: str
     system: str
@@ -47,6 +50,10 @@ class Stage:
     translates: bool
     export_url: str
     export: Mapping[str, Any] | None
+    scored: tuple[Mapping[str, Any], ...]
+    best: Mapping[str, Any] | None
+    scores: Mapping[str, Any] | None
+    scores_url: str
 
     @property
     def images(self) -> int:
@@ -59,6 +66,16 @@ class Stage:
     def series(self, name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """The points (images, value) of a metric."""
         points = [(float(m["images"]), float(m[name])) for m in self.metrics if _is_number(m.get(name))]
+        return tuple(x for x, _ in points), tuple(y for _, y in points)
+
+    def scored_names(self) -> list[str]:
+        """What was scored in training more than once."""
+        names = {name for line in self.scored for name, value in line.items() if _is_number(value)} - {"images"}
+        return sorted(name for name in names if len(self.scored_series(name)[0]) > 1)
+
+    def scored_series(self, name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """The points (images, value) of a score."""
+        points = [(float(line["images"]), float(line[name])) for line in self.scored if _is_number(line.get(name))]
         return tuple(x for x, _ in points), tuple(y for _, y in points)
 
     def metric_names(self) -> list[str]:
@@ -125,6 +142,10 @@ def _stage(url: str, name: str, config: Mapping[str, Any]) -> Stage:
         attention=tuple(sorted(pictures["attention"], key=lambda drawn: drawn.images)),
         export_url=storage.join(folder, "export"),
         export=_json(folder, "export/export.json", None),
+        scored=tuple(_lines(storage.join(folder, "scored/scores.jsonl"))),
+        best=_json(folder, "scored/best.json", None),
+        scores=_json(folder, "scores/scores.json", None),
+        scores_url=storage.join(folder, "scores"),
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from t2idist import storage
 from t2idist.contract import Captions, Draws, Sample
-from t2idist.evaluate.draw import encode, generate
+from t2idist.evaluate.draw import encode, generate, no_captions
 from t2idist.evaluate.encoders import maker_of_vectors, open_encoder, read_sentences
 from t2idist.evaluate.load import Loaded, load, open_device
 from t2idist.evaluate.monitor import can_draw, can_translate, known_words
@@ -198,8 +198,7 @@ def _rows(arguments: argparse.Namespace, loaded: Loaded, sentences: Sequence[str
     if not reads_text(loaded):
         if sentences:
             raise ValueError(f"{storage.redact(arguments.export)}: this export draws without text; give no sentence")
-        empty = Captions(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, dtype=torch.int64), torch.zeros(1, 0))
-        return plain_rows(loaded, ["without text"], empty)
+        return plain_rows(loaded, ["without text"], no_captions(1))
     if not sentences:
         raise ValueError("no sentence: give --text or a --captions file with one sentence a line")
     captions = _encoded(arguments, loaded, sentences, device).to(device)

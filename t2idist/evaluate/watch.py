@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +15,8 @@ from t2idist.config import RunConfig
 from t2idist.contract import System
 from t2idist.data.shards import Dataset
 from t2idist.data.stream import load_split
+from t2idist.evaluate.diversity import WITHIN, Diversity
+from t2idist.evaluate.during import Scorer
 from t2idist.evaluate.monitor import Monitor, can_draw, can_match, can_translate, reads_vectors, score_matching
 from t2idist.evaluate.translate import Translations
 
@@ -23,7 +27,8 @@ VAL_PICTURES = 1000
 
 
 class Watcher:
-    """Looks at a stage's networks at a cadence. datasets, folder: the stage's."""
+    """Looks at a stage's networks at a cadence. datasets, folder: the stage's. index: that of its export at so many
+    images."""
 
     def __init__(
         self,
@@ -33,10 +38,12 @@ class Watcher:
         stage: str,
         folder: str,
         device: torch.device,
+        index: Callable[[int], dict[str, Any]],
     ) -> None:
         self._system, self._device, self._seed = system, device, config.seed
         data, dataset = config.stage_data(stage), datasets[0]
-        self._monitor, self._val = None, None
+        self._monitor, self._val, self._diversity = None, None, None
+        self._draws = config.report.draws
         self._translations = None
         if can_translate(system):
             self._translations = Translations(
@@ -72,20 +79,53 @@ class Watcher:
                 real=None if given else test.batch.images[-1],
                 vectors=None if given else test.batch.captions.vectors,
             )
+            with contextlib.suppress(ValueError):  # what it takes is an extra
+                self._diversity = Diversity(device)
         if can_match(system) and "val" in dataset.splits:
             self._val = load_split(
                 dataset, "val", sizes=system.sizes, max_words=data.max_words, limit=VAL_PICTURES, crop=data.crop
             )
 
-    def look(self, nets: Mapping[str, nn.Module], images_seen: int) -> Mapping[str, float]:
-        """Write the pictures, and give the measured values."""
+        self._scorer = None
+        self._last_images = config.stages[stage].steps * config.stages[stage].images_per_step
+        if config.stages[stage].scores_every_images:
+            if not can_draw(system):
+                raise ValueError(
+                    f"stages.{stage}.scores_every_images: {config.stages[stage].system} draws no pictures from captions"
+                )
+            self._scorer = Scorer(config.scores, folder, index)
+
+    def close(self, finished: bool) -> None:
+        """End what goes on beside. finished: whether the stage is done."""
+        if self._scorer is not None:
+            self._scorer.close(finished)
+
+    def look(
+        self, nets: Mapping[str, nn.Module], images_seen: int, *, pictures: bool, scores: bool
+    ) -> Mapping[str, float]:
+        """Write the pictures and give the measured values; have the networks scored."""
+        if scores and self._scorer is not None:
+            self._scorer.offer(nets, images_seen, last=images_seen >= self._last_images)
+        if not pictures:
+            return {}
+        values: dict[str, float] = {}
         if self._monitor is not None:
-            self._monitor.write(nets, images_seen)
+            sample = self._monitor.draw(nets)
+            self._monitor.write(sample, images_seen)
+            if self._diversity is not None:
+                values |= self._diversity(sample.images[-1], self._draws)
+                if self._diversity.collapsed(values):
+                    logger.warning(
+                        "collapse: after %s images draws of one caption hardly differ (%s %.2g)",
+                        images_seen,
+                        WITHIN,
+                        values[WITHIN],
+                    )
         if self._translations is not None:
             self._translations.write(nets, images_seen)
-        if self._val is None:
-            return {}
-        return score_matching(self._system, nets, self._val.batch, seed=self._seed, device=self._device)
+        if self._val is not None:
+            values |= score_matching(self._system, nets, self._val.batch, seed=self._seed, device=self._device)
+        return values
 
 
 def shown_split(dataset: Dataset) -> str:

@@ -37,12 +37,41 @@ def says_fake_where(logits: Tensor, keep: Tensor, groups: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """A discriminator's five mean cross-entropies in its own update."""
+class Alone:
+    """A discriminator's mean cross-entropies on pictures alone, and the shares of them that it judges rightly."""
+
+    real: Tensor
+    fake: Tensor
+    accuracy_real: Tensor
+    accuracy_fake: Tensor
+
+
+def judge_alone(real: Tensor, fake: Tensor) -> Alone:
+    """By the logits (N,) of real and of generated pictures. The accuracies have no gradient."""
+    return Alone(says_real(real), says_fake(fake), _share(real > 0), _share(fake < 0))
+
+
+@dataclass(frozen=True)
+class PairVerdict:
+    """A discriminator's mean cross-entropies on the three kinds of pairs in its own update.
+
+    accuracy_...: shares of pairs that it judges rightly. accuracy_matching: of real pictures that get a higher logit
+    with their own condition than with the wrong one. None of them has a gradient.
+    """
 
     real: Tensor
     wrong: Tensor
     fake: Tensor
+    accuracy_real: Tensor
+    accuracy_wrong: Tensor
+    accuracy_fake: Tensor
+    accuracy_matching: Tensor
+
+
+@dataclass(frozen=True)
+class Verdict(PairVerdict):
+    """And on pictures alone."""
+
     real_alone: Tensor
     fake_alone: Tensor
 
@@ -69,41 +98,40 @@ def judge_pairs(net: Judge, real: Tensor, fake: Tensor, condition: Tensor, pairs
     real_features = net.features(real)
     fake_features = net.features(fake)
     return Verdict(
-        real=says_real(net.conditional(real_features, condition)),
-        wrong=says_fake_where(net.conditional(real_features, condition[pairs.caption]), pairs.keep, groups),
-        fake=says_fake(net.conditional(fake_features, condition)),
+        **vars(_pair_verdict(net, real_features, fake_features, condition, pairs, groups)),
         real_alone=says_real(net.unconditional(real_features)),
         fake_alone=says_fake(net.unconditional(fake_features)),
     )
 
 
-@dataclass(frozen=True)
-class PairVerdict:
-    """Mean cross-entropies of the three kinds of pairs, and the share of pictures that prefer their own condition."""
-
-    real: Tensor
-    wrong: Tensor
-    fake: Tensor
-    accuracy_matching: Tensor
-
-
 def judge_three(
     net: PairJudge, real: Tensor, fake: Tensor, condition: Tensor, pairs: WrongPairs, groups: int
 ) -> PairVerdict:
-    """A matching-aware discriminator's verdict (GAN-CLS, section 4.2) on pictures (N, 3, S, S) of conditions (N, D).
+    """A matching-aware discriminator's verdict (GAN-CLS, section 4.2) on pictures (N, 3, S, S) of conditions (N, D)."""
+    return _pair_verdict(net, net.features(real), net.features(fake), condition, pairs, groups)
 
-    accuracy_matching has no gradient: how often a real picture's own condition gets a higher logit than the wrong one.
-    """
-    real_features = net.features(real)
-    own = net.conditional(real_features, condition)
-    other = net.conditional(real_features, condition[pairs.caption])
-    preferred = (own > other)[pairs.keep].to(full(own).dtype)
+
+def _pair_verdict(
+    net: PairJudge, real: Tensor, fake: Tensor, condition: Tensor, pairs: WrongPairs, groups: int
+) -> PairVerdict:
+    """By the features of real and generated pictures."""
+    own = net.conditional(real, condition)
+    other = net.conditional(real, condition[pairs.caption])
+    drawn = net.conditional(fake, condition)
     return PairVerdict(
         real=says_real(own),
         wrong=says_fake_where(other, pairs.keep, groups),
-        fake=says_fake(net.conditional(net.features(fake), condition)),
-        accuracy_matching=preferred.sum() / pairs.keep.sum().clamp(min=1),
+        fake=says_fake(drawn),
+        accuracy_real=_share(own > 0),
+        accuracy_wrong=_share((other < 0)[pairs.keep]),
+        accuracy_fake=_share(drawn < 0),
+        accuracy_matching=_share((own > other)[pairs.keep]),
     )
+
+
+def _share(right: Tensor) -> Tensor:
+    """Of these (n,) answers; 0 where there are none."""
+    return right.sum() / max(len(right), 1)
 
 
 def passes_as_real(net: Judge, fake: Tensor, condition: Tensor) -> Tensor:

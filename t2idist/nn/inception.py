@@ -1,7 +1,10 @@
-"""Inception-v3 (Szegedy et al. 2015, as torchvision has it) in plain torch, with torchvision's parameter names."""
+"""Inception-v3 (Szegedy et al. 2015) in plain torch, with torchvision's parameter names: as torchvision has it, and as
+the TensorFlow graph of December 2015 has it, which FID and the Inception score were published with.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -35,6 +38,20 @@ class ConvUnit(nn.Module):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
+def _mean_with_padding(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, 3, stride=1, padding=1)
+
+
+def _mean_of_pixels(x: Tensor) -> Tensor:
+    """TensorFlow's: the border's zeros do not count."""
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+
+
+def _largest(x: Tensor) -> Tensor:
+    return F.max_pool2d(x, 3, stride=1, padding=1)
+
+
+Pool = Callable[[Tensor], Tensor]
 ROW, ROW_PAD = (1, 7), (0, 3)
 COLUMN, COLUMN_PAD = (7, 1), (3, 0)
 
@@ -42,8 +59,9 @@ COLUMN, COLUMN_PAD = (7, 1), (3, 0)
 class BlockA(nn.Module):
     """35x35 block: 1x1, 5x5, double 3x3 and pooled branches."""
 
-    def __init__(self, channels: int, pool_channels: int) -> None:
+    def __init__(self, channels: int, pool_channels: int, pool: Pool) -> None:
         super().__init__()
+        self._pool = pool
         self.branch1x1 = ConvUnit(channels, 64, 1)
         self.branch5x5_1 = ConvUnit(channels, 48, 1)
         self.branch5x5_2 = ConvUnit(48, 64, 5, padding=2)
@@ -55,7 +73,7 @@ class BlockA(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         five = self.branch5x5_2(self.branch5x5_1(x))
         double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        pooled = self.branch_pool(F.avg_pool2d(x, 3, stride=1, padding=1))
+        pooled = self.branch_pool(self._pool(x))
         return torch.cat([self.branch1x1(x), five, double, pooled], 1)
 
 
@@ -77,8 +95,9 @@ class BlockB(nn.Module):
 class BlockC(nn.Module):
     """17x17 block with factorised 7x7 convolutions."""
 
-    def __init__(self, channels: int, inner: int) -> None:
+    def __init__(self, channels: int, inner: int, pool: Pool) -> None:
         super().__init__()
+        self._pool = pool
         self.branch1x1 = ConvUnit(channels, 192, 1)
         self.branch7x7_1 = ConvUnit(channels, inner, 1)
         self.branch7x7_2 = ConvUnit(inner, inner, ROW, padding=ROW_PAD)
@@ -94,7 +113,7 @@ class BlockC(nn.Module):
         seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
         double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
         double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
-        pooled = self.branch_pool(F.avg_pool2d(x, 3, stride=1, padding=1))
+        pooled = self.branch_pool(self._pool(x))
         return torch.cat([self.branch1x1(x), seven, double, pooled], 1)
 
 
@@ -120,8 +139,9 @@ class BlockD(nn.Module):
 class BlockE(nn.Module):
     """8x8 block with branches that part in a row and a column."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, pool: Pool) -> None:
         super().__init__()
+        self._pool = pool
         self.branch1x1 = ConvUnit(channels, 320, 1)
         self.branch3x3_1 = ConvUnit(channels, 384, 1)
         self.branch3x3_2a = ConvUnit(384, 384, (1, 3), padding=(0, 1))
@@ -135,7 +155,7 @@ class BlockE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         three = self.branch3x3_1(x)
         double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        pooled = self.branch_pool(F.avg_pool2d(x, 3, stride=1, padding=1))
+        pooled = self.branch_pool(self._pool(x))
         parts = [self.branch1x1(x), self.branch3x3_2a(three), self.branch3x3_2b(three)]
         parts += [self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double), pooled]
         return torch.cat(parts, 1)
@@ -147,24 +167,24 @@ class InceptionTrunk(nn.Module):
     Pictures (N, 3, S, S) in [-1, 1], S at least 75, trained at 299.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pool: Pool = _mean_with_padding, last_pool: Pool = _mean_with_padding) -> None:
         super().__init__()
         self.Conv2d_1a_3x3 = ConvUnit(3, 32, 3, stride=2)
         self.Conv2d_2a_3x3 = ConvUnit(32, 32, 3)
         self.Conv2d_2b_3x3 = ConvUnit(32, 64, 3, padding=1)
         self.Conv2d_3b_1x1 = ConvUnit(64, 80, 1)
         self.Conv2d_4a_3x3 = ConvUnit(80, 192, 3)
-        self.Mixed_5b = BlockA(192, 32)
-        self.Mixed_5c = BlockA(256, 64)
-        self.Mixed_5d = BlockA(288, 64)
+        self.Mixed_5b = BlockA(192, 32, pool)
+        self.Mixed_5c = BlockA(256, 64, pool)
+        self.Mixed_5d = BlockA(288, 64, pool)
         self.Mixed_6a = BlockB(288)
-        self.Mixed_6b = BlockC(768, 128)
-        self.Mixed_6c = BlockC(768, 160)
-        self.Mixed_6d = BlockC(768, 160)
-        self.Mixed_6e = BlockC(768, 192)
+        self.Mixed_6b = BlockC(768, 128, pool)
+        self.Mixed_6c = BlockC(768, 160, pool)
+        self.Mixed_6d = BlockC(768, 160, pool)
+        self.Mixed_6e = BlockC(768, 192, pool)
         self.Mixed_7a = BlockD(768)
-        self.Mixed_7b = BlockE(1280)
-        self.Mixed_7c = BlockE(2048)
+        self.Mixed_7b = BlockE(1280, pool)
+        self.Mixed_7c = BlockE(2048, last_pool)
 
     def features(self, images: Tensor) -> InceptionFeatures:
         """(N, 3, S, S) in [-1, 1] -> regions and pooled features."""
@@ -190,3 +210,19 @@ class InceptionV3(InceptionTrunk):
     def forward(self, images: Tensor) -> Tensor:
         out: Tensor = self.fc(self.features(images).pooled)
         return out
+
+
+class Inception2015(InceptionTrunk):
+    """The graph `classify_image` of December 2015: means leave the border out, the last block takes the largest.
+
+    Its weights are known as `pt_inception-2015-12-05`. Pictures (N, 3, 299, 299), (byte - 128) / 128 -> pooled features
+    (N, 2048) and logits (N, 1008) without their bias, as the Inception score takes them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(_mean_of_pixels, _largest)
+        self.fc = nn.Linear(2048, 1008)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        pooled = self.features(images).pooled
+        return pooled, pooled @ self.fc.weight.T

@@ -64,11 +64,13 @@ class CharText:
         sentences = net.text(batch.captions.tokens, batch.captions.lengths)[1]
         return joint_embedding_losses(codes, sentences, batch.class_ids, batch.groups, self.config.margin)
 
-    def embed(self, nets: Mapping[str, nn.Module], images: Tensor, captions: Captions) -> tuple[Tensor, Tensor]:
-        """Image codes and sentence vectors, each (N, embedding_dim)."""
+    def embed_pictures(self, nets: Mapping[str, nn.Module], images: Tensor) -> Tensor:
         codes: Tensor = nets["image"](images)[1]
+        return codes
+
+    def embed_captions(self, nets: Mapping[str, nn.Module], captions: Captions) -> Tensor:
         sentences: Tensor = nets["text"](captions.tokens, captions.lengths)[1]
-        return codes, sentences
+        return sentences
 
 
 def build(config: Config, plan: Plan) -> CharText:

@@ -82,11 +82,13 @@ class Damsm:
             sentence_losses(whole, sentence, classes, groups, self.gammas),
         )
 
-    def embed(self, nets: Mapping[str, nn.Module], images: Tensor, captions: Captions) -> tuple[Tensor, Tensor]:
-        """Image codes and sentence vectors, each (N, embedding_dim)."""
+    def embed_pictures(self, nets: Mapping[str, nn.Module], images: Tensor) -> Tensor:
         codes: Tensor = nets["image"](images)[1]
+        return codes
+
+    def embed_captions(self, nets: Mapping[str, nn.Module], captions: Captions) -> Tensor:
         sentences: Tensor = nets["text"](captions.tokens, captions.lengths)[1]
-        return codes, sentences
+        return sentences
 
 
 def build(config: Config, plan: Plan) -> Damsm:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from t2idist import sentences
 from t2idist.contract import Adam, Batch, Captions, Draw, Frozen, Plan, Role, Sample, Train
-from t2idist.losses.adversarial import says_fake, says_real
+from t2idist.losses.adversarial import Alone, judge_alone, says_real
 from t2idist.nn.dcgan import DcganDiscriminator, DcganGenerator, conditional_generator
 from t2idist.nn.initial import normal_
 from t2idist.nn.text_encoders import sentence_encoder
@@ -73,10 +73,10 @@ class Dcgan:
         if self.config.conditional:
             text = sentences.for_step(batch.captions, train, self.frozen, self.config.unit_text)
         fake = train.forward("generator", _call, train.noise(self.config.z_dim), text)
-        real_loss, fake_loss = train.forward("discriminator", _verdict, batch.images[-1], fake.detach(), text)
-        train.apply("discriminator", real_loss + fake_loss)
-        train.report("discriminator/real", real_loss)
-        train.report("discriminator/fake", fake_loss)
+        verdict = train.forward("discriminator", _verdict, batch.images[-1], fake.detach(), text)
+        train.apply("discriminator", verdict.real + verdict.fake)
+        for part, value in vars(verdict).items():
+            train.report(f"discriminator/{part}", value)
         with train.frozen("discriminator") as judge:
             loss = says_real(judge(fake, text))
         train.report("generator/adversarial", loss)
@@ -92,8 +92,8 @@ def _call(net: nn.Module, z: Tensor, text: Tensor | None) -> Tensor:
     return images
 
 
-def _verdict(net: nn.Module, real: Tensor, fake: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor]:
-    return says_real(net(real, text)), says_fake(net(fake, text))
+def _verdict(net: nn.Module, real: Tensor, fake: Tensor, text: Tensor | None) -> Alone:
+    return judge_alone(net(real, text), net(fake, text))
 
 
 def build(config: Config, plan: Plan) -> Dcgan:

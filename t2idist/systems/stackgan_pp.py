@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from t2idist import sentences
 from t2idist.contract import Adam, Batch, Captions, Draw, Frozen, Plan, Role, Sample, Train
-from t2idist.losses.adversarial import authors_joint, balanced_joint, judge_pairs, says_fake, says_real
+from t2idist.losses.adversarial import Alone, authors_joint, balanced_joint, judge_alone, judge_pairs, says_real
 from t2idist.losses.image import colour_consistency, kl_divergence
 from t2idist.losses.matching import wrong_pairs
 from t2idist.nn import tree
@@ -106,10 +106,10 @@ class StackGanPP:
         """The discriminators' updates without captions."""
         for size, real, fake in zip(self.sizes, batch.images, drawn.images, strict=True):
             name = f"discriminator_{size}"
-            real_loss, fake_loss = train.forward(name, _picture_verdict, real, fake.detach())
-            train.apply(name, real_loss + fake_loss)
-            train.report(f"{name}/real_alone", real_loss)
-            train.report(f"{name}/fake_alone", fake_loss)
+            verdict = train.forward(name, _picture_verdict, real, fake.detach())
+            train.apply(name, verdict.real + verdict.fake)
+            for part, value in vars(verdict).items():
+                train.report(f"{name}/{part}_alone", value)
 
     def _generator_loss(self, drawn: Drawn, train: Train) -> Tensor:
         loss = drawn.images[0].new_zeros(())
@@ -140,8 +140,8 @@ class StackGanPP:
         return Sample(tree.draw(nets["generator"], z, draw(self.config.condition_dim), sentence).images)
 
 
-def _picture_verdict(net: StackDiscriminator, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-    return says_real(net.unconditional(net.features(real))), says_fake(net.unconditional(net.features(fake)))
+def _picture_verdict(net: StackDiscriminator, real: Tensor, fake: Tensor) -> Alone:
+    return judge_alone(net.unconditional(net.features(real)), net.unconditional(net.features(fake)))
 
 
 def build(config: Config, plan: Plan) -> StackGanPP:

@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 SCORED, LINES, BEST = "scored", "scores.jsonl", "best.json"
 SMALLER_IS_BETTER = ("fid", "kid")
 LOOK_SECONDS = 0.2
+PATIENCE_SECONDS = 5.0
+OUT_OF_TIME = 3
+"""The process's exit status where its time was not enough."""
 T = TypeVar("T")
 
 
@@ -54,7 +57,7 @@ class Scorer:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "t2idist.evaluate.during"], stdin=subprocess.PIPE, env=environment, text=True
         )
-        self._say({"folder": folder, "config": asdict(config), "share": config.share / 2})
+        self._say({"folder": folder, "config": asdict(config)})
 
     def offer(self, nets: Mapping[str, nn.Module], images: int, *, last: bool) -> None:
         """Have these networks scored, if those before them are done; the last ones in any case."""
@@ -68,19 +71,18 @@ class Scorer:
         self._say({"images": images, "export": url})
 
     def close(self, finished: bool) -> None:
-        """End the process; where the stage is finished, what was offered last gets the other half of the time."""
+        """End the process; where the stage is finished, what was offered last gets the time that is left to it."""
+        patience = 0.0
         if finished:
             self._say({"end": True})
-            patience = self._share / 2 * (time.monotonic() - self._begun)
-        else:
-            patience = 0.0
+            patience = self._share * (time.monotonic() - self._begun) + PATIENCE_SECONDS
         try:
             self._process.wait(patience)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-            if finished:
-                logger.warning("the last weights were not scored: it would have taken more than scores.share allows")
+        if finished and self._process.returncode != 0:
+            logger.warning("the last weights were not scored: it would have taken more than scores.share of the time")
 
     def _say(self, message: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None
@@ -131,8 +133,12 @@ class Pace:
         self.free = False
 
     def __call__(self) -> None:
-        while not self.free and self._used() > self._share * (self._clock() - self._begun):
+        while not self.free and self.left() < 0:
             self.asleep(lambda: self._sleep(LOOK_SECONDS))
+
+    def left(self) -> float:
+        """Seconds of work for which there is time now."""
+        return self._share * (self._clock() - self._begun) - self._used()
 
     def asleep(self, wait: Callable[[], T]) -> T:
         """Wait; that is no work."""
@@ -153,14 +159,17 @@ def main(source: IO[str]) -> int:
     torch.set_num_threads(1)
     first = json.loads(source.readline())
     config, folder = from_dict(ScoresConfig, first["config"]), first["folder"]
-    pace = Pace(first["share"], _used_cpu if config.device == "cpu" else None)
+    pace = Pace(config.share, _used_cpu if config.device == "cpu" else None)
     waiting: queue.Queue[dict[str, Any] | None] = queue.Queue()
 
     def listen() -> None:
         for line in source:
             message = json.loads(line)
-            if message.get("end"):
+            if message.get("end"):  # the machine is free, and whoever started this waits
                 pace.free = True
+                alarm = threading.Timer(max(pace.left(), 0.0), os._exit, (OUT_OF_TIME,))
+                alarm.daemon = True
+                alarm.start()
                 waiting.put(None)
                 return
             waiting.put(message)

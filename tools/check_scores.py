@@ -71,10 +71,11 @@ def main(words: Sequence[str] | None = None) -> int:
 def check(dataset: Dataset, extractor: Extractor, n: int, train: int, size: int) -> list[str]:
     """Print the tables; gives a sentence for everything that came out in the wrong order.
 
-    The two sides are halves of what was drawn from the test split, or from train where that is too small.
+    The two sides are halves of what was drawn from test, or from val, or from train where those are too small.
     """
-    split = "test" if "test" in dataset.splits and len(dataset.split("test")) >= 2 * n else "train"
-    taken = load_split(dataset, split, sizes=(size,), max_words=1, limit=2 * n, crop=1.0)
+    large = [name for name in ("test", "val") if name in dataset.splits and len(dataset.split(name)) >= 2 * n]
+    split = large[0] if large else "train"
+    taken = load_split(dataset, split, sizes=(size,), max_words=1, rows=_rows(dataset, split, 0, 2 * n), crop=1.0)
     if len(taken.captions) < 2 * n:
         raise ValueError(f"--n {n}: split {split} has {len(taken.captions)} pictures, and two sides take {2 * n}")
     order = torch.randperm(2 * n, generator=torch.Generator().manual_seed(0))
@@ -107,7 +108,14 @@ def check(dataset: Dataset, extractor: Extractor, n: int, train: int, size: int)
         for measure in ("fid", "kid")
         if not getattr(better, measure) < getattr(worse, measure)
     ]
-    return wrong + _check_captions(dataset, extractor, plain, captions[n:], classes[n:], train, size)
+    fitted = _rows(dataset, "train", 2 * n if split == "train" else 0, train)
+    return wrong + _check_captions(dataset, extractor, plain, captions[n:], classes[n:], fitted, size)
+
+
+def _rows(dataset: Dataset, split: str, start: int, count: int) -> list[int]:
+    """So many samples of a split from a place on in an order drawn once, in the split's own order."""
+    order = torch.randperm(len(dataset.split(split)), generator=torch.Generator().manual_seed(0))
+    return sorted(order[start : start + count].tolist())
 
 
 def _check_captions(
@@ -116,17 +124,19 @@ def _check_captions(
     seen: Tensor,
     captions: Sequence[Sequence[str]],
     classes: Tensor,
-    train: int,
+    rows: Sequence[int],
     size: int,
 ) -> list[str]:
-    fitted = load_split(dataset, "train", sizes=(size,), max_words=1, limit=train, seed=1, crop=1.0)
+    if not rows:
+        raise ValueError(f"--n {len(captions)}: no training pictures are left to fit the space of captions on")
+    fitted = load_split(dataset, "train", sizes=(size,), max_words=1, rows=rows, crop=1.0)
     space = CaptionSpace(_features(extractor, fitted.batch.images[-1]), fitted.captions, seed=0)
     places, said = space.place(seen), [of_picture[0] for of_picture in captions]
     n = len(said)
     found: dict[str, RPrecision] = {}
     for name, moved in (("own captions", 0), ("half of them moved", n // 2), ("all moved", n)):
-        rows = [(row + n // 2 + 1) % n if row < moved else row for row in range(n)]
-        found[name] = r_precision(places, space.read([said[row] for row in rows]), seed=0, class_ids=classes)
+        given = [(row + n // 2 + 1) % n if row < moved else row for row in range(n)]
+        found[name] = r_precision(places, space.read([said[row] for row in given]), seed=0, class_ids=classes)
     print(f"R-precision by ridge regression, fitted on {len(fitted.captions)} pictures")
     for name, score in found.items():
         print(f"{name:20}{score.mean:8.3f} +- {score.standard_error:.3f}  chance {score.chance:.3f}")

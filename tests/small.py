@@ -178,4 +178,5 @@ def trainer(world: World, system: str, precision: str, groups: int = GROUPS) -> 
 def run_steps(made: Trainer, count: int) -> None:
     extent = EXTENTS.get(made.noise_source.stage, toys.EXTENT)
     for _ in range(count):
-        made.run_step(toys.batch(made.step, made.share.lanes, GROUP_SIZE, made.system.sizes, MAX_WORDS, extent))
+        batch = toys.batch(made.step, made.share.lanes, GROUP_SIZE, made.system.sizes, MAX_WORDS, extent)
+        made.run_step(batch, momentum=1 / (made.step + 1) if made.step % 3 else 0.0)  # both ways to settle averages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from t2idist import storage
-from t2idist.config import CheckpointConfig
+from t2idist.config import CheckpointConfig, StageConfig
 from t2idist.contract import Plan, Role
-from t2idist.engine import dcp, export
+from t2idist.engine import dcp, export, loop
 from t2idist.engine.checkpoint import Checkpoints, list_folders, milestones_of
-from t2idist.engine.groups import convert
+from t2idist.engine.groups import GroupedBatchNorm, convert
 from t2idist.engine.noise import Noise
 from t2idist.engine.strategy import Precision
 from t2idist.engine.train import Trainer
@@ -385,3 +386,39 @@ def test_the_training_goes_on_while_a_save_is_written(tmp_path: Path, monkeypatc
 def test_milestones_stay() -> None:
     assert milestones_of([10, 20, 30, 40, 50, 60], 25) == {30, 50}
     assert milestones_of([100, 200], 100) == {100, 200}
+
+
+def test_averaged_networks_get_the_statistics_of_their_own_passes() -> None:
+    made = trainer(ALONE)
+    step(made, 2)
+    seen: list[Tensor] = []
+    average = made._live["generator"].ema
+    assert average is not None
+    first = next(module for module in average.modules() if isinstance(module, GroupedBatchNorm))
+
+    def note(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        assert module.training and not average.training, "its own mode is that of evaluation"
+        means = [group.mean([0, *range(2, group.dim())]) for group in given[0].split(GROUP_SIZE)]
+        seen.append(torch.stack(means).mean(0))
+
+    first.register_forward_pre_hook(note)
+    for number in range(3):
+        made.run_step(toys.batch(made.step, made.share.lanes, GROUP_SIZE), momentum=1 / (number + 1))
+    assert len(seen) == 3 and first.running_mean is not None
+    torch.testing.assert_close(first.running_mean, torch.stack(seen).mean(0))
+    live = made.state()["generator/net/norm2.running_mean"]
+    assert not torch.allclose(made.state()["generator/ema/norm2.running_mean"], live)
+    assert not first.training and first.momentum == 0.1
+
+
+def test_statistics_are_settled_in_the_steps_before_a_look() -> None:
+    stage = StageConfig(system="toy", group_size=5, groups=2, images=2010, pictures_every_images=505)
+    momenta = [loop.momentum(stage, number) for number in range(stage.steps)]
+    looks = [n for n in range(stage.steps) if loop.due(505, n * 10, n * 10 + 10)] + [stage.steps - 1]
+    assert looks == [50, 100, 151, 200]
+    for look in looks:
+        window = momenta[look - 31 : look + 1]
+        assert window == [1 / (i + 1) for i in range(32)], "the mean of the last 32"
+    assert sum(momentum > 0 for momentum in momenta) == 4 * 32
+    often = replace(stage, pictures_every_images=10)
+    assert [loop.momentum(often, number) for number in (0, 1, 2, 100)] == [1, 1 / 2, 1 / 3, 1 / 32]

@@ -6,6 +6,9 @@ parameter names stay as they are.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -48,6 +51,30 @@ class GroupedBatchNorm(_BatchNorm):
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(1)
         return torch.cat(outputs)
+
+
+@contextlib.contextmanager
+def tracking(net: nn.Module, momentum: float) -> Iterator[None]:
+    """Inside, BatchNorm of `net` normalises each group by itself and its running statistics move by `momentum`."""
+    norms = [module for module in net.modules() if isinstance(module, _BatchNorm)]
+    before = [(norm.training, norm.momentum) for norm in norms]
+    for norm in norms:
+        norm.training, norm.momentum = True, momentum
+    try:
+        yield
+    finally:
+        for norm, (training, own) in zip(norms, before, strict=True):
+            norm.training, norm.momentum = training, own
+
+
+def running_statistics(net: nn.Module) -> list[str]:
+    """Names of the floating buffers of BatchNorm."""
+    return [
+        f"{name}.{key}" if name else key
+        for name, module in net.named_modules()
+        if isinstance(module, _BatchNorm)
+        for key in ("running_mean", "running_var")
+    ]
 
 
 class GroupedDropout(nn.Dropout):

@@ -28,9 +28,26 @@ class Look(Protocol):
         ...
 
 
+STATISTICS_STEPS = 32
+
+
 def due(every_images: int, before: int, after: int) -> bool:
     """Whether a multiple of `every_images` was reached between two counts."""
     return after // every_images > before // every_images
+
+
+def momentum(stage: StageConfig, step: int) -> float:
+    """By how much the averaged networks' BatchNorm statistics move in a step (see `Trainer.run_step`).
+
+    They are the mean over the last `STATISTICS_STEPS` before each look at the networks; what is averaged of weights
+    that move fast has other statistics than the average of theirs. A function of the step alone, so that a run that was
+    taken up again is the same.
+    """
+    images = stage.images_per_step
+    cadences = [every for every in (stage.pictures_every_images, stage.scores_every_images) if every]
+    looks = [-(-(step * images // every + 1) * every // images) for every in cadences]
+    start = max(0, min(stage.steps, *looks) - STATISTICS_STEPS)
+    return 1 / (step - start + 1) if step >= start else 0.0
 
 
 def report_every(stage: StageConfig) -> int:
@@ -56,7 +73,7 @@ def run(
     pace, state = _Pace(trainer), _State(trainer, batches, checkpoints, memory, log)
     while trainer.step < stage.steps:
         before = trainer.images
-        trainer.run_step(next(batches))
+        trainer.run_step(next(batches), momentum(stage, trainer.step))
         images, last = trainer.images, trainer.step == stage.steps
         if log is not None:
             log.stepped(images)

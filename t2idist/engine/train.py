@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from t2idist.contract import Role, System
-from t2idist.engine.groups import convert
+from t2idist.engine.groups import convert, running_statistics, tracking
 from t2idist.engine.guard import Guard
 from t2idist.engine.noise import Noise
 from t2idist.engine.schedule import ema_decay, factor
@@ -35,6 +35,7 @@ class _Live:
     engine: Engine
     ema: nn.Module | None
     entered: bool = False
+    again: Callable[[nn.Module], Any] | None = None
 
 
 class Trainer:
@@ -59,11 +60,12 @@ class Trainer:
         self.system, self.world, self.share, self.precision, self.zero = system, world, share, precision, zero
         self.group_size = group_size
         self.step = 0
+        self._momentum = 0.0
         self.noise_source = Noise(seed, stage, share.lanes, group_size, world.device, precision.weights)
         self._frozen = {name: self._place(f.net).eval().requires_grad_(False) for name, f in system.frozen.items()}
         self._live = {name: self._start(name, role) for name, role in system.roles.items()}
-        trained = [live.role.net for live in self._live.values()]
-        self.guard = Guard(trained, world.device)
+        nets = [net for live in self._live.values() for net in (live.role.net, live.ema) if net is not None]
+        self.guard = Guard(nets, world.device)
         self._reports: list[tuple[int, str, Tensor]] = []
         self.first_bad = ""
 
@@ -93,6 +95,8 @@ class Trainer:
         live = self._live[role]
         assert not live.entered, f"{role}: a second forward before apply"
         live.entered = True
+        if live.ema is not None and self._momentum:
+            live.again = lambda net: fn(net, *args, **kwargs)
         return live.engine.enter(fn, *args, **kwargs)
 
     def apply(self, role: str, loss: Tensor) -> None:
@@ -106,7 +110,7 @@ class Trainer:
         if live.ema is not None:
             assert live.role.ema_half_life_images is not None
             keep = ema_decay(live.role.ema_half_life_images, self.group_size * self.share.groups)
-            _average(live.ema, live.role.net, keep)
+            _average(live.ema, live.role.net, keep, statistics=not self._momentum)
 
     def update(self, role: str, fn: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         loss = self.forward(role, fn, *args, **kwargs)
@@ -139,13 +143,23 @@ class Trainer:
         self._reports.append((self.step, name, value.detach()))
 
     # -------------------------------------------------------------------------------------------- for the loop
-    def run_step(self, batch: Any) -> None:
-        """One step of the system on a host batch."""
+    def run_step(self, batch: Any, momentum: float = 0.0) -> None:
+        """One step of the system on a host batch.
+
+        momentum: by how much the BatchNorm statistics of averaged networks move to what these networks themselves see
+        in this step (0: they are averages of the live networks' statistics, which are those of other weights).
+        """
+        self._momentum = momentum
         self.noise_source.start(self.step)
         self.guard.start_step()
         self.system.step(batch.to(self.world.device, self.precision.weights), self)
         pending = [name for name, live in self._live.items() if live.entered]
         assert not pending, f"{pending}: forward without apply"
+        for live in self._live.values():
+            if live.ema is not None and live.again is not None:
+                with torch.no_grad(), self.precision.autocast(self.world.device), tracking(live.ema, momentum):
+                    live.again(live.ema)
+                live.again = None
         self.guard.end_step()
         self.step += 1
 
@@ -245,11 +259,15 @@ def _mean(weighted: list[tuple[float, float]]) -> float:
     return math.fsum(weight * value for weight, value in weighted) / math.fsum(weight for weight, _ in weighted)
 
 
-def _average(ema: nn.Module, net: nn.Module, keep: float) -> None:
-    """ema <- keep * ema + (1 - keep) * net, for parameters and floating buffers; other buffers are copied."""
+def _average(ema: nn.Module, net: nn.Module, keep: float, *, statistics: bool) -> None:
+    """ema <- keep * ema + (1 - keep) * net, for parameters and floating buffers; other buffers are copied.
+
+    statistics: whether those of BatchNorm are among them.
+    """
     with torch.no_grad():
         theirs, ours = ema.state_dict(), net.state_dict()
-        floating = [key for key, value in theirs.items() if value.is_floating_point()]
+        kept = set() if statistics else set(running_statistics(ema))
+        floating = [key for key, value in theirs.items() if value.is_floating_point() and key not in kept]
         torch._foreach_lerp_([theirs[k] for k in floating], [ours[k] for k in floating], 1 - keep)
-        for key in theirs.keys() - set(floating):
+        for key in theirs.keys() - set(floating) - kept:
             theirs[key].copy_(ours[key])

@@ -47,7 +47,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Options:
-    """How to measure. background: class 0 of the classifier counts for nothing. kid_subset: 0: 1000, or all there are.
+    """How to measure. background: class 0 of the classifier counts for nothing. kid_subset: 0: 1000, or half of what there is.
 
     bootstrap: draws for standard errors (0: none).
     """
@@ -136,7 +136,7 @@ class Measures:
     @property
     def kid_subset(self) -> int:
         there = min(len(self.real.rows), len(self.generated.rows))
-        return self._options.kid_subset or min(KID_SUBSET, there)
+        return self._options.kid_subset or min(KID_SUBSET, there // 2)
 
     def _inception(self) -> list[Score]:
         if not self.generated.seen[0].logits.shape[1]:

@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--truncation", type=float, help="no noise of a size above it")
     add("--jpeg", type=int, default=0, metavar="Q", help="encode all pictures at this quality first")
     add("--splits", type=int, default=default.splits, help="is: how many (default: %(default)s)")
-    add("--subset", type=int, default=0, help="kid: pictures of a subset (default: 1000, or all there are)")
+    add("--subset", type=int, default=0, help="kid: pictures of a subset (default: 1000, or half of what there is)")
     add("--bootstrap", type=int, default=default.bootstrap, help="draws for standard errors (default: %(default)s)")
     add("--seed", type=int, default=0, help="of noise, samples and subsets (default: 0)")
     add("--workers", type=int, default=0, help="processes (default: 0, this one alone)")

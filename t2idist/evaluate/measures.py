@@ -47,7 +47,8 @@ class Score:
 
 @dataclass(frozen=True)
 class Options:
-    """How to measure. background: class 0 of the classifier counts for nothing. kid_subset: 0: 1000, or half of what there is.
+    """How to measure. background: class 0 of the classifier counts for nothing. kid_subset: 0: 1000, or half of what
+    there is.
 
     bootstrap: draws for standard errors (0: none).
     """

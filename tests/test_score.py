@@ -127,6 +127,7 @@ def test_it_goes_on_where_it_was_and_gives_the_same(run: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_any_number_of_workers_gives_the_same(run: Path, tmp_path: Path) -> None:
     metrics = ("fid", "kid", "is", "prdc", "r_precision")
     asked = settings(run, tmp_path / "0", metrics=metrics, extractor="efficientnet-lite0", train=130)

@@ -131,12 +131,13 @@ def _check_captions(
         raise ValueError(f"--n {len(captions)}: no training pictures are left to fit the space of captions on")
     fitted = load_split(dataset, "train", sizes=(size,), max_words=1, rows=rows, crop=1.0)
     space = CaptionSpace(_features(extractor, fitted.batch.images[-1]), fitted.captions, seed=0)
-    places, said = space.place(seen), [of_picture[0] for of_picture in captions]
+    places = space.place(seen)
+    said = torch.stack([space.read(of_picture).mean(0) for of_picture in captions])  # all that is said of a picture
     n = len(said)
     found: dict[str, RPrecision] = {}
     for name, moved in (("own captions", 0), ("half of them moved", n // 2), ("all moved", n)):
         given = [(row + n // 2 + 1) % n if row < moved else row for row in range(n)]
-        found[name] = r_precision(places, space.read([said[row] for row in given]), seed=0, class_ids=classes)
+        found[name] = r_precision(places, said[given], seed=0, class_ids=classes)
     print(f"R-precision by ridge regression, fitted on {len(fitted.captions)} pictures")
     for name, score in found.items():
         print(f"{name:20}{score.mean:8.3f} +- {score.standard_error:.3f}  chance {score.chance:.3f}")

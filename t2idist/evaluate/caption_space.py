@@ -45,13 +45,15 @@ class CaptionSpace:
         places = self._meaning.fit_transform(counted)
         bounds = np.cumsum([0, *(len(of_picture) for of_picture in captions)])
         targets = np.add.reduceat(places, bounds[:-1]) / np.diff(bounds)[:, None]
+        self._centre = targets.mean(axis=0)  # what all captions say is no reason to prefer one
         self._scale: Any = StandardScaler()
         self._regression: Any = Ridge(RIDGE).fit(self._scale.fit_transform(features.double().numpy()), targets)
 
     def read(self, captions: Sequence[str]) -> Tensor:
         """(n, d) of captions."""
-        return torch.from_numpy(self._meaning.transform(self._words.transform(captions)))
+        return torch.from_numpy(self._meaning.transform(self._words.transform(captions)) - self._centre)
 
     def place(self, features: Tensor) -> Tensor:
         """(n, d) of pictures by their features (n, D)."""
-        return torch.from_numpy(self._regression.predict(self._scale.transform(features.double().numpy())))
+        scaled = self._scale.transform(features.double().numpy())
+        return torch.from_numpy(self._regression.predict(scaled) - self._centre)

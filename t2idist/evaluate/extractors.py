@@ -227,12 +227,12 @@ class Clip:
         if found != weights.sha256.lower():
             raise ValueError(f"extractor clip: model.safetensors has sha256 {found}; --weights-sha256 must be that")
         try:
-            from transformers import CLIPModel, CLIPTokenizerFast  # an extra, and slow to import
+            transformers: Any = importlib.import_module("transformers")  # an extra, and slow to import
         except ImportError:
             raise ValueError("extractor clip: install what runs it with: pip install t2idist[clip]") from None
-        model = CLIPModel.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
+        model = transformers.CLIPModel.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
         self._model: Any = model.eval().requires_grad_(False).to(device)
-        self._tokenizer: Any = CLIPTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        self._tokenizer: Any = transformers.CLIPTokenizerFast.from_pretrained(str(folder), local_files_only=True)
         self._device = device
         self._size = int(model.config.vision_config.image_size)
         self.dim = int(model.config.projection_dim)

@@ -89,6 +89,11 @@ def as_floats(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return images.to(dtype).div_(127.5).sub_(1.0) if images.dtype == torch.uint8 else images.to(dtype)
 
 
+def as_bytes(images: Tensor) -> Tensor:
+    """Pictures in [-1, 1] as uint8; what lies outside is cut off."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
 # ------------------------------------------------------------ what a system declares
 @dataclass(frozen=True)
 class Schedule:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
-from t2idist.evaluate.extractors import EXTRACTORS, Seen
+import pytest
+import torch
+from torch import Tensor
+
+from t2idist.evaluate.extractors import EXTRACTORS, Seen, Weights
 from tools import check_scores
 
 
@@ -15,20 +19,23 @@ def test_blur_noise_and_moved_captions_score_worse(capsys: pytest.CaptureFixture
     assert "efficientnet-lite0" in out and "blurred, 3 px" in out and "all moved" in out
 
 
+class Blind:
+    """An extractor that gives noise, another for each call."""
+
+    def __init__(self, weights: Weights, device: torch.device) -> None:
+        self.facts: dict[str, Any] = {"name": "blind"}
+        self.dim, self.classes, self._calls = 16, 16, 0
+
+    def __call__(self, images: Tensor) -> Seen:
+        self._calls += 1
+        drawn = torch.randn(len(images), 16, generator=torch.Generator().manual_seed(self._calls))
+        return Seen(drawn, drawn)
+
+
 def test_a_score_that_sees_nothing_is_found_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def blind(weights: object, device: object) -> object:
-        def look(images: object) -> Seen:
-            look.calls += 1  # type: ignore[attr-defined]
-            generator = check_scores.torch.Generator().manual_seed(look.calls)  # type: ignore[attr-defined]
-            drawn = check_scores.torch.randn(len(images), 16, generator=generator)  # type: ignore[arg-type]
-            return Seen(drawn, drawn)
-
-        look.calls, look.facts = 0, {"name": "blind"}  # type: ignore[attr-defined]
-        return look
-
-    monkeypatch.setitem(EXTRACTORS, "efficientnet-lite0", blind)  # type: ignore[arg-type]
+    monkeypatch.setitem(EXTRACTORS, "efficientnet-lite0", Blind)
     assert check_scores.main(["--data", "emoji", "--n", "110", "--train", "120", "--size", "16"]) == 1
     assert "check_scores: kid: " in capsys.readouterr().err
 

@@ -27,8 +27,7 @@ class Pooled:
     dim, classes = 108, 5
     facts = {"name": "pooled", "weights": "none", "sha256": "", "resize": "mean of 6 x 6"}  # noqa: RUF012
 
-    def __init__(self, weights: Weights, device: torch.device) -> None:
-        self.calls = 0
+    def __init__(self, weights: Weights, device: torch.device) -> None: ...
 
     def __call__(self, images: Tensor) -> Seen:
         features = torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 6).flatten(1)

@@ -48,8 +48,7 @@ class Scorer:
         open_extractor(config.extractor, Weights(config.weights, config.weights_sha256), torch.device("cpu"))
         self._stage, self._folder = folder, storage.join(folder, SCORED)
         self._index, self._share = index, config.share
-        self._waiting: int | None = None
-        self._done = {int(line["images"]) for line in read_lines(folder)}
+        self._offered: int | None = None
         self._begun = time.monotonic()
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         if config.device == "cpu":
@@ -61,11 +60,11 @@ class Scorer:
 
     def offer(self, nets: Mapping[str, nn.Module], images: int, *, last: bool) -> None:
         """Have these networks scored, if those before them are done; the last ones in any case."""
-        if self._waiting is not None and self._waiting not in self._done:
-            self._done = {int(line["images"]) for line in read_lines(self._stage)}
-        if images in self._done or (self._waiting not in (None, *self._done) and not last):
+        done = {int(line["images"]) for line in read_lines(self._stage)}
+        busy = self._offered is not None and self._offered not in done
+        if images in done or (busy and not last):
             return
-        self._waiting = images
+        self._offered = images
         url = storage.join(self._folder, f"{images:012d}")
         export.write(url, nets, self._index(images))
         self._say({"images": images, "export": url})

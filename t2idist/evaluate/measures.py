@@ -81,16 +81,15 @@ def check(job: Job, options: Options, metrics: Sequence[str], dataset: Dataset) 
         raise ValueError(f"--splits {options.splits}: {there}; give more, or fewer splits")
     if fewest < 4:
         raise ValueError(f"--n {job.n}: {there}; at least 4 are needed")
-    for name in metrics:
-        if name == "r_precision" or name in READ_BY:
-            for kind in (GENERATED, REAL):
-                rows = scoring.rows_of(kind, job, len(dataset.split(job.split)))
-                most = most_candidates(scoring.classes_of(dataset, job.split, rows.samples))
-                if most < CANDIDATES:
-                    raise ValueError(
-                        f"--metrics {name}: a picture picks its caption out of {CANDIDATES} of other classes, and the "
-                        f"{kind} pictures give one of them only {most}; give more"
-                    )
+    by_caption = [name for name in metrics if name == "r_precision" or name in READ_BY]
+    for kind in (GENERATED, REAL) if by_caption else ():
+        rows = scoring.rows_of(kind, job, len(dataset.split(job.split)))
+        most = most_candidates(scoring.classes_of(dataset, job.split, rows.samples))
+        if most < CANDIDATES:
+            raise ValueError(
+                f"--metrics {by_caption[0]}: a picture picks its caption out of {CANDIDATES} of other classes, and the "
+                f"{kind} pictures give one of them only {most}; give more"
+            )
 
 
 class Measures:

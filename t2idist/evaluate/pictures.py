@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from t2idist import storage
-from t2idist.contract import as_floats
+from t2idist.contract import as_bytes, as_floats
 from t2idist.data.pictures import crop_and_flip, decode
 from t2idist.data.reader import Encoded
 from t2idist.data.samples import EXTENSIONS
@@ -33,7 +33,7 @@ _HEAT = np.array([(18, 10, 60), (120, 28, 109), (229, 80, 57), (252, 165, 10), (
 
 def to_picture(image: Tensor) -> Image.Image:
     """A PIL picture of one image (3, H, W) in [-1, 1]."""
-    levels = ((image.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
+    levels = as_bytes(image.detach().float().cpu())
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
 
 

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from t2idist import storage
 from t2idist.config import DataConfig
-from t2idist.contract import Draws, Matches, as_floats
+from t2idist.contract import Draws, Matches, as_bytes, as_floats
 from t2idist.data.order import permutation
 from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_dataset
 from t2idist.data.stream import load_split
+from t2idist.engine import export
 from t2idist.evaluate.draw import NormalDraw, encode, generate, no_captions
 from t2idist.evaluate.extractors import Clip, Extractor, Seen, Weights, open_extractor
 from t2idist.evaluate.load import Loaded, load
@@ -106,6 +107,7 @@ class Piece:
         return f"{self.kind}-{self.start:07d}-{self.end:07d}.safetensors"
 
 
+@functools.lru_cache(maxsize=8)
 def rows_of(kind: str, job: Job, in_split: int) -> Rows:
     """Samples in the order of the split: the same ones for real and for generated pictures where both are as many."""
     wanted = getattr(job, COUNTS[kind])
@@ -174,9 +176,9 @@ def _url(job: Job, piece: Piece, folder: str) -> str:
 
 
 def pictures(job: Job, kind: str, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Those of a kind at `rows` (in order): (n, 3, pixels, pixels) uint8, and which of the rows they are (n,).
+    """Those of a kind at `rows`: (n, 3, pixels, pixels) uint8, and which of the rows they are (n,).
 
-    Real pictures that cannot be read are left out, with a warning that names them.
+    Rows of real ones ascend. Those that cannot be read are left out, with a warning that names them.
     """
     images, kept = _generated(job, rows) if kind == GENERATED else _real(job, kind, rows)
     if job.jpeg:
@@ -274,7 +276,7 @@ def _generated(job: Job, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
     truncation = {} if job.truncation is None else {"truncation": job.truncation}
     draw = NormalDraw(job.seed, places, torch.device(job.device), **truncation)
     drawn = generate(cast(Draws, loaded.system), loaded.nets, captions, draw, device=torch.device(job.device))
-    return ((drawn.images[-1].clamp(-1, 1) + 1) * 127.5).round().byte(), torch.tensor(list(rows))
+    return as_bytes(drawn.images[-1]), torch.tensor(list(rows))
 
 
 def _vectors(job: Job, sample: int, number: int) -> Tensor:
@@ -286,15 +288,11 @@ def _vectors(job: Job, sample: int, number: int) -> Tensor:
 
 def _real(job: Job, kind: str, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
     dataset, split = _dataset(job), job.split_of(kind)
-    samples = [sample for sample, _ in _part(job, kind, rows)]
-    order = sorted(range(len(samples)), key=samples.__getitem__)
-    found = load_split(
-        dataset, split, sizes=(job.pixels,), max_words=1, rows=[samples[i] for i in order], crop=job.data.crop
-    ).batch
-    place = {key: number for number, key in enumerate(found.ids)}
-    keys = [dataset.split(split).keys[sample] for sample in samples]
-    kept = [i for i, key in enumerate(keys) if key in place]
-    return found.images[-1][[place[keys[i]] for i in kept]], torch.tensor([rows[i] for i in kept], dtype=torch.int64)
+    samples = [sample for sample, _ in _part(job, kind, rows)]  # in the split's order, as rows are
+    found = load_split(dataset, split, sizes=(job.pixels,), max_words=1, rows=samples, crop=job.data.crop).batch
+    keys, read = dataset.split(split).keys, set(found.ids)
+    kept = [row for row, sample in zip(rows, samples, strict=True) if keys[sample] in read]
+    return found.images[-1], torch.tensor(kept, dtype=torch.int64)
 
 
 def _through_jpeg(image: Tensor, quality: int) -> Tensor:
@@ -315,7 +313,7 @@ class Matcher:
         self.facts: dict[str, Any] = {
             "name": self._loaded.name,
             "weights": storage.redact(url),
-            "sha256": storage.sha256(storage.read_bytes(storage.join(url, "export.json"))),
+            "sha256": storage.sha256(storage.read_bytes(storage.join(url, export.INDEX))),
             "resize": "its own",
         }
         self.dim = int(self._loaded.meta.get("embedding_dim", 0))

@@ -435,6 +435,25 @@ def test_exceptions_of_threads_reach_the_consumer_and_threads_end(tmp_path: Path
     assert threading.active_count() == before
 
 
+def test_threads_beside_the_training_take_a_core_each(small: Dataset, monkeypatch: pytest.MonkeyPatch):
+    asked: list[int] = []
+
+    def spied(*args: object) -> None:
+        asked.append(torch.get_num_threads())
+        fill_pyramid(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("t2idist.data.rows.fill_pyramid", spied)
+    torch.set_num_threads(2)
+    try:
+        with loader(small, [0]) as stream:
+            take(stream, 3)
+        load_split(small, "test", sizes=(16,), max_words=4)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert len(asked) >= 4 and set(asked) == {1}
+
+
 def test_close_ends_threads_at_any_moment(small: Dataset):
     before = threading.active_count()
     for batches in (0, 1, 9):

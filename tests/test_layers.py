@@ -28,7 +28,8 @@ ALLOWED: dict[str, set[str]] = {
     "sentences": {"contract", "nn"},
     "systems": {"contract", "nn", "losses", "sentences"},
     "engine": {"contract", "storage", "config"},
-    "data": {"contract", "storage", "config"},
+    "cores": set(),
+    "data": {"contract", "storage", "config", "cores"},
     "evaluate": {
         "contract",
         "nn",

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from t2idist import storage
+from t2idist import cores, storage
 from t2idist.config import DataConfig
 from t2idist.contract import Batch
 from t2idist.data.cache import ShardCache
@@ -67,7 +67,7 @@ class Loader(Iterator[Batch]):
         self._step0 = step0
         self._training = training
         self._read_pool = ThreadPoolExecutor(_READ_THREADS, "read")
-        self._decode_pool = ThreadPoolExecutor(config.threads, "decode")
+        self._decode_pool = cores.one_each(config.threads, "decode")
         self._reader = reader
         budget_bytes = (config.prefetch_mib << 20) // 2  # half for samples as they are stored, half for batches
         ahead = max(READ_SAMPLES, budget_bytes // len(groups) // max(reader.mean_bytes, 1))
@@ -267,7 +267,7 @@ def load_split(
             recipe.fill(arrays, places)
 
     starts = np.cumsum([0, *of_split.shard_sizes])
-    with ThreadPoolExecutor(2, "load") as pool:
+    with cores.one_each(2, "load") as pool:
         work = [
             pool.submit(fill, Run(shard, first, min(_RUN_SAMPLES, size - first)), int(starts[shard]) + first)
             for shard, size in enumerate(of_split.shard_sizes)

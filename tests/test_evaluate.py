@@ -22,7 +22,7 @@ from t2idist.evaluate import charts, pictures, report, sample
 from t2idist.evaluate.attributes import ABSENT, TRAITS, answers, balanced_accuracy, decide, train_judge
 from t2idist.evaluate.draw import NormalDraw, encode
 from t2idist.evaluate.load import load, network
-from t2idist.evaluate.monitor import Monitor, score_matching
+from t2idist.evaluate.monitor import ROWS, Monitor, score_matching
 from t2idist.evaluate.progress import ProgressPrinter, duration, line
 from t2idist.evaluate.r_precision import r_precision
 from tests import small, toys
@@ -35,7 +35,7 @@ WORDS = ["<end>", "a", "red", "blue", "heart", "face", *(f"word{i}" for i in ran
 def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Exports of untrained small networks, by system."""
     folder = tmp_path_factory.mktemp("exports")
-    made = {name: str(folder / name) for name in ("damsm", "attngan")}
+    made = {name: str(folder / name) for name in ("damsm", "attngan", "dcgan")}
     for name, url in made.items():
         small.write_export(name, url, WORDS)
     return made
@@ -175,6 +175,18 @@ def test_monitor_draws_the_same_pictures_of_the_same_networks(exports: dict[str,
     assert all(net.training for net in loaded.nets.values())
     again = two.write(two.draw(loaded.nets), 12800)
     assert [Path(a).read_bytes() for a in urls] == [Path(b).read_bytes() for b in again]
+
+
+def test_monitor_draws_other_noise_in_every_row_without_captions(exports: dict[str, str], tmp_path: Path) -> None:
+    loaded = load(exports["dcgan"], CPU)
+    monitor = Monitor(
+        loaded.system, loaded.vocabulary, [], max_words=6, draws=2, seed=0, folder=str(tmp_path), device=CPU
+    )
+    sample = monitor.draw(loaded.nets)
+    monitor.write(sample, 64)
+    pictures = [picture.numpy().tobytes() for picture in sample.images[-1]]
+    assert len(set(pictures)) == len(pictures) == 2 * ROWS
+    assert (tmp_path / "images_000000064.png").is_file()
 
 
 def test_score_matching_names_its_candidates(exports: dict[str, str]) -> None:

@@ -21,6 +21,7 @@ from t2idist.engine import export
 from t2idist.evaluate import pictures, rows, sample
 from t2idist.evaluate.draw import ArcDraw, GivenDraw, NormalDraw, RowsDraw, encode, generate
 from t2idist.evaluate.load import Loaded, load
+from t2idist.evaluate.monitor import reads_text
 from tests import small, toys
 
 CPU = torch.device("cpu")
@@ -169,7 +170,7 @@ def test_ends_between_two_sentences_are_the_plain_pictures_and_the_way_has_no_ju
 
 def test_vectors_that_came_with_the_data_are_interpolated_where_there_is_no_encoder(exports: dict[str, str]) -> None:
     loaded = load(exports["alone"], CPU)
-    assert not rows.reads_text(loaded)
+    assert not reads_text(loaded.system, loaded.plan.extent.vector_dim)
     captions = dataclasses.replace(said(loaded, FROM, TO), vectors=torch.tensor([[0.0, 8.0], [4.0, 0.0]]))
     way = rows.rows_between(loaded, [FROM, TO], captions, 5)
     assert [row.caption.vectors.tolist() for row in way] == [[[0, 8]], [[1, 6]], [[2, 4]], [[3, 2]], [[4, 0]]]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from t2idist import storage
 from t2idist.contract import Batch, Draws, Matches, Sample, System, as_floats
 from t2idist.data.text import Vocabulary, tokenise
-from t2idist.evaluate.draw import NormalDraw, encode, generate
+from t2idist.evaluate.draw import NormalDraw, encode, generate, no_captions
 from t2idist.evaluate.pictures import attention_figure, grid, png_bytes, stacked
 from t2idist.evaluate.r_precision import most_candidates, r_precision
 
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 CANDIDATES = 100
 ATTENTION_CAPTIONS = 2
+ROWS = 8
+"""Of a grid."""
 
 
 def can_draw(system: System) -> bool:
@@ -44,12 +46,18 @@ def reads_vectors(system: System, vector_dim: int) -> bool:
     return vector_dim > 0 and all(name.rpartition(".")[2] != "text" for name in system.exports)
 
 
+def reads_text(system: System, vector_dim: int) -> bool:
+    """Whether the system draws from captions, by an encoder that it exports or by sentence vectors of its data."""
+    return vector_dim > 0 or any(name.rpartition(".")[2] == "text" for name in system.exports)
+
+
 class Monitor:
     """Draws the same captions with the same noise at every cadence.
 
-    captions: one row of the grid each. vectors: theirs, where they came with the data. max_words: the encoder's. draws:
-    noise draws, one column each; a column has the same noise in every row. real: (R, 3, S, S) in [-1, 1] or uint8, a
-    real picture of each caption, shown beside. folder: URL under which pictures are written.
+    captions: one row of the grid each; none, of a system that reads none: rows of other noise. vectors: theirs, where
+    they came with the data. max_words: the encoder's. draws: noise draws, one column each; a column has the same noise
+    in every row of captions. real: (R, 3, S, S) in [-1, 1] or uint8, a real picture of each caption, shown beside.
+    folder: URL under which pictures are written.
     """
 
     def __init__(
@@ -67,33 +75,35 @@ class Monitor:
         vectors: Tensor | None = None,
     ) -> None:
         self._system = cast(Draws, system)
-        self._captions = list(captions)
+        self.captions = tuple(captions)
         self._draws = draws
         self._seed = seed
         self._folder = folder
         self._device = device
         self._real = None if real is None else as_floats(real)
-        encoded = encode(vocabulary, self._captions, max_words)
+        encoded = encode(vocabulary, self.captions, max_words) if captions else no_captions(ROWS)
         self._encoded = (encoded if vectors is None else replace(encoded, vectors=vectors)).each(draws)
-        self._words = [known_words(vocabulary, caption)[:max_words] for caption in self._captions]
+        self._places = [i % draws if captions else i for i in range(len(self._encoded))]
+        self._words = [known_words(vocabulary, caption)[:max_words] for caption in self.captions]
 
     def draw(self, nets: Mapping[str, nn.Module]) -> Sample:
         """Draw by `nets`, the exported networks, which are put into eval mode and back.
 
         Nothing random of the caller is touched.
         """
-        places = [i % self._draws for i in range(len(self._encoded))]
         with evaluating(nets):
-            noise = NormalDraw(self._seed, places, self._device)
+            noise = NormalDraw(self._seed, self._places, self._device)
             return generate(self._system, nets, self._encoded, noise, device=self._device)
 
     def write(self, sample: Sample, images_seen: int) -> list[str]:
         """Write the grid, and attention where there is any; gives the URLs."""
         written = [storage.join(self._folder, f"images_{images_seen:09d}.png")]
-        storage.write_bytes(written[0], png_bytes(grid(sample.images, self._captions, self._draws, self._real)))
+        storage.write_bytes(
+            written[0], png_bytes(grid(sample.images, self.captions or [""] * ROWS, self._draws, self._real))
+        )
         if sample.attention:
             written.append(storage.join(self._folder, f"attention_{images_seen:09d}.png"))
-            rows = [i * self._draws for i in range(min(ATTENTION_CAPTIONS, len(self._captions)))]
+            rows = [i * self._draws for i in range(min(ATTENTION_CAPTIONS, len(self.captions)))]
             figures = [
                 attention_figure(
                     sample.images[-1][row], self._words[row // self._draws], [m[row] for m in sample.attention]

@@ -28,11 +28,6 @@ class Row:
     nets: Mapping[str, nn.Module]
 
 
-def reads_text(loaded: Loaded) -> bool:
-    """Whether the export draws from captions, by an encoder of its own or by vectors of the data's."""
-    return "text" in loaded.nets or loaded.plan.extent.vector_dim > 0
-
-
 def changed_words(given: str) -> list[str]:
     """The words of "red, light blue". Raises ValueError where one is empty."""
     words = [word.strip() for word in given.split(",")]

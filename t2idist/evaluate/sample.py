@@ -22,7 +22,7 @@ from t2idist.contract import Captions, Draws, Sample
 from t2idist.evaluate.draw import encode, generate, no_captions
 from t2idist.evaluate.encoders import maker_of_vectors, open_encoder, read_sentences
 from t2idist.evaluate.load import Loaded, load, open_device
-from t2idist.evaluate.monitor import can_draw, can_translate, known_words
+from t2idist.evaluate.monitor import can_draw, can_translate, known_words, reads_text
 from t2idist.evaluate.pictures import attention_figure, grid, png_bytes, read_picture, to_picture
 from t2idist.evaluate.rows import (
     PLACEHOLDER,
@@ -34,7 +34,6 @@ from t2idist.evaluate.rows import (
     fill_in,
     plain_columns,
     plain_rows,
-    reads_text,
     rows_between,
     style_columns,
 )
@@ -195,7 +194,7 @@ def _lines(path: str | None) -> list[str]:
 
 
 def _rows(arguments: argparse.Namespace, loaded: Loaded, sentences: Sequence[str], device: torch.device) -> list[Row]:
-    if not reads_text(loaded):
+    if not reads_text(loaded.system, loaded.plan.extent.vector_dim):
         if sentences:
             raise ValueError(f"{storage.redact(arguments.export)}: this export draws without text; give no sentence")
         return plain_rows(loaded, ["without text"], no_captions(1))

@@ -31,8 +31,7 @@ from t2idist.engine import export
 from t2idist.evaluate.draw import NormalDraw, encode, generate, no_captions
 from t2idist.evaluate.extractors import Clip, Extractor, Seen, Weights, open_extractor
 from t2idist.evaluate.load import Loaded, load
-from t2idist.evaluate.monitor import can_draw, can_match
-from t2idist.evaluate.rows import reads_text
+from t2idist.evaluate.monitor import can_draw, can_match, reads_text
 
 PIECE = 128
 MOST_UNKNOWN = 0.5
@@ -230,7 +229,7 @@ def drawn_size(job: Job, dataset: Dataset) -> int:
                 f"{storage.redact(job.export)}: draws from sentence vectors of {loaded.plan.extent.vector_dim} "
                 f"numbers, and the data's have {dataset.vector_dim}"
             )
-    elif reads_text(loaded):
+    elif reads_text(loaded.system, loaded.plan.extent.vector_dim):
         known, there = set(loaded.vocabulary.words), set(dataset.vocabulary.words)
         if there and len(known & there) < MOST_UNKNOWN * len(there):
             raise ValueError(
@@ -264,7 +263,7 @@ def _generated(job: Job, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
     loaded, dataset = _loaded(job), _dataset(job)
     in_split = len(dataset.split(job.split))
     part = _part(job, GENERATED, rows)
-    if reads_text(loaded):
+    if reads_text(loaded.system, loaded.plan.extent.vector_dim):
         said = [caption_of(dataset, job.split, *one) for one in part]
         captions = encode(loaded.vocabulary, said, loaded.plan.max_words)
     else:

@@ -17,12 +17,20 @@ from t2idist.data.shards import Dataset
 from t2idist.data.stream import load_split
 from t2idist.evaluate.diversity import WITHIN, Diversity
 from t2idist.evaluate.during import Scorer
-from t2idist.evaluate.monitor import Monitor, can_draw, can_match, can_translate, reads_vectors, score_matching
+from t2idist.evaluate.monitor import (
+    ROWS,
+    Monitor,
+    can_draw,
+    can_match,
+    can_translate,
+    reads_text,
+    reads_vectors,
+    score_matching,
+)
 from t2idist.evaluate.translate import Translations
 
 logger = logging.getLogger(__name__)
 
-GRID_CAPTIONS = 8
 VAL_PICTURES = 1000
 
 
@@ -50,35 +58,7 @@ class Watcher:
                 system, datasets, crop=data.crop, folder=storage.join(folder, "pictures"), device=device
             )
         if can_draw(system):
-            test = load_split(
-                dataset,
-                shown_split(dataset),
-                sizes=system.sizes,
-                max_words=data.max_words,
-                limit=GRID_CAPTIONS,
-                crop=data.crop,
-            )
-            given = config.report.captions
-            if given and reads_vectors(system, dataset.vector_dim):
-                logger.warning(
-                    "report.captions: stage %s reads the data's sentence vectors, and these captions have none; the "
-                    "grids show captions of the data",
-                    stage,
-                )
-                given = ()
-            captions = given or tuple(captions[0] for captions in test.captions)
-            self._monitor = Monitor(
-                system,
-                dataset.vocabulary,
-                captions,
-                max_words=data.max_words,
-                draws=config.report.draws,
-                seed=config.seed,
-                folder=storage.join(folder, "pictures"),
-                device=device,
-                real=None if given else test.batch.images[-1],
-                vectors=None if given else test.batch.captions.vectors,
-            )
+            self._monitor = _monitor(system, dataset, config, stage, folder, device)
             with contextlib.suppress(ValueError):  # what it takes is an extra
                 self._diversity = Diversity(device)
         if can_match(system) and "val" in dataset.splits:
@@ -113,7 +93,8 @@ class Watcher:
             sample = self._monitor.draw(nets)
             self._monitor.write(sample, images_seen)
             if self._diversity is not None:
-                values |= self._diversity(sample.images[-1], self._draws)
+                columns = self._draws if self._monitor.captions else len(sample.images[-1])
+                values |= self._diversity(sample.images[-1], columns)
                 if self._diversity.collapsed(values):
                     logger.warning(
                         "collapse: after %s images draws of one caption hardly differ (%s %.2g)",
@@ -126,6 +107,39 @@ class Watcher:
         if self._val is not None:
             values |= score_matching(self._system, nets, self._val.batch, seed=self._seed, device=self._device)
         return values
+
+
+def _monitor(
+    system: System, dataset: Dataset, config: RunConfig, stage: str, folder: str, device: torch.device
+) -> Monitor:
+    """Of the run's captions, or of the data's, beside their pictures."""
+    data, given = config.stage_data(stage), config.report.captions
+    if given and reads_vectors(system, dataset.vector_dim):
+        logger.warning(
+            "report.captions: stage %s reads the data's sentence vectors, and these captions have none; the grids show "
+            "captions of the data",
+            stage,
+        )
+        given = ()
+    captions: tuple[str, ...] = given if reads_text(system, dataset.vector_dim) else ()
+    real, vectors = None, None
+    if reads_text(system, dataset.vector_dim) and not given:
+        sizes, split = system.sizes, shown_split(dataset)
+        shown = load_split(dataset, split, sizes=sizes, max_words=data.max_words, limit=ROWS, crop=data.crop)
+        captions = tuple(of_picture[0] for of_picture in shown.captions)
+        real, vectors = shown.batch.images[-1], shown.batch.captions.vectors
+    return Monitor(
+        system,
+        dataset.vocabulary,
+        captions,
+        max_words=data.max_words,
+        draws=config.report.draws,
+        seed=config.seed,
+        folder=storage.join(folder, "pictures"),
+        device=device,
+        real=real,
+        vectors=vectors,
+    )
 
 
 def shown_split(dataset: Dataset) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from typing import Any
 
 import torch
 
@@ -12,21 +13,31 @@ from t2idist import worker
 from t2idist.config import RunConfig
 from t2idist.engine.notice import Notice
 from t2idist.evaluate.progress import ProgressPrinter
+from t2idist.logs import Place
+from t2idist.orders import Stop
+from t2idist.worker import Watch
 
 
-def train(config: RunConfig) -> None:
-    """All stages of the run. Raises `Left` where a SIGTERM ended it, its state saved."""
+def train(config: RunConfig, stop: Stop | None, watch: Watch, place: Place) -> None:
+    """The stages of the run, up to where it is to stop. Raises `Left` where a SIGTERM ended it, its state saved.
+
+    watch: gets the progress messages. place: is kept up to date with where the run is.
+    """
     worker.clear_fatal(config)
-    printer = ProgressPrinter(sys.stdout)
+    printer = ProgressPrinter(sys.stdout, as_json=config.report.json_logs)
     device = torch.device("cuda" if config.cluster.gpus_per_worker else "cpu")
     told = threading.Event()
 
     def ask() -> Notice | None:
         return Notice(0.0) if told.is_set() else None
 
+    def show(message: dict[str, Any]) -> None:
+        printer.show(message)
+        watch(message)
+
     before = signal.signal(signal.SIGTERM, lambda number, frame: told.set())
     try:
-        worker.main(config, device, worker.Around(watch=printer.show, ask=ask))
+        worker.main(config, device, worker.Around(watch=show, ask=ask, stop=stop, place=place))
     finally:
         signal.signal(signal.SIGTERM, before)
         printer.close()

@@ -90,7 +90,8 @@ class StageConfig:
     groups make a step. images: budget in images. uses: for each export slot of the system, the name of an earlier stage
     or the URL of an export. model: the system's own settings (``Config`` in systems/<system>.py). data: over the run's
     data settings. seed: another one than the run's (a judge's, say). scores_every_images: how often the averaged
-    weights are scored (0: not in training); what is measured is in `RunConfig.scores`.
+    weights are scored (0: not in training); what is measured is in `RunConfig.scores`. init_from: the URL of an export
+    whose networks the stage's training starts from, those that both have ("": fresh weights).
     """
 
     system: str
@@ -105,6 +106,7 @@ class StageConfig:
     checkpoint_every_images: int = 50_000
     pictures_every_images: int = 50_000
     scores_every_images: int = 0
+    init_from: str = ""
 
     @property
     def images_per_step(self) -> int:
@@ -167,12 +169,14 @@ class ReportConfig:
     """What a person sees.
 
     captions: fixed captions of the grids (none: taken from the test split). draws: noise draws per caption. ledger:
-    keep the ids of the samples of every step in {stage}/ledger/.
+    keep the ids of the samples of every step in {stage}/ledger/. json_logs: progress and log lines are JSON, with run,
+    stage, rank and images.
     """
 
     captions: tuple[str, ...] = ()
     draws: int = 4
     ledger: bool = False
+    json_logs: bool = False
 
     def __post_init__(self) -> None:
         _positive(self, "report", "draws")

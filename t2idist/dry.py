@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, fields
 from typing import Any
 
 import torch
 from torch import nn
 
-from t2idist import stages, storage
-from t2idist.config import DataConfig, RunConfig
+from t2idist import resume, stages, storage
+from t2idist.config import DataConfig, RunConfig, StageConfig
 from t2idist.contract import Extent, System
 from t2idist.data.domains import extent_of
 from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_datasets
+from t2idist.data.text import Vocabulary
 from t2idist.engine import pretrained
 from t2idist.strict import parse_yaml, to_dict, to_yaml
 
@@ -24,14 +26,18 @@ UNKNOWN = Extent(("",), 1, vector_dim=1024, attributes=())
 """Of data that is not given yet; sentence vectors are taken to be the published ones, of the char-CNN-RNN."""
 
 
-def check(config: RunConfig) -> None:
-    """All that can be found wrong before a worker starts. Raises ValueError, one sentence."""
+def check(config: RunConfig, resumed: resume.Source | None) -> None:
+    """All that can be found wrong before a worker starts. Raises ValueError, one sentence.
+
+    resumed: the checkpoint that the run is to go on from, where one is named.
+    """
     stages.check_uses(config)
     for name in config.stages:
         datasets = open_datasets(config.stage_data(name))
         extent = extent_of(datasets)
-        _check_vocabulary(config, name, datasets[0])
+        vocabulary = _vocabulary(config, name, datasets[0])
         system = _on_meta(config, name, extent)
+        _check_weights(config, name, system, vocabulary, resumed)
         for role in system.roles.values():
             if role.pretrained is not None:
                 pretrained.check(role.pretrained, f"stages.{name}.model")
@@ -39,16 +45,17 @@ def check(config: RunConfig) -> None:
     _check_writable(stages.run_url(config))
 
 
-def describe(config: RunConfig) -> str:
+def describe(config: RunConfig, resumed: resume.Source | None) -> str:
     """The resolved config, and each stage's networks, memory, epochs and steps. Raises ValueError as `check` does."""
     stages.check_uses(config)
     lines = [to_yaml(config).rstrip(), ""]
     for name in config.stages:
         data = config.stage_data(name)
         datasets = open_datasets(data) if data.source else ()
-        if datasets:
-            _check_vocabulary(config, name, datasets[0])
+        vocabulary = _vocabulary(config, name, datasets[0]) if datasets else None
         system = _on_meta(config, name, extent_of(datasets) if datasets else UNKNOWN)
+        if vocabulary is not None:
+            _check_weights(config, name, system, vocabulary, resumed)
         lines += [*_stage_lines(config, name, system, datasets), ""]
     _check_same_run(config)
     return "\n".join(lines).rstrip()
@@ -125,11 +132,21 @@ def _on_meta(config: RunConfig, name: str, extent: Extent) -> System:
     return system
 
 
-def _check_vocabulary(config: RunConfig, name: str, dataset: Dataset) -> None:
-    """Whether the exports from elsewhere that a stage uses know the data's words."""
+def _check_weights(
+    config: RunConfig, name: str, system: System, vocabulary: Vocabulary, resumed: resume.Source | None
+) -> None:
+    """Whether what a stage starts or goes on from fits it."""
+    if config.stages[name].init_from:
+        pretrained.check_init(system, config.stages[name].init_from, vocabulary.words, f"stages.{name}.init_from")
+    if resumed is not None and resumed.stage == name:
+        resume.check(config, resumed, system, list(vocabulary.words))
+
+
+def _vocabulary(config: RunConfig, name: str, dataset: Dataset) -> Vocabulary:
+    """A stage's vocabulary, if the exports from elsewhere that it uses know the data's words."""
     words = stages.vocabularies(config, name)
     try:
-        stages.vocabulary_of(dataset.vocabulary, words)
+        return stages.vocabulary_of(dataset.vocabulary, words)
     except ValueError as error:
         raise ValueError(f"stages.{name}.{error}") from None
 
@@ -141,6 +158,10 @@ def _check_same_run(config: RunConfig) -> None:
         return
     stored = parse_yaml(storage.read_bytes(where).decode(), where)
     stored["data"] = {**to_dict(DataConfig()), **stored["data"]}  # an older version's run lacks keys that came since
+    for stage in stored["stages"].values():
+        stage.update(
+            {f.name: f.default for f in fields(StageConfig) if f.default is not MISSING and f.name not in stage}
+        )
     before = _fixed(stored)
     now = _fixed(to_dict(config))
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))

@@ -1,4 +1,4 @@
-"""Ray Train: how a run gets its workers. The only file on ray."""
+"""Ray Train: how a run gets its workers."""
 
 from __future__ import annotations
 
@@ -19,23 +19,27 @@ from ray.train import FailureConfig, ScalingConfig, TrainingFailedError, WorkerG
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, get_device
 
-from t2idist import nodes, regroup, stages, storage, worker
+from t2idist import logs, nodes, regroup, stages, storage, worker
 from t2idist.config import RunConfig
 from t2idist.engine.metrics import PROGRESS
 from t2idist.engine.notice import Notice
 from t2idist.evaluate.progress import ProgressPrinter
+from t2idist.gauges import Gauges
 from t2idist.keepers import RayKeepers
+from t2idist.logs import Place
+from t2idist.orders import Stop
 from t2idist.strict import from_dict, to_dict
+from t2idist.worker import Watch
 
 logger = logging.getLogger(__name__)
 
-RUN_ID = "run_id.json"
 _LOOK_SECONDS = 2.0
 
 
-def submit(config: RunConfig) -> None:
+def submit(config: RunConfig, stop: Stop | None, watch: Watch) -> None:
     """The run on the workers of a Ray cluster, or of this machine where there is none.
 
+    stop: where it is to end before it is done. watch: gets the progress messages.
     Raises ValueError for a cluster that cannot hold the smallest number of workers, RuntimeError where the run failed.
     """
     worker.clear_fatal(config)
@@ -43,18 +47,18 @@ def submit(config: RunConfig) -> None:
         _connect(config, folder)
         try:
             _check_cluster(config)
-            _fit(config, folder)
+            _fit(config, folder, stop, watch)
         finally:
             ray.shutdown()
 
 
-def _fit(config: RunConfig, folder: str) -> None:
+def _fit(config: RunConfig, folder: str, stop: Stop | None, watch: Watch) -> None:
     """Run the trainer to its end, again where Ray's controller failed, which its own counters do not cover."""
     keepers, others = RayKeepers(_run_id(config)), nodes.own_placement_groups()
-    with _Progress(config), nodes.Reservation(stages.run_url(config), config.cluster) as reservation:
+    with _Progress(config, watch), nodes.Reservation(stages.run_url(config), config.cluster) as reservation:
         for retry in range(config.cluster.max_failures + 1):
             try:
-                trainer = _trainer(config, folder)
+                trainer = _trainer(config, folder, stop)
                 reservation.hold(f"train-{trainer.train_run_context.run_id}")  # type: ignore[attr-defined]
                 trainer.fit()
                 break
@@ -117,7 +121,7 @@ def _check_cluster(config: RunConfig) -> None:
             )
 
 
-def _trainer(config: RunConfig, folder: str) -> nodes.Trainer:
+def _trainer(config: RunConfig, folder: str, stop: Stop | None) -> nodes.Trainer:
     """Ray's trainer; `folder` takes its own notes of this attempt. The run's state is in our checkpoints, not there."""
     cluster = config.cluster
     smallest, largest = cluster.workers
@@ -127,7 +131,7 @@ def _trainer(config: RunConfig, folder: str) -> nodes.Trainer:
     known = nodes.Known(RayKeepers(_run_id(config)), cluster.start_within_seconds)
     return nodes.Trainer(
         _work,
-        train_loop_config={"config": to_dict(config), "run_id": _run_id(config)},
+        train_loop_config={"config": to_dict(config), "run_id": _run_id(config), "stop": stop and to_dict(stop)},
         scaling_config=ScalingConfig(
             num_workers=smallest if smallest == largest else (smallest, largest),  # type: ignore[arg-type]
             elastic_resize_monitor_interval_s=cluster.grow_after_seconds,  # type: ignore[call-arg]
@@ -157,13 +161,16 @@ def _environment(config: RunConfig) -> dict[str, str]:
 
 def _work(settings: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    config = from_dict(RunConfig, settings["config"])
+    config, place = from_dict(RunConfig, settings["config"]), Place()
+    logs.set_up(logging.WARNING, place if config.report.json_logs else None)
+    stop = from_dict(Stop, settings["stop"]) if settings["stop"] else None
     if not config.cluster.gpus_per_worker:
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     keepers = RayKeepers(settings["run_id"])
     with regroup.ready_at_end():
-        around = worker.Around(keepers=keepers, ask=_announced, look_seconds=_LOOK_SECONDS, stand=regroup.stand)
+        around = worker.Around(
+            keepers=keepers, ask=_announced, look_seconds=_LOOK_SECONDS, stand=regroup.stand, stop=stop, place=place
+        )
         worker.main(config, get_device(), around)
 
 
@@ -179,7 +186,7 @@ def _announced() -> Notice | None:
 
 def _run_id(config: RunConfig) -> str:
     """Tells this run folder from all others, an earlier one of the same name too."""
-    where = storage.join(stages.run_url(config), RUN_ID)
+    where = storage.join(stages.run_url(config), stages.RUN_ID)
     if not storage.exists(where):
         storage.write_json(where, {"id": uuid.uuid4().hex})
     return str(storage.read_json(where)["id"])
@@ -194,11 +201,12 @@ def _cause(error: BaseException) -> str:
 
 
 class _Progress:
-    """Shows the run's progress, read from storage, while the driver waits."""
+    """Shows the run's progress, read from storage, while the driver waits, and counts it for Prometheus."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, watch: Watch) -> None:
         self._where = storage.join(stages.run_url(config), PROGRESS)
-        self._printer = ProgressPrinter(sys.stdout)
+        self._printer = ProgressPrinter(sys.stdout, as_json=config.report.json_logs)
+        self._watch, self._gauges = watch, Gauges(config.name)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._seen: Any = self._read()
@@ -230,3 +238,5 @@ class _Progress:
                         self._told.add(text)
                         self._printer.message(text)
                 self._printer.show(message)
+                self._watch(message)
+                self._gauges.show(message)

@@ -1,4 +1,7 @@
-"""The command line: ``python -m t2idist.run RECIPE [preset=NAME] [key.path=value ...] [--dry-run] [--local]``."""
+"""The command line: ``python -m t2idist.run RECIPE [preset=NAME] [key.path=value ...] [--dry-run] [--local]``.
+
+``--list STORAGE`` and ``--status RUN`` need no recipe: they read from storage how runs stand.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from t2idist import access, logs
 from t2idist import config as configuration
 from t2idist.config import RunConfig
 
@@ -16,13 +21,53 @@ logger = logging.getLogger(__name__)
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m t2idist.run", description=__doc__)
-    made.add_argument("recipe", help="a recipe's name (a folder in configs/) or a .yaml file")
+    made = argparse.ArgumentParser(
+        prog="python -m t2idist.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("recipe", nargs="?", help="a recipe's name (a folder in configs/) or a .yaml file")
     made.add_argument(
         "settings", nargs="*", metavar="key.path=value", help="over the recipe; preset=NAME picks its file"
     )
     made.add_argument("--dry-run", action="store_true", help="check, print what would run, and exit")
     made.add_argument("--local", action="store_true", help="one worker in this process, without Ray")
+    made.add_argument(
+        "--plan",
+        metavar="GPUSxKIND[,key=value...]",
+        help="print memory, network, speed and hours on so many GPUs of a kind, such as 8xa100-80, and exit",
+    )
+    made.add_argument(
+        "--stop-after",
+        metavar="STAGE[:IMAGES]",
+        help="end when the stage is done, or has seen so many images and saved them; the same command without this "
+        "goes on, and the model is the same as without the stop",
+    )
+    made.add_argument(
+        "--resume-from",
+        metavar="CHECKPOINT",
+        help="go on from the checkpoint of the present stage at so many images (newer ones are removed), or, as a new "
+        "run, from the folder of another run's checkpoint; once: submitted again, the run goes on from where it is",
+    )
+    made.add_argument(
+        "--init-from",
+        metavar="[STAGE=]EXPORT",
+        action="append",
+        default=[],
+        help="fine-tune: start the networks that the export holds from its weights (stages.STAGE.init_from)",
+    )
+    made.add_argument(
+        "--hook",
+        metavar="COMMAND",
+        default="",
+        help="run at start, restart, failure and end, with a JSON object on its standard input; its environment is "
+        "PATH, HOME and the like, and what begins with T2IDIST_HOOK_",
+    )
+    made.add_argument(
+        "--insecure-cluster", action="store_true", help="join a Ray cluster off this machine without its token"
+    )
+    made.add_argument("--list", metavar="STORAGE", help="the runs in a folder or bucket: state, images, restarts")
+    made.add_argument(
+        "--status", metavar="RUN", help="how the run in this folder stands: stages, checkpoints, restarts"
+    )
     return made
 
 
@@ -30,48 +75,89 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run a recipe; gives the exit status: 0 done, 1 failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM."""
     arguments = parser().parse_intermixed_args(words)
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    for noisy in ("ray", "webdataset", "fsspec", "s3fs", "botocore", "aiobotocore"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logs.set_up(logging.INFO)
     try:
-        return _run(configuration.load(arguments.recipe, arguments.settings), arguments.dry_run, arguments.local)
+        if arguments.list is not None or arguments.status is not None:
+            return _show(arguments)
+        if arguments.recipe is None:
+            raise ValueError(f"give a recipe: {', '.join(configuration.recipes())}, or a .yaml file")
+        return _run(configuration.load(arguments.recipe, arguments.settings), arguments)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(logs.hide(f"error: {error}"), file=sys.stderr)
         return 2
     except (RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(logs.hide(f"error: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
 
 
-def _run(config: RunConfig, dry_run: bool, local: bool) -> int:
-    from t2idist import dry, stages
+def _show(arguments: argparse.Namespace) -> int:
+    from t2idist.evaluate import status
 
-    config = stages.anchored(config)
-    print(f"{config.name}: {config.about or ', '.join(config.stages)}", flush=True)
-    if dry_run:
-        print(dry.describe(config), flush=True)
+    if arguments.recipe is not None:
+        raise ValueError(f"{arguments.recipe}: --list and --status read a folder; they take no recipe")
+    if arguments.list is not None:
+        print(status.listing(arguments.list), flush=True)
+    if arguments.status is not None:
+        print(status.page(arguments.status), flush=True)
+    return 0
+
+
+def _run(config: RunConfig, arguments: argparse.Namespace) -> int:
+    from t2idist import dry, hook, orders, outcome, resume, stages
+
+    config = orders.with_init(stages.anchored(config), arguments.init_from)
+    stop = orders.parse_stop(arguments.stop_after, config) if arguments.stop_after else None
+    if arguments.plan:
+        from t2idist import estimate
+
+        print(estimate.page(config, arguments.plan), flush=True)
         return 0
-    dry.check(config)
-    print(f"run folder {stages.run_url(config)}", flush=True)
+    address = "" if arguments.local else access.joined(config.cluster.address, os.environ)
+    if not (arguments.dry_run or arguments.insecure_cluster):
+        access.check(address, os.environ, Path.home())
+    words = hook.parse(arguments.hook) if arguments.hook else []
+    resumed = resume.find(config, arguments.resume_from) if arguments.resume_from else None
+    place = logs.Place(config.name)
+    if config.report.json_logs:
+        logs.set_up(logging.INFO, place)
+    _say(config, f"{config.name}: {config.about or ', '.join(config.stages)}")
+    if arguments.dry_run:
+        print(dry.describe(config, resumed), flush=True)
+        return 0
+    dry.check(config, resumed)
+    _say(config, f"run folder {stages.run_url(config)}")
+    if resumed is not None:
+        resume.prepare(config, arguments.resume_from, resumed)
     from t2idist.engine.notice import Left
 
     try:
-        if local:
-            from t2idist import alone
+        with outcome.told(config, hook.Hook(words), stops=stop is not None) as telling:
+            if arguments.local:
+                from t2idist import alone
 
-            alone.train(config)
-        else:
-            from t2idist import launch  # Ray takes seconds to import
+                alone.train(config, stop, telling.follow, place)
+            else:
+                from t2idist import launch  # Ray takes seconds to import
 
-            launch.submit(config)
+                launch.submit(config, stop, telling.follow)
     except Left as left:
         print(f"ended on request, {left}; the same command goes on", file=sys.stderr)
         return 128 + signal.SIGTERM
-    print(f"report {stages.run_url(config)}/report.html", flush=True)
+    if stop is not None:
+        _say(config, f"stopped after {arguments.stop_after}; the same command without --stop-after goes on")
+    _say(config, f"report {stages.run_url(config)}/report.html")
     return 0
+
+
+def _say(config: RunConfig, text: str) -> None:
+    """A line for people, or of the log where that is JSON."""
+    if config.report.json_logs:
+        logger.info(text)
+    else:
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ from t2idist.data.text import Vocabulary
 from t2idist.engine import export
 from t2idist.strict import from_dict, to_dict
 
+RUN_ID = "run_id.json"
+"""Tells a run folder from all others, an earlier one of the same name too."""
+
 
 def anchored(config: RunConfig) -> RunConfig:
     """The config with relative local paths made absolute, as workers elsewhere need them."""
@@ -20,7 +23,8 @@ def anchored(config: RunConfig) -> RunConfig:
     for name, stage in config.stages.items():
         uses = {s: u if u in config.stages else storage.absolute(u) for s, u in stage.uses.items()}
         own = to_dict(_anchored_data(config.stage_data(name)))
-        made[name] = replace(stage, uses=uses, data={key: own[key] for key in stage.data})
+        init = storage.absolute(stage.init_from) if stage.init_from else ""
+        made[name] = replace(stage, uses=uses, data={key: own[key] for key in stage.data}, init_from=init)
     return replace(config, storage=storage.absolute(config.storage), data=_anchored_data(config.data), stages=made)
 
 

@@ -8,20 +8,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
 import logging
-import os
-import platform
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-import t2idist
 from t2idist import stages, storage
 from t2idist.config import RunConfig
 from t2idist.contract import Plan, System
@@ -42,7 +36,10 @@ from t2idist.engine.train import Trainer
 from t2idist.engine.world import Share, World
 from t2idist.evaluate import report
 from t2idist.evaluate.watch import Watcher
+from t2idist.logs import Place, hide
+from t2idist.orders import Stop
 from t2idist.strict import to_dict, to_yaml
+from t2idist.versions import versions
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +54,8 @@ class Around:
 
     watch: gets the progress messages of the first worker. keepers: hold copies of the state outside this process. ask:
     whether the end of this worker, or of one beside it, is announced; look_seconds: how often to ask (0: after every
-    step). stand: what a worker calls that stands still to be replaced (see `Notices`).
+    step). stand: what a worker calls that stands still to be replaced (see `Notices`). stop: where this submission ends
+    before the run does. place: where this process is, for its log.
     """
 
     watch: Watch | None = None
@@ -65,11 +63,14 @@ class Around:
     ask: Ask | None = None
     look_seconds: float = 0.0
     stand: Callable[[], None] | None = None
+    stop: Stop | None = None
+    place: Place = dataclasses.field(default_factory=Place)
 
 
 def main(config: RunConfig, device: torch.device, around: Around) -> None:
     """Run all stages that have no export yet. Raises `Left` where it was asked to end."""
     world = _world(device)
+    around.place.run, around.place.rank = config.name, world.rank
     if world.from_first(read_fatal(config)) is not None:
         return
     try:
@@ -77,7 +78,7 @@ def main(config: RunConfig, device: torch.device, around: Around) -> None:
     except (ValueError, AssertionError, PermissionError) as error:
         sentence = f"a fault of the program: {error!r}" if isinstance(error, AssertionError) else str(error)
         with contextlib.suppress(OSError):  # where the store refuses everything, the worker's own error says it
-            storage.write_json(storage.join(stages.run_url(config), FATAL), {"error": sentence})
+            storage.write_json(storage.join(stages.run_url(config), FATAL), {"error": hide(sentence)})
         raise
 
 
@@ -104,9 +105,12 @@ def _run(config: RunConfig, world: World, around: Around) -> None:
         restarts = _count_attempt(url, world)
     restarts = world.from_first(restarts)
     for index, name in enumerate(config.stages):
+        if around.stop is not None and around.stop.stage in list(config.stages)[:index]:
+            break
         done = world.from_first(export.exists(stages.export_url(config, name)))
         if done:
             continue
+        around.place.stage = name
         facts = {
             "run": config.name,
             "stage": name,
@@ -131,7 +135,7 @@ class _Messages(logging.Handler):
         self.texts: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(f"{record.levelname.lower()}: {record.getMessage()}")
+        self.texts.append(hide(f"{record.levelname.lower()}: {record.getMessage()}"))
         del self.texts[:-20]
 
 
@@ -171,8 +175,9 @@ def _run_stage(
     vocabulary = stages.vocabulary_of(datasets[0].vocabulary, stages.vocabularies(config, name))
     datasets = (dataclasses.replace(datasets[0], vocabulary=vocabulary), *datasets[1:])
     plan = stages.plan(config, name, extent_of(datasets))
-    system = _build(config, name, plan)
+    system = _build(config, name, plan, vocabulary.words)
     trainer = _trainer(config, name, system, world, rollback)
+    around.place.images = lambda: trainer.images
     meta = {"config": to_dict(config), "vocabulary": list(vocabulary.words), "versions": ran_on}
     checkpoints = Checkpoints(
         storage.join(stages.stage_url(config, name), "checkpoints"), world, config.checkpoint, meta
@@ -194,15 +199,16 @@ def _run_stage(
             images=trainer.images,
             step=trainer.step,
             budget_images=stage.steps * stage.images_per_step,
-            facts=facts,
+            facts={**facts, "checkpoint": checkpoints.newest},
             watch=around.watch,
         )
         log.tell("training")
+    steps = stage.steps if around.stop is None else around.stop.steps(name, stage)
     batches = _open_intake(config, name, datasets, plan.extent.epoch_images, system, trainer, checkpoints.attempt)
     try:
         look = watcher.look if watcher is not None else _no_look
         notices = Notices(around.ask, around.look_seconds, world, around.stand)
-        loop.run(trainer, batches, stage, checkpoints, memory, notices, log, look, config.guard)
+        loop.run(trainer, batches, stage, steps, checkpoints, memory, notices, log, look, config.guard)
     except Diverged:
         if memory is not None:
             memory.close(forget=True)
@@ -213,7 +219,10 @@ def _run_stage(
             log.close()
         if watcher is not None:
             watcher.close(finished=trainer.step == stage.steps)
-    _finish(config, name, trainer, index, log)
+    if trainer.step >= stage.steps:
+        _finish(config, name, trainer, index, log)
+    elif log is not None:
+        log.tell("stopped")
     if memory is not None:
         memory.close(forget=True)
 
@@ -281,8 +290,8 @@ def _open_intake(
     )
 
 
-def _build(config: RunConfig, name: str, plan: Plan) -> System:
-    """The stage's system with its initial weights, those of earlier exports and those from files."""
+def _build(config: RunConfig, name: str, plan: Plan, vocabulary: Sequence[str]) -> System:
+    """The stage's system with its initial weights, those of earlier exports, from files and of what it fine-tunes."""
     torch.manual_seed(key(config.stage_seed(name), name))
     system = stages.build(config, name, plan)
     for slot, source in config.stages[name].uses.items():
@@ -294,6 +303,8 @@ def _build(config: RunConfig, name: str, plan: Plan) -> System:
     for role in system.roles.values():
         if role.pretrained is not None:
             pretrained.load(role.pretrained, f"stages.{name}.model")
+    if init_from := config.stages[name].init_from:
+        pretrained.load_init(system, init_from, vocabulary, f"stages.{name}.init_from")
     return system
 
 
@@ -329,6 +340,7 @@ def _export_index(
         },
         "versions": ran_on,
         "seed": config.stage_seed(name),
+        "init_from": storage.redact(config.stages[name].init_from),
     }
 
 
@@ -346,48 +358,3 @@ def _note_resumed(url: str, name: str, found: Found) -> None:
     attempts = storage.read_json(where)
     attempts[-1].setdefault("resumed", {})[name] = {"images": found.images, "from": found.url}
     storage.write_json(where, attempts)
-
-
-def versions(world: World) -> dict[str, Any]:
-    """What the run ran on."""
-    found: dict[str, Any] = {
-        "t2idist": t2idist.__version__,
-        "git": _git(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "ray": importlib.metadata.version("ray"),
-        "deepspeed": _version_if_there("deepspeed"),
-        "workers": world.size,
-        "device": str(world.device),
-        "cpu": _cpu(),
-        "cpu_cores": os.cpu_count(),
-        "threads_per_worker": torch.get_num_threads(),
-    }
-    if world.device.type != "cpu":
-        found["accelerator"] = torch.get_device_module(world.device).get_device_name(world.device)
-    return found
-
-
-def _version_if_there(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _git() -> str:
-    """The commit of the checkout, "+" where files differ from it; "unknown" for an installed package."""
-    root = Path(t2idist.__file__).parent.parent
-    try:
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -158,25 +158,25 @@ def test_a_run_is_not_taken_up_with_other_mathematics(tmp_path: Path) -> None:
     (folder / "config.yaml").write_text(to_yaml(config))
     words = [f"storage={tmp_path}", "data.source=emoji"]
     for same in ("cluster.workers=[1,1]", "stages.attngan.images=99", "data.threads=1", "checkpoint.keep=3"):
-        dry.check(stages.anchored(load("attngan", [*words, same])))
+        dry.check(stages.anchored(load("attngan", [*words, same])), None)
     for other in ("seed=9", "stages.attngan.group_size=9", "stages.attngan.model.z_dim=9", "data.max_words=9"):
         with pytest.raises(ValueError, match="was started with .*; give name=ANOTHER for a new run"):
-            dry.check(stages.anchored(load("attngan", [*words, other])))
+            dry.check(stages.anchored(load("attngan", [*words, other])), None)
 
 
 def test_storage_that_cannot_be_written_is_found_first(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="storage: cannot write to"):
-        dry.check(stages.anchored(load("attngan", [f"storage={tmp_path}/file/below", "data.source=emoji"])))
+        dry.check(stages.anchored(load("attngan", [f"storage={tmp_path}/file/below", "data.source=emoji"])), None)
 
 
 def test_inception_weights_are_asked_for_with_their_hash(tmp_path: Path) -> None:
     words = ["preset=cub", "data.source=emoji", f"storage={tmp_path}"]
     with pytest.raises(ValueError, match=r"stages.damsm.model.trunk_weights: missing; give the path or URL"):
-        dry.check(stages.anchored(load("attngan", words)))
+        dry.check(stages.anchored(load("attngan", words)), None)
     words.append(f"stages.damsm.model.trunk_weights={tmp_path}/x.safetensors")
     with pytest.raises(ValueError, match="has no sha256 of 64 digits beside it"):
-        dry.check(stages.anchored(load("attngan", words)))
+        dry.check(stages.anchored(load("attngan", words)), None)
 
 
 def test_schedules() -> None:

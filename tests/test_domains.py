@@ -158,7 +158,7 @@ def test_a_dry_run_names_the_sets(
 def test_a_system_of_one_set_refuses_more(tmp_path: Path, sets: tuple[Dataset, ...]) -> None:
     made = configuration.load(str(recipe(tmp_path, sets, "damsm")))
     with pytest.raises(ValueError, match="stages.damsm: data.beside gives 2 data sets that take turns, and damsm"):
-        dry.check(made)
+        dry.check(made, None)
 
 
 def test_relative_folders_are_anchored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,9 +180,9 @@ def test_a_run_of_a_version_without_the_key_goes_on(tmp_path: Path, sets: tuple[
     stored = to_dict(alone)
     del stored["data"]["beside"]
     (folder / "config.yaml").write_text(yaml.safe_dump(stored))
-    dry.check(alone)
+    dry.check(alone, None)
     with pytest.raises(ValueError, match="data.beside: .* was started with"):
-        dry.check(dataclasses.replace(alone, data=dataclasses.replace(alone.data, beside=(sets[1].url,))))
+        dry.check(dataclasses.replace(alone, data=dataclasses.replace(alone.data, beside=(sets[1].url,))), None)
 
 
 # ------------------------------------------------------------------------------------------------ a whole run

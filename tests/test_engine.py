@@ -14,9 +14,10 @@ from t2idist import storage
 from t2idist.config import CheckpointConfig, StageConfig
 from t2idist.contract import Plan, Role
 from t2idist.engine import dcp, export, loop
-from t2idist.engine.checkpoint import Checkpoints, list_folders, milestones_of
+from t2idist.engine.checkpoint import Checkpoints
 from t2idist.engine.groups import GroupedBatchNorm, convert
 from t2idist.engine.noise import Noise
+from t2idist.engine.saved import list_folders, milestones_of
 from t2idist.engine.strategy import Precision
 from t2idist.engine.train import Trainer
 from t2idist.engine.world import Share, World

@@ -15,10 +15,11 @@ import pytest
 from t2idist.config import CheckpointConfig, GuardConfig, StageConfig
 from t2idist.contract import Batch
 from t2idist.engine import export, loop, notice
-from t2idist.engine.checkpoint import Checkpoints, list_folders
+from t2idist.engine.checkpoint import Checkpoints
 from t2idist.engine.intake import Intake, read_ledger
 from t2idist.engine.memory import Memory
 from t2idist.engine.notice import Left, Notice, Notices
+from t2idist.engine.saved import list_folders
 from t2idist.engine.train import Trainer
 from t2idist.engine.world import Share, World
 from tests import toys
@@ -111,7 +112,9 @@ def train(made: Trainer, url: str, notices: Notices, memory: Memory | None) -> N
     checkpoints = Checkpoints(url, ALONE, CheckpointConfig(), {})
     share = Share.of(ALONE, GROUPS)
     batches = Intake(Toys(), ALONE, share, url, step=0, attempt="a", max_bad=1.0, epoch_images=99, ledger=True)
-    loop.run(made, batches, stage, checkpoints, memory, notices, None, lambda nets, images: {}, GuardConfig())
+    loop.run(
+        made, batches, stage, stage.steps, checkpoints, memory, notices, None, lambda nets, images: {}, GuardConfig()
+    )
 
 
 class Replaced(Exception):

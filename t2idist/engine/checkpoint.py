@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch import Tensor
 from t2idist import storage
 from t2idist.config import CheckpointConfig
 from t2idist.engine import dcp
+from t2idist.engine.metrics import now
+from t2idist.engine.saved import folder_name, images_of, is_committed, list_folders, milestones_of
 from t2idist.engine.train import Trainer
 from t2idist.engine.world import World
 
@@ -33,12 +35,14 @@ class Checkpoints:
     """The checkpoints under `url` (a folder a save, named by images seen and by the attempt that wrote it).
 
     Saving stalls the training for the copy into host memory; a thread writes it out, one save at a time. meta: plain
-    values that go into every commit marker (config, vocabulary, versions).
+    values that go into every commit marker (config, vocabulary, versions). newest: on the first worker, what is known
+    of the newest whole one: "images", "time" (ISO), and "stall_seconds" that the training stood still for it.
     """
 
     def __init__(self, url: str, world: World, config: CheckpointConfig, meta: dict[str, Any]) -> None:
         self.url, self.world, self.config, self.meta = url, world, config, meta
         self.attempt = world.from_first(uuid.uuid4().hex[:8])
+        self.newest: dict[str, Any] = {}
         self._placement: dcp.Placement | None = None
         self._part: dcp.Part | None = None
         self._writing: threading.Thread | None = None
@@ -52,15 +56,18 @@ class Checkpoints:
         """
         if self.config.when_busy == "skip" and any(self.world.gather(self.busy)):
             return None
+        began = time.monotonic()
         self._join()
-        folder = storage.join(self.url, f"{trainer.images:012d}-{self.attempt}")
+        folder = storage.join(self.url, folder_name(trainer.images, self.attempt))
         state = state_of(trainer)
         if self._placement is None or self._part is None:
             self._placement = dcp.place(state, self.world)
             self._part = dcp.Part(state, self._placement.mine)
         self._part.fill(state)
-        meta = {**facts_of(trainer), **self.meta}
-        self._writing = threading.Thread(target=self._write, args=(folder, meta), name="checkpoint", daemon=True)
+        meta = {"time": now(), **facts_of(trainer), **self.meta}
+        stall_seconds = round(time.monotonic() - began, 4)
+        arguments = (folder, meta, stall_seconds)
+        self._writing = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
         self._writing.start()
         return folder
 
@@ -81,7 +88,7 @@ class Checkpoints:
             self._writing.join()
             self._writing = None
 
-    def _write(self, folder: str, meta: dict[str, Any]) -> None:
+    def _write(self, folder: str, meta: dict[str, Any], stall_seconds: float) -> None:
         """Write this worker's part; when all are written, the first worker commits and prunes. On a thread."""
         assert self._placement is not None and self._part is not None
         facts, fault = {}, None
@@ -98,6 +105,7 @@ class Checkpoints:
             if self._fault is None:
                 assert self._placement.metadata is not None
                 dcp.commit(folder, self._placement.metadata, [part[:2] for part in parts], meta)
+                self.newest.update(images=meta["images"], time=meta["time"], stall_seconds=stall_seconds)
                 self._prune()
         except Exception as error:
             self._fault = f"checkpoint {storage.redact(folder)} is not committed: {error}"
@@ -114,7 +122,9 @@ class Checkpoints:
         for folder in self.world.from_first(list_folders(self.url)):
             url = storage.join(self.url, folder)
             try:
-                return load_into(trainer, url, dcp.read_marker(url))
+                found = load_into(trainer, url, dcp.read_marker(url))
+                self.newest.update(images=found.images, time=found.marker.get("time"))
+                return found
             except dcp.Broken as error:
                 faults.append(str(error))
                 if self.world.first:
@@ -127,36 +137,20 @@ class Checkpoints:
         """Images seen at the newest committed checkpoint; -1 where there is none. A collective."""
         images = -1
         if self.world.first:
-            committed = (name for name in list_folders(self.url) if self._is_committed(name))
-            images = next((int(name[:12]) for name in committed), -1)
+            committed = (name for name in list_folders(self.url) if is_committed(self.url, name))
+            images = next((images_of(name) for name in committed), -1)
         return self.world.from_first(images)
-
-    def _is_committed(self, folder: str) -> bool:
-        return storage.exists(storage.join(self.url, folder, dcp.COMMIT))
 
     def _prune(self) -> None:
         committed: list[str] = []
         torn: list[str] = []
         for folder in list_folders(self.url):
-            (committed if self._is_committed(folder) else torn).append(folder)
+            (committed if is_committed(self.url, folder) else torn).append(folder)
         every = self.config.keep_every_images
-        milestones = milestones_of([int(folder[:12]) for folder in committed], every) if every else set()
-        old = [folder for folder in committed[self.config.keep :] if int(folder[:12]) not in milestones]
+        milestones = milestones_of([images_of(folder) for folder in committed], every) if every else set()
+        old = [folder for folder in committed[self.config.keep :] if images_of(folder) not in milestones]
         for folder in old + torn:
             storage.remove(storage.join(self.url, folder))
-
-
-def milestones_of(images: Sequence[int], every_images: int) -> set[int]:
-    """Of checkpoints at these numbers of images, the first at or after each multiple of `every_images`."""
-    found: dict[int, int] = {}
-    for number in sorted(images):
-        found.setdefault(number // every_images, number)
-    return {number for multiple, number in found.items() if multiple > 0}
-
-
-def list_folders(url: str) -> list[str]:
-    """Names of checkpoint folders, newest first, complete or not."""
-    return sorted((name for name in storage.list_dir(url) if name[:12].isdigit()), reverse=True)
 
 
 def state_of(trainer: Trainer) -> dict[str, Tensor]:
@@ -193,9 +187,9 @@ def load_into(trainer: Trainer, url: str, marker: dict[str, Any], read: dcp.Read
 
 
 def _check_scale(url: str, marker: dict[str, Any], trainer: Trainer) -> None:
-    for name, now in (("groups", trainer.share.groups), ("group_size", trainer.group_size)):
-        if marker[name] != now:
+    for name, here in (("groups", trainer.share.groups), ("group_size", trainer.group_size)):
+        if marker[name] != here:
             raise ValueError(
-                f"{url}: made with {name} {marker[name]}, and this run has {name} {now}; "
+                f"{url}: made with {name} {marker[name]}, and this run has {name} {here}; "
                 "give the run another name, or the same scale"
             )

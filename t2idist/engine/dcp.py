@@ -37,9 +37,9 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from t2idist import storage
+from t2idist.engine.saved import COMMIT as COMMIT
 from t2idist.engine.world import World
 
-COMMIT = "commit.json"
 FORMAT = 1
 CODES = {
     torch.float64: "F64",

@@ -96,8 +96,8 @@ def _read_network(url: str, entry: dict[str, Any]) -> dict[str, Tensor]:
         raise ValueError(f"{storage.redact(where)}: not a safetensors file: {error}") from None
 
 
-def load_into(net: nn.Module, weights: dict[str, Tensor], where: str) -> None:
-    """Strictly load weights into a network. Raises ValueError that names the first key or shape that does not fit."""
+def check_fits(net: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
+    """Raises ValueError that names the first key or shape of the weights that is not the network's."""
     own = net.state_dict()
     for key in sorted(own.keys() ^ weights.keys()):
         side = "lacks" if key in own else "has an unknown"
@@ -105,4 +105,9 @@ def load_into(net: nn.Module, weights: dict[str, Tensor], where: str) -> None:
     for key, value in own.items():
         if value.shape != weights[key].shape:
             raise ValueError(f"{where}: '{key}' is {list(weights[key].shape)} there and {list(value.shape)} here")
+
+
+def load_into(net: nn.Module, weights: dict[str, Tensor], where: str) -> None:
+    """Strictly load weights into a network. Raises ValueError as `check_fits` does."""
+    check_fits(net, weights, where)
     net.load_state_dict(weights)

@@ -104,7 +104,11 @@ class Intake(Iterator[Batch]):
                 f"data.max_bad: {bad} of {read} samples were bad, more than {self._max_bad:.2%} of an epoch; "
                 f"{storage.redact(self._url)}/{QUARANTINE} lists all {len(listed)}: {_some(listed)}"
             )
-        return {"data/wait_share": max(part[3] for part in parts), "data/bad_samples": float(bad)}
+        return {
+            "data/wait_share": max(part[3] for part in parts),
+            "data/bad_samples": float(bad),
+            "data/quarantined": float(len(self._quarantine)),
+        }
 
     def close(self) -> None:
         self._source.close()

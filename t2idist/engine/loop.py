@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from t2idist.config import GuardConfig, StageConfig
@@ -59,6 +60,7 @@ def run(
     trainer: Trainer,
     batches: Intake,
     stage: StageConfig,
+    steps: int,
     checkpoints: Checkpoints,
     memory: Memory | None,
     notices: Notices,
@@ -66,25 +68,26 @@ def run(
     look: Look,
     guard: GuardConfig,
 ) -> None:
-    """Train until the stage's budget is reached. `log` is None on all workers but the first; memory: if any is kept.
+    """Train until so many steps of the stage are done: all, or fewer where it is to stop before its budget.
 
+    `log` is None on all workers but the first; memory: if any is kept.
     Raises `Diverged`, on every worker, where too many steps in a row were skipped.
     """
     pace, state = _Pace(trainer), _State(trainer, batches, checkpoints, memory, log)
-    while trainer.step < stage.steps:
+    while trainer.step < steps:
         before = trainer.images
         trainer.run_step(next(batches), momentum(stage, trainer.step))
-        images, last = trainer.images, trainer.step == stage.steps
+        images, last = trainer.images, trainer.step == steps
         if log is not None:
             log.stepped(images)
         if last or due(report_every(stage), before, images):
             losses, others = trainer.take_reports(), batches.settle()
             _check(trainer, guard)
             others["guard/skipped_steps"] = float(trainer.guard.skipped)
-            step_seconds = pace.settle()
-            notices.pace(step_seconds)
+            others |= pace.settle(others["data/wait_share"])
+            notices.pace(others["time/step"])
             if memory is not None:
-                others |= memory.settle(step_seconds)
+                others |= memory.settle(others["time/step"])
             batches.write_ledger()
             if log is not None:
                 log.add(losses, others, trainer.step)
@@ -98,8 +101,10 @@ def run(
             nets = trainer.evaluation_nets()
             if log is not None:
                 log.note(look(nets, images, pictures=pictures, scores=scores))
+        looked = time.monotonic()
         if last or due(stage.checkpoint_every_images, before, images):
             state.save()
+        pace.pause(looked - paused, time.monotonic() - looked)
         if log is not None:
             log.pause(time.monotonic() - paused)
     checkpoints.finish()
@@ -136,17 +141,35 @@ class _State:
 
 
 class _Pace:
-    """What a step has taken lately, as the first worker saw it."""
+    """What a step has taken lately and of what, as the first worker saw it."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._since = (time.monotonic(), trainer.step)
+        self._looking = self._saving = 0.0
 
-    def settle(self) -> float:
-        """Mean seconds of the steps since the last call. A collective."""
+    def pause(self, looking_seconds: float, saving_seconds: float) -> None:
+        """Time after a step that went into pictures and scores, and into a checkpoint."""
+        self._looking += looking_seconds
+        self._saving += saving_seconds
+
+    def settle(self, wait_share: float) -> dict[str, float]:
+        """Mean seconds of the steps since the last call, and of what they wait for: values to log. A collective.
+
+        wait_share: of the time, waited for data. On an accelerator, with the most memory that a worker has held of it.
+        """
         moment, step = self._since
         self._since = (time.monotonic(), self._trainer.step)
-        return self._trainer.world.from_first((self._since[0] - moment) / max(self._since[1] - step, 1))
+        steps = max(self._since[1] - step, 1)
+        seconds = (self._since[0] - moment) / steps
+        device = self._trainer.world.device
+        held = torch.accelerator.max_memory_allocated(device) if device.type != "cpu" else 0
+        mine = (seconds, wait_share * seconds, self._looking / steps, self._saving / steps)
+        self._looking = self._saving = 0.0
+        parts = self._trainer.world.gather((mine, held))
+        names = ("time/step", "time/data", "time/pictures", "time/checkpoint")
+        found = dict(zip(names, parts[0][0], strict=True))
+        return found if device.type == "cpu" else found | {"memory/device_gib": max(part[1] for part in parts) / 2**30}
 
 
 def _check(trainer: Trainer, guard: GuardConfig) -> None:

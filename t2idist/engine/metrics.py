@@ -49,6 +49,7 @@ class Log:
         self.seconds_before = float(self.lines[-1]["seconds"]) if self.lines else 0.0
         self._stored = len(self.lines)
         self.losses: dict[str, float] = {}
+        self.values: dict[str, float] = {}
         self._events = _Events(self.url, step)
         self._started = self._told = self._written = time.monotonic()
         self._start_images = images
@@ -62,12 +63,12 @@ class Log:
             self.tell("training")
 
     def add(self, losses: Mapping[str, float], others: Mapping[str, float], step: int) -> None:
-        """One line of metrics at the present number of images; progress shows the losses only."""
+        """One line of metrics at the present number of images."""
         moment = time.monotonic()
         start, images = self._window
         self._rate = (self.images - images) / max(moment - start, 1e-9)
         self._window = (moment, self.images)
-        self.losses = dict(losses)
+        self.losses, self.values = dict(losses), dict(others)
         values = {**losses, **others}
         line = {
             "images": self.images,
@@ -119,7 +120,9 @@ class Log:
             "budget_images": self.budget_images,
             "images_per_second": round(rate, 2),
             "seconds_left": round((self.budget_images - self.images) / average) if average > 0 else None,
+            "seconds": self._seconds(),
             "losses": self.losses,
+            "values": self.values,
             "state": state,
             "time": now(),
         }

@@ -1,17 +1,19 @@
-"""Weights from outside: read, checked against their hash, and only then opened."""
+"""Weights from outside: files, checked against their hash and only then opened, and exports to fine-tune from."""
 
 from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Sequence
 
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from t2idist import storage
-from t2idist.contract import Pretrained
+from t2idist.contract import Pretrained, System
+from t2idist.engine import export
 
 
 def check(pretrained: Pretrained, where: str) -> None:
@@ -52,3 +54,45 @@ def _tensors(data: bytes) -> dict[str, Tensor]:
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError("holds something else than named tensors")
     return found
+
+
+def check_init(system: System, url: str, vocabulary: Sequence[str], where: str) -> None:
+    """Whether the export at `url` can be what the system's training starts from. Raises ValueError that names `where`.
+
+    The system may be on the meta device; vocabulary: of the stage.
+    """
+    _fitting(system, url, vocabulary, where)
+
+
+def load_init(system: System, url: str, vocabulary: Sequence[str], where: str) -> None:
+    """Start the roles that an export holds from its weights; the others keep theirs. Raises as `check_init` does."""
+    for net, weights in _fitting(system, url, vocabulary, where):
+        net.load_state_dict(weights)
+
+
+def _fitting(
+    system: System, url: str, vocabulary: Sequence[str], where: str
+) -> list[tuple[nn.Module, dict[str, Tensor]]]:
+    """The networks that are trained here and that the export holds, each with its weights there."""
+    place = f"{where}: {storage.redact(url)}"
+    dotted = {name.rpartition(".")[2]: name for name in system.exports if name.partition(".")[0] in system.roles}
+    held = export.read_index(url)
+    shared = tuple(name for name in dotted if name in held["networks"])
+    if not shared:
+        raise ValueError(
+            f"{place}: holds {', '.join(held['networks'])} of system {held['system']}; the stage trains "
+            f"{', '.join(dotted)}"
+        )
+    found, fitting = export.read(url, shared), []
+    for name in shared:
+        role, _, part = dotted[name].partition(".")
+        net = system.roles[role].net.get_submodule(part)
+        export.check_fits(net, found.weights[name], f"{place}: network '{name}'")
+        numbered = [m for m in net.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == len(vocabulary)]
+        if numbered and list(vocabulary) != found.vocabulary:
+            raise ValueError(
+                f"{place}: network '{name}' numbers words by its vocabulary of {len(found.vocabulary)}, which is not "
+                f"this stage's of {len(vocabulary)}"
+            )
+        fitting.append((net, found.weights[name]))
+    return fitting

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 _OUTCOMES = ("done", "failed", "stopped")
+_IN_JSON = (
+    "time",
+    "run",
+    "stage",
+    "images",
+    "budget_images",
+    "images_per_second",
+    "seconds_left",
+    "losses",
+    "restarts",
+)
 
 
 def duration(seconds: float) -> str:
@@ -86,7 +98,8 @@ class ProgressPrinter:
     """Shows progress on a stream without flooding it.
 
     On a terminal one line is rewritten in place; elsewhere a line is printed when the stage, the state, the number of
-    restarts or of workers changes, and otherwise at most every `every_seconds_log` seconds.
+    restarts or of workers changes, and otherwise at most every `every_seconds_log` seconds. as_json: a line is a JSON
+    object, as those of the log are (`logs.Lines`).
     """
 
     def __init__(
@@ -95,12 +108,14 @@ class ProgressPrinter:
         every_seconds_log: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
         columns: Callable[[], int] | None = None,
+        as_json: bool = False,
     ) -> None:
         self._stream = stream
         self._every_seconds = every_seconds_log
         self._clock = clock
         self._columns = columns or _terminal_columns
-        self._terminal = stream.isatty()
+        self._as_json = as_json
+        self._terminal = stream.isatty() and not as_json
         self._last_key: tuple[Any, ...] | None = None
         self._last_time = float("-inf")
         self._open_line = False
@@ -118,7 +133,7 @@ class ProgressPrinter:
             self._stream.write("\r" + line(progress, width).ljust(width))
             self._open_line = True
         elif changed or now - self._last_time >= self._every_seconds:
-            self._stream.write(line(progress) + "\n")
+            self._stream.write((_json_line(progress) if self._as_json else line(progress)) + "\n")
             self._last_time = now
         self._last_key = key
         self._stream.flush()
@@ -126,7 +141,7 @@ class ProgressPrinter:
     def message(self, text: str) -> None:
         """A line of its own, that the progress line does not overwrite."""
         self.close()
-        self._stream.write(text + "\n")
+        self._stream.write((json.dumps({"level": "warning", "message": text}) if self._as_json else text) + "\n")
         self._stream.flush()
 
     def close(self) -> None:
@@ -135,6 +150,11 @@ class ProgressPrinter:
             self._stream.write("\n")
             self._stream.flush()
             self._open_line = False
+
+
+def _json_line(progress: Mapping[str, Any]) -> str:
+    facts = {key: progress[key] for key in (*_IN_JSON, "workers", "state") if key in progress}
+    return json.dumps({"level": "info", "message": line(progress), "rank": None, **facts}, ensure_ascii=False)
 
 
 def _terminal_columns() -> int:

@@ -1,0 +1,66 @@
+"""How a submission of a run began and ended: told to the hook, and kept in the run's folder for ``--status``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from t2idist import stages, storage
+from t2idist.config import RunConfig
+from t2idist.engine.metrics import now
+from t2idist.engine.notice import Left
+from t2idist.hook import Hook
+from t2idist.logs import hide
+
+OUTCOME = "outcome.json"
+_SHOWN = ("stage", "images", "budget_images", "images_per_second", "restarts", "workers", "losses")
+
+
+class Telling:
+    """Follows the progress messages of a submission for the hook."""
+
+    def __init__(self, config: RunConfig, hook: Hook) -> None:
+        self._hook = hook
+        self._who = {"run": config.name, "url": storage.redact(stages.run_url(config))}
+        self._last: dict[str, Any] = {}
+        self._restarts: int | None = None
+
+    def follow(self, message: Mapping[str, Any]) -> None:
+        """Take in a progress message: the number of restarts goes up with a restart."""
+        self._last = {key: message[key] for key in _SHOWN if key in message}
+        restarts = int(message.get("restarts", 0))
+        if self._restarts is not None and restarts > self._restarts:
+            self.tell("restart")
+        self._restarts = restarts
+
+    def tell(self, event: str, error: str | None = None) -> None:
+        """event: "start", "restart", "failure" or "end"."""
+        self._hook.tell({"event": event, **self._who, "time": now(), **self._last, "error": error})
+
+
+@contextlib.contextmanager
+def told(config: RunConfig, hook: Hook, stops: bool) -> Iterator[Telling]:
+    """Around a submission. stops: it is to end before the run does."""
+    where = storage.join(stages.run_url(config), OUTCOME)
+    telling = Telling(config, hook)
+    storage.remove(where)
+    telling.tell("start")
+    state, error = "failed", None
+    try:
+        yield telling
+        state = "stopped" if stops else "finished"
+    except Left as left:
+        state, error = "stopped", str(left)
+        raise
+    except KeyboardInterrupt:
+        state = "interrupted"
+        raise
+    except BaseException as fault:
+        error = hide(str(fault) or type(fault).__name__)
+        raise
+    finally:
+        with contextlib.suppress(OSError):  # where the store refuses everything, the error itself says it
+            storage.write_json(where, {"state": state, "error": error, "time": now()})
+        telling.tell("failure" if state == "failed" else "end", error)
+        hook.close()

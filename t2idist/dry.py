@@ -36,7 +36,7 @@ def check(config: RunConfig, resumed: resume.Source | None) -> None:
         datasets = open_datasets(config.stage_data(name))
         extent = extent_of(datasets)
         vocabulary = _vocabulary(config, name, datasets[0])
-        system = _on_meta(config, name, extent)
+        system = on_meta(config, name, extent)
         _check_weights(config, name, system, vocabulary, resumed)
         for role in system.roles.values():
             if role.pretrained is not None:
@@ -53,7 +53,7 @@ def describe(config: RunConfig, resumed: resume.Source | None) -> str:
         data = config.stage_data(name)
         datasets = open_datasets(data) if data.source else ()
         vocabulary = _vocabulary(config, name, datasets[0]) if datasets else None
-        system = _on_meta(config, name, extent_of(datasets) if datasets else UNKNOWN)
+        system = on_meta(config, name, extent_of(datasets) if datasets else UNKNOWN)
         if vocabulary is not None:
             _check_weights(config, name, system, vocabulary, resumed)
         lines += [*_stage_lines(config, name, system, datasets), ""]
@@ -70,7 +70,7 @@ def _stage_lines(config: RunConfig, name: str, system: System, datasets: Sequenc
     yield from _network_lines(system)
     smallest, largest = config.cluster.workers
     dividers = smallest if config.strategy == "deepspeed" else 1
-    memory = _state_bytes(system, config.precision, dividers)
+    memory = state_bytes(system, config.precision, dividers)
     yield (
         f"  memory per worker {memory / 2**30:.2f} GiB for weights, gradients, Adam and EMA; activations come on top, "
         f"for {-(-stage.groups // largest)} to {-(-stage.groups // smallest)} groups of {stage.group_size}"
@@ -109,8 +109,11 @@ def _parameters(net: nn.Module) -> tuple[int, int]:
     return sum(n for n, _ in counts), sum(n for n, trained in counts if trained)
 
 
-def _state_bytes(system: System, precision: str, dividers: int) -> int:
-    """Of a worker. dividers: workers among which DeepSpeed divides Adam's moments (1: none)."""
+def state_bytes(system: System, precision: str, dividers: int) -> int:
+    """Of weights, gradients, Adam and EMA of a worker.
+
+    dividers: workers among which DeepSpeed divides Adam's moments (1: none).
+    """
     each = 8 if precision == "float64" else 4
     numbers = 0
     for role in system.roles.values():
@@ -121,7 +124,8 @@ def _state_bytes(system: System, precision: str, dividers: int) -> int:
     return each * (numbers + sum(_parameters(f.net)[0] for f in system.frozen.values()))
 
 
-def _on_meta(config: RunConfig, name: str, extent: Extent) -> System:
+def on_meta(config: RunConfig, name: str, extent: Extent) -> System:
+    """A stage's system without data in its tensors. Raises ValueError that names the stage."""
     with torch.device("meta"):
         system = stages.build(config, name, stages.plan(config, name, extent))
     if len(extent.attributes) > 1 and not callable(getattr(system, "translate", None)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,8 @@ def full(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def full_precision(x: Tensor) -> torch.autocast:
+def full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """A context, on the device of `x`, in which matrix products keep the precision of their inputs."""
+    if x.is_meta:  # nothing is computed there
+        return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)

@@ -180,8 +180,8 @@ def _estimate(config: RunConfig, name: str, machines: Machines, efficiency: floa
     if made.memory_gib > machines.kind.memory_gib:
         raise ValueError(
             f"--plan: stage {name} needs {made.memory_gib:.1f} GiB a worker ({made.state_gib:.1f} of weights, "
-            f"gradients, Adam and EMA, {made.kept_gib:.1f} of activations of {groups} groups of {stage.group_size}), and "
-            f"the {machines.name} has {machines.kind.memory_gib:g}; {_advice(groups, made, config)}"
+            f"gradients, Adam and EMA, {made.kept_gib:.1f} of activations of {groups} groups of {stage.group_size}), "
+            f"and the {machines.name} has {machines.kind.memory_gib:g}; {_advice(groups, made, config)}"
         )
     return made, system
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,17 @@ def workers() -> Iterator[Workers]:
     made = Workers()
     yield made
     made.close()
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the small recipe and its run, which is done; not to be changed."""
+    from tests.test_run import recipe, run
+
+    folder = tmp_path_factory.mktemp("finished")
+    done = run(str(recipe(folder)), "--local")
+    assert done.returncode == 0, done.stderr
+    return folder
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -77,15 +77,6 @@ def check_finished(folder: Path, system: str = "attngan") -> None:
     assert "data:image/" in page and "http://" not in page.replace("http://www.w3.org", "")
 
 
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the recipe and its run, which is done; not to be changed."""
-    folder = tmp_path_factory.mktemp("finished")
-    done = run(str(recipe(folder)), "--local")
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
 def copied(finished: Path, folder: Path) -> Path:
     """The same in another folder; gives the recipe there."""
     shutil.copytree(finished / "runs", folder / "runs")

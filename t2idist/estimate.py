@@ -63,9 +63,9 @@ class Machines:
 
     gpus: int
     name: str
-    efficiency: float = 0.0
-    gbit: float = 100.0
-    per_machine: int = 8
+    efficiency: float
+    gbit: float
+    per_machine: int
 
     @property
     def kind(self) -> Kind:
@@ -120,19 +120,19 @@ def parse(text: str) -> Machines:
         raise ValueError(f"--plan: {head!r}; give a number of GPUs and their kind, such as 8xa100-80")
     if found[2] not in KINDS:
         raise ValueError(f"--plan: {unknown_key(found[2], found[2], KINDS).replace('unknown key', 'no such kind')}")
-    made = Machines(int(found[1]), found[2])
+    given = {"efficiency": 0.0, "gbit": 100.0, "per_machine": 8.0}
     for pair in pairs:
         key, _, value = pair.strip().partition("=")
-        if key not in ("efficiency", "gbit", "per_machine"):
-            raise ValueError(f"--plan: {unknown_key(key, key, ('efficiency', 'gbit', 'per_machine'))}")
+        if key not in given:
+            raise ValueError(f"--plan: {unknown_key(key, key, given)}")
         try:
-            number = float(value)
+            given[key] = float(value)
         except ValueError:
-            number = math.nan
-        if not 0 < number <= (1 if key == "efficiency" else 1e6):
+            given[key] = math.nan
+        if not 0 < given[key] <= (1 if key == "efficiency" else 1e6):
             raise ValueError(f"--plan: {key}={value}; give {'0 to 1' if key == 'efficiency' else 'a number above 0'}")
-        made = replace(made, **{key: int(number) or 1 if key == "per_machine" else number})
-    return made
+    per_machine = max(1, int(given["per_machine"]))
+    return Machines(int(found[1]), found[2], given["efficiency"], given["gbit"], per_machine)
 
 
 def page(config: RunConfig, text: str) -> str:

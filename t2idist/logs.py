@@ -38,8 +38,16 @@ class Place:
         return {"run": self.run, "stage": self.stage or None, "rank": self.rank, "images": images}
 
 
+class _Hide(logging.Filter):
+    """Cuts secrets out of every record, whoever writes it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = hide(record.getMessage()), None
+        return True
+
+
 class Lines(logging.Formatter):
-    """``LEVEL message`` without secrets; where there is a place, a JSON object a line."""
+    """``LEVEL message``; where there is a place, a JSON object a line."""
 
     def __init__(self, place: Place | None = None) -> None:
         super().__init__("%(levelname)s %(message)s")
@@ -47,7 +55,7 @@ class Lines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         if self._place is None:
-            return hide(super().format(record))
+            return super().format(record)
         line = {
             "time": datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -56,15 +64,30 @@ class Lines(logging.Formatter):
             **self._place.facts(),
         }
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return hide(json.dumps(line, ensure_ascii=False))
+            line["exception"] = hide(self.formatException(record.exc_info))
+        return json.dumps(line, ensure_ascii=False)
+
+
+_HIDE = _Hide()
 
 
 def set_up(level: int, place: Place | None = None) -> None:
-    """Send the log of this process to stderr: from `level` on; as JSON lines where a place is given."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(Lines(place))
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    """Send the log of this process to stderr, from `level` on; as JSON lines where a place is given.
+
+    Where somebody has set up a log before (Ray, in its workers), it stays as it is, but for the JSON lines.
+    """
+    root = logging.getLogger()
+    if not root.handlers:
+        root.setLevel(level)
+    if place is not None or not root.handlers:
+        for handler in list(root.handlers):
+            if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+                root.removeHandler(handler)
+        made = logging.StreamHandler()
+        made.setFormatter(Lines(place))
+        root.addHandler(made)
+    for handler in root.handlers:
+        handler.addFilter(_HIDE)
     logging.captureWarnings(place is not None)
     for noisy in ("ray", "webdataset", "fsspec", "s3fs", "botocore", "aiobotocore"):
         logging.getLogger(noisy).setLevel(max(level, logging.WARNING))

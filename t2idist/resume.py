@@ -40,7 +40,10 @@ def find(config: RunConfig, text: str) -> Source | None:
 
     None where the run has gone on from it before. Raises ValueError for one that is not there or cannot be used.
     """
-    run_url = stages.run_url(config)
+    note = storage.join(stages.run_url(config), NOTE)
+    if storage.exists(note) and storage.read_json(note)["asked"] == text:
+        logger.info("the run has gone on from %s before; it goes on from where it is (%s)", text, storage.redact(note))
+        return None
     if text.isdigit():
         stage = _present_stage(config, text)
         url = _by_images(config, stage, int(text))
@@ -52,10 +55,6 @@ def find(config: RunConfig, text: str) -> Source | None:
                 f"--resume-from: {storage.redact(url)}: give images seen, or a checkpoint's folder: "
                 f".../STAGE/checkpoints/IMAGES-ATTEMPT, with one of the stages {', '.join(config.stages)}"
             )
-    note = storage.join(run_url, NOTE)
-    if storage.exists(note) and storage.read_json(note)["asked"] == text:
-        logger.info("the run has gone on from %s before; it goes on from where it is", text)
-        return None
     try:
         marker = dcp.read_marker(url)
     except dcp.Broken as error:

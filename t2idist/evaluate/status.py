@@ -97,18 +97,21 @@ def listing(storage_url: str) -> str:
     """A line a run under `storage_url`, the latest heard of first. Raises ValueError where there is none."""
     moment = datetime.datetime.now(datetime.UTC)
     found: list[State] = []
+    broken: list[str] = []
     for name in storage.list_dir(storage_url):
         url = storage.join(storage_url, name)
         if storage.exists(storage.join(url, "config.yaml")):
-            found.append(read(url, moment))
-    if not found:
+            try:
+                found.append(read(url, moment))
+            except ValueError as fault:
+                broken.append(str(fault))
+    if not found and not broken:
         raise ValueError(f"--list: {storage.redact(storage_url)}: no runs here; give the folder that runs lie in")
     found.sort(key=lambda state: float("inf") if state.silent_seconds is None else state.silent_seconds)
     rows = [("run", "state", "stage", "images", "checkpoint", "restarts", "last word"), *map(_row, found)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, *broken])
 
 
 def _row(state: State) -> tuple[str, ...]:

@@ -59,11 +59,13 @@ def find(config: RunConfig, text: str) -> Source | None:
         marker = dcp.read_marker(url)
     except dcp.Broken as error:
         raise ValueError(f"--resume-from: {error}") from None
+    if not {"images", "config", "vocabulary"} <= marker.keys():
+        raise ValueError(f"--resume-from: {storage.redact(url)}: not the checkpoint of a run")
     checkpoints = storage.join(stages.stage_url(config, stage), "checkpoints")
     own = url.rpartition("/")[0] == checkpoints
     if export.exists(stages.export_url(config, stage)):
         raise ValueError(f"--resume-from: stage {stage} of {config.name} is done; give name=ANOTHER for a new run")
-    if not own and list_folders(checkpoints):
+    if not own and set(list_committed(checkpoints)) - {url.rpartition("/")[2]}:  # a copy may have been cut off
         raise ValueError(
             f"--resume-from: stage {stage} of {config.name} has checkpoints of its own; give name=ANOTHER for a new run"
         )

@@ -43,13 +43,17 @@ def _version_if_there(package: str) -> str:
 
 
 def _git() -> str:
-    """The commit of the checkout, "+" where files differ from it; "unknown" for an installed package."""
+    """The commit of the checkout, "+" where files differ from it.
+
+    Without a checkout (an installed package, or a job's working directory, which Ray uploads without .git) what the
+    environment says in T2IDIST_GIT, else "unknown".
+    """
     root = Path(t2idist.__file__).parent.parent
     try:
         command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return os.environ.get("T2IDIST_GIT", "unknown")[:64]
 
 
 def _cpu() -> str:

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import datetime
+import http.server
+import io
 import json
 import shutil
 import stat
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
-from t2idist import dry, hook, orders, outcome, resume, run, stages, storage
+from t2idist import dry, hook, orders, outcome, resume, run, stages, storage, versions
 from t2idist.config import RunConfig, load
 from t2idist.engine import export
 from t2idist.engine.notice import Left
 from t2idist.engine.saved import images_of, list_committed
+from t2idist.engine.world import World
 from t2idist.evaluate import status
 from tests import small
 from tests.test_run import check_finished, copied, recipe, weights
 from tests.test_run import run as run_command
+from tools import notify_webhook
 
 
 def config(folder: Path, *words: str) -> RunConfig:
@@ -135,6 +140,40 @@ def test_a_hook_is_looked_for_first(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == "error: --hook: nosuchprogram: no such program\n"
     with pytest.raises(ValueError, match=r"--hook: \"a 'b\": No closing quotation"):
         hook.parse("a 'b")
+
+
+class Posts(http.server.BaseHTTPRequestHandler):
+    """Takes what is posted; answers "/broken" with an error."""
+
+    taken: ClassVar[list[dict[str, Any]]] = []
+
+    def do_POST(self) -> None:
+        self.taken.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(500 if self.path == "/broken" else 200)
+        self.end_headers()
+
+    def log_message(self, *words: object) -> None:
+        return
+
+
+def test_the_hook_that_posts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    event = {"event": "restart", "run": "x", "stage": "gan", "images": 1200, "budget_images": 64000, "restarts": 2}
+    server = http.server.HTTPServer(("127.0.0.1", 0), Posts)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        for path, status_code in (("/here", 0), ("/broken", 1)):
+            monkeypatch.setenv("T2IDIST_HOOK_URL", f"http://127.0.0.1:{server.server_port}{path}")
+            monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(event)))
+            assert notify_webhook.main() == status_code
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert Posts.taken[0] == {**event, "text": "x: restart, stage gan at 1,200 of 64,000 images, restarts 2"}
+    said = capsys.readouterr().err
+    assert "HTTPError 500" in said and "127.0.0.1" not in said
+    monkeypatch.setenv("T2IDIST_HOOK_URL", "")
+    assert notify_webhook.main() == 2
 
 
 # ------------------------------------------------------------ what it fine-tunes
@@ -284,8 +323,8 @@ def test_nothing_that_a_run_leaves_or_says_holds_a_secret(tmp_path: Path, monkey
     for where, data in said:
         for name, value in secrets.items():
             assert value.encode() not in data, f"{where} holds {name}"
-    versions = json.loads((tmp_path / "runs/tiny/versions.json").read_text())
-    assert versions["git"] and versions["torch"] and versions["ray"]
+    ran_on = json.loads((tmp_path / "runs/tiny/versions.json").read_text())
+    assert ran_on["git"] and ran_on["torch"] and ran_on["ray"]
 
 
 # ------------------------------------------------------------ how it is read
@@ -325,3 +364,11 @@ def test_reading_needs_no_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "they take no recipe" in capsys.readouterr().err
     assert run.main([]) == 2
     assert "give a recipe: attngan" in capsys.readouterr().err
+
+
+def test_the_commit_is_known_without_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(versions.versions(World())["git"]) <= set("0123456789abcdef+")
+    monkeypatch.setattr(versions.t2idist, "__file__", str(tmp_path / "t2idist/__init__.py"))
+    assert versions.versions(World())["git"] == "unknown"
+    monkeypatch.setenv("T2IDIST_GIT", "5707fd98dd7d+")
+    assert versions.versions(World())["git"] == "5707fd98dd7d+"

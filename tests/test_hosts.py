@@ -13,9 +13,9 @@ from torch import nn
 
 from t2idist import config as configuration
 from t2idist.engine import export
-from tests.hosts import Missing
 from tests.test_run import recipe, run
 from tools import chaos, chaos_injuries, chaos_story
+from tools.hosts import Missing
 
 
 @pytest.mark.slow

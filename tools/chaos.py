@@ -50,7 +50,7 @@ from t2idist.strict import from_dict, parse_yaml
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the several-host cluster lies among the tests
 
-from tests.hosts import RUNS, Missing, cluster  # noqa: E402
+from tests.hosts import RUNS, cluster  # noqa: E402
 from tools.chaos_injuries import (  # noqa: E402
     Injury,
     Tormentor,
@@ -71,6 +71,7 @@ from tools.chaos_story import (  # noqa: E402
     median_step_seconds,
     order_of,
 )
+from tools.hosts import Missing  # noqa: E402
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
 IMAGES_PER_STEP = 24

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tests.fault_proxy import Proxy
-from tests.hosts import HEAD, TEMPORARY_MIB, Cluster
 from tools.chaos_story import STAGE, Story
+from tools.hosts import HEAD, TEMPORARY_MIB, Cluster
 
 COMMON = (
     "kill_worker", "kill_raylet", "kill_host", "stop_worker", "partition", "drain_host", "nan", "store_errors",

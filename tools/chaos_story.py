@@ -19,7 +19,8 @@ from t2idist.engine import dcp, export
 from t2idist.engine.intake import LEDGER, read_ledger
 from t2idist.engine.metrics import read_metrics
 from t2idist.engine.noise import key
-from tests.hosts import RUNS, Cluster
+from tests.hosts import RUNS, progress
+from tools.hosts import Cluster
 
 RUN, STAGE = "chaos", "attngan"
 QUIET_STEPS = 4
@@ -99,7 +100,7 @@ class Story:
         """Take in what can be seen now; call it several times a second."""
         at = self.now()
         self._see_workers(at)
-        message = self.cluster.progress(RUN)
+        message = progress(RUN)
         if message is None:
             return
         self.stage, self.state = message["stage"], message["state"]

@@ -88,6 +88,7 @@ ALLOWED: dict[str, set[str]] = {
     "keepers": {"engine.held"},
     "nodes": {"storage", "config", "keepers"},
     "regroup": set(),
+    "drain": set(),
     "spread": set(),
     "run": {
         "config",
@@ -107,7 +108,7 @@ ALLOWED: dict[str, set[str]] = {
     },
 }
 ONLY_IN: dict[str, set[str]] = {
-    "ray": {"launch.py", "gauges.py", "keepers.py", "nodes.py", "regroup.py", "spread.py"},
+    "ray": {"launch.py", "gauges.py", "keepers.py", "nodes.py", "regroup.py", "spread.py", "drain.py"},
     "fsspec": {"storage.py"},
     "s3fs": set(),
     "botocore": {"storage.py", "retry.py"},

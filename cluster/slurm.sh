@@ -62,6 +62,7 @@ else
 fi
 address=${address%/*}
 port=$((20000 + SLURM_JOB_ID % 20000))
+files=/tmp/ray-$SLURM_JOB_ID
 cpus=${SLURM_CPUS_PER_TASK:-1}
 
 if ((gpus > 0)); then
@@ -84,7 +85,7 @@ trap save_and_requeue USR1
 
 srun --ntasks="$nodes" --ntasks-per-node=1 --no-kill --kill-on-bad-exit=0 \
   ray symmetric-run --address "$address:$port" --min-nodes "$nodes" \
-  --num-cpus="$cpus" --num-gpus="$gpus_per_node" --temp-dir="/tmp/ray-$SLURM_JOB_ID" --disable-usage-stats \
+  --num-cpus="$cpus" --num-gpus="$gpus_per_node" --temp-dir="$files" --disable-usage-stats \
   -- python -m t2idist.run "$recipe" "name=$name" "${scale[@]}" "$@" &
 step=$!
 status=0
@@ -96,4 +97,5 @@ done
 if [[ -n $requeued ]]; then
   exit 0
 fi
+srun --ntasks="$nodes" --ntasks-per-node=1 --no-kill rm -rf "$files" || true
 exit "$status"

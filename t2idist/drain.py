@@ -14,6 +14,7 @@ import contextlib
 import json
 import logging
 import os
+import socket
 import sys
 import time
 import urllib.error
@@ -24,7 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import ray
-from ray._raylet import GcsClient
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated import autoscaler_pb2
 from ray.exceptions import RayError
 
@@ -69,15 +70,18 @@ def find_raylet(processes: Path = Path("/proc")) -> Raylet:
 def drain(raylet: Raylet, seconds: float, why: str) -> None:
     """Tell Ray that the machine goes in so many seconds. Raises RuntimeError where it will not hear of it."""
     deadline_ms = int(1000 * (time.time() + seconds))
+    host, _, port = raylet.gcs.rpartition(":")
     try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_CALL_SECONDS):
+            pass  # Ray's client would wait for a head that is gone longer than this machine has
         accepted, refusal = GcsClient(address=raylet.gcs).drain_node(
             raylet.node_id,
-            autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION,
+            autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION,  # type: ignore[attr-defined]
             why,
             deadline_ms,
             timeout=_CALL_SECONDS,
         )
-    except RayError as error:
+    except (OSError, RayError) as error:
         raise RuntimeError(f"Ray's head at {raylet.gcs} was not told: {error}") from None
     if not accepted:
         raise RuntimeError(f"Ray's head at {raylet.gcs} refuses: {refusal}")

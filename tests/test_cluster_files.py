@@ -292,7 +292,11 @@ def test_slurm_starts_ray_on_all_nodes_and_gives_the_runs_status(tmp_path: Path)
     assert "ray symmetric-run --address 10.1.2.3:21007 --min-nodes 2 " in calls
     assert "--num-cpus=16 --num-gpus=2 " in calls
     assert r"name=mine cluster.workers=\[1\,4\] cluster.gpus_per_worker=1 cluster.cpus_per_worker=8 storage=" in calls
-    assert "requeue" not in calls and not re.search("[0-9a-f]{64}", calls + done.stdout + done.stderr)
+    assert (
+        "rm -rf /tmp/ray-41007" in calls
+        and "requeue" not in calls
+        and not re.search("[0-9a-f]{64}", calls + done.stdout + done.stderr)
+    )
 
 
 def test_slurm_saves_and_queues_again_before_the_nodes_go(tmp_path: Path) -> None:

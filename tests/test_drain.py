@@ -99,3 +99,8 @@ def test_ray_s_node_of_this_machine_is_found(tmp_path: Path) -> None:
 def test_bad_words_are_answered(capsys: pytest.CaptureFixture[str]) -> None:
     assert drain.main(["--seconds", "0"]) == 2
     assert "--seconds 0; allowed are more than 0, up to 3600" in capsys.readouterr().err
+
+
+def test_a_head_that_is_gone_is_not_waited_for() -> None:
+    with pytest.raises(RuntimeError, match="Ray's head at 127.0.0.1:1 was not told"):
+        drain.drain(drain.Raylet(1, "aa" * 28, "127.0.0.1:1"), 30.0, "test")

@@ -18,6 +18,7 @@ import pytest
 import ray
 import yaml
 from packaging.requirements import Requirement
+from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
 
 import t2idist
@@ -73,6 +74,10 @@ def test_machines_get_this_version_the_token_and_the_watch_for_notices(cloud: st
     assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
     for source in config["file_mounts"].values():
         assert source in ("dist", "~/.ray/auth_token") or (ROOT / source).is_dir()
+    filled = prepare_config(config)  # with Ray's own defaults, which must not come through
+    validate_config(filled)
+    assert filled["head_setup_commands"] == filled["worker_setup_commands"] == [setup]
+    assert filled["initialization_commands"] == [] and not filled["docker"]
     assert config["head_start_ray_commands"] == ["bash ~/t2idist/cluster/start_ray.sh head"]
     assert config["worker_start_ray_commands"] == [f"bash ~/t2idist/cluster/start_ray.sh worker {cloud}"]
 
@@ -292,11 +297,8 @@ def test_slurm_starts_ray_on_all_nodes_and_gives_the_runs_status(tmp_path: Path)
     assert "ray symmetric-run --address 10.1.2.3:21007 --min-nodes 2 " in calls
     assert "--num-cpus=16 --num-gpus=2 " in calls
     assert r"name=mine cluster.workers=\[1\,4\] cluster.gpus_per_worker=1 cluster.cpus_per_worker=8 storage=" in calls
-    assert (
-        "rm -rf /tmp/ray-41007" in calls
-        and "requeue" not in calls
-        and not re.search("[0-9a-f]{64}", calls + done.stdout + done.stderr)
-    )
+    assert "rm -rf /tmp/ray-41007" in calls and "requeue" not in calls
+    assert not re.search("[0-9a-f]{64}", calls + done.stdout + done.stderr)
 
 
 def test_slurm_saves_and_queues_again_before_the_nodes_go(tmp_path: Path) -> None:

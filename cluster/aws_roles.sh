@@ -29,6 +29,7 @@ case $what in
       echo "usage: cluster/aws_roles.sh create BUCKET" >&2
       exit 2
     fi
+    aws iam create-service-linked-role --aws-service-name spot.amazonaws.com >/dev/null 2>&1 || true # is there after once
     for kind in worker head; do
       role=t2idist-$kind
       if ! aws iam get-role --role-name "$role" >/dev/null 2>&1; then

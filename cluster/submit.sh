@@ -28,10 +28,9 @@ if [[ -z ${RAY_AUTH_TOKEN:-} && ! -s ${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_toke
   echo "error: no token: set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file that holds the cluster's" >&2
   exit 1
 fi
-wait=()
+options=(--address "$address" --submission-id "$name-$(date -u +%Y%m%dT%H%M%SZ)-$$" --metadata-json "{\"run\": \"$name\"}"
+  --runtime-env "$root/cluster/runtime_env.yaml" --working-dir "$root")
 if [[ -n ${NO_WAIT:-} ]]; then
-  wait=(--no-wait)
+  options+=(--no-wait)
 fi
-exec "$ray" job submit --address "$address" --submission-id "$name-$(date -u +%Y%m%dT%H%M%SZ)-$$" \
-  --metadata-json "{\"run\": \"$name\"}" --runtime-env "$root/cluster/runtime_env.yaml" --working-dir "$root" \
-  "${wait[@]}" -- python -m t2idist.run "$recipe" "name=$name" "$@"
+exec "$ray" job submit "${options[@]}" -- python -m t2idist.run "$recipe" "name=$name" "$@"

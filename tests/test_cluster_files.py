@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -268,6 +269,44 @@ def test_start_ray_wants_a_token_and_a_known_cloud(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "--dashboard-host=127.0.0.1" in (tmp_path / "t2idist-venv/bin/calls").read_text()
     assert (tmp_path / ".ray/auth_token").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_roles_of_aws_have_rights_to_one_bucket(tmp_path: Path) -> None:
+    stand_in(tmp_path, "aws", "[[ $2 != get-* ]]")
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    assert script("aws_roles.sh", "create", "../b", env=env).returncode == 2
+    done = script("aws_roles.sh", "create", "my-bucket", env=env)
+    assert done.returncode == 0, done.stderr
+    rights = {}
+    for call in map(shlex.split, (tmp_path / "calls").read_text().replace("$'", "'").replace("\\n", " ").splitlines()):
+        if "put-role-policy" in call:
+            document = json.loads(call[call.index("--policy-document") + 1])
+            rights[call[call.index("--role-name") + 1]] = document["Statement"]
+    assert rights.keys() == {"t2idist-head", "t2idist-worker"}
+    for statement in rights["t2idist-worker"]:
+        assert statement["Resource"] in ("arn:aws:s3:::my-bucket", "arn:aws:s3:::my-bucket/*")
+    (passed,) = [s["Resource"] for s in rights["t2idist-head"] if "iam" in str(s["Action"])]
+    assert passed == "arn:aws:iam::*:role/t2idist-worker"
+    types = load("aws.yaml")["available_node_types"].values()
+    assert {node["node_config"]["IamInstanceProfile"]["Name"] for node in types} == rights.keys()
+
+
+def test_a_machine_is_set_up_from_the_wheel_with_pinned_versions(tmp_path: Path) -> None:
+    env = {"HOME": str(tmp_path)}
+    done = script("setup_machine.sh", str(tmp_path / "no.whl"), env=env)
+    assert done.returncode == 1 and "no.whl is not there; make it with" in done.stderr
+    (tmp_path / "t2idist.whl").touch()
+    (tmp_path / ".local").mkdir()
+    stand_in(tmp_path / ".local/bin", "uv")
+    (tmp_path / "t2idist-venv").mkdir()
+    stand_in(tmp_path / "t2idist-venv/bin", "python")
+    for _ in range(2):
+        done = script("setup_machine.sh", str(tmp_path / "t2idist.whl"), "boto3", env=env)
+        assert done.returncode == 0, done.stderr
+    calls = (tmp_path / ".local/bin/calls").read_text()
+    assert f"--constraint {CLUSTER}/constraints.txt {tmp_path}/t2idist.whl\\[scores\\] boto3" in calls
+    lines = (tmp_path / ".bashrc").read_text().splitlines()
+    assert lines == ["export PATH=$HOME/t2idist-venv/bin:$PATH", "export RAY_AUTH_MODE=token"]
 
 
 def slurm_environment(tmp_path: Path, step: str) -> dict[str, str]:

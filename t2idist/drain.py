@@ -151,6 +151,7 @@ def parser() -> argparse.ArgumentParser:
     when = made.add_mutually_exclusive_group(required=True)
     when.add_argument("--seconds", type=float, metavar="N", help="the machine goes in so many seconds")
     when.add_argument("--watch", choices=sorted(CLOUDS), help="whose notice to wait for")
+    made.add_argument("--no-wait", action="store_true", help="return as soon as Ray was told")
     return made
 
 
@@ -171,8 +172,9 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     logger.info("%s in %.0f s; Ray %s knows", why, seconds, ray.__version__)
-    with contextlib.suppress(KeyboardInterrupt):
-        wait(raylet, seconds)
+    if not arguments.no_wait:
+        with contextlib.suppress(KeyboardInterrupt):
+            wait(raylet, seconds)
     return 0
 
 

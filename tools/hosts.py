@@ -195,17 +195,10 @@ class Cluster:
 
         Gives a process that ends with 0 when Ray has been told. Raises ProcessLookupError where the host is down.
         """
-        words = [RAY, "drain-node", f"--address={self._gcs()}", f"--node-id={self._node_id(host)}"]
-        words += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=the cloud takes it back"]
-        return self.popen(HEAD, [*words, f"--deadline-remaining-seconds={seconds}"], self.folder / "drain.log")
-
-    def _node_id(self, host: int) -> str:
-        """Ray's name for the host's node, which its raylet was started with."""
-        for pid in self.pids(host, b"/raylet/raylet"):
-            for word in Path(f"/proc/{pid}/cmdline").read_text().split("\0"):
-                if word.startswith(("--node_id=", "--node-id=")):
-                    return word.partition("=")[2]
-        raise ProcessLookupError(f"host {host} has no raylet")
+        if not self.pids(host, b"/raylet/raylet"):
+            raise ProcessLookupError(f"host {host} has no raylet")
+        words = [sys.executable, "-m", "t2idist.drain", f"--seconds={seconds}", "--no-wait"]
+        return self.popen(host, words, self.folder / "drain.log")
 
     def partition(self, host: int) -> None:
         """Cut the host's link; its processes run on."""

@@ -242,12 +242,10 @@ def _befall(made: Cluster, arguments: argparse.Namespace) -> int:
     elif arguments.do == "start":
         made.start_host(host)
     else:
-        words = [sys.executable, "-m", "t2idist.drain", f"--seconds={arguments.seconds}"]
-        log = made.folder / "drain.log"
-        ended = made.popen(host, words, log).wait()
+        if made.drain(host, arguments.seconds).wait() != 0:
+            raise RuntimeError(f"Ray was not told: {made.folder / 'drain.log'}")
+        time.sleep(arguments.seconds)
         made.kill_host(host)
-        if ended != 0:
-            raise RuntimeError(f"host {host} was not drained: {log.read_text().splitlines()[-1]}")
     return 0
 
 

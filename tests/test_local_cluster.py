@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import random
@@ -9,6 +10,8 @@ import shlex
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -193,3 +196,33 @@ def refuse(outside: dict[str, str], users: dict[str, str]) -> None:
     made, _, _ = local_cluster.load(NAME)
     with pytest.raises(ConnectionRefusedError):  # the dashboard is on the head's loopback address only
         socket.create_connection((made.addresses[hosts.HEAD], hosts.DASHBOARD_PORT), timeout=5).close()
+
+
+def test_what_is_forwarded_arrives_and_so_does_the_end() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(
+            target=local_cluster.forward, args=(listening.dup(), server.getsockname()), daemon=True
+        ).start()
+        with socket.create_connection(listening.getsockname(), timeout=10) as client:
+            client.sendall(b"question")
+            client.shutdown(socket.SHUT_WR)
+            passed, _ = server.accept()
+            with passed:
+                assert passed.recv(100) == b"question" and passed.recv(100) == b""
+                passed.sendall(b"answer")
+            assert client.recv(100) == b"answer" and client.recv(100) == b""
+
+
+def test_a_cluster_is_known_again_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = local_cluster.folder_of("mine")
+    folder.mkdir()
+    subnet = ipaddress.IPv4Network("10.99.1.0/24")
+    made = hosts.Cluster("mine", 2, folder, subnet, {"A": "b"}, 1, dashboard=True)
+    local_cluster.write_state(made, subnet, {"RAY_AUTH_TOKEN": "secret"}, 17)
+    again, users, store = local_cluster.load("mine")
+    assert (again.addresses, again.env, again.folder) == (made.addresses, {"A": "b"}, folder)
+    assert (users, store) == ({"RAY_AUTH_TOKEN": "secret"}, 17)
+    assert (folder / "state.json").stat().st_mode & 0o777 == 0o600
+    for host in range(3):
+        assert len(again._link(host)) <= 15 and len(again.bridge) <= 15

@@ -115,7 +115,7 @@ def wait_for_step(run: str, stage: str, step: int, job: subprocess.Popen[str]) -
         assert time.monotonic() < deadline and job.poll() is None, job.stdout.read() if job.stdout else ""
         try:
             message = storage.read_json(f"s3://bucket/runs/{run}/progress.json")
-            if message["stage"] == stage and message["step"] >= step:
+            if message["stage"] == stage and message["images"] >= 12 * step:
                 return
         except (FileNotFoundError, KeyError):
             pass

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import pytest
+import torch
 
 from tools import bench_step
 
@@ -14,13 +16,14 @@ def bench(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     return bench_step.main()
 
 
-@pytest.mark.parametrize("system", ["damsm", "attngan", "stackgan_pp"])
-def test_prints_phases_for_both_precisions(
+@pytest.mark.parametrize("system", ["damsm", "attngan", "stackgan_pp", "stargan", "mirrorgan", "gan_cls", "style"])
+def test_prints_phases_of_both_ways(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], system: str
 ) -> None:
     assert bench(monkeypatch, system, "--steps", "1", "--group-size", "2") == 0
-    lines = {line[:46].strip(): line[46:].split() for line in capsys.readouterr().out.splitlines()}
-    assert lines["phase"] == ["float32", "ms", "bfloat16", "ms"]
+    said = capsys.readouterr().out
+    lines = {line[:46].strip(): line[46:].split() for line in said.splitlines()}
+    assert lines["phase"] == ["authors", "ms", "best", "ms"]
     phases = [name for name in lines if name.endswith(("forward", "EMA", "the rest")) or name.startswith("through")]
     for column in (0, 1):
         total = sum(float(lines[name][column]) for name in phases)
@@ -28,6 +31,34 @@ def test_prints_phases_for_both_precisions(
         assert float(lines["images/s"][column]) == pytest.approx(
             2000 / float(lines["step"][column]), rel=0.02, abs=0.06
         )
+        assert float(lines["memory of a step, MiB"][column]) > 0
+    assert "GFLOP an image" in said and "times as fast as authors" in said
+
+
+def test_one_way_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for word, name in (("--best", "best"), ("--like=authors", "authors")):
+        assert bench(monkeypatch, "dcgan", "--steps", "1", "--group-size", "2", word) == 0
+        assert f"{'phase':46}{name + ' ms':>16}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", ["damsm", "attngan", "stackgan_pp", "stargan", "mirrorgan", "gan_cls", "stackgan"])
+def test_the_authors_way_gives_the_same_numbers(recipe: str) -> None:
+    words = bench_step.parser().parse_args([recipe, "--group-size", "4"])
+    run, stage = bench_step.chosen_stage(words)
+    run = dataclasses.replace(run, precision="float32")
+    reports = []
+    for name in ("authors", "best"):
+        way, plan = bench_step.make_way(name, run, stage, 60, torch.device("cpu"))
+        torch.manual_seed(1)
+        batch = bench_step.synthetic_batch(way.trainer.system.sizes, plan)
+        for _ in range(2):
+            way.trainer.timed_step(batch)
+        found = way.trainer.take_reports()
+        reports.append({name: value for name, value in found.items() if "accuracy" not in name and "norm/" not in name})
+    authors, ours = reports
+    assert authors.keys() == ours.keys() and len(ours) >= 2
+    for name, value in ours.items():
+        assert authors[name] == pytest.approx(value, rel=2e-3, abs=2e-4), name
 
 
 def test_an_unknown_system_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ from t2idist import config as configuration
 from t2idist import storage
 from t2idist.config import CheckpointConfig
 from t2idist.engine.checkpoint import Checkpoints
+from t2idist.engine.strategy import Precision
 from t2idist.engine.train import Trainer
 from t2idist.engine.world import World
 from tools.bench_step import NOWHERE, stopwatch, system_of
@@ -102,7 +103,7 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    trainer = stopwatch(system, plan, run.precision, torch.device(words.device))
+    trainer = stopwatch(system, plan, Precision(run.precision), torch.device(words.device))
     size = sum(tensor.numel() * tensor.element_size() for tensor in trainer.state().values())
     print(
         f"{words.system} preset={words.preset}: {size / 1e9:.2f} GB of state, {words.threads} threads, {words.device}"

@@ -1,38 +1,54 @@
-"""Where the time of a training step goes: images/s by phase on synthetic data, float32 against the preset's precision.
+"""Where the time of a training step goes, the authors' way and ours: images/s by phase, on synthetic data.
 
-    python tools/bench_step.py attngan --preset demo [--steps 5] [--group-size B] [--threads 2] [--device cpu]
+    python tools/bench_step.py attngan --preset cub [--like authors] [--best] [--group-size B] [--steps 5]
+        [--threads 2] [--device cpu]
 
-Both settings run in one process in turns, so that whatever else the machine does meets both alike; the best step of
-each counts, and phases are those of that step. Frozen networks have newly drawn weights: it is time that is measured.
+--like authors: float32, no compilation, gradients that are thrown away, loops (tools/authors_way.py); --best: what a
+run of the preset does. Without either, both, and their ratio. They run in one process in turns, so that whatever else
+the machine does meets both alike; the best step of each counts, and phases are those of that step. Frozen networks
+have newly drawn weights: it is time that is measured. Operations are counted on tensors without data; the peak is that
+of a product of two bfloat16 matrices, measured here and now.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-from t2idist import config as configuration
-from t2idist import stages
-from t2idist.config import RunConfig
-from t2idist.contract import Batch, Captions, Extent, Plan, System
-from t2idist.engine.strategy import Precision
-from t2idist.engine.train import Trainer
-from t2idist.engine.world import Share, World
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from t2idist import config as configuration  # noqa: E402
+from t2idist import stages  # noqa: E402
+from t2idist.config import RunConfig  # noqa: E402
+from t2idist.contract import Batch, Captions, Extent, Plan, System  # noqa: E402
+from t2idist.engine.counting import cost_of  # noqa: E402
+from t2idist.engine.strategy import Precision  # noqa: E402
+from t2idist.engine.train import Trainer  # noqa: E402
+from t2idist.engine.world import Share, World  # noqa: E402
+from tools import authors_way  # noqa: E402
 
 EPOCH_IMAGES = 10_000
 NOWHERE = "storage=memory://bench"
 """So that no export of an earlier run is looked at."""
+MATRIX = 2048
+"""Rows and columns of the matrices whose product gives the machine's peak."""
 
 
 class Stopwatch(Trainer):
-    """The trainer, with the seconds of each phase of a step."""
+    """A trainer, with the seconds of each phase of a step."""
 
     seconds: dict[str, float]
 
@@ -56,8 +72,7 @@ class Stopwatch(Trainer):
         self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
 
     def _now(self) -> float:
-        if self.world.device.type != "cpu":
-            torch.accelerator.synchronize()
+        synchronise(self.world.device)
         return time.perf_counter()
 
     def timed_step(self, batch: Batch) -> tuple[float, dict[str, float]]:
@@ -67,6 +82,30 @@ class Stopwatch(Trainer):
         self.run_step(batch)
         total = self._now() - start
         return total, {**self.seconds, "the rest": total - sum(self.seconds.values())}
+
+
+class AuthorsStopwatch(Stopwatch, authors_way.AuthorsTrainer):
+    """The same of a step the authors' way."""
+
+    def run_step(self, batch: Any, momentum: float = 0.0) -> None:
+        with authors_way.losses():
+            super().run_step(batch, momentum)
+
+
+@dataclass
+class Way:
+    """A way to do a step. seconds, phases: of the best one. memory: most bytes that a step took beside weights."""
+
+    trainer: Stopwatch
+    seconds: float = float("inf")
+    phases: dict[str, float] = field(default_factory=dict)
+    memory: int = 0
+    first_seconds: float = 0.0
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def synthetic_batch(sizes: tuple[int, ...], plan: Plan) -> Batch:
@@ -85,85 +124,163 @@ def synthetic_batch(sizes: tuple[int, ...], plan: Plan) -> Batch:
 
 
 def system_of(run: RunConfig, stage: str, vocabulary_size: int) -> tuple[System, Plan]:
-    plan = stages.plan(run, stage, Extent(("",) * vocabulary_size, EPOCH_IMAGES))
+    """A stage's system on data that is not there: its attributes are those that the recipe names."""
+    domains = run.stages[stage].model.get("domains") or [{}]
+    attributes = tuple(tuple(domain.get("attributes", ())) for domain in domains)
+    extent = Extent(("",) * vocabulary_size, EPOCH_IMAGES, vector_dim=1024, attributes=attributes)
+    plan = stages.plan(run, stage, extent)
     torch.manual_seed(0)
     return stages.build(run, stage, plan), plan
 
 
-def stopwatch(system: System, plan: Plan, precision: str, device: torch.device) -> Stopwatch:
+def stopwatch(
+    system: System, plan: Plan, precision: Precision, device: torch.device, kind: type[Stopwatch] = Stopwatch
+) -> Stopwatch:
     world = World(device=device)
-    return Stopwatch(
+    return kind(
         system,
         stage="bench",
         seed=0,
         group_size=plan.group_size,
         share=Share.of(world, 1),
         world=world,
-        precision=Precision(precision),
+        precision=precision,
     )
 
 
-def measure(runs: dict[str, Stopwatch], batch: Batch, steps: int) -> dict[str, tuple[float, dict[str, float]]]:
-    """The best of `steps` steps of each run, taken in turns after one that does not count."""
-    best: dict[str, tuple[float, dict[str, float]]] = {}
-    for step in range(steps + 1):
-        for name, run in runs.items():
-            timed = run.timed_step(batch)
-            if step and (name not in best or timed[0] < best[name][0]):
-                best[name] = timed
-    return best
+def make_way(name: str, run: RunConfig, stage: str, vocabulary_size: int, device: torch.device) -> tuple[Way, Plan]:
+    """name: "authors" or "best"."""
+    system, plan = system_of(run, stage, vocabulary_size)
+    if name == "authors":
+        return Way(stopwatch(system, plan, authors_way.FULL, device, AuthorsStopwatch)), plan
+    return Way(stopwatch(system, plan, Precision(run.precision), device)), plan
 
 
-def show(best: dict[str, tuple[float, dict[str, float]]], images: int) -> None:
-    names = list(best)
+def measure(ways: dict[str, Way], batch: Batch, steps: int) -> None:
+    """Fill in the best of `steps` steps of each way, taken in turns after a first one, which is told apart."""
+    for way in ways.values():
+        way.first_seconds, _ = way.trainer.timed_step(batch)
+    for _ in range(steps):
+        for way in ways.values():
+            seconds, phases = way.trainer.timed_step(batch)
+            if seconds < way.seconds:
+                way.seconds, way.phases = seconds, phases
+    for way in ways.values():
+        way.memory = memory_of(way, batch)
+
+
+def memory_of(way: Way, batch: Batch) -> int:
+    """Most bytes of tensors that a step takes beside what stays: weights, averages, moments."""
+    device = way.trainer.world.device
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
+        before = torch.accelerator.memory_allocated(device)
+        way.trainer.timed_step(batch)
+        return int(torch.accelerator.max_memory_allocated(device) - before)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        way.trainer.timed_step(batch)
+    events = (e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]")  # type: ignore[union-attr]
+    ordered = sorted(events, key=lambda event: event.start_ns())
+    return int(max(itertools.accumulate((event.nbytes() for event in ordered), initial=0)))
+
+
+def peak_flops(device: torch.device, seconds: float = 1.0) -> float:
+    """Operations a second of a product of two bfloat16 matrices: the best of those that fit into so many seconds."""
+    a, b = (torch.randn(MATRIX, MATRIX, device=device).bfloat16() for _ in range(2))
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        synchronise(device)
+        start = time.perf_counter()
+        torch.mm(a, b)
+        synchronise(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * MATRIX**3 / best
+
+
+def flops_per_image(run: RunConfig, stage: str, vocabulary_size: int) -> float:
+    """Of a step of ours, forward and backward."""
+    with torch.device("meta"):
+        system, plan = system_of(run, stage, vocabulary_size)
+    vectors, attributes = plan.extent.vector_dim, plan.extent.attributes
+    return cost_of(system, plan.group_size, plan.max_words, vectors, attributes).flops / plan.group_size
+
+
+def show(ways: dict[str, Way], images: int, flops: float, peak: float) -> None:
+    """Print the table. flops: of an image in our step. peak: of this machine, operations a second."""
+    names = list(ways)
     print(f"{'phase':46}" + "".join(f"{name + ' ms':>16}" for name in names))
-    for phase in best[names[0]][1]:
-        print(f"{phase:46}" + "".join(f"{1e3 * best[name][1][phase]:16.1f}" for name in names))
-    print(f"{'step':46}" + "".join(f"{1e3 * best[name][0]:16.1f}" for name in names))
-    print(f"{'images/s':46}" + "".join(f"{images / best[name][0]:16.1f}" for name in names))
+    for phase in dict.fromkeys(phase for way in ways.values() for phase in way.phases):
+        print(f"{phase:46}" + "".join(f"{1e3 * way.phases.get(phase, 0.0):16.1f}" for way in ways.values()))
+    rows: dict[str, Callable[[Way], float]] = {
+        "step": lambda way: 1e3 * way.seconds,
+        "first step": lambda way: 1e3 * way.first_seconds,
+        "memory of a step, MiB": lambda way: way.memory / 2**20,
+        "images/s": lambda way: images / way.seconds,
+        f"% of {peak / 1e12:.2f} TFLOP/s (bfloat16 matmul)": lambda way: 100 * flops * images / way.seconds / peak,
+    }
+    for name, value in rows.items():
+        print(f"{name:46}" + "".join(f"{value(way):16.1f}" for way in ways.values()))
+    print(f"{flops / 1e9:.2f} GFLOP an image")
     if len(names) > 1:
-        print(f"{names[1]} is {best[names[0]][0] / best[names[1]][0]:.2f} times as fast as {names[0]}")
+        print(f"{names[1]} is {ways[names[0]].seconds / ways[names[1]].seconds:.2f} times as fast as {names[0]}")
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("system", help="a stage's system: attngan, damsm, stackgan_pp, stargan ...")
+    made.add_argument("--recipe", help="the recipe that has it (default: one of the system's name, for damsm attngan)")
+    made.add_argument("--preset", default="demo")
+    made.add_argument("--stage", help="the stage (default: the recipe's first of that system)")
+    made.add_argument("--like", choices=["authors"], help="measure this way")
+    made.add_argument("--best", action="store_true", help="measure ours (default: both)")
+    made.add_argument("--steps", type=int, default=5, help="timed steps of each way (default: %(default)s)")
+    made.add_argument("--group-size", type=int, help="samples of the one group (default: the preset's)")
+    made.add_argument("--vocabulary-size", type=int, default=5450)
+    made.add_argument("--threads", type=int, default=torch.get_num_threads())
+    made.add_argument("--device", default="cpu")
+    return made
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("system", help="a stage's system: damsm, attngan, stackgan_pp")
-    parser.add_argument(
-        "--recipe", help="the recipe that has it (default: one of the system's name, for damsm attngan)"
-    )
-    parser.add_argument("--preset", default="demo")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each setting")
-    parser.add_argument("--group-size", type=int, help="samples of the one group (default: the preset's)")
-    parser.add_argument("--vocabulary-size", type=int, default=5450)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cpu")
-    words = parser.parse_args()
+    words = parser().parse_args()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")
     torch.set_num_threads(words.threads)
-    recipe = words.recipe or {"damsm": "attngan"}.get(words.system, words.system)
+    device = torch.device(words.device)
+    chosen = [name for name, asked in (("authors", words.like), ("best", words.best)) if asked] or ["authors", "best"]
     try:
-        run = configuration.load(recipe, [f"preset={words.preset}", NOWHERE])
-        chosen = [name for name, stage in run.stages.items() if stage.system == words.system]
-        if not chosen:
-            raise ValueError(f"recipe {recipe} has no stage of system '{words.system}'; it has {', '.join(run.stages)}")
-        name = chosen[0]
-        if words.group_size is not None:
-            run = configuration.load(
-                recipe, [f"preset={words.preset}", NOWHERE, f"stages.{name}.group_size={words.group_size}"]
-            )
-        settings = dict.fromkeys(("float32", run.precision))
-        made = {precision: system_of(run, name, words.vocabulary_size) for precision in settings}
+        run, stage = chosen_stage(words)
+        made = {name: make_way(name, run, stage, words.vocabulary_size, device) for name in chosen}
+        flops = flops_per_image(run, stage, words.vocabulary_size)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    system, plan = made[run.precision]
-    device = torch.device(words.device)
-    runs = {precision: stopwatch(*each, precision, device) for precision, each in made.items()}
+    ways, plan = {name: way for name, (way, _) in made.items()}, made[chosen[0]][1]
+    sizes = ways[chosen[0]].trainer.system.sizes
     print(
-        f"{words.system} preset={words.preset}: {plan.group_size} images a step, sizes {system.sizes}, "
+        f"{words.system} preset={words.preset}: {plan.group_size} images a step, sizes {sizes}, "
         f"{words.threads} threads, {device}, torch {torch.__version__}"
     )
-    show(measure(runs, synthetic_batch(system.sizes, plan), words.steps), plan.group_size)
+    measure(ways, synthetic_batch(sizes, plan), words.steps)
+    show(ways, plan.group_size, flops, peak_flops(device))
     return 0
+
+
+def chosen_stage(words: argparse.Namespace) -> tuple[RunConfig, str]:
+    """The run and its stage. Raises ValueError for what the recipe lacks."""
+    recipe = words.recipe or {"damsm": "attngan", "style": "gan_cls", "captioner": "mirrorgan"}.get(
+        words.system, words.system
+    )
+    settings = [f"preset={words.preset}", NOWHERE]
+    run = configuration.load(recipe, settings)
+    names = [name for name, stage in run.stages.items() if stage.system == words.system]
+    if not names:
+        raise ValueError(f"recipe {recipe} has no stage of system '{words.system}'; it has {', '.join(run.stages)}")
+    if words.stage is not None and words.stage not in names:
+        raise ValueError(f"--stage {words.stage}: stages of system '{words.system}' are {', '.join(names)}")
+    name = words.stage or names[0]
+    if words.group_size is not None:
+        run = configuration.load(recipe, [*settings, f"stages.{name}.group_size={words.group_size}"])
+    return run, name
 
 
 if __name__ == "__main__":

@@ -220,6 +220,7 @@ class ClusterConfig:
     dead_after_seconds: a worker that does not answer for so long is given up. hung_after_seconds: a collective that
     takes longer counts as a failure. start_within_seconds: workers that are not all there by then are asked for again,
     as many as the cluster then has. grow_after_seconds: how often the run looks whether it can have more workers.
+    wait_seconds: how long a cluster that is joined may take to have room for the smallest number (machines come up).
     address: of a running Ray cluster; "auto": the one this process belongs to, else this machine.
     """
 
@@ -231,6 +232,7 @@ class ClusterConfig:
     hung_after_seconds: float = 60.0
     start_within_seconds: float = 60.0
     grow_after_seconds: float = 30.0
+    wait_seconds: float = 600.0
     address: str = "auto"
 
     def __post_init__(self) -> None:
@@ -243,6 +245,8 @@ class ClusterConfig:
             raise ValueError(f"cluster.gpus_per_worker: {self.gpus_per_worker}; allowed are 0 and 1")
         _positive(self, "cluster", "cpus_per_worker", "dead_after_seconds", "hung_after_seconds")
         _positive(self, "cluster", "start_within_seconds", "grow_after_seconds")
+        if self.wait_seconds < 0:
+            raise ValueError(f"cluster.wait_seconds: {self.wait_seconds:g}; give 0 or more")
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,9 @@ def submit(config: RunConfig, stop: Stop | None, watch: Watch) -> None:
     """
     worker.clear_fatal(config)
     with tempfile.TemporaryDirectory(prefix="t2idist-ray-", ignore_cleanup_errors=True) as folder:
-        _connect(config, folder)
+        own = _connect(config, folder)
         try:
-            _check_cluster(config)
+            _wait_for_room(config, 0.0 if own else config.cluster.wait_seconds)
             _fit(config, folder, stop, watch)
         finally:
             ray.shutdown()
@@ -75,13 +75,16 @@ def _fit(config: RunConfig, folder: str, stop: Stop | None, watch: Watch) -> Non
         raise RuntimeError(f"the run failed: {fatal}")
 
 
-def _connect(config: RunConfig, folder: str) -> None:
-    """Join the cluster that this process belongs to (or `cluster.address`), else start Ray here (files in `folder`)."""
+def _connect(config: RunConfig, folder: str) -> bool:
+    """Join the cluster that this process belongs to (or `cluster.address`), else start Ray here (files in `folder`).
+
+    Gives whether it was started.
+    """
     for name, value in _time_outs(config).items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if ray.is_initialized():
-        return
+        return False
     address = None if config.cluster.address == "auto" else config.cluster.address
     if address is None and "RAY_ADDRESS" not in os.environ:
         needed = config.cluster.workers[0] * config.cluster.cpus_per_worker
@@ -95,8 +98,9 @@ def _connect(config: RunConfig, folder: str) -> None:
             log_to_driver=False,
             _temp_dir=folder,
         )
-    else:
-        ray.init(address=address, logging_level=logging.WARNING)
+        return True
+    ray.init(address=address, logging_level=logging.WARNING)
+    return False
 
 
 def _time_outs(config: RunConfig) -> dict[str, str]:
@@ -109,16 +113,26 @@ def _time_outs(config: RunConfig) -> dict[str, str]:
     }
 
 
-def _check_cluster(config: RunConfig) -> None:
-    """Whether the smallest world fits into what the cluster has now."""
-    have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    smallest = config.cluster.workers[0]
-    for kind, each in (("CPU", config.cluster.cpus_per_worker), ("GPU", float(config.cluster.gpus_per_worker))):
-        if smallest * each > have.get(kind, 0.0):
-            raise ValueError(
-                f"cluster.workers: {smallest} workers of {each:g} {kind} each need {smallest * each:g}; "
-                f"the cluster has {have.get(kind, 0.0):g} {kind}"
-            )
+def _wait_for_room(config: RunConfig, wait_seconds: float) -> None:
+    """Until the smallest world fits onto the cluster's machines. Raises ValueError where it does not in that time."""
+    cluster = config.cluster
+    each, smallest = {"CPU": cluster.cpus_per_worker, "GPU": float(cluster.gpus_per_worker)}, cluster.workers[0]
+    wanted = ", ".join(f"{amount:g} {kind}" for kind, amount in each.items() if amount)
+    if nodes.room(each) >= smallest:
+        return
+    if wait_seconds:
+        logger.info("waiting %.0f s at most for room for %d workers of %s", wait_seconds, smallest, wanted)
+    deadline = time.monotonic() + wait_seconds
+    with nodes.asked_for(each, smallest):
+        while nodes.room(each) < smallest:
+            if time.monotonic() >= deadline:
+                machines = nodes.staying_nodes().values()
+                has = " and ".join(f"{sum(m.get(kind, 0.0) for m in machines):g} {kind}" for kind in each)
+                raise ValueError(
+                    f"cluster.workers: {smallest} workers of {wanted} each; the cluster has {has}, on "
+                    f"{len(machines)} machine{'s' * (len(machines) != 1)}, which hold {nodes.room(each)} of them"
+                )
+            time.sleep(_LOOK_SECONDS)
 
 
 def _trainer(config: RunConfig, folder: str, stop: Stop | None) -> nodes.Trainer:

@@ -7,11 +7,12 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import ray
 from ray import PlacementGroupID
+from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayError
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
@@ -156,6 +157,26 @@ def alive_nodes() -> dict[str, dict[str, float]]:
     """The machines that Ray takes to be alive, with all that each has."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return {node["NodeID"]: node["Resources"] for node in nodes if node["Alive"]}
+
+
+def room(each: Mapping[str, float]) -> int:
+    """How many workers, each with all that it takes on one machine, fit onto the machines that stay."""
+    takes = {kind: amount for kind, amount in each.items() if amount > 0}
+    return sum(
+        min(int(has.get(kind, 0.0) / amount + 1e-9) for kind, amount in takes.items())
+        for has in staying_nodes().values()
+    )
+
+
+@contextlib.contextmanager
+def asked_for(each: Mapping[str, float], workers: int) -> Iterator[None]:
+    """Inside, Ray's autoscaler, where there is one, is asked for room for so many workers."""
+    bundle = {kind: amount for kind, amount in each.items() if amount > 0}
+    request_resources(bundles=[bundle] * workers)
+    try:
+        yield
+    finally:
+        request_resources(bundles=[])
 
 
 class Reservation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,3 +30,42 @@ def test_what_a_dead_controller_held_is_free_again_and_nothing_else(tmp_path_fac
     words = [sys.executable, "-c", SCRIPT, str(folder)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+WAITING = """
+import sys, time, ray
+from concurrent.futures import ThreadPoolExecutor
+from ray.cluster_utils import Cluster
+from t2idist import config, launch, nodes
+made = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False})
+ray.init(address=made.address, logging_level="ERROR", log_to_driver=False)
+def wait(workers, seconds):
+    over = ["preset=demo", "stages.dcgan.groups=3", f"cluster.workers={workers}", "cluster.cpus_per_worker=2"]
+    launch._wait_for_room(config.load("dcgan", over), seconds)
+assert nodes.room({"CPU": 2, "GPU": 0}) == 1 and nodes.room({"CPU": 0.5}) == 6 and nodes.room({"GPU": 1}) == 0
+with ThreadPoolExecutor(1) as beside:
+    waiting = beside.submit(wait, 2, 90)
+    time.sleep(2)
+    assert not waiting.done()
+    made.add_node(num_cpus=3)
+    waiting.result()
+assert nodes.room({"CPU": 2}) == 2
+try:
+    wait(3, 1)
+except ValueError as error:
+    print(error)
+ray.shutdown()
+made.shutdown()
+"""
+
+
+@pytest.mark.whole
+def test_a_run_waits_until_machines_have_room_for_its_workers(tmp_path_factory: pytest.TempPathFactory) -> None:
+    env = {**os.environ, "RAY_TMPDIR": str(tmp_path_factory.mktemp("r"))}
+    done = subprocess.run(
+        [sys.executable, "-c", WAITING], cwd=ROOT, env=env, capture_output=True, text=True, timeout=180, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == (
+        "cluster.workers: 3 workers of 2 CPU each; the cluster has 6 CPU and 0 GPU, on 2 machines, which hold 2 of them"
+    )

@@ -159,7 +159,7 @@ def test_a_fault_that_a_restart_cannot_mend_ends_the_run_with_its_sentence(finis
 def test_more_workers_than_the_machine_has_is_a_sentence(tmp_path: Path) -> None:
     refused = run(str(recipe(tmp_path)), "cluster.gpus_per_worker=1", "cluster.address=auto")
     assert refused.returncode == 2
-    assert "the cluster has 0 GPU" in refused.stderr
+    assert "and 0 GPU, on 1 machine, which hold 0 of them" in refused.stderr
 
 
 def images_of(at: Path, stage: str) -> int:

@@ -33,4 +33,5 @@ options=(--address "$address" --submission-id "$name-$(date -u +%Y%m%dT%H%M%SZ)-
 if [[ -n ${NO_WAIT:-} ]]; then
   options+=(--no-wait)
 fi
-exec "$ray" job submit "${options[@]}" -- python -m t2idist.run "$recipe" "name=$name" "$@"
+git=$(git -C "$root" describe --always --dirty=+ --abbrev=12 '--exclude=*' 2>/dev/null || echo unknown)
+exec "$ray" job submit "${options[@]}" -- env "T2IDIST_GIT=$git" python -m t2idist.run "$recipe" "name=$name" "$@"

@@ -29,6 +29,7 @@ from t2idist.keepers import RayKeepers
 from t2idist.logs import Place
 from t2idist.orders import Stop
 from t2idist.strict import from_dict, to_dict
+from t2idist.versions import GIT
 from t2idist.worker import Watch
 
 logger = logging.getLogger(__name__)
@@ -170,7 +171,8 @@ def _trainer(config: RunConfig, folder: str, stop: Stop | None) -> nodes.Trainer
 
 def _environment(config: RunConfig) -> dict[str, str]:
     threads = str(max(1, int(config.cluster.cpus_per_worker)))
-    return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    told = {GIT: os.environ[GIT]} if GIT in os.environ else {}
+    return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **told}
 
 
 def _work(settings: dict[str, Any]) -> None:

@@ -14,6 +14,9 @@ import torch
 import t2idist
 from t2idist.engine.world import World
 
+GIT = "T2IDIST_GIT"
+"""The variable of the environment that holds the commit of a working directory without .git."""
+
 
 def versions(world: World) -> dict[str, Any]:
     """What the run ran on."""
@@ -46,14 +49,14 @@ def _git() -> str:
     """The commit of the checkout, "+" where files differ from it.
 
     Without a checkout (an installed package, or a job's working directory, which Ray uploads without .git) what the
-    environment says in T2IDIST_GIT, else "unknown".
+    environment says in `GIT`, else "unknown".
     """
     root = Path(t2idist.__file__).parent.parent
     try:
         command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("T2IDIST_GIT", "unknown")[:64]
+        return os.environ.get(GIT, "unknown")[:64]
 
 
 def _cpu() -> str:

@@ -79,6 +79,7 @@ ALLOWED: dict[str, set[str]] = {
         "gauges",
         "logs",
         "orders",
+        "versions",
         "engine.metrics",
         "engine.notice",
         "evaluate.progress",

@@ -81,6 +81,14 @@ def submit(env: dict[str, str], *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(line, cwd="/", env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def asked(env: dict[str, str], *words: str) -> str:
+    """What the command says of runs, from outside of the cluster."""
+    line = [sys.executable, "-m", "t2idist.run", *words]
+    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def pictures(folder: Path, count: int) -> Path:
     folder.mkdir()
     lines = []
@@ -161,12 +169,21 @@ def test_a_job_from_outside_survives_a_lost_host_and_nothing_is_left(users: dict
     assert export.read_index("s3://bucket/runs/lost/attngan/export")["images"] == 12 * STEPS
     attempts = storage.read_json("s3://bucket/runs/lost/attempts.json")
     assert [attempt["workers"] for attempt in attempts][:2] == [3, 2]
+    told = asked({**outside, **users}, "--status", "s3://bucket/runs/lost")
+    assert told.startswith("lost: finished\n") and f"attngan (attngan): done, {12 * STEPS} images" in told
+    assert f"restarts    {len(attempts) - 1}" in told and ", 2 workers, attngan from " in told
 
     assert local("start", "2").returncode == 0
-    job = submit({**outside, **users}, "embedded", str(small_recipe(tmp_path / "b", "emoji", 8)))
+    job = submit({**outside, **users}, "embedded", str(small_recipe(tmp_path / "b", "emoji", STEPS)))
+    wait_for_step("embedded", "attngan", 20, job)
+    assert local("partition", "3").returncode == 0
     said_too, _ = job.communicate(timeout=400)
     assert job.returncode == 0, said_too
-    assert export.read_index("s3://bucket/runs/embedded/attngan/export")["images"] == 96
+    assert local("heal", "3").returncode == 0
+    assert export.read_index("s3://bucket/runs/embedded/attngan/export")["images"] == 12 * STEPS
+    listed = asked({**outside, **users}, "--list", "s3://bucket/runs").splitlines()
+    assert {line.split()[0]: line.split()[1] for line in listed[1:]} == {"lost": "finished", "embedded": "finished"}
+    assert storage.read_json("s3://bucket/runs/embedded/versions.json")["git"] not in ("", "unknown")
 
     secret = {name: users[name] for name in ("RAY_AUTH_TOKEN", "AWS_SECRET_ACCESS_KEY")}
     logs = [(str(log), log.read_bytes()) for log in FOLDER.rglob("*") if log.suffix in (".log", ".out", ".err")]

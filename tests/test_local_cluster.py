@@ -170,7 +170,7 @@ def test_a_job_from_outside_survives_a_lost_host_and_nothing_is_left(users: dict
     attempts = storage.read_json("s3://bucket/runs/lost/attempts.json")
     assert [attempt["workers"] for attempt in attempts][:2] == [3, 2]
     told = asked({**outside, **users}, "--status", "s3://bucket/runs/lost")
-    assert told.startswith("lost: finished\n") and f"attngan (attngan): done, {12 * STEPS} images" in told
+    assert told.startswith("lost: finished\n") and f"attngan (attngan): done, {12 * STEPS:,} images" in told
     assert f"restarts    {len(attempts) - 1}" in told and ", 2 workers, attngan from " in told
 
     assert local("start", "2").returncode == 0

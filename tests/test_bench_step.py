@@ -35,6 +35,14 @@ def test_prints_phases_of_both_ways(
     assert "GFLOP an image" in said and "times as fast as authors" in said
 
 
+def test_a_step_is_the_mean_of_a_whole_turn_where_roles_take_turns() -> None:
+    run, stage = bench_step.chosen_stage(bench_step.parser().parse_args(["stargan", "--group-size", "2"]))
+    way, plan = bench_step.make_way("best", run, stage, 60, torch.device("cpu"))
+    bench_step.measure({"best": way}, bench_step.synthetic_batch(way.trainer.system.sizes, plan), 1)
+    assert way.trainer.step == 2 * 3  # the generator's turn comes every second time: first, measured, memory
+    assert "generator backward, Adam, EMA" in way.phases
+
+
 def test_one_way_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for word, name in (("--best", "best"), ("--like=authors", "authors")):
         assert bench(monkeypatch, "dcgan", "--steps", "1", "--group-size", "2", word) == 0
@@ -52,7 +60,7 @@ def test_the_authors_way_gives_the_same_numbers(recipe: str) -> None:
         torch.manual_seed(1)
         batch = bench_step.synthetic_batch(way.trainer.system.sizes, plan)
         for _ in range(2):
-            way.trainer.timed_step(batch)
+            way.trainer.timed_steps(batch, 1)
         found = way.trainer.take_reports()
         reports.append({name: value for name, value in found.items() if "accuracy" not in name and "norm/" not in name})
     authors, ours = reports

@@ -242,7 +242,10 @@ def test_submit_names_the_run_and_sends_no_secret(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     call = (tmp_path / "calls").read_text()
     assert "--address http://127.0.0.1:8265 " in call and f"--working-dir {ROOT} " in call
-    assert "-- env T2IDIST_GIT=" in call and r" python -m t2idist.run attngan name=mine cluster.workers=\[2\,8\] storage=s3://b/runs" in call
+    assert (
+        "-- env T2IDIST_GIT=" in call
+        and r" python -m t2idist.run attngan name=mine cluster.workers=\[2\,8\] storage=s3://b/runs" in call
+    )
     assert "--submission-id mine-" in call and "not-to-be-seen" not in call
 
 

@@ -48,15 +48,20 @@ MATRIX = 2048
 
 
 class Stopwatch(Trainer):
-    """A trainer, with the seconds of each phase of a step."""
+    """A trainer, with the seconds of each phase, and the roles that have been updated."""
 
     seconds: dict[str, float]
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.updated: set[str] = set()
 
     def forward(self, role: str, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self._phase(f"{role} forward"):
             return super().forward(role, fn, *args, **kwargs)
 
     def apply(self, role: str, loss: Tensor) -> None:
+        self.updated.add(role)
         with self._phase(f"{role} backward, Adam, EMA"):
             super().apply(role, loss)
 
@@ -75,13 +80,23 @@ class Stopwatch(Trainer):
         synchronise(self.world.device)
         return time.perf_counter()
 
-    def timed_step(self, batch: Batch) -> tuple[float, dict[str, float]]:
-        """Seconds of one step, and of its phases."""
+    def timed_steps(self, batch: Batch, count: int) -> tuple[float, dict[str, float]]:
+        """Seconds of a mean step of so many, and of its phases."""
         self.seconds = {}
         start = self._now()
-        self.run_step(batch)
-        total = self._now() - start
-        return total, {**self.seconds, "the rest": total - sum(self.seconds.values())}
+        for _ in range(count):
+            self.run_step(batch)
+        total = (self._now() - start) / count
+        phases = {name: seconds / count for name, seconds in self.seconds.items()}
+        return total, {**phases, "the rest": total - sum(phases.values())}
+
+    def turn(self, batch: Batch) -> int:
+        """Steps that it takes for every role to be updated, which are run."""
+        steps = 0
+        while self.updated < self.system.roles.keys():
+            self.timed_steps(batch, 1)
+            steps += 1
+        return steps
 
 
 class AuthorsStopwatch(Stopwatch, authors_way.AuthorsTrainer):
@@ -157,28 +172,33 @@ def make_way(name: str, run: RunConfig, stage: str, vocabulary_size: int, device
 
 
 def measure(ways: dict[str, Way], batch: Batch, steps: int) -> None:
-    """Fill in the best of `steps` steps of each way, taken in turns after a first one, which is told apart."""
+    """Fill in the best of `steps` steps of each way, taken in turns after a first one, which is told apart.
+
+    Where roles are updated at different steps (StarGAN's generator at every fifth), a step is the mean of a whole turn.
+    """
+    turn = 1
     for way in ways.values():
-        way.first_seconds, _ = way.trainer.timed_step(batch)
+        way.first_seconds, _ = way.trainer.timed_steps(batch, 1)
+        turn = max(turn, 1 + way.trainer.turn(batch))
     for _ in range(steps):
         for way in ways.values():
-            seconds, phases = way.trainer.timed_step(batch)
+            seconds, phases = way.trainer.timed_steps(batch, turn)
             if seconds < way.seconds:
                 way.seconds, way.phases = seconds, phases
     for way in ways.values():
-        way.memory = memory_of(way, batch)
+        way.memory = memory_of(way, batch, turn)
 
 
-def memory_of(way: Way, batch: Batch) -> int:
-    """Most bytes of tensors that a step takes beside what stays: weights, averages, moments."""
+def memory_of(way: Way, batch: Batch, turn: int) -> int:
+    """Most bytes of tensors that a step of a turn takes beside what stays: weights, averages, moments."""
     device = way.trainer.world.device
     if device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats(device)
         before = torch.accelerator.memory_allocated(device)
-        way.trainer.timed_step(batch)
+        way.trainer.timed_steps(batch, turn)
         return int(torch.accelerator.max_memory_allocated(device) - before)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        way.trainer.timed_step(batch)
+        way.trainer.timed_steps(batch, turn)
     events = (e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]")  # type: ignore[union-attr]
     ordered = sorted(events, key=lambda event: event.start_ns())
     return int(max(itertools.accumulate((event.nbytes() for event in ordered), initial=0)))

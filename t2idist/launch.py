@@ -118,7 +118,7 @@ def _wait_for_room(config: RunConfig, wait_seconds: float) -> None:
     """Until the smallest world fits onto the cluster's machines. Raises ValueError where it does not in that time."""
     cluster = config.cluster
     each, smallest = {"CPU": cluster.cpus_per_worker, "GPU": float(cluster.gpus_per_worker)}, cluster.workers[0]
-    wanted = ", ".join(f"{amount:g} {kind}" for kind, amount in each.items() if amount)
+    wanted = ", ".join(f"{amount:g} {kind}" for kind, amount in nodes.taken(each).items())
     if nodes.room(each) >= smallest:
         return
     if wait_seconds:

@@ -161,18 +161,19 @@ def alive_nodes() -> dict[str, dict[str, float]]:
 
 def room(each: Mapping[str, float]) -> int:
     """How many workers, each with all that it takes on one machine, fit onto the machines that stay."""
-    takes = {kind: amount for kind, amount in each.items() if amount > 0}
-    return sum(
-        min(int(has.get(kind, 0.0) / amount + 1e-9) for kind, amount in takes.items())
-        for has in staying_nodes().values()
-    )
+    takes, machines = taken(each).items(), staying_nodes().values()
+    return sum(min(int(has.get(kind, 0.0) / amount + 1e-9) for kind, amount in takes) for has in machines)
+
+
+def taken(each: Mapping[str, float]) -> dict[str, float]:
+    """Of what a worker takes, by kind: that of which it takes any."""
+    return {kind: amount for kind, amount in each.items() if amount > 0}
 
 
 @contextlib.contextmanager
 def asked_for(each: Mapping[str, float], workers: int) -> Iterator[None]:
     """Inside, Ray's autoscaler, where there is one, is asked for room for so many workers."""
-    bundle = {kind: amount for kind, amount in each.items() if amount > 0}
-    request_resources(bundles=[bundle] * workers)
+    request_resources(bundles=[taken(each)] * workers)
     try:
         yield
     finally:

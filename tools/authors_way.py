@@ -75,7 +75,7 @@ class AuthorsTrainer(Trainer):
 
     @contextlib.contextmanager
     def frozen(self, *names: str) -> Iterator[Any]:
-        nets = [self._frozen[n] if n in self._frozen else self._bare(n) for n in names]
+        nets = self._bare(names)
         yield nets[0] if len(nets) == 1 else tuple(nets)
 
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from t2idist.contract import Batch, Captions, System
+from t2idist.engine.train import bare, fixed
 
 _MOST_STEPS = 50
 META = torch.device("meta")
@@ -102,19 +103,9 @@ class _Counting:
 
     @contextlib.contextmanager
     def frozen(self, *names: str) -> Iterator[Any]:
-        nets = [self._frozen[name] if name in self._frozen else self._bare(name) for name in names]
-        weights = [p for net in nets for p in net.parameters() if p.requires_grad]
-        for weight in weights:
-            weight.requires_grad_(False)
-        try:
+        nets = bare(names, self._frozen, self._nets)
+        with fixed(nets):
             yield nets[0] if len(nets) == 1 else tuple(nets)
-        finally:
-            for weight in weights:
-                weight.requires_grad_(True)
-
-    def _bare(self, name: str) -> nn.Module:
-        role, _, part = name.partition(".")
-        return self._nets[role].get_submodule(part)
 
     def noise(self, *shape: int) -> Tensor:
         return torch.empty(self._group_size, *shape, device=META)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,21 +120,13 @@ class Trainer:
 
     @contextlib.contextmanager
     def frozen(self, *names: str) -> Iterator[Any]:
-        nets = [self._frozen[n] if n in self._frozen else self._bare(n) for n in names]
-        weights = [p for net in nets for p in net.parameters() if p.requires_grad]
-        for weight in weights:
-            weight.requires_grad_(False)
-        try:
-            with self.precision.autocast(self.world.device):
-                yield nets[0] if len(nets) == 1 else tuple(nets)
-        finally:
-            for weight in weights:
-                weight.requires_grad_(True)
+        nets = self._bare(names)
+        with fixed(nets), self.precision.autocast(self.world.device):
+            yield nets[0] if len(nets) == 1 else tuple(nets)
 
-    def _bare(self, name: str) -> nn.Module:
-        """The live network that ``role`` or ``role.part`` names."""
-        role, _, part = name.partition(".")
-        return self._live[role].role.net.get_submodule(part)
+    def _bare(self, names: Sequence[str]) -> list[nn.Module]:
+        """Frozen networks, and the live ones that ``role`` or ``role.part`` names."""
+        return bare(names, self._frozen, {name: live.role.net for name, live in self._live.items()})
 
     def noise(self, *shape: int) -> Tensor:
         return self.noise_source.normal(*shape)
@@ -253,6 +245,28 @@ class Trainer:
             return {}
         place = f"local/{self.world.rank}_of_{self.world.size}"
         return {f"{place}/{key}": buffer for key, buffer in self._float_buffers().items()}
+
+
+def bare(names: Sequence[str], frozen: Mapping[str, nn.Module], live: Mapping[str, nn.Module]) -> list[nn.Module]:
+    """Networks by name: a frozen one's, else ``role`` or ``role.part`` of the live ones."""
+    found = []
+    for name in names:
+        role, _, part = name.partition(".")
+        found.append(frozen[name] if name in frozen else live[role].get_submodule(part))
+    return found
+
+
+@contextlib.contextmanager
+def fixed(nets: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, no gradient goes to the weights of these networks."""
+    weights = [p for net in nets for p in net.parameters() if p.requires_grad]
+    for weight in weights:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
 
 
 def _mean(weighted: list[tuple[float, float]]) -> float:

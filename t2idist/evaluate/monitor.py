@@ -43,12 +43,16 @@ def can_translate(system: System) -> bool:
 
 def reads_vectors(system: System, vector_dim: int) -> bool:
     """Whether the system reads the sentence vectors of its data: there are some, and it exports no text encoder."""
-    return vector_dim > 0 and all(name.rpartition(".")[2] != "text" for name in system.exports)
+    return vector_dim > 0 and not _exports_text(system)
 
 
 def reads_text(system: System, vector_dim: int) -> bool:
     """Whether the system draws from captions, by an encoder that it exports or by sentence vectors of its data."""
-    return vector_dim > 0 or any(name.rpartition(".")[2] == "text" for name in system.exports)
+    return vector_dim > 0 or _exports_text(system)
+
+
+def _exports_text(system: System) -> bool:
+    return any(name.rpartition(".")[2] == "text" for name in system.exports)
 
 
 class Monitor:

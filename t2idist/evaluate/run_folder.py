@@ -117,11 +117,11 @@ def read(url: str) -> RunFolder:
         name=str(config.get("name", url.rstrip("/").rpartition("/")[2])),
         config_text=config_text,
         config=config,
-        versions=_json(url, "versions.json", {}),
-        progress=_json(url, "progress.json", {}),
+        versions=json_or(url, "versions.json", {}),
+        progress=json_or(url, "progress.json", {}),
         stages=tuple(stages),
-        restarts=tuple(_restarts(stages, _json(url, "attempts.json", []))),
-        scores=tuple(_json(url, "scores.json", [])),
+        restarts=tuple(_restarts(stages, json_or(url, "attempts.json", []))),
+        scores=tuple(json_or(url, "scores.json", [])),
     )
 
 
@@ -141,15 +141,16 @@ def _stage(url: str, name: str, config: Mapping[str, Any]) -> Stage:
         translates=bool(pictures["translated"]),
         attention=tuple(sorted(pictures["attention"], key=lambda drawn: drawn.images)),
         export_url=storage.join(folder, "export"),
-        export=_json(folder, "export/export.json", None),
+        export=json_or(folder, "export/export.json", None),
         scored=tuple(_lines(storage.join(folder, "scored/scores.jsonl"))),
-        best=_json(folder, "scored/best.json", None),
-        scores=_json(folder, "scores/scores.json", None),
+        best=json_or(folder, "scored/best.json", None),
+        scores=json_or(folder, "scores/scores.json", None),
         scores_url=storage.join(folder, "scores"),
     )
 
 
-def _json(url: str, name: str, default: Any) -> Any:
+def json_or(url: str, name: str, default: Any) -> Any:
+    """A JSON file of a folder, or `default` where there is none."""
     try:
         return storage.read_json(storage.join(url, name))
     except FileNotFoundError:

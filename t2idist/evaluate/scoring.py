@@ -31,7 +31,7 @@ from t2idist.engine import export
 from t2idist.evaluate.draw import NormalDraw, encode, generate, no_captions
 from t2idist.evaluate.extractors import Clip, Extractor, Seen, Weights, open_extractor
 from t2idist.evaluate.load import Loaded, load
-from t2idist.evaluate.monitor import can_draw, can_match, reads_text
+from t2idist.evaluate.monitor import can_draw, can_match, reads_text, reads_vectors
 
 PIECE = 128
 MOST_UNKNOWN = 0.5
@@ -223,7 +223,7 @@ def drawn_size(job: Job, dataset: Dataset) -> int:
     Raises ValueError where it draws none, or draws from other words or vectors than this data has.
     """
     loaded = _loaded(job)
-    if loaded.plan.extent.vector_dim and "text" not in loaded.nets:
+    if reads_vectors(loaded.system, loaded.plan.extent.vector_dim):
         if dataset.vector_dim != loaded.plan.extent.vector_dim:
             raise ValueError(
                 f"{storage.redact(job.export)}: draws from sentence vectors of {loaded.plan.extent.vector_dim} "
@@ -268,7 +268,7 @@ def _generated(job: Job, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         captions = encode(loaded.vocabulary, said, loaded.plan.max_words)
     else:
         captions = no_captions(len(part))
-    if loaded.plan.extent.vector_dim and "text" not in loaded.nets:
+    if reads_vectors(loaded.system, loaded.plan.extent.vector_dim):
         vectors = [_vectors(job, sample, number) for sample, number in part]
         captions = replace(captions, vectors=torch.stack(vectors))
     places = [number * in_split + sample for sample, number in part]

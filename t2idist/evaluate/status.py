@@ -10,6 +10,7 @@ from typing import Any
 from t2idist import storage
 from t2idist.engine import saved
 from t2idist.evaluate.progress import count, duration, losses_in_short
+from t2idist.evaluate.run_folder import json_or
 from t2idist.strict import parse_yaml
 
 SILENT_SECONDS = 300.0
@@ -61,7 +62,7 @@ def read(url: str, moment: datetime.datetime) -> State:
         config = parse_yaml(storage.read_bytes(where).decode(), storage.redact(where))
     except FileNotFoundError:
         raise ValueError(f"{storage.redact(url)}: no run here (config.yaml is missing)") from None
-    progress, attempts = _json(url, "progress.json", {}), _json(url, "attempts.json", [])
+    progress, attempts = json_or(url, "progress.json", {}), json_or(url, "attempts.json", [])
     try:
         stages = tuple(_stage(url, name, values, progress) for name, values in config["stages"].items())
         name = str(config["name"])
@@ -73,7 +74,7 @@ def read(url: str, moment: datetime.datetime) -> State:
 
 
 def _stage(url: str, name: str, config: Mapping[str, Any], progress: Mapping[str, Any]) -> Stage:
-    exported = _json(url, f"{name}/export/export.json", None)
+    exported = json_or(url, f"{name}/export/export.json", None)
     images = int(exported["images"]) if exported else 0
     if not exported and progress.get("stage") == name:
         images = int(progress["images"])
@@ -83,7 +84,7 @@ def _stage(url: str, name: str, config: Mapping[str, Any], progress: Mapping[str
 def _word(url: str, stages: Sequence[Stage], silent: float | None) -> tuple[str, str | None]:
     if all(stage.export_images is not None for stage in stages):
         return "finished", None
-    outcome, fatal = _json(url, "outcome.json", None), _json(url, "fatal.json", None)
+    outcome, fatal = json_or(url, "outcome.json", None), json_or(url, "fatal.json", None)
     if fatal is not None:
         return "failed", str(fatal["error"])
     if outcome is not None:
@@ -150,7 +151,7 @@ def _facts(state: State, moment: datetime.datetime) -> Iterator[tuple[str, str]]
         yield "stage", _stage_text(state, stage, moment)
     for stage in state.stages:
         yield from _scores(state.url, stage)
-    if rows := _json(state.url, "scores.json", []):
+    if rows := json_or(state.url, "scores.json", []):
         yield "scores", _rows(rows)
     if losses := progress.get("losses"):
         yield "losses", ", ".join(losses_in_short(losses))
@@ -165,7 +166,7 @@ def _facts(state: State, moment: datetime.datetime) -> Iterator[tuple[str, str]]
         yield "", f"{number}: {_short(attempt['time'])}, {attempt['workers']} workers{_resumed(attempt)}"
     for text in progress.get("messages") or []:
         yield "message", text
-    versions = _json(state.url, "versions.json", {})
+    versions = json_or(state.url, "versions.json", {})
     shown = [f"{name} {versions[name]}" for name in ("t2idist", "git", "torch", "ray") if name in versions]
     if shown:
         yield "versions", ", ".join(shown)
@@ -186,10 +187,10 @@ def _stage_text(state: State, stage: Stage, moment: datetime.datetime) -> str:
 
 
 def _scores(url: str, stage: Stage) -> Iterator[tuple[str, str]]:
-    if best := _json(url, f"{stage.name}/scored/best.json", None):
+    if best := json_or(url, f"{stage.name}/scored/best.json", None):
         score = f"{best['metric']} {_number(best['value'])}"
         yield "best so far", f"{stage.name}: {score} at {best['images']:,} images, in {best['export']}"
-    if scores := _json(url, f"{stage.name}/scores/scores.json", None):
+    if scores := json_or(url, f"{stage.name}/scores/scores.json", None):
         yield "scores", f"{stage.name}: {_rows(scores['scores'])}"
 
 
@@ -217,10 +218,3 @@ def _short(time_iso: str) -> str:
 
 def _since(time_iso: str, moment: datetime.datetime) -> float:
     return max(0.0, (moment - datetime.datetime.fromisoformat(time_iso)).total_seconds())
-
-
-def _json(url: str, name: str, default: Any) -> Any:
-    try:
-        return storage.read_json(storage.join(url, name))
-    except FileNotFoundError:
-        return default

@@ -27,6 +27,7 @@ from t2idist.engine.checkpoint import Checkpoints, Found
 from t2idist.engine.guard import Diverged
 from t2idist.engine.held import Keepers
 from t2idist.engine.intake import Intake, write_ledger
+from t2idist.engine.kernels import keep_heap
 from t2idist.engine.memory import Memory
 from t2idist.engine.metrics import Log, add_lines, now
 from t2idist.engine.noise import key
@@ -70,6 +71,7 @@ class Around:
 def main(config: RunConfig, device: torch.device, around: Around) -> None:
     """Run all stages that have no export yet. Raises `Left` where it was asked to end."""
     world = _world(device)
+    keep_heap()
     around.place.run, around.place.rank = config.name, world.rank
     if world.from_first(read_fatal(config)) is not None:
         return

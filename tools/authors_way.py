@@ -59,6 +59,9 @@ class Plain(Replicated):
 class AuthorsTrainer(Trainer):
     """`contract.Train` in the authors' way, on one worker."""
 
+    def _place(self, net: nn.Module) -> nn.Module:
+        return net.to(self.world.device, self.precision.weights)
+
     def _engine(self, name: str, role: Role) -> Plain:
         return Plain(name, role, self.world)
 

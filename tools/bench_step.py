@@ -4,8 +4,9 @@
         [--threads 2] [--device cpu]
 
 --like authors: float32, no compilation, gradients that are thrown away, loops (tools/authors_way.py); --best: what a
-run of the preset does. Without either, both, and their ratio. They run in one process in turns, so that whatever else
-the machine does meets both alike; the best step of each counts, and phases are those of that step. Frozen networks
+run of the preset does. Without either, both, and their ratio. They run in turns, so that whatever else the machine does
+meets both alike, each in a process of its own, for ours sets how memory is kept; the best step of each counts, and
+phases are those of that step. Frozen networks
 have newly drawn weights: it is time that is measured. Operations are counted on tensors without data; the peak is that
 of a product of two bfloat16 matrices, measured here and now.
 """
@@ -15,11 +16,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ from t2idist import stages  # noqa: E402
 from t2idist.config import RunConfig  # noqa: E402
 from t2idist.contract import Batch, Captions, Extent, Plan, System  # noqa: E402
 from t2idist.engine.counting import cost_of  # noqa: E402
+from t2idist.engine.kernels import keep_heap  # noqa: E402
 from t2idist.engine.strategy import Precision  # noqa: E402
 from t2idist.engine.train import Trainer  # noqa: E402
 from t2idist.engine.world import Share, World  # noqa: E402
@@ -90,14 +94,6 @@ class Stopwatch(Trainer):
         phases = {name: seconds / count for name, seconds in self.seconds.items()}
         return total, {**phases, "the rest": total - sum(phases.values())}
 
-    def turn(self, batch: Batch) -> int:
-        """Steps that it takes for every role to be updated, which are run."""
-        steps = 0
-        while self.updated < self.system.roles.keys():
-            self.timed_steps(batch, 1)
-            steps += 1
-        return steps
-
 
 class AuthorsStopwatch(Stopwatch, authors_way.AuthorsTrainer):
     """The same of a step the authors' way."""
@@ -107,11 +103,90 @@ class AuthorsStopwatch(Stopwatch, authors_way.AuthorsTrainer):
             super().run_step(batch, momentum)
 
 
-@dataclass
-class Way:
-    """A way to do a step. seconds, phases: of the best one. memory: most bytes that a step took beside weights."""
+class Local:
+    """A way to do a step, in this process: a trainer and the batch that it trains on."""
 
-    trainer: Stopwatch
+    def __init__(self, trainer: Stopwatch, batch: Batch) -> None:
+        self.trainer, self.batch = trainer, batch
+
+    def timed_steps(self, count: int) -> tuple[float, dict[str, float]]:
+        """Seconds of a mean step of so many, and of its phases."""
+        return self.trainer.timed_steps(self.batch, count)
+
+    def turn(self) -> int:
+        """Steps that it takes for every role to be updated, which are run."""
+        steps = 0
+        while self.trainer.updated < self.trainer.system.roles.keys():
+            self.timed_steps(1)
+            steps += 1
+        return steps
+
+    def memory(self, turn: int) -> int:
+        """Most bytes of tensors that a step of a turn takes beside what stays: weights, averages, moments."""
+        device = self.trainer.world.device
+        if device.type != "cpu":
+            torch.accelerator.reset_peak_memory_stats(device)
+            before = torch.accelerator.memory_allocated(device)
+            self.timed_steps(turn)
+            return int(torch.accelerator.max_memory_allocated(device) - before)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            self.timed_steps(turn)
+        events = (e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]")  # type: ignore[union-attr]
+        ordered = sorted(events, key=lambda event: event.start_ns())
+        return int(max(itertools.accumulate((event.nbytes() for event in ordered), initial=0)))
+
+
+class Remote:
+    """A `Local` in a process of its own, which ends with `close`."""
+
+    def __init__(self, name: str, words: argparse.Namespace) -> None:
+        here, there = multiprocessing.Pipe()
+        self._process = multiprocessing.get_context("spawn").Process(target=serve, args=(there, name, words))
+        self._process.start()
+        there.close()
+        self._pipe = here
+        self._answer()
+
+    def timed_steps(self, count: int) -> tuple[float, dict[str, float]]:
+        answer: tuple[float, dict[str, float]] = self._ask("timed_steps", count)
+        return answer
+
+    def turn(self) -> int:
+        return int(self._ask("turn"))
+
+    def memory(self, turn: int) -> int:
+        return int(self._ask("memory", turn))
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join()
+
+    def _ask(self, name: str, *args: int) -> Any:
+        self._pipe.send((name, args))
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            raise RuntimeError("a process that measures has ended") from None
+
+
+def serve(pipe: Connection, name: str, words: argparse.Namespace) -> None:
+    """Make a way and do as it is asked until nobody asks any more."""
+    torch.set_num_threads(words.threads)
+    way = make_way(name, words)
+    pipe.send(None)
+    with contextlib.suppress(EOFError):
+        while True:
+            asked, args = pipe.recv()
+            pipe.send(getattr(way, asked)(*args))
+
+
+@dataclass
+class Measured:
+    """A way's figures. seconds, phases: of the best step. memory: most bytes that a step took beside weights."""
+
     seconds: float = float("inf")
     phases: dict[str, float] = field(default_factory=dict)
     memory: int = 0
@@ -163,45 +238,37 @@ def stopwatch(
     )
 
 
-def make_way(name: str, run: RunConfig, stage: str, vocabulary_size: int, device: torch.device) -> tuple[Way, Plan]:
+def make_way(name: str, words: argparse.Namespace) -> Local:
     """name: "authors" or "best"."""
-    system, plan = system_of(run, stage, vocabulary_size)
+    run, stage = chosen_stage(words)
+    device = torch.device(words.device)
+    system, plan = system_of(run, stage, words.vocabulary_size)
     if name == "authors":
-        return Way(stopwatch(system, plan, authors_way.FULL, device, AuthorsStopwatch)), plan
-    return Way(stopwatch(system, plan, Precision(run.precision), device)), plan
+        trainer = stopwatch(system, plan, Precision(words.precision or authors_way.FULL.name), device, AuthorsStopwatch)
+    else:
+        keep_heap()
+        trainer = stopwatch(system, plan, Precision(words.precision or run.precision), device)
+    return Local(trainer, synthetic_batch(system.sizes, plan))
 
 
-def measure(ways: dict[str, Way], batch: Batch, steps: int) -> None:
-    """Fill in the best of `steps` steps of each way, taken in turns after a first one, which is told apart.
+def measure(ways: Mapping[str, Local | Remote], steps: int) -> dict[str, Measured]:
+    """The best of `steps` steps of each way, taken in turns after a first one, which is told apart.
 
     Where roles are updated at different steps (StarGAN's generator at every fifth), a step is the mean of a whole turn.
     """
+    found = {name: Measured() for name in ways}
     turn = 1
-    for way in ways.values():
-        way.first_seconds, _ = way.trainer.timed_steps(batch, 1)
-        turn = max(turn, 1 + way.trainer.turn(batch))
+    for name, way in ways.items():
+        found[name].first_seconds, _ = way.timed_steps(1)
+        turn = max(turn, 1 + way.turn())
     for _ in range(steps):
-        for way in ways.values():
-            seconds, phases = way.trainer.timed_steps(batch, turn)
-            if seconds < way.seconds:
-                way.seconds, way.phases = seconds, phases
-    for way in ways.values():
-        way.memory = memory_of(way, batch, turn)
-
-
-def memory_of(way: Way, batch: Batch, turn: int) -> int:
-    """Most bytes of tensors that a step of a turn takes beside what stays: weights, averages, moments."""
-    device = way.trainer.world.device
-    if device.type != "cpu":
-        torch.accelerator.reset_peak_memory_stats(device)
-        before = torch.accelerator.memory_allocated(device)
-        way.trainer.timed_steps(batch, turn)
-        return int(torch.accelerator.max_memory_allocated(device) - before)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        way.trainer.timed_steps(batch, turn)
-    events = (e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]")  # type: ignore[union-attr]
-    ordered = sorted(events, key=lambda event: event.start_ns())
-    return int(max(itertools.accumulate((event.nbytes() for event in ordered), initial=0)))
+        for name, way in ways.items():
+            seconds, phases = way.timed_steps(turn)
+            if seconds < found[name].seconds:
+                found[name].seconds, found[name].phases = seconds, phases
+    for name, way in ways.items():
+        found[name].memory = way.memory(turn)
+    return found
 
 
 def peak_flops(device: torch.device, seconds: float = 1.0) -> float:
@@ -225,13 +292,13 @@ def flops_per_image(run: RunConfig, stage: str, vocabulary_size: int) -> float:
     return cost_of(system, plan.group_size, plan.max_words, vectors, attributes).flops / plan.group_size
 
 
-def show(ways: dict[str, Way], images: int, flops: float, peak: float) -> None:
+def show(ways: Mapping[str, Measured], images: int, flops: float, peak: float) -> None:
     """Print the table. flops: of an image in our step. peak: of this machine, operations a second."""
     names = list(ways)
     print(f"{'phase':46}" + "".join(f"{name + ' ms':>16}" for name in names))
     for phase in dict.fromkeys(phase for way in ways.values() for phase in way.phases):
         print(f"{phase:46}" + "".join(f"{1e3 * way.phases.get(phase, 0.0):16.1f}" for way in ways.values()))
-    rows: dict[str, Callable[[Way], float]] = {
+    rows: dict[str, Callable[[Measured], float]] = {
         "step": lambda way: 1e3 * way.seconds,
         "first step": lambda way: 1e3 * way.first_seconds,
         "memory of a step, MiB": lambda way: way.memory / 2**20,
@@ -258,6 +325,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--vocabulary-size", type=int, default=5450)
     made.add_argument("--threads", type=int, default=torch.get_num_threads())
     made.add_argument("--device", default="cpu")
+    made.add_argument(
+        "--precision", choices=configuration.PRECISIONS, help="of both ways (default: float32 and the preset's)"
+    )
     return made
 
 
@@ -269,19 +339,23 @@ def main() -> int:
     chosen = [name for name, asked in (("authors", words.like), ("best", words.best)) if asked] or ["authors", "best"]
     try:
         run, stage = chosen_stage(words)
-        made = {name: make_way(name, run, stage, words.vocabulary_size, device) for name in chosen}
         flops = flops_per_image(run, stage, words.vocabulary_size)
+        system, plan = system_of(run, stage, words.vocabulary_size)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    ways, plan = {name: way for name, (way, _) in made.items()}, made[chosen[0]][1]
-    sizes = ways[chosen[0]].trainer.system.sizes
     print(
-        f"{words.system} preset={words.preset}: {plan.group_size} images a step, sizes {sizes}, "
+        f"{words.system} preset={words.preset}: {plan.group_size} images a step, sizes {system.sizes}, "
         f"{words.threads} threads, {device}, torch {torch.__version__}"
     )
-    measure(ways, synthetic_batch(sizes, plan), words.steps)
-    show(ways, plan.group_size, flops, peak_flops(device))
+    del system
+    ways = {name: Remote(name, words) for name in chosen}
+    try:
+        found = measure(ways, words.steps)
+    finally:
+        for way in ways.values():
+            way.close()
+    show(found, plan.group_size, flops, peak_flops(device))
     return 0
 
 

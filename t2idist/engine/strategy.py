@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.adam import adam
 
 from t2idist.contract import Adam, Role
 from t2idist.engine.world import World
@@ -106,8 +107,7 @@ class Replicated:
         if self._role.clip_norm is not None:
             clipped = [p for name, p in self._trained.items() if name.startswith(self._role.clip_prefix)]
             nn.utils.clip_grad_norm_(clipped, self._role.clip_norm)
-        prepare_step(self._optimizer, lr, bad)
-        self._optimizer.step()
+        adam_step(self._optimizer, lr, bad)
 
     def moments(self) -> dict[str, Tensor]:
         return {
@@ -144,6 +144,48 @@ def begin_state(optimizer: torch.optim.Adam) -> None:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+
+
+def adam_step(optimizer: torch.optim.Adam, lr: float, bad: Tensor) -> None:
+    """A step of fused Adam, on tensors as they lie in memory: it copies those that are laid out channels last."""
+    for group in optimizer.param_groups:
+        states = [optimizer.state[parameter] for parameter in group["params"]]
+        kinds = [_dense(parameter, state) for parameter, state in zip(group["params"], states, strict=True)]
+        parameters, gradients, means, squares = (list(column) for column in zip(*kinds, strict=True))
+        with torch.no_grad():
+            adam(
+                parameters,
+                gradients,
+                means,
+                squares,
+                [],
+                [state["step"] for state in states],
+                fused=True,
+                found_inf=bad,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=lr,
+                weight_decay=0.0,
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+def _dense(parameter: Tensor, state: Mapping[str, Tensor]) -> list[Tensor]:
+    """The parameter, its gradient and its two moments: contiguous where they lie channels last.
+
+    All in the parameter's layout: on tensors of several, the fused kernel for CPUs silently computes something else.
+    """
+    gradient = parameter.grad
+    assert gradient is not None
+    if gradient.stride() != parameter.stride():
+        gradient = torch.empty_like(parameter).copy_(gradient)
+    tensors = [parameter.detach(), gradient, state["exp_avg"], state["exp_avg_sq"]]
+    assert all(t.stride() == parameter.stride() for t in tensors), "Adam's moments lie as their parameter does"
+    if parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last):
+        return [t.permute(0, 2, 3, 1) for t in tensors]
+    return tensors
 
 
 def state_bytes(optimizer: torch.optim.Adam) -> int:

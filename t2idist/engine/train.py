@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from t2idist.contract import Role, System
 from t2idist.engine.groups import convert, running_statistics, tracking
 from t2idist.engine.guard import Guard
+from t2idist.engine.kernels import forget_casts, quicken
 from t2idist.engine.noise import Noise
 from t2idist.engine.schedule import ema_decay, factor
 from t2idist.engine.strategy import Engine, Precision, Replicated
@@ -71,7 +72,7 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------- set-up
     def _place(self, net: nn.Module) -> nn.Module:
-        return net.to(self.world.device, self.precision.weights)
+        return quicken(net.to(self.world.device, self.precision.weights))
 
     def _start(self, name: str, role: Role) -> _Live:
         self._place(role.net).train()
@@ -107,6 +108,7 @@ class Trainer:
         bad, norm = self.guard.check(live.engine.backward(self.guard.weigh(loss, self.share.weight)))
         self._reports.append((self.step, f"{GRADIENTS}{role}", norm))
         live.engine.step(live.role.optimizer.lr * factor(live.role.optimizer.schedule, self.images), bad)
+        forget_casts(live.role.net)
         if live.ema is not None:
             assert live.role.ema_half_life_images is not None
             keep = ema_decay(live.role.ema_half_life_images, self.group_size * self.share.groups)
@@ -234,6 +236,7 @@ class Trainer:
         for name, live in self._live.items():
             prefix = f"{name}/adam/"
             live.engine.adopt({key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)})
+            forget_casts(live.role.net)
 
     def optimizer_bytes(self) -> int:
         """Bytes of optimiser state that this worker keeps."""

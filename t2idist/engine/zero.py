@@ -57,6 +57,7 @@ class Partitioned:
 
     def __init__(self, name: str, role: Role, precision: Precision, world: World, stage: int) -> None:
         self._name, self._clip_norm, self._world = name, role.clip_norm, world
+        role.net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # DeepSpeed flattens weights
         self._trained = trained(role.net)
         for key, parameter in role.net.named_parameters():
             if parameter.dim() == 0 or parameter.dtype != torch.float32:

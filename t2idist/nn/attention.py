@@ -36,8 +36,9 @@ class WordAttention(nn.Module):
         else:
             hidden = padding.unsqueeze(2)
         weights = full(scores).masked_fill(hidden, float("-inf")).softmax(dim=1)
-        context = torch.bmm(projected, weights.to(projected.dtype))
-        return context.view(count, channels, height, width), weights.view(count, -1, height, width)
+        context = torch.bmm(weights.to(projected.dtype).transpose(1, 2), projected.transpose(1, 2))  # (N, H*W, C)
+        laid_out = context.view(count, height, width, channels).permute(0, 3, 1, 2)
+        return laid_out, weights.view(count, -1, height, width)
 
 
 class GlobalLocalAttention(WordAttention):

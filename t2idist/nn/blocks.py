@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 LEAK = 0.2
 """Slope of LeakyReLU in every discriminator of the family."""
@@ -13,7 +15,32 @@ class GLU(nn.Module):
     """Gated linear unit over channels: the first half times the sigmoid of the second half."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            rows = x.permute(0, 2, 3, 1)  # along dim 1 of such features torch takes ten times as long
+            narrow = x.is_cpu and x.dtype == torch.bfloat16
+            out: Tensor = GatedRows.apply(rows) if narrow else F.glu(rows, dim=-1)  # type: ignore[no-untyped-call]
+            return out.permute(0, 3, 1, 2)
         return F.glu(x, dim=1)
+
+
+class GatedRows(torch.autograd.Function):
+    """`F.glu` over the last dimension, for rows in half precision on CPUs.
+
+    torch goes through halves of less than 64 channels number by number; here they are first moved apart.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows: Tensor) -> Tensor:
+        value, gate = (half.clone(memory_format=torch.contiguous_format) for half in rows.chunk(2, dim=-1))
+        gate.sigmoid_()
+        ctx.save_for_backward(value, gate)
+        return value * gate
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        value, gate = ctx.saved_tensors  # type: ignore[attr-defined]
+        return torch.cat([gradient * gate, torch.ops.aten.sigmoid_backward(gradient * value, gate)], dim=-1)
 
 
 def conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
@@ -40,7 +67,12 @@ class UpConv2d(nn.Conv2d):
         padded = F.pad(self.weight.flip(2, 3), (1, 1, 1, 1))
         rows = padded[:, :, 1:] + padded[:, :, :-1]
         kernel = rows[:, :, :, 1:] + rows[:, :, :, :-1]  # (channels_out, C, 4, 4)
-        return F.conv_transpose2d(x, kernel.transpose(0, 1), stride=2, padding=1)
+        layout = (
+            torch.channels_last
+            if self.weight.is_contiguous(memory_format=torch.channels_last)
+            else torch.contiguous_format
+        )
+        return F.conv_transpose2d(x, kernel.transpose(0, 1).contiguous(memory_format=layout), stride=2, padding=1)
 
 
 def up_block(channels_in: int, channels_out: int) -> nn.Sequential:

@@ -1,0 +1,163 @@
+"""Layers that compute the same in less time, put in the place of a network's own; parameter names stay.
+
+A network is laid out channels last, which convolutions want in half precision on every device. On CPUs a convolution
+whose weight is larger than its input (the last ones of a discriminator: millions of weights for 8x8 places and less)
+runs as a product of matrices: oneDNN's convolutions rearrange the whole weight at every pass.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+
+SMALLEST_MATRIX = 1 << 20
+"""Numbers of a weight below which oneDNN's way is quick enough."""
+
+Window = tuple[int, int, int]
+"""Side, stride and padding of a square convolution."""
+
+
+def keep_heap() -> None:
+    """Have the C library keep memory that is freed for what is asked for next, in this process.
+
+    Else it gives large tensors back to the system at the end of their lives and gets new pages, filled with zeros, for
+    the next ones: up to a third of a training step on CPUs. Does nothing where the library is not glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def quicken(net: nn.Module) -> nn.Module:
+    """The network itself, on its device, with quick layers."""
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for module in net.modules():
+        if type(module) is nn.Conv2d and _is_plain(module) and module.weight.device.type == "cpu":
+            module.__class__ = QuickConv2d
+    return net
+
+
+def _is_plain(conv: nn.Conv2d) -> bool:
+    square = all(len(set(pair)) == 1 for pair in (conv.kernel_size, conv.stride, conv.padding))
+    return square and conv.groups == 1 and set(conv.dilation) == {1} and conv.padding_mode == "zeros"
+
+
+class QuickConv2d(nn.Conv2d):
+    """A square convolution whose weight is cast to half precision once an update.
+
+    Autocast casts it at every pass, and where it is frozen does not keep it for the next one. Where the weight has more
+    numbers than the input this runs as a product of matrices.
+    """
+
+    _half: _Half | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self._cast(input.device.type)
+        out: Tensor
+        if weight.numel() < max(input.numel(), SMALLEST_MATRIX):
+            out = self._conv_forward(input, weight, self.bias)
+            return out
+        window = (self.kernel_size[0], self.stride[0], int(self.padding[0]))
+        patches: Tensor = Patches.apply(input.to(weight.dtype), window)  # type: ignore[no-untyped-call]
+        out = F.linear(patches.flatten(3), weight.permute(0, 2, 3, 1).flatten(1), self.bias)
+        return out.permute(0, 3, 1, 2)
+
+    def _cast(self, device: str) -> Tensor:
+        """The weight in the precision that products run in."""
+        if not torch.is_autocast_enabled(device) or self.weight.dtype != torch.float32:
+            return self.weight
+        kind = torch.get_autocast_dtype(device)
+        if self._half is None or self._half.version != self.weight._version or self._half.frozen.dtype != kind:
+            with torch.inference_mode(False):  # what is made for pictures may serve the next step
+                self._half = _Half(
+                    self.weight._version, self.weight.detach().to(kind, memory_format=torch.channels_last)
+                )
+        if not (self.weight.requires_grad and torch.is_grad_enabled()):
+            return self._half.frozen
+        if self._half.trained is None:
+            linked: Tensor = Linked.apply(self.weight, self._half.frozen)  # type: ignore[no-untyped-call]
+            self._half.trained = linked
+        return self._half.trained
+
+    def forget(self) -> None:
+        """Cast anew: the weight has changed in a way that its version does not tell (DeepSpeed's)."""
+        self._half = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_half"}
+
+
+@dataclass
+class _Half:
+    """A weight's copy in half precision: of which version, without gradient, and (once it is asked for) with it."""
+
+    version: int
+    frozen: Tensor
+    trained: Tensor | None = None
+
+
+class Linked(torch.autograd.Function):
+    """A weight's copy (second argument) through which gradients reach the weight (first)."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, weight: Tensor, half: Tensor) -> Tensor:
+        ctx.kind = weight.dtype  # type: ignore[attr-defined]
+        return half.view_as(half)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient.to(ctx.kind), None  # type: ignore[attr-defined]
+
+
+def forget_casts(net: nn.Module) -> None:
+    for module in net.modules():
+        if isinstance(module, QuickConv2d):
+            module.forget()
+
+
+class Patches(torch.autograd.Function):
+    """What a window sees: (N, C, H, W) -> (N, rows, columns, side, side, C)."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, images: Tensor, window: Window) -> Tensor:
+        ctx.size, ctx.window = images.shape[2:], window  # type: ignore[attr-defined]
+        side, stride, padding = window
+        padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding)).contiguous()
+        count, height, width, channels = padded.shape
+        rows, columns = (height - side) // stride + 1, (width - side) // stride + 1
+        a, b, c, d = padded.stride()
+        shape = (count, rows, columns, side, side, channels)
+        return padded.as_strided(shape, (a, b * stride, c * stride, b, c, d)).contiguous()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return SumOfPatches.apply(gradient, ctx.size, ctx.window), None  # type: ignore[no-untyped-call, attr-defined]
+
+
+class SumOfPatches(torch.autograd.Function):
+    """The adjoint: (N, rows, columns, side, side, C) -> (N, C, height, width), where places overlap their sum."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, patches: Tensor, size: tuple[int, int], window: Window) -> Tensor:
+        ctx.window = window  # type: ignore[attr-defined]
+        (side, stride, padding), (height, width) = window, size
+        count, rows, columns, *_, channels = patches.shape
+        total = patches.new_zeros(count, height + 2 * padding, width + 2 * padding, channels)
+        for i in range(side):
+            for j in range(side):
+                below, right = i + stride * (rows - 1) + 1, j + stride * (columns - 1) + 1
+                total[:, i:below:stride, j:right:stride] += patches[:, :, :, i, j]
+        return total[:, padding : padding + height, padding : padding + width].permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return Patches.apply(gradient, ctx.window), None, None  # type: ignore[no-untyped-call, attr-defined]

@@ -1,9 +1,9 @@
 """How the authors' code of 2016 to 2018 does a training step, on our networks: bench_step.py measures against it.
 
 float32 without compilation; Adam parameter by parameter; the generator's loss flows into the discriminators' weights,
-where it is thrown away; a pass of the trunk for each term where the released code has one (StackGAN++, GAN-CLS); the
-DAMSM's words caption by caption; the average of weights one by one. Losses, sizes, batch and optimiser are the same,
-and so are the numbers, to rounding: tests/test_bench_step.py.
+where it is thrown away; pixels are repeated, then convolved; a pass of the trunk for each term where the released code
+has one (StackGAN++, GAN-CLS); the DAMSM's words caption by caption; the average of weights one by one. Losses, sizes,
+batch and optimiser are the same, and so are the numbers, to rounding: tests/test_bench_step.py.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from t2idist.engine.world import World
 from t2idist.losses import adversarial, matching
 from t2idist.losses.adversarial import Judge, PairJudge, PairVerdict, Verdict
 from t2idist.losses.matching import Gammas, WrongPairs
+from t2idist.nn import blocks
 from t2idist.systems import gan_cls, stackgan_pp
 
 FULL = Precision("float32")
@@ -89,8 +90,14 @@ def losses() -> Iterator[None]:
         mock.patch.object(matching, "word_similarity", word_similarity),
         mock.patch.object(stackgan_pp, "judge_pairs", judge_pairs),
         mock.patch.object(gan_cls, "judge_three", judge_three),
+        mock.patch.object(blocks.UpConv2d, "forward", nearest_then_convolution),
     ):
         yield
+
+
+def nearest_then_convolution(conv: blocks.UpConv2d, x: Tensor) -> Tensor:
+    """`blocks.UpConv2d` in two passes: four times the places, then the convolution over all of them."""
+    return F.conv2d(F.interpolate(x, scale_factor=2), conv.weight, padding=1)
 
 
 def word_similarity(regions: Tensor, words: Tensor, lengths: Tensor, gammas: Gammas) -> Tensor:

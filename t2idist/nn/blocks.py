@@ -57,7 +57,8 @@ class UpConv2d(nn.Conv2d):
     """Nearest x2, then this 3x3 convolution, in one pass: (N, C, H, W) -> (N, channels_out, 2H, 2W).
 
     The two linear maps are one transposed convolution of stride 2, whose 4x4 kernel is the 3x3 one spread over 2x2
-    places: 16 products for each input place instead of 36. The weight is that of the 3x3 convolution.
+    places: 16 products for each input place instead of 36. The weight is that of the 3x3 convolution. Channels last,
+    which takes half the time.
     """
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
@@ -67,12 +68,8 @@ class UpConv2d(nn.Conv2d):
         padded = F.pad(self.weight.flip(2, 3), (1, 1, 1, 1))
         rows = padded[:, :, 1:] + padded[:, :, :-1]
         kernel = rows[:, :, :, 1:] + rows[:, :, :, :-1]  # (channels_out, C, 4, 4)
-        layout = (
-            torch.channels_last
-            if self.weight.is_contiguous(memory_format=torch.channels_last)
-            else torch.contiguous_format
-        )
-        return F.conv_transpose2d(x, kernel.transpose(0, 1).contiguous(memory_format=layout), stride=2, padding=1)
+        kernel = kernel.transpose(0, 1).contiguous(memory_format=torch.channels_last)
+        return F.conv_transpose2d(x.contiguous(memory_format=torch.channels_last), kernel, stride=2, padding=1)
 
 
 def up_block(channels_in: int, channels_out: int) -> nn.Sequential:

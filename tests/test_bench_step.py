@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tools import bench_step
+from tools import bench_sample, bench_step
 
 
 def bench(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -66,3 +66,31 @@ def test_the_authors_way_gives_the_same_numbers(recipe: str) -> None:
 def test_an_unknown_system_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench(monkeypatch, "stargan", "--recipe", "attngan") == 2
     assert "recipe attngan has no stage of system 'stargan'; it has damsm" in capsys.readouterr().err
+
+
+def test_a_ratio_under_its_floor_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("dcgan", "--steps", "1", "--group-size", "2")
+    assert bench(monkeypatch, *words, "--floor", "1000") == 1
+    assert "times as fast as authors; --floor is 1000" in capsys.readouterr().err
+    assert bench(monkeypatch, *words, "--floor", "0.0001") == 0
+    assert bench(monkeypatch, *words, "--floor", "1", "--best") == 2
+    assert "leave --like and --best out" in capsys.readouterr().err
+
+
+def test_pictures_a_second(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for system, code in (("attngan", 0), ("dcgan", 0), ("stargan", 2)):
+        words = [system, "--steps", "1", "--batch-size", "3", "--threads", "1"]
+        monkeypatch.setattr(sys, "argv", ["bench_sample.py", *words])
+        assert bench_sample.main() == code
+        said = capsys.readouterr()
+        if code:
+            assert said.err == "error: stargan draws no pictures of captions\n"
+        else:
+            assert [line.split()[0] for line in said.out.splitlines()[1:]] == ["authors", "float32", "bfloat16"]
+
+
+def test_the_sampling_ways_draw_the_same() -> None:
+    made = bench_sample.ways(bench_sample.parser().parse_args(["attngan", "--batch-size", "3"]))
+    theirs, ours, half = (draw().images[-1] for draw in made.values())
+    torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4)
+    assert 0 < (half - theirs).abs().max() < 0.1

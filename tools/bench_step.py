@@ -198,8 +198,9 @@ def synchronise(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def synthetic_batch(sizes: tuple[int, ...], plan: Plan) -> Batch:
-    count = plan.group_size
+def synthetic_batch(sizes: tuple[int, ...], plan: Plan, count: int = 0) -> Batch:
+    """A batch of one group, or of so many samples."""
+    count = count or plan.group_size
     lengths = torch.randint(min(4, plan.max_words), plan.max_words + 1, (count,))
     vectors = torch.randn(count, plan.extent.vector_dim)
     words = torch.randint(1, plan.vocabulary_size, (count, plan.max_words))
@@ -325,6 +326,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--vocabulary-size", type=int, default=5450)
     made.add_argument("--threads", type=int, default=torch.get_num_threads())
     made.add_argument("--device", default="cpu")
+    made.add_argument("--floor", type=float, help="end with 1 where both are measured and their ratio is below")
     made.add_argument(
         "--precision", choices=configuration.PRECISIONS, help="of both ways (default: float32 and the preset's)"
     )
@@ -337,6 +339,9 @@ def main() -> int:
     torch.set_num_threads(words.threads)
     device = torch.device(words.device)
     chosen = [name for name, asked in (("authors", words.like), ("best", words.best)) if asked] or ["authors", "best"]
+    if words.floor is not None and len(chosen) < 2:
+        print("error: --floor is of a ratio; leave --like and --best out", file=sys.stderr)
+        return 2
     try:
         run, stage = chosen_stage(words)
         flops = flops_per_image(run, stage, words.vocabulary_size)
@@ -356,7 +361,16 @@ def main() -> int:
         for way in ways.values():
             way.close()
     show(found, plan.group_size, flops, peak_flops(device))
-    return 0
+    return too_slow({name: each.seconds for name, each in found.items()}, "best", words.floor)
+
+
+def too_slow(seconds: Mapping[str, float], name: str, floor: float | None) -> int:
+    """1, and a sentence, where this way is less than so many times as fast as the authors'; else 0."""
+    ratio = seconds["authors"] / seconds[name] if floor is not None else 0.0
+    if floor is None or ratio >= floor:
+        return 0
+    print(f"error: {ratio:.2f} times as fast as authors; --floor is {floor:g}", file=sys.stderr)
+    return 1
 
 
 def chosen_stage(words: argparse.Namespace) -> tuple[RunConfig, str]:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from t2idist.contract import Captions, Draws, Sample
 from t2idist.data.text import Vocabulary
+from t2idist.engine.kernels import quicken
+from t2idist.engine.strategy import Precision
 
 
 class RowsDraw(Protocol):
@@ -123,10 +125,17 @@ def generate(
     *,
     device: torch.device,
     batch_size: int = 64,
+    precision: str = "float32",
 ) -> Sample:
-    """Pictures of N captions on the host, in float32, drawn batch by batch; draw: the noise of each."""
+    """Pictures of N captions on the host, in float32, drawn batch by batch; draw: the noise of each.
+
+    precision: of products of matrices ("bfloat16": in a third of the time, less true to the last digits). The networks
+    get quick layers in place.
+    """
     parts: list[Sample] = []
-    with torch.inference_mode():
+    for net in nets.values():
+        quicken(net)
+    with torch.inference_mode(), Precision(precision).autocast(device):
         for start in range(0, len(captions), batch_size):
             rows = slice(start, start + batch_size)
             parts.append(system.sample(nets, captions[rows].to(device), draw[rows]))

@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-long test test-quick test-slow lint clean
+.PHONY: demo demo-long test test-quick test-slow bench lint clean
 
 # The main job on the embedded data: DAMSM, AttnGAN, then its honest score; about ten minutes on two cores.
 demo: $(INSTALLED)
@@ -22,6 +22,12 @@ test-quick: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable '.[test,text]'
 	$(BIN)/python -m pytest -q -m slow
+
+# The authors' way beside ours on a CPU, in short; fails where a ratio falls under its floor.
+bench: $(INSTALLED)
+	$(BIN)/python tools/bench_step.py attngan --preset cub --group-size 4 --steps 2 --floor 2
+	$(BIN)/python tools/bench_step.py stackgan_pp --preset cub --group-size 4 --steps 2 --floor 2
+	$(BIN)/python tools/bench_sample.py attngan --preset cub --steps 2 --floor 4
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check t2idist tests tools

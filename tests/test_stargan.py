@@ -342,3 +342,19 @@ def test_it_learns_to_change_a_colour() -> None:
         assert float((system.read(nets, batch.images[0], 0) == batch.attributes).float().mean()) > 0.95
     assert before[0] < 0.75 and after[0] > 0.9
     assert after[1] < 0.15 < before[1]
+
+
+def test_pictures_are_normalised_by_themselves_whatever_their_layout() -> None:
+    torch.manual_seed(0)
+    norm = PictureNorm(6).double()
+    given = torch.randn(3, 6, 5, 7, dtype=torch.float64)
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = given.clone(memory_format=layout).requires_grad_()
+        norm.zero_grad()
+        out = norm(x)
+        out.sin().sum().backward()
+        assert x.grad is not None and norm.weight.grad is not None and out.is_contiguous(memory_format=layout)
+        results.append((out.detach(), x.grad, norm.weight.grad.clone()))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)

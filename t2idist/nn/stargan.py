@@ -21,13 +21,19 @@ class PictureNorm(nn.InstanceNorm2d):
     """Instance normalisation by the picture's own statistics, in training and after.
 
     The published weights carry running averages, so there are buffers for them; nothing moves or reads them: the
-    authors draw in training mode, and pictures normalised by the averages are grossly other ones.
+    authors draw in training mode, and pictures normalised by the averages are grossly other ones. Channels-last
+    pictures go one by one: torch's own layer would lay them out anew, there and back.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, affine=True, track_running_stats=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_contiguous(memory_format=torch.channels_last):
+            pictures = x.split(1)
+            return torch.cat(
+                [F.batch_norm(p, None, None, self.weight, self.bias, True, 0.0, self.eps) for p in pictures]
+            )
         return F.instance_norm(x, None, None, self.weight, self.bias, use_input_stats=True, eps=self.eps)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -215,14 +216,17 @@ def test_both_stages_learn_to_follow_captions() -> None:
     first = learnt(made(given, image_size=16, **TINY, **rates), 150)
     assert follows(first, with_vectors) > 0.5
     assert first.asked[:2] == [(4,), (8,)]
-    torch.manual_seed(5)
     rates |= {"generator_lr": 1e-3, "discriminator_lr": 5e-4}
     settings = {**TINY, **rates, "stage": 2, "image_size": 32, "residuals": 1}
-    second = made(plan(stage1=exported(first.system, given)), **settings)
-    second.frozen["stage1"].net.load_state_dict(first.evaluation_nets()["generator"].state_dict())
-    run = learnt(second, 200)
-    assert follows(run, with_vectors) > 0.35
-    assert run.asked[:3] == [(4,), (8,), (8,)]
+    found = []
+    for seed in range(3):  # of so small a second stage one in ten follows nothing
+        torch.manual_seed(seed)
+        second = made(plan(stage1=exported(first.system, given)), **settings)
+        second.frozen["stage1"].net.load_state_dict(first.evaluation_nets()["generator"].state_dict())
+        run = learnt(second, 200)
+        assert run.asked[:3] == [(4,), (8,), (8,)]
+        found.append(follows(run, with_vectors))
+    assert statistics.median(found) > 0.35, found
     drawn: list[tuple[int, ...]] = []
 
     def draw(*shape: int) -> Tensor:

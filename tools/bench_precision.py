@@ -22,7 +22,7 @@ from t2idist import config as configuration  # noqa: E402
 from t2idist.evaluate import run_folder  # noqa: E402
 
 PRECISIONS = ("float32", "bfloat16")
-NOT_LOSSES = ("norm/", "data/", "time/", "val/")
+NOT_LOSSES = ("norm/", "data/", "time/", "val/", "guard/")
 Losses = dict[str, float]
 
 

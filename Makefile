@@ -27,7 +27,8 @@ test-slow: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python tools/bench_step.py attngan --preset cub --group-size 4 --steps 2 --floor 2
 	$(BIN)/python tools/bench_step.py stackgan_pp --preset cub --group-size 4 --steps 2 --floor 2
-	$(BIN)/python tools/bench_sample.py attngan --preset cub --steps 2 --floor 4
+	$(BIN)/python tools/bench_step.py damsm --preset cub --steps 2 --floor 3
+	$(BIN)/python tools/bench_sample.py attngan --preset cub --steps 2 --floor 2.5
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check t2idist tests tools

@@ -15,10 +15,8 @@ def bench(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     return bench_step.main()
 
 
-def test_prints_phases_of_both_ways(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench(monkeypatch, "stackgan_pp", "--steps", "1", "--group-size", "2", "--floor", "1000") == 1
-    said, complaint = capsys.readouterr()
-    assert "times as fast as authors; --floor is 1000" in complaint
+def check_table(said: str) -> None:
+    """Of both ways, at two images a step."""
     lines = {line[:46].strip(): line[46:].split() for line in said.splitlines()}
     assert lines["phase"] == ["authors", "ms", "best", "ms"]
     phases = [name for name in lines if name.endswith(("forward", "EMA", "the rest")) or name.startswith("through")]
@@ -32,14 +30,26 @@ def test_prints_phases_of_both_ways(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "GFLOP an image" in said and "times as fast as authors" in said
 
 
+def test_prints_phases_of_both_ways(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench(monkeypatch, "stackgan_pp", "--steps", "1", "--group-size", "2", "--floor", "1000") == 1
+    said, complaint = capsys.readouterr()
+    assert "times as fast as authors; --floor is 1000" in complaint
+    check_table(said)
+
+
 @pytest.mark.parametrize("system", ["damsm", "attngan", "stargan", "mirrorgan", "gan_cls", "style"])
-def test_every_system_is_measured(system: str) -> None:
+def test_every_system_is_measured(capsys: pytest.CaptureFixture[str], system: str) -> None:
     words = bench_step.parser().parse_args([system, "--group-size", "2"])
     found = bench_step.measure({name: bench_step.make_way(name, words) for name in ("authors", "best")}, 1)
     for each in found.values():
         assert sum(each.phases.values()) == pytest.approx(each.seconds) and each.memory > 0
     run, stage = bench_step.chosen_stage(words)
-    assert bench_step.flops_per_image(run, stage, words.vocabulary_size) > 1e6
+    with torch.device("meta"):
+        system, plan = bench_step.system_of(run, stage, words.vocabulary_size)
+    flops = bench_step.flops_per_image(system, plan)
+    assert flops > 1e6
+    bench_step.show(found, 2, flops, peak=1e12)
+    check_table(capsys.readouterr().out)
 
 
 def test_a_step_is_the_mean_of_a_whole_turn_where_roles_take_turns() -> None:
@@ -50,8 +60,9 @@ def test_a_step_is_the_mean_of_a_whole_turn_where_roles_take_turns() -> None:
 
 
 def test_one_way_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench(monkeypatch, "dcgan", "--steps", "1", "--group-size", "2", "--best") == 0
-    assert f"{'phase':46}{'best ms':>16}\n" in capsys.readouterr().out
+    for word, name in (("--best", "best"), ("--like=authors", "authors")):
+        assert bench(monkeypatch, "dcgan", "--steps", "1", "--group-size", "2", word) == 0
+        assert f"{'phase':46}{name + ' ms':>16}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("recipe", ["damsm", "attngan", "stackgan_pp", "stargan", "mirrorgan", "gan_cls", "stackgan"])

@@ -6,9 +6,8 @@
 --like authors: float32, no compilation, gradients that are thrown away, loops (tools/authors_way.py); --best: what a
 run of the preset does. Without either, both, and their ratio. They run in turns, so that whatever else the machine does
 meets both alike, each in a process of its own, for ours sets how memory is kept; the best step of each counts, and
-phases are those of that step. Frozen networks
-have newly drawn weights: it is time that is measured. Operations are counted on tensors without data; the peak is that
-of a product of two bfloat16 matrices, measured here and now.
+phases are those of that step. Frozen networks have newly drawn weights: it is time that is measured. Operations are
+counted on tensors without data; the peak is that of a product of two bfloat16 matrices, measured here and now.
 """
 
 from __future__ import annotations
@@ -285,10 +284,8 @@ def peak_flops(device: torch.device, seconds: float = 1.0) -> float:
     return 2 * MATRIX**3 / best
 
 
-def flops_per_image(run: RunConfig, stage: str, vocabulary_size: int) -> float:
-    """Of a step of ours, forward and backward."""
-    with torch.device("meta"):
-        system, plan = system_of(run, stage, vocabulary_size)
+def flops_per_image(system: System, plan: Plan) -> float:
+    """Of a step of ours, forward and backward. The system's networks are on the meta device."""
     vectors, attributes = plan.extent.vector_dim, plan.extent.attributes
     return cost_of(system, plan.group_size, plan.max_words, vectors, attributes).flops / plan.group_size
 
@@ -344,8 +341,9 @@ def main() -> int:
         return 2
     try:
         run, stage = chosen_stage(words)
-        flops = flops_per_image(run, stage, words.vocabulary_size)
-        system, plan = system_of(run, stage, words.vocabulary_size)
+        with torch.device("meta"):  # the processes that measure draw the weights
+            system, plan = system_of(run, stage, words.vocabulary_size)
+        flops = flops_per_image(system, plan)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -353,7 +351,6 @@ def main() -> int:
         f"{words.system} preset={words.preset}: {plan.group_size} images a step, sizes {system.sizes}, "
         f"{words.threads} threads, {device}, torch {torch.__version__}"
     )
-    del system
     ways = {name: Remote(name, words) for name in chosen}
     try:
         found = measure(ways, words.steps)

@@ -88,10 +88,6 @@ class QuickConv2d(nn.Conv2d):
             self._half.trained = linked
         return self._half.trained
 
-    def forget(self) -> None:
-        """Cast anew: the weight has changed in a way that its version does not tell (DeepSpeed's)."""
-        self._half = None
-
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_half"}
 
@@ -119,9 +115,10 @@ class Linked(torch.autograd.Function):
 
 
 def forget_casts(net: nn.Module) -> None:
+    """Cast anew: weights have changed, maybe in a way that their versions do not tell (DeepSpeed's)."""
     for module in net.modules():
         if isinstance(module, QuickConv2d):
-            module.forget()
+            module._half = None
 
 
 class Patches(torch.autograd.Function):

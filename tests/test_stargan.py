@@ -111,7 +111,7 @@ def test_penalty_has_the_published_value() -> None:
     assert slope_penalty((0.1 * w * x**3).flatten(1).sum(1), x).item() == pytest.approx(56.0799675, abs=1e-4)
 
 
-def test_penalty_is_taken_between_the_pictures_and_in_full_precision() -> None:
+def test_penalty_is_taken_between_the_pictures_and_its_norm_in_full_precision() -> None:
     real, fake = torch.full((3, 1, 2, 2), 2.0), torch.zeros(3, 1, 2, 2)
     mixing = torch.tensor([0.0, 0.5, 1.0])
     seen: list[Tensor] = []

@@ -1,8 +1,8 @@
-"""Pictures a second of a generator: the authors' way (float32, layers as they are) and ours, in turns in one process.
+"""Pictures a second of a generator: the authors' way (float32, layers as they are) and ours, in turns.
 
     python tools/bench_sample.py attngan --preset cub [--batch-size 20] [--steps 5] [--threads 2] [--device cpu]
 
-Networks have newly drawn weights; the best batch of each way counts.
+Networks have newly drawn weights; each way has a process of its own, and its best batch counts.
 """
 
 from __future__ import annotations
@@ -20,19 +20,28 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from t2idist.contract import Draws, Sample  # noqa: E402
+from t2idist.contract import Draws, Plan, Sample, System  # noqa: E402
+from t2idist.engine.kernels import keep_heap  # noqa: E402
 from t2idist.evaluate.draw import NormalDraw, generate  # noqa: E402
 from t2idist.evaluate.load import network  # noqa: E402
 from t2idist.evaluate.monitor import can_draw  # noqa: E402
 from tools import authors_way, bench_step  # noqa: E402
 
+WAYS = ("authors", "float32", "bfloat16")
 
-def ways(words: argparse.Namespace) -> dict[str, Callable[[], Sample]]:
-    """Draw a batch: the authors' way, and ours in both precisions. Raises ValueError for what draws none."""
+
+def drawing_system(words: argparse.Namespace) -> tuple[System, Plan]:
+    """With newly drawn weights. Raises ValueError for what draws no pictures."""
     run, stage = bench_step.chosen_stage(words)
     system, plan = bench_step.system_of(run, stage, words.vocabulary_size)
     if not can_draw(system):
         raise ValueError(f"{words.system} draws no pictures of captions")
+    return system, plan
+
+
+def ways(words: argparse.Namespace) -> dict[str, Callable[[], Sample]]:
+    """Draw a batch: the authors' way, and ours in both precisions."""
+    system, plan = drawing_system(words)
     device, count = torch.device(words.device), words.batch_size
     nets = {
         name.rpartition(".")[2]: network(system, name).to(device).eval().requires_grad_(False)
@@ -55,14 +64,26 @@ def ways(words: argparse.Namespace) -> dict[str, Callable[[], Sample]]:
             precision=precision,
         )
 
-    return {"authors": theirs, "float32": ours("float32"), "bfloat16": ours("bfloat16")}
+    return dict(zip(WAYS, (theirs, *map(ours, WAYS[1:])), strict=True))
 
 
-def seconds_of(draw: Callable[[], Sample], device: torch.device) -> float:
-    start = time.perf_counter()
-    draw()
-    bench_step.synchronise(device)
-    return time.perf_counter() - start
+class Drawing:
+    """A way to draw, in this process."""
+
+    def __init__(self, draw: Callable[[], Sample], device: torch.device) -> None:
+        self._draw, self._device = draw, device
+
+    def seconds(self) -> float:
+        start = time.perf_counter()
+        self._draw()
+        bench_step.synchronise(self._device)
+        return time.perf_counter() - start
+
+
+def make_way(name: str, words: argparse.Namespace) -> Drawing:
+    if name != "authors":
+        keep_heap()
+    return Drawing(ways(words)[name], torch.device(words.device))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,17 +95,22 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     words = parser().parse_args()
-    torch.set_num_threads(words.threads)
-    device = torch.device(words.device)
     try:
-        made = ways(words)
+        with torch.device("meta"):
+            drawing_system(words)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    best = {name: seconds_of(draw, device) for name, draw in made.items()}
-    for _ in range(words.steps):
-        best = {name: min(best[name], seconds_of(draw, device)) for name, draw in made.items()}
-    print(f"{words.system} preset={words.preset}: {words.batch_size} at a time, {words.threads} threads, {device}")
+    made = {name: bench_step.Remote(name, words, make_way) for name in WAYS}
+    try:
+        best = {name: way.ask("seconds") for name, way in made.items()}
+        for _ in range(words.steps):
+            best = {name: min(best[name], way.ask("seconds")) for name, way in made.items()}
+    finally:
+        for way in made.values():
+            way.close()
+    what = f"{words.system} preset={words.preset}"
+    print(f"{what}: {words.batch_size} at a time, {words.threads} threads, {words.device}")
     for name, seconds in best.items():
         ratio = best["authors"] / seconds
         print(f"{name:10} {words.batch_size / seconds:10.1f} images/s {ratio:8.2f} times the authors'")

@@ -136,31 +136,35 @@ class Local:
 
 
 class Remote:
-    """A `Local` in a process of its own, which ends with `close`."""
+    """What `make` makes (a `Local`) in a process of its own, which ends with `close`."""
 
-    def __init__(self, name: str, words: argparse.Namespace) -> None:
+    def __init__(
+        self, name: str, words: argparse.Namespace, make: Callable[[str, argparse.Namespace], Any] | None = None
+    ) -> None:
         here, there = multiprocessing.Pipe()
-        self._process = multiprocessing.get_context("spawn").Process(target=serve, args=(there, name, words))
+        self._process = multiprocessing.get_context("spawn").Process(
+            target=serve, args=(there, name, words, make or make_way)
+        )
         self._process.start()
         there.close()
         self._pipe = here
         self._answer()
 
     def timed_steps(self, count: int) -> tuple[float, dict[str, float]]:
-        answer: tuple[float, dict[str, float]] = self._ask("timed_steps", count)
+        answer: tuple[float, dict[str, float]] = self.ask("timed_steps", count)
         return answer
 
     def turn(self) -> int:
-        return int(self._ask("turn"))
+        return int(self.ask("turn"))
 
     def memory(self, turn: int) -> int:
-        return int(self._ask("memory", turn))
+        return int(self.ask("memory", turn))
 
     def close(self) -> None:
         self._pipe.close()
         self._process.join()
 
-    def _ask(self, name: str, *args: int) -> Any:
+    def ask(self, name: str, *args: int) -> Any:
         self._pipe.send((name, args))
         return self._answer()
 
@@ -171,10 +175,12 @@ class Remote:
             raise RuntimeError("a process that measures has ended") from None
 
 
-def serve(pipe: Connection, name: str, words: argparse.Namespace) -> None:
+def serve(
+    pipe: Connection, name: str, words: argparse.Namespace, make: Callable[[str, argparse.Namespace], Any]
+) -> None:
     """Make a way and do as it is asked until nobody asks any more."""
     torch.set_num_threads(words.threads)
-    way = make_way(name, words)
+    way = make(name, words)
     pipe.send(None)
     with contextlib.suppress(EOFError):
         while True:

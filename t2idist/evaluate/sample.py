@@ -19,6 +19,7 @@ from torch import Tensor
 
 from t2idist import storage
 from t2idist.contract import Captions, Draws, Sample
+from t2idist.engine.kernels import keep_heap
 from t2idist.evaluate.draw import encode, generate, no_captions
 from t2idist.evaluate.encoders import maker_of_vectors, open_encoder, read_sentences
 from t2idist.evaluate.load import Loaded, load, open_device
@@ -47,6 +48,7 @@ WORDS_AT_ONCE = 1024
 def main(words: Sequence[str] | None = None) -> int:
     """The command; gives the exit status: 0, or 2 with one sentence on stderr."""
     arguments = _parser().parse_args(words)
+    keep_heap()
     try:
         return _run(arguments)
     except ValueError as error:

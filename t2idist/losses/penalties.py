@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from t2idist.nn.precision import full, full_precision
+from t2idist.nn.precision import full
 
 
 def slope_penalty(scores: Tensor, images: Tensor) -> Tensor:
@@ -21,12 +21,12 @@ def slope_penalty(scores: Tensor, images: Tensor) -> Tensor:
 
 
 def gradient_penalty(score: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, mixing: Tensor) -> Tensor:
-    """WGAN-GP (Gulrajani et al. 2017, eq. 3), in full precision, between real and generated pictures (N, 3, S, S).
+    """WGAN-GP (Gulrajani et al. 2017, eq. 3), between real and generated pictures (N, 3, S, S).
 
     score: (N, 3, S, S) -> (N, ...), each picture's own, with no statistics over pictures. mixing: (N,) in [0, 1], the
-    share of the real picture.
+    share of the real picture. The pictures between, their slope and its norm are in full precision; what `score` does
+    is in the precision that it is called in.
     """
-    with full_precision(real):
-        share = full(mixing).view(-1, 1, 1, 1)
-        mixed = (share * full(real) + (1 - share) * full(fake)).detach().requires_grad_()
-        return slope_penalty(full(score(mixed)), mixed)
+    share = full(mixing).view(-1, 1, 1, 1)
+    mixed = (share * full(real) + (1 - share) * full(fake)).detach().requires_grad_()
+    return slope_penalty(full(score(mixed)), mixed)

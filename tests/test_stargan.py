@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,39 @@ def test_labels_at_the_border_are_planes_of_labels(size: tuple[int, int]) -> Non
     assert first.weight.grad is not None
     assert torch.equal(first.weight.grad[:, 3:, 3, 3], torch.zeros(4, 3, dtype=torch.float64)), "it can do nothing"
     assert bool(first.weight.grad[:, 3:].any())
+
+
+def test_modulated_norms_carry_labels_everywhere_in_either_layout() -> None:
+    torch.manual_seed(0)
+    net = TranslationGenerator(4, 3, 1, modulated=True).double()
+    images, labels = torch.randn(2, 3, 64, 64, dtype=torch.float64), torch.eye(3, dtype=torch.float64)[:2]
+    made, plain = net(images, labels), net(images, 0 * labels)
+    assert ((made - plain).abs().amax(dim=1) > 0).float().mean() > 0.99
+    published = TranslationGenerator(4, 0, 1).double()
+    published.load_state_dict({k: v for k, v in net.state_dict().items() if "by_labels" not in k})
+    padded = F.pad(images, (3,) * 4)
+    torch.testing.assert_close(plain, published.main(padded).tanh(), atol=1e-9, rtol=0)
+    laid = copy.deepcopy(net).to(memory_format=torch.channels_last)
+    in_rows = laid(images.contiguous(memory_format=torch.channels_last), labels)
+    torch.testing.assert_close(in_rows, made, atol=1e-9, rtol=0)
+    for out in (made, in_rows):
+        out.square().sum().backward()
+    for (name, one), two in zip(net.named_parameters(), laid.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, atol=1e-9, rtol=1e-9, msg=name)
+        assert one.grad is not None and bool(one.grad.any()), name
+
+
+def test_a_masked_net_keeps_the_picture_where_its_mask_says() -> None:
+    torch.manual_seed(0)
+    net = TranslationGenerator(4, 3, 1, masked=True)
+    images, labels = torch.rand(2, 3, 16, 16) * 2 - 1, torch.ones(2, 3)
+    planes = torch.randn(2, 4, 16, 16)
+    planes[:, 3, :8], planes[:, 3, 8:12], planes[:, 3, 12:] = 50.0, -50.0, 0.0
+    net.main[-1].register_forward_hook(lambda *_: planes)
+    made, drawn = net(images, labels), planes[:, :3].tanh()
+    torch.testing.assert_close(made[:, :, :8], images[:, :, :8])
+    torch.testing.assert_close(made[:, :, 8:12], drawn[:, :, 8:12])
+    torch.testing.assert_close(made[:, :, 12:], (images + drawn)[:, :, 12:] / 2)
 
 
 def test_norm_is_that_of_each_picture() -> None:
@@ -313,10 +347,11 @@ def dots(step: int, count: int) -> Batch:
 
 
 @pytest.mark.whole
-def test_it_learns_to_change_a_colour() -> None:
+@pytest.mark.parametrize("more", [{}, {"modulated": True, "masked": True}], ids=["published", "modulated, masked"])
+def test_it_learns_to_change_a_colour(more: dict[str, bool]) -> None:
     torch.manual_seed(0)
     settings = Config(
-        image_size=16, generator_width=8, residuals=1, discriminator_width=16, layers=2, discriminator_steps=2,
+        **more, image_size=16, generator_width=8, residuals=1, discriminator_width=16, layers=2, discriminator_steps=2,
         generator_lr=2e-3, discriminator_lr=2e-3, decay_start_images=1200.0, decay_end_images=2400.0,
     )  # fmt: skip
     system = build(settings, plan(("red",)))

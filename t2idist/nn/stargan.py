@@ -23,35 +23,58 @@ class PictureNorm(nn.InstanceNorm2d):
     The published weights carry running averages, so there are buffers for them; nothing moves or reads them: the
     authors draw in training mode, and pictures normalised by the averages are grossly other ones. Channels-last
     pictures go one by one: torch's own layer would lay them out anew, there and back.
+
+    label_dim: above 0, labels (N, label_dim) then scale and shift the channels (Dumoulin et al. 2017, eq. 5).
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, label_dim: int = 0) -> None:
         super().__init__(channels, affine=True, track_running_stats=True)
+        self.by_labels = nn.Linear(label_dim, 2 * channels, bias=False) if label_dim else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:  # type: ignore[override]
         if x.is_contiguous(memory_format=torch.channels_last):
-            pictures = x.split(1)
-            return torch.cat(
-                [F.batch_norm(p, None, None, self.weight, self.bias, True, 0.0, self.eps) for p in pictures]
-            )
-        return F.instance_norm(x, None, None, self.weight, self.bias, use_input_stats=True, eps=self.eps)
+            weights, biases = self._of_pictures(len(x), labels)
+            each = zip(x.split(1), weights, biases, strict=True)
+            return torch.cat([F.batch_norm(p, None, None, w, b, True, 0.0, self.eps) for p, w, b in each])
+        if self.by_labels is None:
+            return F.instance_norm(x, None, None, self.weight, self.bias, use_input_stats=True, eps=self.eps)
+        weights, biases = self._of_pictures(len(x), labels)
+        plain = F.instance_norm(x, use_input_stats=True, eps=self.eps)
+        return plain * weights[:, :, None, None] + biases[:, :, None, None]
+
+    def _of_pictures(self, count: int, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Each picture's weight and bias, (N, C)."""
+        weights, biases = self.weight.expand(count, -1), self.bias.expand(count, -1)
+        if self.by_labels is None:
+            return weights, biases
+        more, shift = self.by_labels(labels).chunk(2, dim=1)
+        return weights + more, biases + shift
+
+
+class Labelled(nn.Sequential):
+    """Layers in turn; norms and residual blocks hear the labels."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        for layer in self:
+            x = layer(x, labels) if isinstance(layer, PictureNorm | PlainResidual) else layer(x)
+        return x
 
 
 class PlainResidual(nn.Module):
-    """x + norm(conv(relu(norm(conv(x))))), without an activation at the end."""
+    """x + norm(conv(relu(norm(conv(x))))), without an activation at the end; label_dim: of the first norm."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, label_dim: int = 0) -> None:
         super().__init__()
-        self.main = nn.Sequential(
+        self.main = Labelled(
             conv3x3(channels, channels),
-            PictureNorm(channels),
+            PictureNorm(channels, label_dim),
             nn.ReLU(inplace=True),
             conv3x3(channels, channels),
             PictureNorm(channels),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x + self.main(x)
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        out: Tensor = x + self.main(x, labels)
         return out
 
 
@@ -62,26 +85,39 @@ class TranslationGenerator(nn.Module):
     places but near the border, and the norm takes away what is the same everywhere: labels act by the border alone.
     Here they stand there and only there, which gives the same pictures, without a large constant that half precision
     would round, and without gradients of rounding errors for weights that can do nothing.
+
+    modulated: labels act on the norms of the residual blocks and after, everywhere alike, instead; then a few blocks
+    are enough, where from the border they reach 8 pixels further with each. masked: a fourth plane says how much of the
+    picture stays as it is at each place, so that the net need not draw it again (Pumarola et al. 2018, eq. 1).
     """
 
-    def __init__(self, width: int, label_dim: int, residuals: int) -> None:
+    def __init__(
+        self, width: int, label_dim: int, residuals: int, *, modulated: bool = False, masked: bool = False
+    ) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3 + label_dim, width, 7, bias=False)]
+        self.modulated, self.masked = modulated, masked
+        planes, heard = (0, label_dim) if modulated else (label_dim, 0)
+        layers: list[nn.Module] = [nn.Conv2d(3 + planes, width, 7, bias=False)]
         layers += [PictureNorm(width), nn.ReLU(inplace=True)]
         for channels in (width, 2 * width):
             layers.append(nn.Conv2d(channels, 2 * channels, 4, 2, 1, bias=False))
             layers += [PictureNorm(2 * channels), nn.ReLU(inplace=True)]
-        layers += [PlainResidual(4 * width) for _ in range(residuals)]
+        layers += [PlainResidual(4 * width, heard) for _ in range(residuals)]
         for channels in (4 * width, 2 * width):
             layers.append(nn.ConvTranspose2d(channels, channels // 2, 4, 2, 1, bias=False))
-            layers += [PictureNorm(channels // 2), nn.ReLU(inplace=True)]
-        self.main = nn.Sequential(*layers, nn.Conv2d(width, 3, 7, padding=3, bias=False))
+            layers += [PictureNorm(channels // 2, heard), nn.ReLU(inplace=True)]
+        self.main = Labelled(*layers, nn.Conv2d(width, 4 if masked else 3, 7, padding=3, bias=False))
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        padded = F.pad(images, (BORDER,) * 4)
-        border = F.pad(images.new_zeros(images.shape[2:]), (BORDER,) * 4, value=-1.0)
-        out: Tensor = self.main(torch.cat([padded, labels.to(images.dtype)[:, :, None, None] * border], dim=1))
-        return torch.tanh(full(out))
+        padded, labels = F.pad(images, (BORDER,) * 4), labels.to(images.dtype)
+        if not self.modulated:
+            border = F.pad(images.new_zeros(images.shape[2:]), (BORDER,) * 4, value=-1.0)
+            padded = torch.cat([padded, labels[:, :, None, None] * border], dim=1)
+        out = full(self.main(padded, labels))
+        if not self.masked:
+            return torch.tanh(out)
+        stays = torch.sigmoid(out[:, 3:])
+        return stays * full(images) + (1 - stays) * torch.tanh(out[:, :3])
 
 
 class PatchDiscriminator(nn.Module):

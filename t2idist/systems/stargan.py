@@ -41,6 +41,8 @@ class Config:
     image_size: int = 128
     generator_width: int = 64
     residuals: int = 6
+    modulated: bool = False  # these two are not StarGAN's own: see TranslationGenerator
+    masked: bool = False
     discriminator_width: int = 64
     layers: int = 6
     class_weight: float = 1.0  # lambda_cls, section 3.1
@@ -70,7 +72,8 @@ class StarGan:
         decay = Schedule(
             "linear", floor=floor, start_images=config.decay_start_images, end_images=config.decay_end_images
         )
-        generator = TranslationGenerator(config.generator_width, self._classes + mask, config.residuals)
+        dims = config.generator_width, self._classes + mask, config.residuals
+        generator = TranslationGenerator(*dims, modulated=config.modulated, masked=config.masked)
         judge = PatchDiscriminator(config.discriminator_width, config.image_size, self._classes, config.layers)
         self.roles = {
             "generator": Role(generator, Adam(lr=config.generator_lr, schedule=decay)),
@@ -130,11 +133,7 @@ class StarGan:
         train.report("generator/adversarial", adversarial)
         train.report("generator/class", classes)
         train.report("generator/reconstruction", reconstruction)
-        return (
-            adversarial
-            + self.config.class_weight * classes
-            + self.config.reconstruction_weight * reconstruction
-        )  # fmt: skip
+        return adversarial + self.config.class_weight * classes + self.config.reconstruction_weight * reconstruction
 
     def _class_loss(self, logits: Tensor, labels: Tensor, domain: int) -> Tensor:
         """Cross-entropy of a set's own logits (N, classes), summed over its labels (N, A), mean over pictures."""

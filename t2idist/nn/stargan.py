@@ -32,23 +32,17 @@ class PictureNorm(nn.InstanceNorm2d):
         self.by_labels = nn.Linear(label_dim, 2 * channels, bias=False) if label_dim else None
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        weight, bias = self.weight, self.bias
+        if self.by_labels is not None:
+            more, shift = self.by_labels(labels).chunk(2, dim=1)
+            weight, bias = weight + more, bias + shift  # of each picture
         if x.is_contiguous(memory_format=torch.channels_last):
-            weights, biases = self._of_pictures(len(x), labels)
-            each = zip(x.split(1), weights, biases, strict=True)
+            each = zip(x.split(1), weight.expand(len(x), -1), bias.expand(len(x), -1), strict=True)
             return torch.cat([F.batch_norm(p, None, None, w, b, True, 0.0, self.eps) for p, w, b in each])
         if self.by_labels is None:
-            return F.instance_norm(x, None, None, self.weight, self.bias, use_input_stats=True, eps=self.eps)
-        weights, biases = self._of_pictures(len(x), labels)
+            return F.instance_norm(x, None, None, weight, bias, use_input_stats=True, eps=self.eps)
         plain = F.instance_norm(x, use_input_stats=True, eps=self.eps)
-        return plain * weights[:, :, None, None] + biases[:, :, None, None]
-
-    def _of_pictures(self, count: int, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Each picture's weight and bias, (N, C)."""
-        weights, biases = self.weight.expand(count, -1), self.bias.expand(count, -1)
-        if self.by_labels is None:
-            return weights, biases
-        more, shift = self.by_labels(labels).chunk(2, dim=1)
-        return weights + more, biases + shift
+        return plain * weight[:, :, None, None] + bias[:, :, None, None]
 
 
 class Labelled(nn.Sequential):

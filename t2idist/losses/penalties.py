@@ -24,8 +24,8 @@ def gradient_penalty(score: Callable[[Tensor], Tensor], real: Tensor, fake: Tens
     """WGAN-GP (Gulrajani et al. 2017, eq. 3), between real and generated pictures (N, 3, S, S).
 
     score: (N, 3, S, S) -> (N, ...), each picture's own, with no statistics over pictures. mixing: (N,) in [0, 1], the
-    share of the real picture. The pictures between, their slope and its norm are in full precision; what `score` does
-    is in the precision that it is called in.
+    share of the real picture. The pictures between and the norms are in full precision; what `score` does, and so the
+    slope, in the precision that it is called in.
     """
     share = full(mixing).view(-1, 1, 1, 1)
     mixed = (share * full(real) + (1 - share) * full(fake)).detach().requires_grad_()

@@ -45,8 +45,8 @@ def test_every_system_is_measured(capsys: pytest.CaptureFixture[str], system: st
         assert sum(each.phases.values()) == pytest.approx(each.seconds) and each.memory > 0
     run, stage = bench_step.chosen_stage(words)
     with torch.device("meta"):
-        system, plan = bench_step.system_of(run, stage, words.vocabulary_size)
-    flops = bench_step.flops_per_image(system, plan)
+        built, plan = bench_step.system_of(run, stage, words.vocabulary_size)
+    flops = bench_step.flops_per_image(built, plan)
     assert flops > 1e6
     bench_step.show(found, 2, flops, peak=1e12)
     check_table(capsys.readouterr().out)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import statistics
 import subprocess
@@ -19,7 +18,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +25,7 @@ import torch.distributed as dist
 from t2idist import config as configuration
 from t2idist import worker
 from t2idist.config import RunConfig
+from t2idist.engine.metrics import read_metrics
 from t2idist.strict import to_yaml
 
 ROOT = Path(__file__).parent.parent
@@ -44,19 +43,17 @@ def load(words: argparse.Namespace, folder: Path, workers: int) -> RunConfig:
     return configuration.load(words.system, [*settings, *words.settings])
 
 
-def metrics(run: Path, stage: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
-
-
 def rate(run: Path, stage: str) -> float:
     """Images a second of a stage once it is under way."""
-    rates: list[float] = [line["images_per_second"] for line in metrics(run, stage) if "images_per_second" in line]
+    rates: list[float] = [
+        line["images_per_second"] for line in read_metrics(str(run / stage)) if "images_per_second" in line
+    ]
     return statistics.median(rates[len(rates) // 3 :])
 
 
 def first_step(run: Path, config: RunConfig) -> float:
     """When the first stage wrote its first line: after its first step, where it is short."""
-    return datetime.datetime.fromisoformat(metrics(run, next(iter(config.stages)))[0]["time"]).timestamp()
+    return datetime.datetime.fromisoformat(read_metrics(str(run / next(iter(config.stages))))[0]["time"]).timestamp()
 
 
 def under_torchrun(words: argparse.Namespace, folder: Path) -> None:

@@ -101,7 +101,7 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    made = {name: bench_step.Remote(name, words, make_way) for name in WAYS}
+    made = {name: bench_step.Remote(make_way, name, words) for name in WAYS}
     try:
         best = {name: way.ask("seconds") for name, way in made.items()}
         for _ in range(words.steps):

@@ -135,16 +135,16 @@ class Local:
         return int(max(itertools.accumulate((event.nbytes() for event in ordered), initial=0)))
 
 
+Make = Callable[[str, argparse.Namespace], Any]
+"""Makes a way by its name and the command's words."""
+
+
 class Remote:
     """What `make` makes (a `Local`) in a process of its own, which ends with `close`."""
 
-    def __init__(
-        self, name: str, words: argparse.Namespace, make: Callable[[str, argparse.Namespace], Any] | None = None
-    ) -> None:
+    def __init__(self, make: Make, name: str, words: argparse.Namespace) -> None:
         here, there = multiprocessing.Pipe()
-        self._process = multiprocessing.get_context("spawn").Process(
-            target=serve, args=(there, name, words, make or make_way)
-        )
+        self._process = multiprocessing.get_context("spawn").Process(target=serve, args=(there, make, name, words))
         self._process.start()
         there.close()
         self._pipe = here
@@ -175,9 +175,7 @@ class Remote:
             raise RuntimeError("a process that measures has ended") from None
 
 
-def serve(
-    pipe: Connection, name: str, words: argparse.Namespace, make: Callable[[str, argparse.Namespace], Any]
-) -> None:
+def serve(pipe: Connection, make: Make, name: str, words: argparse.Namespace) -> None:
     """Make a way and do as it is asked until nobody asks any more."""
     torch.set_num_threads(words.threads)
     way = make(name, words)
@@ -357,7 +355,7 @@ def main() -> int:
         f"{words.system} preset={words.preset}: {plan.group_size} images a step, sizes {system.sizes}, "
         f"{words.threads} threads, {device}, torch {torch.__version__}"
     )
-    ways = {name: Remote(name, words) for name in chosen}
+    ways = {name: Remote(make_way, name, words) for name in chosen}
     try:
         found = measure(ways, words.steps)
     finally:

@@ -30,7 +30,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
+def _begin_with_one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _go_on_with_one_thread() -> Iterator[None]:
+    """After commands that set their own: two threads beside another process take thirty times as long."""
+    yield
     torch.set_num_threads(1)
 
 

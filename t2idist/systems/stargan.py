@@ -35,8 +35,8 @@ class Config:
     decay_start_images, decay_end_images: between them the learning rate falls to 0; the end should be the stage's
     budget. The slope that is penalised is that of the sum over the patches, as in the released code: the paper does not
     say, and the weights are tuned to it. They suit 2x2 patches: at 64 pixels, 4 layers gave faces little but what fools
-    the class head, 5 gave them hair and glasses. compat: "authors" takes a thousandth of the decay, as the released
-    code does.
+    the class head, 5 gave them hair and glasses, 6 (one patch) hats as well. compat: "authors" takes a thousandth of
+    the decay, as the released code does.
     """
 
     domains: tuple[Domain, ...] = ()

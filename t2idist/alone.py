@@ -15,7 +15,7 @@ from t2idist.engine.notice import Notice
 from t2idist.evaluate.progress import ProgressPrinter
 from t2idist.logs import Place
 from t2idist.orders import Stop
-from t2idist.worker import Watch
+from t2idist.outcome import Watch, clear_fatal
 
 
 def train(config: RunConfig, stop: Stop | None, watch: Watch, place: Place) -> None:
@@ -23,7 +23,7 @@ def train(config: RunConfig, stop: Stop | None, watch: Watch, place: Place) -> N
 
     watch: gets the progress messages. place: is kept up to date with where the run is.
     """
-    worker.clear_fatal(config)
+    clear_fatal(config)
     printer = ProgressPrinter(sys.stdout, as_json=config.report.json_logs)
     device = torch.device("cuda" if config.cluster.gpus_per_worker else "cpu")
     told = threading.Event()

@@ -19,7 +19,7 @@ from ray.train import FailureConfig, ScalingConfig, TrainingFailedError, WorkerG
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, get_device
 
-from t2idist import logs, nodes, regroup, stages, storage, worker
+from t2idist import logs, nodes, regroup, stages, storage
 from t2idist.config import RunConfig
 from t2idist.engine.metrics import PROGRESS
 from t2idist.engine.notice import Notice
@@ -28,9 +28,9 @@ from t2idist.gauges import Gauges
 from t2idist.keepers import RayKeepers
 from t2idist.logs import Place
 from t2idist.orders import Stop
+from t2idist.outcome import Watch, clear_fatal, read_fatal
 from t2idist.strict import from_dict, to_dict
 from t2idist.versions import GIT
-from t2idist.worker import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -43,23 +43,23 @@ def submit(config: RunConfig, stop: Stop | None, watch: Watch) -> None:
     stop: where it is to end before it is done. watch: gets the progress messages.
     Raises ValueError for a cluster that cannot hold the smallest number of workers, RuntimeError where the run failed.
     """
-    worker.clear_fatal(config)
+    clear_fatal(config)
     with tempfile.TemporaryDirectory(prefix="t2idist-ray-", ignore_cleanup_errors=True) as folder:
         own = _connect(config, folder)
         try:
             _wait_for_room(config, 0.0 if own else config.cluster.wait_seconds)
-            _fit(config, folder, stop, watch)
+            _fit(config, folder, own, stop, watch)
         finally:
             ray.shutdown()
 
 
-def _fit(config: RunConfig, folder: str, stop: Stop | None, watch: Watch) -> None:
+def _fit(config: RunConfig, folder: str, own: bool, stop: Stop | None, watch: Watch) -> None:
     """Run the trainer to its end, again where Ray's controller failed, which its own counters do not cover."""
     keepers, others = RayKeepers(_run_id(config)), nodes.own_placement_groups()
     with _Progress(config, watch), nodes.Reservation(stages.run_url(config), config.cluster) as reservation:
         for retry in range(config.cluster.max_failures + 1):
             try:
-                trainer = _trainer(config, folder, stop)
+                trainer = _trainer(config, folder, own, stop)
                 reservation.hold(f"train-{trainer.train_run_context.run_id}")  # type: ignore[attr-defined]
                 trainer.fit()
                 break
@@ -71,7 +71,7 @@ def _fit(config: RunConfig, folder: str, stop: Stop | None, watch: Watch) -> Non
                 logger.warning("Ray Train's controller failed (%s); the run is taken up again", _cause(error))
                 nodes.remove_placement_groups(nodes.own_placement_groups() - others)
     keepers.end()
-    fatal = worker.read_fatal(config)
+    fatal = read_fatal(config)
     if fatal is not None:
         raise RuntimeError(f"the run failed: {fatal}")
 
@@ -136,8 +136,11 @@ def _wait_for_room(config: RunConfig, wait_seconds: float) -> None:
             time.sleep(_LOOK_SECONDS)
 
 
-def _trainer(config: RunConfig, folder: str, stop: Stop | None) -> nodes.Trainer:
-    """Ray's trainer; `folder` takes its own notes of this attempt. The run's state is in our checkpoints, not there."""
+def _trainer(config: RunConfig, folder: str, own: bool, stop: Stop | None) -> nodes.Trainer:
+    """Ray's trainer, of a cluster that is this run's `own` or of another.
+
+    `folder` takes its notes of this attempt. The run's state is in our checkpoints, not there.
+    """
     cluster = config.cluster
     smallest, largest = cluster.workers
     resources = {"CPU": cluster.cpus_per_worker}
@@ -155,6 +158,7 @@ def _trainer(config: RunConfig, folder: str, stop: Stop | None) -> nodes.Trainer
         ),
         torch_config=TorchConfig(timeout_s=max(1, int(cluster.hung_after_seconds))),
         known=known,
+        own_cluster=own,
         run_config=RayRunConfig(
             name=config.name,
             storage_path=folder,
@@ -177,6 +181,8 @@ def _environment(config: RunConfig) -> dict[str, str]:
 
 def _work(settings: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
+    from t2idist import worker  # the driver does without, and starts a second sooner
+
     config, place = from_dict(RunConfig, settings["config"]), Place()
     logs.set_up(logging.WARNING, place if config.report.json_logs else None)
     stop = from_dict(Stop, settings["stop"]) if settings["stop"] else None

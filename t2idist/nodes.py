@@ -16,8 +16,10 @@ from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayError
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
-from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, FixedScalingPolicy
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from t2idist import storage
@@ -99,17 +101,37 @@ class StayingMachines(ElasticScalingPolicy):  # type: ignore[misc]
         return None if reserved is None else {node: has for node, has in reserved.items() if node in usable}
 
 
-class Trainer(TorchTrainer):
-    """Ray's trainer with our choice of the number of workers where it is a range."""
+class AllThere(FixedScalingPolicy):  # type: ignore[misc]
+    """Always the same number of workers, on a cluster that is there for them alone: nobody is asked for room."""
 
-    def __init__(self, *args: Any, known: Known, **settings: Any) -> None:
+    def after_controller_start(self, train_run_context: Any) -> None:
+        pass
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
+
+
+class Trainer(TorchTrainer):
+    """Ray's trainer with our choice of the number of workers where it is a range, and without actors that do nothing.
+
+    Each takes seconds to start: the one that hands out Ray's datasets, and on a cluster that ends with the run those
+    that reserve machines of it and clean it up afterwards.
+    """
+
+    def __init__(self, *args: Any, known: Known, own_cluster: bool, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self._known = known
+        self._known, self._own_cluster = known, own_cluster
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
         if isinstance(settings["scaling_policy"], ElasticScalingPolicy):
             settings["scaling_policy"] = StayingMachines(self.scaling_config, self._known)
+        elif self._own_cluster:
+            settings["scaling_policy"] = AllThere(self.scaling_config)  # type: ignore[arg-type]
         return super()._initialize_and_run_controller(**settings)  # type: ignore[misc]
+
+    def _create_default_callbacks(self) -> list[Any]:
+        idle = (DatasetsCallback, PlacementGroupCleanerCallback) if self._own_cluster else (DatasetsCallback,)
+        return [each for each in super()._create_default_callbacks() if not isinstance(each, idle)]  # type: ignore[misc]
 
 
 class StartWatch(WorkerGroupCallback):  # type: ignore[misc]

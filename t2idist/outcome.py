@@ -1,9 +1,9 @@
-"""How a submission of a run began and ended: told to the hook, and kept in the run's folder for ``--status``."""
+"""How a run began and ended: told to the hook, and kept in its folder for ``--status`` and the next submission."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from t2idist import stages, storage
@@ -13,7 +13,10 @@ from t2idist.engine.notice import Left
 from t2idist.hook import Hook
 from t2idist.logs import hide
 
+Watch = Callable[[dict[str, Any]], None]
+"""Gets the progress messages of a run."""
 OUTCOME = "outcome.json"
+FATAL = "fatal.json"
 _SHOWN = ("stage", "images", "budget_images", "images_per_second", "restarts", "workers", "losses")
 
 
@@ -64,3 +67,19 @@ def told(config: RunConfig, hook: Hook, stops: bool) -> Iterator[Telling]:
             storage.write_json(where, {"state": state, "error": error, "time": now()})
         telling.tell("failure" if state == "failed" else "end", error)
         hook.close()
+
+
+def write_fatal(config: RunConfig, sentence: str) -> None:
+    """The run cannot go on, however often it is restarted."""
+    storage.write_json(storage.join(stages.run_url(config), FATAL), {"error": hide(sentence)})
+
+
+def read_fatal(config: RunConfig) -> str | None:
+    """Why it cannot; None where nothing is known against it."""
+    where = storage.join(stages.run_url(config), FATAL)
+    return str(storage.read_json(where)["error"]) if storage.exists(where) else None
+
+
+def clear_fatal(config: RunConfig) -> None:
+    """A new submission begins without the last one's verdict."""
+    storage.remove(storage.join(stages.run_url(config), FATAL))

@@ -14,9 +14,9 @@ from typing import Any
 from t2idist import stages, storage
 from t2idist.config import RunConfig
 from t2idist.contract import System
-from t2idist.engine import dcp, export
+from t2idist.engine import export
 from t2idist.engine.metrics import now
-from t2idist.engine.saved import COMMIT, images_of, list_committed, list_folders
+from t2idist.engine.saved import COMMIT, Broken, images_of, list_committed, list_folders, read_marker
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +56,8 @@ def find(config: RunConfig, text: str) -> Source | None:
                 f".../STAGE/checkpoints/IMAGES-ATTEMPT, with one of the stages {', '.join(config.stages)}"
             )
     try:
-        marker = dcp.read_marker(url)
-    except dcp.Broken as error:
+        marker = read_marker(url)
+    except Broken as error:
         raise ValueError(f"--resume-from: {error}") from None
     if not {"images", "config", "vocabulary"} <= marker.keys():
         raise ValueError(f"--resume-from: {storage.redact(url)}: not the checkpoint of a run")

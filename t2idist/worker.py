@@ -39,14 +39,13 @@ from t2idist.evaluate import report
 from t2idist.evaluate.watch import Watcher
 from t2idist.logs import Place, hide
 from t2idist.orders import Stop
+from t2idist.outcome import Watch, read_fatal, write_fatal
 from t2idist.strict import to_dict, to_yaml
 from t2idist.versions import versions
 
 logger = logging.getLogger(__name__)
 
-Watch = Callable[[dict[str, Any]], None]
 ATTEMPTS = "attempts.json"
-FATAL = "fatal.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,19 +79,8 @@ def main(config: RunConfig, device: torch.device, around: Around) -> None:
     except (ValueError, AssertionError, PermissionError) as error:
         sentence = f"a fault of the program: {error!r}" if isinstance(error, AssertionError) else str(error)
         with contextlib.suppress(OSError):  # where the store refuses everything, the worker's own error says it
-            storage.write_json(storage.join(stages.run_url(config), FATAL), {"error": hide(sentence)})
+            write_fatal(config, sentence)
         raise
-
-
-def read_fatal(config: RunConfig) -> str | None:
-    """Why the run cannot go on, however often it is restarted; None where nothing is known against it."""
-    where = storage.join(stages.run_url(config), FATAL)
-    return str(storage.read_json(where)["error"]) if storage.exists(where) else None
-
-
-def clear_fatal(config: RunConfig) -> None:
-    """A new submission begins without the last one's verdict."""
-    storage.remove(storage.join(stages.run_url(config), FATAL))
 
 
 def _run(config: RunConfig, world: World, around: Around) -> None:

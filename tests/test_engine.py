@@ -17,7 +17,7 @@ from t2idist.engine import dcp, export, loop
 from t2idist.engine.checkpoint import Checkpoints
 from t2idist.engine.groups import GroupedBatchNorm, convert
 from t2idist.engine.noise import Noise
-from t2idist.engine.saved import list_folders, milestones_of
+from t2idist.engine.saved import COMMIT, Broken, list_folders, milestones_of, read_marker
 from t2idist.engine.strategy import Precision
 from t2idist.engine.train import Trainer
 from t2idist.engine.world import Share, World
@@ -132,7 +132,7 @@ def test_a_broken_checkpoint_is_found_and_the_previous_one_used(
     kept = snapshot(made)
     step(made, 1)
     newest = saved(checkpoints, made)
-    marker, part = newest / dcp.COMMIT, next(newest.glob("*.safetensors"))
+    marker, part = newest / COMMIT, next(newest.glob("*.safetensors"))
     if fault == "torn marker":
         marker.write_bytes(marker.read_bytes()[:-40])
     elif fault == "no marker":
@@ -146,7 +146,7 @@ def test_a_broken_checkpoint_is_found_and_the_previous_one_used(
     fresh = trainer(ALONE, seed=9)
     found = checkpoints.restore(fresh)
     assert found is not None and fresh.step == 1 and apart(snapshot(fresh), kept) == 0
-    named = part.name if "part" in fault or "byte" in fault else dcp.COMMIT
+    named = part.name if "part" in fault or "byte" in fault else COMMIT
     assert named in caplog.text
 
 
@@ -154,7 +154,7 @@ def test_where_every_checkpoint_is_broken_the_run_stops(tmp_path: Path) -> None:
     made = trainer(ALONE)
     checkpoints = Checkpoints(str(tmp_path), ALONE, CheckpointConfig(), {})
     step(made, 1)
-    (saved(checkpoints, made) / dcp.COMMIT).unlink()
+    (saved(checkpoints, made) / COMMIT).unlink()
     with pytest.raises(ValueError, match="no checkpoint can be used.*commit.json: missing"):
         checkpoints.restore(trainer(ALONE))
 
@@ -187,8 +187,8 @@ def test_a_checkpoint_of_another_system_names_what_is_missing(tmp_path: Path) ->
     made = trainer(ALONE)
     step(made, 1)
     url = str(saved(Checkpoints(str(tmp_path), ALONE, CheckpointConfig(), {}), made))
-    with pytest.raises(dcp.Broken, match="has no 'x'"):
-        dcp.load({"x": torch.zeros(1)}, url, dcp.read_marker(url), None)
+    with pytest.raises(Broken, match="has no 'x'"):
+        dcp.load({"x": torch.zeros(1)}, url, read_marker(url), None)
 
 
 def test_batch_norm_in_groups_is_batch_norm_of_each_group() -> None:

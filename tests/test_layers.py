@@ -67,6 +67,7 @@ ALLOWED: dict[str, set[str]] = {
         "evaluate",
         "logs",
         "orders",
+        "outcome",
         "versions",
     },
     "launch": {
@@ -81,12 +82,13 @@ ALLOWED: dict[str, set[str]] = {
         "gauges",
         "logs",
         "orders",
+        "outcome",
         "versions",
         "engine.metrics",
         "engine.notice",
         "evaluate.progress",
     },
-    "alone": {"config", "worker", "logs", "orders", "engine.notice", "evaluate.progress"},
+    "alone": {"config", "worker", "logs", "orders", "outcome", "engine.notice", "evaluate.progress"},
     "gauges": set(),
     "keepers": {"engine.held"},
     "nodes": {"storage", "config", "keepers"},
@@ -209,4 +211,10 @@ def test_files_and_functions_stay_short() -> None:
 def test_what_holds_copies_does_without_torch() -> None:
     """It is 300 MB and seconds, on every machine of a run."""
     line = "import sys, t2idist.keepers; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", line], cwd=ROOT.parent, check=False).returncode == 0
+
+
+def test_the_driver_does_without_torchs_checkpoints() -> None:
+    """More than a second of imports before Ray starts."""
+    line = "import sys, t2idist.dry, t2idist.launch; sys.exit('torch.distributed.checkpoint' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", line], cwd=ROOT.parent, check=False).returncode == 0

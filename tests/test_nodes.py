@@ -1,4 +1,4 @@
-"""What is given back to the cluster when Ray Train's controller fails."""
+"""What a run starts on the cluster and asks of it, and what is given back when Ray Train's controller fails."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from t2idist import config, launch, nodes
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """
@@ -69,3 +71,13 @@ def test_a_run_waits_until_machines_have_room_for_its_workers(tmp_path_factory: 
     assert done.stdout.splitlines()[-1] == (
         "cluster.workers: 3 workers of 2 CPU each; the cluster has 6 CPU and 0 GPU, on 2 machines, which hold 2 of them"
     )
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_no_actor_is_started_that_has_nothing_to_do(own: bool, tmp_path: Path) -> None:
+    """Each takes seconds before the first step (tools/bench_ray.py)."""
+    trainer = launch._trainer(config.load("dcgan", ["preset=demo", f"storage={tmp_path}"]), str(tmp_path), own, None)
+    kinds = [type(each) for each in trainer._create_default_callbacks()]
+    assert nodes.DatasetsCallback not in kinds
+    assert (nodes.PlacementGroupCleanerCallback in kinds) is not own
+    assert {nodes.WaitUntilKnown, nodes.StartWatch} <= set(kinds)

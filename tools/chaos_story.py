@@ -15,10 +15,11 @@ from t2idist import storage
 from t2idist.config import RunConfig
 from t2idist.data.order import Order
 from t2idist.data.sources import open_dataset
-from t2idist.engine import dcp, export
+from t2idist.engine import export
 from t2idist.engine.intake import LEDGER, read_ledger
 from t2idist.engine.metrics import read_metrics
 from t2idist.engine.noise import key
+from t2idist.engine.saved import COMMIT, read_marker, read_part
 from tests.hosts import RUNS, progress
 from tools.hosts import Cluster
 
@@ -212,10 +213,10 @@ def check_checkpoints(run_url: str, config: RunConfig) -> int:
         folder = storage.join(run_url, stage, "checkpoints")
         for name in storage.list_dir(folder):
             url = storage.join(folder, name)
-            if not storage.exists(storage.join(url, dcp.COMMIT)):
+            if not storage.exists(storage.join(url, COMMIT)):
                 continue
-            for file, facts in dcp.read_marker(url)["files"].items():
-                dcp.read_part(url, file, facts)
+            for file, facts in read_marker(url)["files"].items():
+                read_part(url, file, facts)
             good += 1
     return good
 

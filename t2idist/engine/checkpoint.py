@@ -15,7 +15,7 @@ from t2idist import storage
 from t2idist.config import CheckpointConfig
 from t2idist.engine import dcp
 from t2idist.engine.metrics import now
-from t2idist.engine.saved import folder_name, images_of, is_committed, list_folders, milestones_of
+from t2idist.engine.saved import Broken, folder_name, images_of, is_committed, list_folders, milestones_of, read_marker
 from t2idist.engine.train import Trainer
 from t2idist.engine.world import World
 
@@ -122,10 +122,10 @@ class Checkpoints:
         for folder in self.world.from_first(list_folders(self.url)):
             url = storage.join(self.url, folder)
             try:
-                found = load_into(trainer, url, dcp.read_marker(url))
+                found = load_into(trainer, url, read_marker(url))
                 self.newest.update(images=found.images, time=found.marker.get("time"))
                 return found
-            except dcp.Broken as error:
+            except Broken as error:
                 faults.append(str(error))
                 if self.world.first:
                     logger.warning("checkpoint passed over: %s", error)
@@ -170,7 +170,7 @@ def facts_of(trainer: Trainer) -> dict[str, Any]:
 
 
 def load_into(trainer: Trainer, url: str, marker: dict[str, Any], read: dcp.Read | None = None) -> Found:
-    """Put a checkpoint into the trainer. A collective; raises `dcp.Broken`, or ValueError for one of another scale.
+    """Put a checkpoint into the trainer. A collective; raises `Broken`, or ValueError for one of another scale.
 
     read: gives its parts; None: they are the files under `url`.
     """

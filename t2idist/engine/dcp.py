@@ -37,26 +37,11 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from t2idist import storage
-from t2idist.engine.saved import COMMIT as COMMIT
+from t2idist.engine.saved import COMMIT, FORMAT, TYPES, Broken, read_part
 from t2idist.engine.world import World
 
-FORMAT = 1
-CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""Tensor types that a checkpoint may hold, as safetensors calls them."""
+CODES = {getattr(torch, name): code for name, code in TYPES.items()}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODES}
-
-
-class Broken(ValueError):
-    """A checkpoint that is torn, rotten, or not one of ours; the message names the file."""
 
 
 @dataclass(frozen=True)
@@ -201,40 +186,6 @@ class Reader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return True
-
-
-def read_marker(url: str) -> dict[str, Any]:
-    """The commit marker of a checkpoint. Raises `Broken`."""
-    where = storage.join(url, COMMIT)
-    try:
-        marker = storage.read_json(where)
-        if marker["format"] != FORMAT:
-            raise Broken(f"{where}: format {marker['format']}; this version reads {FORMAT}")
-        if not all(
-            tensor["dtype"] in DTYPES and tensor["file"] in marker["files"] for tensor in marker["tensors"].values()
-        ):
-            raise Broken(f"{where}: names a tensor type or a file that it does not describe")
-    except Broken:
-        raise
-    except FileNotFoundError:
-        raise Broken(f"{where}: missing; the checkpoint was never completed") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Broken(f"{where}: not a commit marker: {error}") from None
-    return dict(marker)
-
-
-def read_part(url: str, name: str, expected: dict[str, Any]) -> bytes:
-    """The bytes of one file, checked against size and hash. Raises `Broken`."""
-    where = storage.join(url, name)
-    try:
-        data = storage.read_bytes(where)
-    except FileNotFoundError:
-        raise Broken(f"{where}: missing") from None
-    if len(data) != expected["bytes"]:
-        raise Broken(f"{where}: {len(data)} bytes; {expected['bytes']} were written")
-    if storage.sha256(data) != expected["sha256"]:
-        raise Broken(f"{where}: its bytes changed since they were written (sha256 differs)")
-    return data
 
 
 def _tensors(name: str, data: bytes) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from t2idist.config import CheckpointConfig
 from t2idist.engine import dcp
 from t2idist.engine.checkpoint import Found, facts_of, load_into, state_of
 from t2idist.engine.held import Held, Keepers
+from t2idist.engine.saved import Broken
 from t2idist.engine.train import Trainer
 from t2idist.engine.world import World
 
@@ -121,11 +122,11 @@ class Memory:
             try:
                 return self._keepers.get(self._key, by_name[name])
             except OSError as error:
-                raise dcp.Broken(f"{IN_MEMORY} at step {copy.parts[0].step}: {error}") from None
+                raise Broken(f"{IN_MEMORY} at step {copy.parts[0].step}: {error}") from None
 
         try:
             found = load_into(trainer, IN_MEMORY, copy.marker, read)
-        except dcp.Broken as error:
+        except Broken as error:
             if self._world.first:
                 logger.warning("passed over: %s", error)
             return None

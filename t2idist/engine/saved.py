@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from t2idist import storage
 
+FORMAT = 1
+
 COMMIT = "commit.json"
 """Written last: a folder without it is no checkpoint."""
+TYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+"""Tensor types that a checkpoint may hold: torch's names, and what safetensors calls them."""
 _DIGITS = 12
+
+
+class Broken(ValueError):
+    """A checkpoint that is torn, rotten, or not one of ours; the message names the file."""
 
 
 def folder_name(images: int, attempt: str) -> str:
@@ -41,3 +59,37 @@ def milestones_of(images: Sequence[int], every_images: int) -> set[int]:
     for number in sorted(images):
         found.setdefault(number // every_images, number)
     return {number for multiple, number in found.items() if multiple > 0}
+
+
+def read_marker(url: str) -> dict[str, Any]:
+    """The commit marker of a checkpoint. Raises `Broken`."""
+    where = storage.join(url, COMMIT)
+    try:
+        marker = storage.read_json(where)
+        if marker["format"] != FORMAT:
+            raise Broken(f"{where}: format {marker['format']}; this version reads {FORMAT}")
+        if not all(
+            tensor["dtype"] in TYPES and tensor["file"] in marker["files"] for tensor in marker["tensors"].values()
+        ):
+            raise Broken(f"{where}: names a tensor type or a file that it does not describe")
+    except Broken:
+        raise
+    except FileNotFoundError:
+        raise Broken(f"{where}: missing; the checkpoint was never completed") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Broken(f"{where}: not a commit marker: {error}") from None
+    return dict(marker)
+
+
+def read_part(url: str, name: str, expected: dict[str, Any]) -> bytes:
+    """The bytes of one file, checked against size and hash. Raises `Broken`."""
+    where = storage.join(url, name)
+    try:
+        data = storage.read_bytes(where)
+    except FileNotFoundError:
+        raise Broken(f"{where}: missing") from None
+    if len(data) != expected["bytes"]:
+        raise Broken(f"{where}: {len(data)} bytes; {expected['bytes']} were written")
+    if storage.sha256(data) != expected["sha256"]:
+        raise Broken(f"{where}: its bytes changed since they were written (sha256 differs)")
+    return data

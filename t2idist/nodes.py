@@ -207,7 +207,7 @@ class Reservation:
 
     It looks at the nodes every 20 s only, and keeps what a dead driver had set aside for 180 s. Here both are mended:
     it is made to look more often, and the last submission's share is given back before this one asks. A run of a fixed
-    number of workers asks nothing of it.
+    number of workers does not go by what it says.
     """
 
     def __init__(self, run_url: str, cluster: ClusterConfig) -> None:

@@ -41,7 +41,7 @@ from t2idist.engine.saved import COMMIT, FORMAT, TYPES, Broken, read_part
 from t2idist.engine.world import World
 
 CODES = {getattr(torch, name): code for name, code in TYPES.items()}
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODES}
+DTYPES = {name: getattr(torch, name) for name in TYPES}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""The folders of a stage's checkpoints: how they are called, and which of them are whole. Without torch."""
+"""The folders of a stage's checkpoints: how they are called, which of them are whole, and what is read of them.
+
+Without torch: drivers and status pages look here too.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,10 @@ from typing import Any
 
 from t2idist import storage
 
-FORMAT = 1
-
 COMMIT = "commit.json"
 """Written last: a folder without it is no checkpoint."""
+FORMAT = 1
+"""Of the commit marker."""
 TYPES = {
     "float64": "F64",
     "float32": "F32",

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
-import torch
 from torch import nn
 
 from t2idist import resume, stages, storage
@@ -17,6 +16,7 @@ from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_datasets
 from t2idist.data.text import Vocabulary
 from t2idist.engine import pretrained
+from t2idist.nn.initial import shapes_only
 from t2idist.strict import parse_yaml, to_dict, to_yaml
 
 ADJUSTABLE = ("about", "storage", "report", "checkpoint", "cluster", "guard", "strategy", "zero")
@@ -126,7 +126,7 @@ def state_bytes(system: System, precision: str, dividers: int) -> int:
 
 def on_meta(config: RunConfig, name: str, extent: Extent) -> System:
     """A stage's system without data in its tensors. Raises ValueError that names the stage."""
-    with torch.device("meta"):
+    with shapes_only():
         system = stages.build(config, name, stages.plan(config, name, extent))
     if len(extent.attributes) > 1 and not callable(getattr(system, "translate", None)):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -12,14 +13,20 @@ import time
 import uuid
 from typing import Any
 
-import ray
 import torch
 from ray.exceptions import RayError
-from ray.train import FailureConfig, ScalingConfig, TrainingFailedError, WorkerGroupError, get_preemption_info
+from ray.train import (
+    FailureConfig,
+    LoggingConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    WorkerGroupError,
+    get_preemption_info,
+)
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, get_device
 
-from t2idist import logs, nodes, regroup, stages, storage
+from t2idist import connect, logs, nodes, regroup, stages, storage
 from t2idist.config import RunConfig
 from t2idist.engine.metrics import PROGRESS
 from t2idist.engine.notice import Notice
@@ -37,20 +44,18 @@ logger = logging.getLogger(__name__)
 _LOOK_SECONDS = 2.0
 
 
-def submit(config: RunConfig, stop: Stop | None, watch: Watch) -> None:
-    """The run on the workers of a Ray cluster, or of this machine where there is none.
+def submit(config: RunConfig, stop: Stop | None, watch: Watch, own: bool) -> None:
+    """The run on the workers of a Ray cluster.
 
-    stop: where it is to end before it is done. watch: gets the progress messages.
+    stop: where it is to end before it is done. watch: gets the progress messages. own: the cluster is there for this
+    run alone (`connect.started`); else the run joins one.
     Raises ValueError for a cluster that cannot hold the smallest number of workers, RuntimeError where the run failed.
     """
     clear_fatal(config)
-    with tempfile.TemporaryDirectory(prefix="t2idist-ray-", ignore_cleanup_errors=True) as folder:
-        own = _connect(config, folder)
-        try:
-            _wait_for_room(config, 0.0 if own else config.cluster.wait_seconds)
-            _fit(config, folder, own, stop, watch)
-        finally:
-            ray.shutdown()
+    around = contextlib.nullcontext() if own else connect.joined(config.cluster)
+    with around, tempfile.TemporaryDirectory(prefix="t2idist-train-", ignore_cleanup_errors=True) as folder:
+        _wait_for_room(config, 0.0 if own else config.cluster.wait_seconds)
+        _fit(config, folder, own, stop, watch)
 
 
 def _fit(config: RunConfig, folder: str, own: bool, stop: Stop | None, watch: Watch) -> None:
@@ -74,44 +79,6 @@ def _fit(config: RunConfig, folder: str, own: bool, stop: Stop | None, watch: Wa
     fatal = read_fatal(config)
     if fatal is not None:
         raise RuntimeError(f"the run failed: {fatal}")
-
-
-def _connect(config: RunConfig, folder: str) -> bool:
-    """Join the cluster that this process belongs to (or `cluster.address`), else start Ray here (files in `folder`).
-
-    Gives whether it was started.
-    """
-    for name, value in _time_outs(config).items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if ray.is_initialized():
-        return False
-    address = None if config.cluster.address == "auto" else config.cluster.address
-    if address is None and "RAY_ADDRESS" not in os.environ:
-        needed = config.cluster.workers[0] * config.cluster.cpus_per_worker
-        cpus = max(os.cpu_count() or 1, int(needed))
-        os.environ.setdefault("RAY_worker_niceness", "0")
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            _temp_dir=folder,
-        )
-        return True
-    ray.init(address=address, logging_level=logging.WARNING)
-    return False
-
-
-def _time_outs(config: RunConfig) -> dict[str, str]:
-    """Ray Train's own settings; it hands them on from this process to its controller and its workers."""
-    cluster = config.cluster
-    return {
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": f"{min(1.0, cluster.dead_after_seconds / 5):g}",
-        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{cluster.dead_after_seconds:g}",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{cluster.start_within_seconds:g}",
-    }
 
 
 def _wait_for_room(config: RunConfig, wait_seconds: float) -> None:
@@ -163,6 +130,7 @@ def _trainer(config: RunConfig, folder: str, own: bool, stop: Stop | None) -> no
             name=config.name,
             storage_path=folder,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING" if own else "INFO"),  # type: ignore[call-arg]
             callbacks=[
                 nodes.WaitUntilKnown(known),  # type: ignore[list-item]
                 nodes.StartWatch(cluster.start_within_seconds),  # type: ignore[list-item]
@@ -174,9 +142,8 @@ def _trainer(config: RunConfig, folder: str, own: bool, stop: Stop | None) -> no
 
 
 def _environment(config: RunConfig) -> dict[str, str]:
-    threads = str(max(1, int(config.cluster.cpus_per_worker)))
     told = {GIT: os.environ[GIT]} if GIT in os.environ else {}
-    return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **told}
+    return {**connect.threads(config.cluster), **told}
 
 
 def _work(settings: dict[str, Any]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import copy
 import logging
 import os
 import threading
@@ -19,7 +21,9 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from t2idist import storage
@@ -111,11 +115,44 @@ class AllThere(FixedScalingPolicy):  # type: ignore[misc]
         pass
 
 
+class OwnWorkers(WorkerGroup):  # type: ignore[misc]
+    """Workers of a controller that is this process, in the environment that their cluster was started with."""
+
+    @staticmethod
+    def _get_worker_runtime_env(custom_runtime_env: Any) -> dict[str, Any]:
+        """None of their own: any process that Ray has ready will do."""
+        return {}
+
+    def _init_train_context_on_workers(
+        self, workers: list[Any], sync_actor: Any, train_context_args: dict[str, list[Any]]
+    ) -> None:
+        """As Ray Train's, but it gives workers the controller to ask for what they reported: we report nothing."""
+        common = {
+            "train_run_context": self._train_run_context,
+            "synchronization_actor": sync_actor,
+            "storage_context": self._storage_context,
+            "worker_callbacks": self._worker_callbacks_to_propagate,
+            "controller_actor": None,
+        }
+        calls = []
+        for rank, worker in enumerate(workers):
+            own = {name: values[rank] for name, values in train_context_args.items()}
+            context = worker.distributed_context
+            calls.append(worker.actor.init_train_context.remote(distributed_context=context, **common, **own))
+        ray.get(calls)
+
+
+class OwnController(TrainController):  # type: ignore[misc]
+    """Runs in the driver, without which its workers and their cluster end in any case."""
+
+    worker_group_cls = OwnWorkers
+
+
 class Trainer(TorchTrainer):
     """Ray's trainer with our choice of the number of workers where it is a range, and without actors that do nothing.
 
     Each takes seconds to start: the one that hands out Ray's datasets, and on a cluster that ends with the run those
-    that reserve machines of it and clean it up afterwards.
+    that reserve machines of it, clean it up afterwards and control the workers.
     """
 
     def __init__(self, *args: Any, known: Known, own_cluster: bool, **settings: Any) -> None:
@@ -127,6 +164,12 @@ class Trainer(TorchTrainer):
             settings["scaling_policy"] = StayingMachines(self.scaling_config, self._known)
         elif self._own_cluster:
             settings["scaling_policy"] = AllThere(self.scaling_config)  # type: ignore[arg-type]
+        if self._own_cluster:
+            # workers get the context, and in it callbacks that nobody has used: used ones hold threads
+            settings["train_run_context"] = copy.deepcopy(settings["train_run_context"])
+            controller = OwnController(**settings)
+            asyncio.run(controller.run())  # type: ignore[no-untyped-call]
+            return controller.get_result()
         return super()._initialize_and_run_controller(**settings)  # type: ignore[misc]
 
     def _create_default_callbacks(self) -> list[Any]:

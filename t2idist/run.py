@@ -6,16 +6,23 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from t2idist import access, logs
 from t2idist import config as configuration
 from t2idist.config import RunConfig
+
+if TYPE_CHECKING:
+    from t2idist.orders import Stop
+    from t2idist.resume import Source
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +113,35 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _run(config: RunConfig, arguments: argparse.Namespace) -> int:
-    from t2idist import dry, hook, orders, outcome, resume, stages
+    only_told = bool(arguments.plan) or arguments.dry_run
+    address = "" if arguments.local else access.joined(config.cluster.address, os.environ)
+    if not (only_told or arguments.insecure_cluster):
+        access.check(address, os.environ, Path.home())
+    check = functools.partial(_check, config, arguments)
+    if only_told or arguments.local or address:
+        return _train(check(), arguments)
+    from t2idist import connect
+
+    if connect.is_up():
+        return _train(check(), arguments)
+    with connect.started(config.cluster, check) as checked:
+        return _train(checked, arguments, own=True)
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A run that nothing is found wrong with, and what its command says besides."""
+
+    config: RunConfig
+    stop: Stop | None
+    resumed: Source | None
+    hook: list[str]
+    place: logs.Place
+
+
+def _check(config: RunConfig, arguments: argparse.Namespace) -> _Checked | None:
+    """None where the command asked for a page alone; it is printed."""
+    from t2idist import dry, hook, orders, resume, stages
 
     config = orders.with_init(stages.anchored(config), arguments.init_from)
     stop = orders.parse_stop(arguments.stop_after, config) if arguments.stop_after else None
@@ -114,10 +149,7 @@ def _run(config: RunConfig, arguments: argparse.Namespace) -> int:
         from t2idist import estimate
 
         print(estimate.page(config, arguments.plan), flush=True)
-        return 0
-    address = "" if arguments.local else access.joined(config.cluster.address, os.environ)
-    if not (arguments.dry_run or arguments.insecure_cluster):
-        access.check(address, os.environ, Path.home())
+        return None
     words = hook.parse(arguments.hook) if arguments.hook else []
     resumed = resume.find(config, arguments.resume_from) if arguments.resume_from else None
     place = logs.Place(config.name)
@@ -126,27 +158,38 @@ def _run(config: RunConfig, arguments: argparse.Namespace) -> int:
     _say(config, f"{config.name}: {config.about or ', '.join(config.stages)}")
     if arguments.dry_run:
         print(dry.describe(config, resumed), flush=True)
-        return 0
+        return None
     dry.check(config, resumed)
-    _say(config, f"run folder {stages.run_url(config)}")
-    if resumed is not None:
-        resume.prepare(config, arguments.resume_from, resumed)
+    if not arguments.local:
+        import t2idist.launch  # noqa: F401  # Ray Train takes seconds to import
+    return _Checked(config, stop, resumed, words, place)
+
+
+def _train(run: _Checked | None, arguments: argparse.Namespace, own: bool = False) -> int:
+    """own: Ray was started for this run alone."""
+    if run is None:
+        return 0
+    from t2idist import hook, outcome, resume, stages
     from t2idist.engine.notice import Left
 
+    config = run.config
+    _say(config, f"run folder {stages.run_url(config)}")
+    if run.resumed is not None:
+        resume.prepare(config, arguments.resume_from, run.resumed)
     try:
-        with outcome.told(config, hook.Hook(words), stops=stop is not None) as telling:
+        with outcome.told(config, hook.Hook(run.hook), stops=run.stop is not None) as telling:
             if arguments.local:
                 from t2idist import alone
 
-                alone.train(config, stop, telling.follow, place)
+                alone.train(config, run.stop, telling.follow, run.place)
             else:
-                from t2idist import launch  # Ray takes seconds to import
+                from t2idist import launch
 
-                launch.submit(config, stop, telling.follow)
+                launch.submit(config, run.stop, telling.follow, own)
     except Left as left:
         print(f"ended on request, {left}; the same command goes on", file=sys.stderr)
         return 128 + signal.SIGTERM
-    if stop is not None:
+    if run.stop is not None:
         _say(config, f"stopped after {arguments.stop_after}; the same command without --stop-after goes on")
     _say(config, f"report {stages.run_url(config)}/report.html")
     return 0

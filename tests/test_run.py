@@ -171,17 +171,21 @@ def images_of(at: Path, stage: str) -> int:
     return int(progress["images"]) if progress["stage"] == stage else 0
 
 
-def train_workers(mark: str) -> list[int]:
-    """Process ids of the Ray Train workers that bear `mark` in their environment."""
-    found = []
+def marked(mark: str) -> dict[int, str]:
+    """Process ids, and titles, of the processes that bear `mark` in their environment."""
+    found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
             title, env = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
         except OSError:
             continue
-        if title.startswith(b"ray::RayTrainWorker") and f"T2IDIST_MARK={mark}".encode() in env:
-            found.append(int(process.name))
-    return sorted(found)
+        if f"T2IDIST_MARK={mark}".encode() in env:
+            found[int(process.name)] = title.decode()
+    return found
+
+
+def train_workers(mark: str) -> list[int]:
+    return sorted(process for process, title in marked(mark).items() if title.startswith("ray::RayTrainWorker"))
 
 
 def train_with_a_kill(folder: Path, *words: str, **top: Any) -> tuple[str, int, dict[str, Any]]:
@@ -229,3 +233,32 @@ def test_a_worker_killed_in_the_middle_is_replaced_and_the_model_is_the_same(tmp
     lines = [json.loads(line) for line in (at / "metrics.jsonl").read_text().splitlines()]
     assert [line["images"] for line in lines] == list(range(8, 321, 8))
     assert list(read_ledger(str(at))) == [(step, group) for step in range(40) for group in range(2)]
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_run_and_all_that_it_started(tmp_path: Path) -> None:
+    mark = f"{os.getpid()}-{time.time_ns()}"
+    process = subprocess.Popen(
+        command(str(recipe(tmp_path)), "stages.attngan.images=8000"),
+        cwd=ROOT,
+        env={**environment(), "T2IDIST_MARK": mark},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background ignores it
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 200
+    while images_of(tmp_path / "runs/tiny", "attngan") < 80:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err + out
+    assert (
+        err.splitlines()[-1] == "interrupted; the same command goes on from the last checkpoint" and "Error" not in err
+    )
+    assert json.loads((tmp_path / "runs/tiny/outcome.json").read_text())["state"] == "interrupted"
+    while left := marked(mark):
+        assert time.monotonic() < deadline + 60, left
+        time.sleep(0.2)

@@ -13,6 +13,7 @@ from t2idist import storage
 from t2idist.contract import Plan, System
 from t2idist.data.text import Vocabulary
 from t2idist.engine import export
+from t2idist.nn.initial import shapes_only
 from t2idist.strict import from_dict
 from t2idist.systems import load as load_system
 
@@ -50,7 +51,7 @@ def load(url: str, device: torch.device, own_system: str = "") -> Loaded:
         plan = Plan.of(index["plan"], index["vocabulary"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{where}: plan: {error!r}") from None
-    with torch.device("meta"):  # so that nothing is drawn for networks that the export does not hold
+    with shapes_only():  # so that nothing is drawn for networks that the export does not hold
         system = module.build(config, plan)
     named = {dotted.rpartition(".")[2]: dotted for dotted in system.exports}
     found, nets = export.read(url, tuple(named)), {}

@@ -1,14 +1,35 @@
-"""Initial weights as the papers draw them. All work on the meta device too, where they draw nothing."""
+"""Initial weights as the papers draw them, and networks of which only the shapes are wanted."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+_DRAWING = ("normal_", "uniform_", "orthogonal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_")
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """Inside, networks are made on the meta device: their tensors have a shape and a type, and no numbers."""
+    with torch.device("meta"), _NothingDrawn():
+        yield
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """On the meta device a draw does nothing; the first one there imports torch's compiler, for seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _DRAWING:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def orthogonal_(net: nn.Module) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from t2idist import storage
@@ -17,6 +16,7 @@ from t2idist.evaluate.authors import checkpoints
 from t2idist.evaluate.authors.checkpoints import Checkpoint
 from t2idist.evaluate.authors.recipes import RECIPES, Fit, Part, Recipe, of_system
 from t2idist.evaluate.load import network
+from t2idist.nn.initial import shapes_only
 from t2idist.strict import from_dict, to_dict
 from t2idist.systems import load as load_system
 
@@ -161,7 +161,7 @@ class Maker:
         described = {slot: maker.describe() for slot, maker in self.sources.items()}
         self.plan = Plan(recipe.group_size, options.max_words, extent, described)
         try:
-            with torch.device("meta"):
+            with shapes_only():
                 self.system: System = module.build(self.config, self.plan)
         except ValueError as error:
             raise ValueError(f"{recipe.system}: {error}") from None

@@ -8,9 +8,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 from typing import TypeVar
 
 import ray
@@ -28,15 +31,14 @@ def is_up() -> bool:
 @contextlib.contextmanager
 def joined(cluster: ClusterConfig) -> Iterator[None]:
     """Inside, this process belongs to the cluster at `cluster.address`, or to the one that its environment names."""
-    _set_missing(_train_settings(cluster))
     ours = not is_up()
-    if ours:
-        ray.init(address=None if cluster.address == "auto" else cluster.address, logging_level=logging.WARNING)
-    try:
-        yield
-    finally:
+    with contextlib.ExitStack() as around:
+        around.enter_context(_environment(_unless_set(_settings(cluster))))
         if ours:
-            ray.shutdown()
+            ray.init(address=None if cluster.address == "auto" else cluster.address, logging_level=logging.WARNING)
+            around.callback(ray.shutdown)
+        around.enter_context(_sigterm_interrupts())
+        yield
 
 
 @contextlib.contextmanager
@@ -45,19 +47,16 @@ def started(cluster: ClusterConfig, prepare: Callable[[], T]) -> Iterator[T]:
 
     prepare: done while Ray's processes start; what it gives or raises comes from here.
     """
-    _set_missing(
-        {
-            **_train_settings(cluster),
-            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # who drains this machine ends this process
-            "RAY_worker_niceness": "0",
-        }
-    )
+    settings = {
+        **_settings(cluster),
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # who drains this machine ends this process
+        "RAY_worker_niceness": "0",
+    }
     cpus = max(os.cpu_count() or 1, int(cluster.workers[0] * cluster.cpus_per_worker))
-    with (
-        tempfile.TemporaryDirectory(prefix="t2idist-ray-", ignore_cleanup_errors=True) as folder,
-        ThreadPoolExecutor(1, "prepare") as beside,
-    ):
-        prepared = beside.submit(prepare)
+    with contextlib.ExitStack() as around:
+        folder = around.enter_context(tempfile.TemporaryDirectory(prefix="t2idist-ray-", ignore_cleanup_errors=True))
+        around.enter_context(_environment(_unless_set(settings)))
+        prepared = around.enter_context(ThreadPoolExecutor(1, "prepare")).submit(prepare)
         with _environment(threads(cluster)):
             ray.init(
                 address="local",
@@ -67,10 +66,9 @@ def started(cluster: ClusterConfig, prepare: Callable[[], T]) -> Iterator[T]:
                 log_to_driver=False,
                 _temp_dir=folder,
             )
-        try:
-            yield prepared.result()
-        finally:
-            ray.shutdown()
+        around.callback(ray.shutdown)
+        around.enter_context(_sigterm_interrupts())
+        yield prepared.result()
 
 
 def threads(cluster: ClusterConfig) -> dict[str, str]:
@@ -79,7 +77,7 @@ def threads(cluster: ClusterConfig) -> dict[str, str]:
     return {"OMP_NUM_THREADS": number, "MKL_NUM_THREADS": number}
 
 
-def _train_settings(cluster: ClusterConfig) -> dict[str, str]:
+def _settings(cluster: ClusterConfig) -> dict[str, str]:
     """Ray's own settings; Ray Train hands its on from this process to its controller and its workers."""
     return {
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -89,9 +87,25 @@ def _train_settings(cluster: ClusterConfig) -> dict[str, str]:
     }
 
 
-def _set_missing(settings: Mapping[str, str]) -> None:
-    for name, value in settings.items():
-        os.environ.setdefault(name, value)
+def _unless_set(variables: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in variables.items() if name not in os.environ}
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Inside, SIGTERM ends what runs as Ctrl-C does; Ray's own handler ends the process with a dump of its stack."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

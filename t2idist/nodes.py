@@ -172,6 +172,9 @@ class Trainer(TorchTrainer):
             return controller.get_result()
         return super()._initialize_and_run_controller(**settings)  # type: ignore[misc]
 
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """None: Ctrl-C ends this process, and with it the controller; Ray Train's lets it look like a failure."""
+
     def _create_default_callbacks(self) -> list[Any]:
         idle = (DatasetsCallback, PlacementGroupCleanerCallback) if self._own_cluster else (DatasetsCallback,)
         return [each for each in super()._create_default_callbacks() if not isinstance(each, idle)]  # type: ignore[misc]

@@ -95,9 +95,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except (RuntimeError, OSError) as error:
         print(logs.hide(f"error: {error}"), file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
 
 
 def _show(arguments: argparse.Namespace) -> int:

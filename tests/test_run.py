@@ -236,7 +236,8 @@ def test_a_worker_killed_in_the_middle_is_replaced_and_the_model_is_the_same(tmp
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_the_run_and_all_that_it_started(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_and_all_that_it_started(tmp_path: Path, number: signal.Signals) -> None:
     mark = f"{os.getpid()}-{time.time_ns()}"
     process = subprocess.Popen(
         command(str(recipe(tmp_path)), "stages.attngan.images=8000"),
@@ -252,9 +253,9 @@ def test_ctrl_c_ends_the_run_and_all_that_it_started(tmp_path: Path) -> None:
     while images_of(tmp_path / "runs/tiny", "attngan") < 80:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err + out
+    assert process.returncode == 128 + number, err + out
     assert (
         err.splitlines()[-1] == "interrupted; the same command goes on from the last checkpoint" and "Error" not in err
     )

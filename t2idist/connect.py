@@ -93,17 +93,25 @@ def _unless_set(variables: Mapping[str, str]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """Inside, SIGTERM ends what runs as Ctrl-C does; Ray's own handler ends the process with a dump of its stack."""
+    """Inside, SIGTERM ends what runs as Ctrl-C does, by KeyboardInterrupt, with the signal's number as its argument.
+
+    Ray's own handler ends the process with a dump of its stack.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    received: list[int] = []
+
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(number)
+        received.append(number)
+        raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
+    except KeyboardInterrupt:  # Ray's calls raise one of their own
+        raise KeyboardInterrupt(*received[:1]) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -37,7 +37,7 @@ def joined(cluster: ClusterConfig) -> Iterator[None]:
         if ours:
             ray.init(address=None if cluster.address == "auto" else cluster.address, logging_level=logging.WARNING)
             around.callback(ray.shutdown)
-        around.enter_context(_sigterm_interrupts())
+        around.enter_context(_signals_interrupt())
         yield
 
 
@@ -67,7 +67,7 @@ def started(cluster: ClusterConfig, prepare: Callable[[], T]) -> Iterator[T]:
                 _temp_dir=folder,
             )
         around.callback(ray.shutdown)
-        around.enter_context(_sigterm_interrupts())
+        around.enter_context(_signals_interrupt())
         yield prepared.result()
 
 
@@ -92,28 +92,30 @@ def _unless_set(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Inside, SIGTERM ends what runs as Ctrl-C does, by KeyboardInterrupt, with the signal's number as its argument.
+def _signals_interrupt() -> Iterator[None]:
+    """Inside, SIGTERM and Ctrl-C end what runs by KeyboardInterrupt, with the signal's number as its argument.
 
-    Ray's own handler ends the process with a dump of its stack.
+    Ray's own handler of SIGTERM ends the process with a dump of its stack; asyncio's of Ctrl-C waits for Ray's calls.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
     received: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         received.append(number)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # as a shell has it for what runs in its background
+    numbers = (signal.SIGTERM,) if ignored else (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     except KeyboardInterrupt:  # Ray's calls raise one of their own
         raise KeyboardInterrupt(*received[:1]) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -71,6 +71,11 @@ def started(cluster: ClusterConfig, prepare: Callable[[], T]) -> Iterator[T]:
         yield prepared.result()
 
 
+def in_main_thread() -> bool:
+    """Whether this thread may say what signals do."""
+    return threading.current_thread() is threading.main_thread()
+
+
 def threads(cluster: ClusterConfig) -> dict[str, str]:
     """Environment variables of the workers, by which each computes on the cores that it has."""
     number = str(max(1, int(cluster.cpus_per_worker)))
@@ -97,7 +102,7 @@ def _signals_interrupt() -> Iterator[None]:
 
     Ray's own handler of SIGTERM ends the process with a dump of its stack; asyncio's of Ctrl-C waits for Ray's calls.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if not in_main_thread():
         yield
         return
     received: list[int] = []

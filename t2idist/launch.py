@@ -26,10 +26,10 @@ from ray.train import (
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, get_device
 
-from t2idist import connect, logs, nodes, regroup, stages, storage
+from t2idist import connect, leave, logs, nodes, regroup, stages, storage
 from t2idist.config import RunConfig
 from t2idist.engine.metrics import PROGRESS
-from t2idist.engine.notice import Notice
+from t2idist.engine.notice import Left, Notice
 from t2idist.evaluate.progress import ProgressPrinter
 from t2idist.gauges import Gauges
 from t2idist.keepers import RayKeepers
@@ -59,14 +59,19 @@ def submit(config: RunConfig, stop: Stop | None, watch: Watch, own: bool) -> Non
 
 
 def _fit(config: RunConfig, folder: str, own: bool, stop: Stop | None, watch: Watch) -> None:
-    """Run the trainer to its end, again where Ray's controller failed, which its own counters do not cover."""
+    """Run the trainer to its end, again where Ray's controller failed, which its own counters do not cover.
+
+    Raises `Left` where the workers were asked to leave.
+    """
+    leaving, left = leave.Leave(), None
     keepers, others = RayKeepers(_run_id(config)), nodes.own_placement_groups()
     with _Progress(config, watch), nodes.Reservation(stages.run_url(config), config.cluster) as reservation:
         for retry in range(config.cluster.max_failures + 1):
             try:
-                trainer = _trainer(config, folder, own, stop)
+                trainer = _trainer(config, folder, own, stop, leaving)
                 reservation.hold(f"train-{trainer.train_run_context.run_id}")  # type: ignore[attr-defined]
-                trainer.fit()
+                with leaving.on_sigterm() if own and connect.in_main_thread() else contextlib.nullcontext():
+                    left = trainer.fit().return_value  # type: ignore[attr-defined]
                 break
             except WorkerGroupError as error:
                 raise RuntimeError(f"the run failed: {_cause(error)}") from None
@@ -79,6 +84,8 @@ def _fit(config: RunConfig, folder: str, own: bool, stop: Stop | None, watch: Wa
     fatal = read_fatal(config)
     if fatal is not None:
         raise RuntimeError(f"the run failed: {fatal}")
+    if left is not None:
+        raise Left(left)
 
 
 def _wait_for_room(config: RunConfig, wait_seconds: float) -> None:
@@ -103,7 +110,7 @@ def _wait_for_room(config: RunConfig, wait_seconds: float) -> None:
             time.sleep(_LOOK_SECONDS)
 
 
-def _trainer(config: RunConfig, folder: str, own: bool, stop: Stop | None) -> nodes.Trainer:
+def _trainer(config: RunConfig, folder: str, own: bool, stop: Stop | None, leaving: leave.Leave) -> nodes.Trainer:
     """Ray's trainer, of a cluster that is this run's `own` or of another.
 
     `folder` takes its notes of this attempt. The run's state is in our checkpoints, not there.
@@ -135,6 +142,7 @@ def _trainer(config: RunConfig, folder: str, own: bool, stop: Stop | None) -> no
                 nodes.WaitUntilKnown(known),  # type: ignore[list-item]
                 nodes.StartWatch(cluster.start_within_seconds),  # type: ignore[list-item]
                 regroup.StandStill(cluster.start_within_seconds),  # type: ignore[list-item]
+                leaving,  # type: ignore[list-item]
             ],
             worker_runtime_env={"env_vars": _environment(config)},  # type: ignore[call-arg]
         ),
@@ -146,8 +154,8 @@ def _environment(config: RunConfig) -> dict[str, str]:
     return {**connect.threads(config.cluster), **told}
 
 
-def _work(settings: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
+def _work(settings: dict[str, Any]) -> str | None:
+    """What each Ray Train worker runs. Gives what it says where it was asked to leave."""
     from t2idist import worker  # the driver does without, and starts a second sooner
 
     config, place = from_dict(RunConfig, settings["config"]), Place()
@@ -160,12 +168,18 @@ def _work(settings: dict[str, Any]) -> None:
         around = worker.Around(
             keepers=keepers, ask=_announced, look_seconds=_LOOK_SECONDS, stand=regroup.stand, stop=stop, place=place
         )
-        worker.main(config, get_device(), around)
+        try:
+            worker.main(config, get_device(), around)
+        except Left as left:
+            return str(left)
+    return None
 
 
 def _announced() -> Notice | None:
-    """What Ray knows of machines that are to be drained, and of a change of the number of workers. A collective."""
+    """Whether the run is to end, machines are to be drained, or the number of workers changes. A collective."""
     info = get_preemption_info()
+    if leave.asked():
+        return Notice(0.0)
     if regroup.asked():
         return Notice(math.inf, regroup=True)
     if info is None:

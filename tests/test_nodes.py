@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from t2idist import config, launch, nodes
+from t2idist import config, launch, leave, nodes
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """
@@ -76,7 +76,8 @@ def test_a_run_waits_until_machines_have_room_for_its_workers(tmp_path_factory: 
 @pytest.mark.parametrize("own", [True, False])
 def test_no_actor_is_started_that_has_nothing_to_do(own: bool, tmp_path: Path) -> None:
     """Each takes seconds before the first step (tools/bench_ray.py)."""
-    trainer = launch._trainer(config.load("dcgan", ["preset=demo", f"storage={tmp_path}"]), str(tmp_path), own, None)
+    settings = config.load("dcgan", ["preset=demo", f"storage={tmp_path}"])
+    trainer = launch._trainer(settings, str(tmp_path), own, None, leave.Leave())
     kinds = [type(each) for each in trainer._create_default_callbacks()]
     assert nodes.DatasetsCallback not in kinds
     assert (nodes.PlacementGroupCleanerCallback in kinds) is not own

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -235,12 +236,14 @@ def test_a_worker_killed_in_the_middle_is_replaced_and_the_model_is_the_same(tmp
     assert list(read_ledger(str(at))) == [(step, group) for step in range(40) for group in range(2)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_and_all_that_it_started(tmp_path: Path, number: signal.Signals) -> None:
+def interrupted(folder: Path, number: signal.Signals, images: int) -> tuple[int, str]:
+    """Send a run of its own Ray cluster a signal once it has seen so many images (0: while its workers start).
+
+    Gives its status, and what it says; nothing that it started is left then.
+    """
     mark = f"{os.getpid()}-{time.time_ns()}"
     process = subprocess.Popen(
-        command(str(recipe(tmp_path)), "stages.attngan.images=8000"),
+        command(str(recipe(folder)), "stages.attngan.images=8000", "stages.attngan.checkpoint_every_images=8000"),
         cwd=ROOT,
         env={**environment(), "T2IDIST_MARK": mark},
         stdout=subprocess.PIPE,
@@ -250,16 +253,32 @@ def test_a_signal_ends_the_run_and_all_that_it_started(tmp_path: Path, number: s
         start_new_session=True,
     )
     deadline = time.monotonic() + 200
-    while images_of(tmp_path / "runs/tiny", "attngan") < 80:
+    while images_of(folder / "runs/tiny", "attngan") < images or not train_workers(mark):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
     os.kill(process.pid, number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, err + out
-    assert (
-        err.splitlines()[-1] == "interrupted; the same command goes on from the last checkpoint" and "Error" not in err
-    )
-    assert json.loads((tmp_path / "runs/tiny/outcome.json").read_text())["state"] == "interrupted"
+    _, said = process.communicate(timeout=60)
     while left := marked(mark):
         assert time.monotonic() < deadline + 60, left
         time.sleep(0.2)
+    return process.returncode, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "images"), [(signal.SIGINT, 80), (signal.SIGINT, 0), (signal.SIGTERM, 0)])
+def test_a_signal_ends_the_run_and_all_that_it_started(tmp_path: Path, number: signal.Signals, images: int) -> None:
+    status, said = interrupted(tmp_path, number, images)
+    assert (status, said) == (128 + number, "interrupted; the same command goes on from the last checkpoint\n")
+    assert json.loads((tmp_path / "runs/tiny/outcome.json").read_text())["state"] == "interrupted"
+
+
+@pytest.mark.slow
+def test_sigterm_to_a_run_that_trains_saves_first(tmp_path: Path) -> None:
+    status, said = interrupted(tmp_path, signal.SIGTERM, 80)
+    found = re.fullmatch(r"ended on request, saved at (\d+) images; the same command goes on\n", said)
+    assert status == 143 and found is not None and int(found[1]) >= 80, said
+    assert json.loads((tmp_path / "runs/tiny/outcome.json").read_text())["state"] == "stopped"
+    done = run(str(recipe(tmp_path)), "--local", f"stages.attngan.images={int(found[1]) + 8}")
+    assert done.returncode == 0, done.stderr
+    attempts = json.loads((tmp_path / "runs/tiny/attempts.json").read_text())
+    assert attempts[-1]["resumed"]["attngan"]["images"] == int(found[1])

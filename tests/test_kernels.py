@@ -5,17 +5,22 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from t2idist.contract import Adam
 from t2idist.engine import kernels
 from t2idist.engine.kernels import QuickConv2d, forget_casts, quicken
 from t2idist.engine.strategy import adam_step, begin_state, make_adam
+from t2idist.losses.penalties import gradient_penalty
 from t2idist.nn.blocks import GLU, GatedRows
+from t2idist.nn.stargan import PatchDiscriminator
 
 
 @pytest.mark.parametrize(
@@ -110,6 +115,46 @@ def test_gradients_of_two_passes_are_those_of_autocast() -> None:
         loss.backward()
     for mine, theirs in zip(quick.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=2e-2, atol=1e-3)
+
+
+class _Flops(TorchDispatchMode):
+    """Counts operations by torch's table."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=made)
+        return made
+
+
+@pytest.mark.parametrize("smallest", [1, kernels.SMALLEST_MATRIX])
+def test_a_penalty_on_a_slope_is_torchs_for_less(monkeypatch: pytest.MonkeyPatch, smallest: int) -> None:
+    monkeypatch.setattr(kernels, "SMALLEST_MATRIX", smallest)
+    torch.manual_seed(0)
+    plain = PatchDiscriminator(4, 16, 3, 3).double()
+    quick = quicken(copy.deepcopy(plain))
+    real, fake = torch.randn(2, 2, 3, 16, 16, dtype=torch.float64)
+    flops = []
+    for net in (plain, quick):
+        with _Flops() as count:
+            gradient_penalty(net.scores, real, fake, torch.tensor([0.2, 0.7])).backward()  # type: ignore[operator]
+        flops.append(count.total)
+    for (name, mine), theirs in zip(quick.named_parameters(), plain.parameters(), strict=True):
+        if theirs.grad is not None and bool(theirs.grad.any()):  # torch has zeros for biases
+            torch.testing.assert_close(mine.grad, theirs.grad, msg=name)
+    assert flops[1] < 0.7 * flops[0], "forward, to the pictures, and the gradients of both: four passes, not six"
+
+
+def test_leaky_relu_is_torchs() -> None:
+    torch.manual_seed(0)
+    leak = quicken(nn.LeakyReLU(0.3, inplace=True))
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(leak, x) and torch.autograd.gradgradcheck(leak, x)
+    assert torch.equal(leak(x), F.leaky_relu(x, 0.3)) and torch.equal(leak(x.detach().clone()), leak(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

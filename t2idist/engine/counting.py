@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from t2idist.contract import Batch, Captions, System
+from t2idist.engine.kernels import quicken
 from t2idist.engine.train import bare, fixed
 
 _MOST_STEPS = 50
@@ -81,7 +82,7 @@ class _Counting:
         self.step = 0
         self.updated: Counter[str] = Counter()
         self._group_size = group_size
-        self._nets = {name: role.net.train() for name, role in system.roles.items()}
+        self._nets = {name: quicken(role.net.train()) for name, role in system.roles.items()}
         self._frozen = {name: f.net.eval().requires_grad_(False) for name, f in system.frozen.items()}
 
     @property

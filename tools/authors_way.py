@@ -2,8 +2,8 @@
 
 float32 without compilation; Adam parameter by parameter; the generator's loss flows into the discriminators' weights,
 where it is thrown away; pixels are repeated, then convolved; a pass of the trunk for each term where the released code
-has one (StackGAN++, GAN-CLS); the DAMSM's words caption by caption; the average of weights one by one. Losses, sizes,
-batch and optimiser are the same, and so are the numbers, to rounding: tests/test_bench_step.py.
+has one (StackGAN++, GAN-CLS, StarGAN); the DAMSM's words caption by caption; the average of weights one by one. Losses,
+sizes, batch and optimiser are the same, and so are the numbers, to rounding: tests/test_bench_step.py.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from t2idist.engine.world import World
 from t2idist.losses import adversarial, matching
 from t2idist.losses.adversarial import Judge, PairJudge, PairVerdict, Verdict
 from t2idist.losses.matching import Gammas, WrongPairs
+from t2idist.losses.penalties import gradient_penalty
 from t2idist.nn import blocks
-from t2idist.systems import gan_cls, stackgan_pp
+from t2idist.nn.stargan import PatchDiscriminator
+from t2idist.systems import gan_cls, stackgan_pp, stargan
 
 FULL = Precision("float32")
 
@@ -90,6 +92,7 @@ def losses() -> Iterator[None]:
         mock.patch.object(matching, "word_similarity", word_similarity),
         mock.patch.object(stackgan_pp, "judge_pairs", judge_pairs),
         mock.patch.object(gan_cls, "judge_three", judge_three),
+        mock.patch.object(stargan.StarGan, "_verdict", stargan_verdict),
         mock.patch.object(blocks.UpConv2d, "forward", nearest_then_convolution),
     ):
         yield
@@ -134,6 +137,21 @@ def judge_three(
     """`adversarial.judge_three`, likewise."""
     own, other, drawn = net.features(real), net.features(real), net.features(fake)
     return _pair_verdict(net, own, other, drawn, condition, pairs, groups)
+
+
+def stargan_verdict(
+    system: stargan.StarGan,
+    net: PatchDiscriminator,
+    real: Tensor,
+    fake: Tensor,
+    own: Tensor,
+    mixing: Tensor,
+    domain: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`StarGan._verdict` with a pass for real pictures and one for generated ones."""
+    (scores, logits), (fake_scores, _) = net(real), net(fake)
+    classes = system._class_loss(logits, own, domain)
+    return -scores.mean(), fake_scores.mean(), classes, gradient_penalty(net.scores, real, fake, mixing)
 
 
 def _pair_verdict(

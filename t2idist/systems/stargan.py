@@ -114,12 +114,12 @@ class StarGan:
         self, net: PatchDiscriminator, real: Tensor, fake: Tensor, own: Tensor, mixing: Tensor, domain: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Terms of the discriminator's loss (eq. 5, 8): on real and generated pictures, of classes, and the penalty."""
-        scores, logits = net(real)
-        fake_scores = net.scores(fake)
+        scores, logits = net(torch.cat([real, fake]))
+        real_scores, fake_scores = full(scores).chunk(2)
         return (
-            -full(scores).mean(),
-            full(fake_scores).mean(),
-            self._class_loss(logits, own, domain),
+            -real_scores.mean(),
+            fake_scores.mean(),
+            self._class_loss(logits[: len(real)], own, domain),
             gradient_penalty(net.scores, real, fake, mixing),
         )
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import queue
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -82,3 +85,41 @@ def test_no_actor_is_started_that_has_nothing_to_do(own: bool, tmp_path: Path) -
     assert nodes.DatasetsCallback not in kinds
     assert (nodes.PlacementGroupCleanerCallback in kinds) is not own
     assert {nodes.WaitUntilKnown, nodes.StartWatch} <= set(kinds)
+
+
+class _Interrupted(Exception):
+    """What SIGTERM does outside."""
+
+
+def test_workers_are_asked_to_leave_and_those_that_take_their_place_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: queue.Queue[list[str]] = queue.Queue()
+    monkeypatch.setattr(leave, "_ask", asked.put)
+
+    def outside(*_: object) -> None:
+        raise _Interrupted
+
+    def terminate() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def group(*workers: str) -> SimpleNamespace:
+        return SimpleNamespace(get_workers=lambda: workers)
+
+    before = signal.signal(signal.SIGTERM, outside)
+    leaving = leave.Leave()
+    try:
+        with leaving.on_sigterm(), pytest.raises(_Interrupted):
+            terminate()  # none train yet: nothing to be saved
+        leaving = leave.Leave()
+        with leaving.on_sigterm():
+            leaving.after_worker_group_training_start(group("a", "b"))
+            terminate()
+            assert asked.get(timeout=10) == ["a", "b"]
+            leaving.before_worker_group_abort(None)
+        with leaving.on_sigterm():  # the controller failed, and the run is taken up again
+            leaving.after_worker_group_training_start(group("c"))
+            assert asked.get(timeout=10) == ["c"]
+            with pytest.raises(_Interrupted):
+                terminate()  # a second one
+        assert signal.getsignal(signal.SIGTERM) is outside
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -28,6 +28,7 @@ bench: $(INSTALLED)
 	$(BIN)/python tools/bench_step.py attngan --preset cub --group-size 4 --steps 2 --floor 2
 	$(BIN)/python tools/bench_step.py stackgan_pp --preset cub --group-size 4 --steps 2 --floor 2
 	$(BIN)/python tools/bench_step.py damsm --preset cub --steps 2 --floor 3
+	$(BIN)/python tools/bench_step.py stargan --preset celeba128 --group-size 4 --steps 2 --floor 2.5
 	$(BIN)/python tools/bench_sample.py attngan --preset cub --steps 2 --floor 2.5
 
 lint: $(INSTALLED)

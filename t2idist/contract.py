@@ -27,8 +27,8 @@ T = TypeVar("T")
 class Captions:
     """A caption for each of N pictures.
 
-    tokens: (N, max_words) int64, 0 = padding. lengths: (N,) int64, at least 1. vectors: (N, D) float32, sentence
-    vectors that came with the data, D = 0 where none did.
+    tokens: (N, max_words) int64, 0 = padding. lengths: (N,) int64, at least 1; they stay on the host, where packing
+    reads them. vectors: (N, D) float32, sentence vectors that came with the data, D = 0 where none did.
     """
 
     tokens: Tensor
@@ -42,9 +42,9 @@ class Captions:
         return Captions(self.tokens[rows], self.lengths[rows], self.vectors[rows])
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Captions:
-        """On `device`, the vectors as `dtype`."""
-        tokens, lengths = (numbers.to(device, non_blocking=True) for numbers in (self.tokens, self.lengths))
-        return Captions(tokens, lengths, self.vectors.to(device, dtype, non_blocking=True))
+        """On `device`, but for the lengths; the vectors as `dtype`."""
+        tokens = self.tokens.to(device, non_blocking=True)
+        return Captions(tokens, self.lengths, self.vectors.to(device, dtype, non_blocking=True))
 
     def each(self, times: int) -> Captions:
         """Every caption so many times, one after the other."""

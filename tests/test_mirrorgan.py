@@ -104,7 +104,7 @@ def test_a_picture_depends_on_every_context() -> None:
     torch.manual_seed(0)
     net: Any = made("mirrorgan", tiny_plan(), **SMALL, z_dim=4, condition_dim=8).roles["generator"].net.eval()
     z, normal, sentence, words = torch.randn(2, 4), torch.randn(2, 8), torch.randn(2, 16), torch.randn(2, 16, 5)
-    padding = padding_of(torch.tensor([5, 3]), 5)
+    padding = padding_of(torch.tensor([5, 3]), words)
     with torch.no_grad():
         whole = net(z, normal, sentence, words, padding).images
         other_words = net(z, normal, sentence, words.roll(1, 0), padding).images

@@ -17,6 +17,7 @@ def word_cross_entropy(logits: Tensor, tokens: Tensor, lengths: Tensor, groups: 
     """
     count, length = tokens.shape
     terms = F.cross_entropy(full(logits).flatten(0, 1), tokens.flatten(), reduction="none").view(count, length)
-    there = torch.arange(length, device=lengths.device) < lengths.unsqueeze(1)
+    lengths = lengths.to(tokens.device, non_blocking=True)
+    there = torch.arange(length, device=tokens.device) < lengths.unsqueeze(1)
     of_group = (terms * there).view(groups, -1).sum(1) / lengths.view(groups, -1).sum(1)
     return of_group.mean()

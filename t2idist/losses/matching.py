@@ -6,11 +6,13 @@ call give the mean of the losses that each would give alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from t2idist.nn.precision import full, full_precision
 
@@ -82,23 +84,98 @@ def word_similarity(regions: Tensor, words: Tensor, lengths: Tensor, gammas: Gam
     regions (G, I, D, R), words (G, J, D, T), lengths (G, J) -> (G, I, J), log sum exp over words, without the factor
     of the ranking. As in the released code, all words count and the sum is not raised to 1 / gamma.
     """
-    groups, images, _, places = regions.shape
-    captions, length = words.shape[1], words.shape[3]
-    padding = torch.arange(length, device=words.device) >= lengths.unsqueeze(2)  # (G, J, T)
-    flat = words.permute(0, 1, 3, 2).reshape(groups, 1, captions * length, -1)  # (G, 1, J*T, D)
-    scores = (flat @ regions).view(groups, images, captions, length, places)
-    hidden = padding[:, None, :, :, None]
-    over_words = scores.masked_fill(hidden, float("-inf")).softmax(dim=3)
-    weights = (gammas.attention * over_words).softmax(dim=4)  # (G, I, J, T, R)
-    # The context c = sum_r weights_r region_r is never formed: c.e = weights . scores, and |c|^2 comes from the
-    # regions' Gram matrix, which is smaller where there are fewer regions than dimensions.
-    gram = regions.transpose(2, 3) @ regions
-    mixed = weights.view(groups, images, captions * length, places) @ gram
-    square = (mixed.view_as(weights) * weights).sum(4)
-    norms = square.clamp(min=SMALLEST_NORM**2).sqrt() * words.norm(dim=2).unsqueeze(1)
-    cosine = (weights * scores).sum(4) / norms.clamp(min=SMALLEST_NORM)
-    evidence: Tensor = (gammas.words * cosine).masked_fill(padding.unsqueeze(1), float("-inf"))
-    return evidence.logsumexp(dim=3)
+    each = zip(regions, words, lengths, strict=True)
+    return torch.stack([_similarity_in_group(*of_group, gammas) for of_group in each])
+
+
+def _similarity_in_group(regions: Tensor, words: Tensor, lengths: Tensor, gammas: Gammas) -> Tensor:
+    """regions (I, D, R), words (J, D, T), lengths (J,) -> (I, J). No work is done for the places past a caption's end.
+
+    The context c = sum_r weights_r region_r is never formed: c.e = weights . scores, and |c|^2 comes from the regions'
+    Gram matrix, which is smaller where there are fewer regions than dimensions.
+    """
+    device, (pictures, dim, places) = words.device, regions.shape
+    ordered, order = lengths.cpu().sort()
+    caption = order.repeat_interleave(ordered)
+    place = torch.arange(len(caption)) - (ordered.cumsum(0) - ordered).repeat_interleave(ordered)
+    caption, place = caption.to(device, non_blocking=True), place.to(device, non_blocking=True)
+    spoken = words.transpose(1, 2)[caption, place]  # (P, D), the P words of all captions, shortest caption first
+    scores = (spoken @ regions.transpose(0, 1).reshape(dim, -1)).view(-1, pictures, places)
+    kinds, counts = ordered.unique_consecutive(return_counts=True)
+    runs = list(zip(counts.tolist(), kinds.tolist(), strict=True))
+    gram: Tensor = Gram.apply(regions)  # type: ignore[no-untyped-call]
+    product, square = Attended.apply(scores, gram, runs, gammas.attention)  # type: ignore[no-untyped-call]
+    norms = square.clamp(min=SMALLEST_NORM**2).sqrt() * spoken.norm(dim=1, keepdim=True)
+    cosine = product / norms.clamp(min=SMALLEST_NORM)
+    evidence = cosine.new_full((*words.shape[::2], pictures), float("-inf"))
+    evidence = evidence.index_put((caption, place), gammas.words * cosine)
+    similarity: Tensor = evidence.logsumexp(dim=1).t()
+    return similarity
+
+
+class Gram(torch.autograd.Function):
+    """(I, D, R) -> (I, R, R), products of each two columns; for uses whose gradient is symmetric."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, columns: Tensor) -> Tensor:
+        ctx.save_for_backward(columns)
+        return columns.transpose(1, 2) @ columns
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        (columns,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        doubled: Tensor = 2 * (columns @ gradient)
+        return doubled
+
+
+Runs = list[tuple[int, int]]
+"""Captions of one length that follow each other: how many, and their words."""
+
+
+class Attended(torch.autograd.Function):
+    """scores (P, I, R) of words with regions -> c.e and |c|^2 (P, I), c being the regions' mixture for each word.
+
+    Its weights are softmax(gamma * a) over regions, a being the softmax of the scores over the words of a caption
+    (eq. 8 and 9). gram: the regions' (I, R, R). runs: of the captions that the P words are of.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, scores: Tensor, gram: Tensor, runs: Runs, gamma: float) -> tuple[Tensor, Tensor]:
+        over_words = torch.empty_like(scores)
+        for mine, out in _by_caption(runs, scores, over_words):
+            torch._softmax(mine, 1, False, out=out)
+        weights = (gamma * over_words).softmax(dim=2)
+        mixed = torch.bmm(weights.transpose(0, 1), gram).transpose(0, 1)
+        ctx.save_for_backward(scores, over_words, weights, mixed)
+        ctx.runs, ctx.gamma = runs, gamma  # type: ignore[attr-defined]
+        return torch.linalg.vecdot(weights, scores), torch.linalg.vecdot(weights, mixed)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(  # type: ignore[override]
+        ctx: FunctionCtx, of_product: Tensor, of_square: Tensor
+    ) -> tuple[Tensor, Tensor | None, None, None]:
+        scores, over_words, weights, mixed = ctx.saved_tensors  # type: ignore[attr-defined]
+        runs, gamma = ctx.runs, ctx.gamma  # type: ignore[attr-defined]
+        of_product, of_square = of_product.unsqueeze(2), of_square.unsqueeze(2)
+        of_weights = (scores * (gamma * of_product)).addcmul_(mixed, 2 * gamma * of_square)
+        of_sharpened = torch._softmax_backward_data(of_weights, weights, 2, weights.dtype)
+        of_scores = of_weights  # its memory serves again
+        for gradient, result, out in _by_caption(runs, of_sharpened, over_words, of_scores):
+            torch._softmax_backward_data(gradient, result, 1, weights.dtype, grad_input=out)
+        of_scores.addcmul_(weights, of_product)
+        of_gram = None
+        if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
+            of_gram = torch.bmm((weights * of_square).permute(1, 2, 0), weights.transpose(0, 1))
+        return of_scores, of_gram, None, None
+
+
+def _by_caption(runs: Runs, *tensors: Tensor) -> Iterator[list[Tensor]]:
+    """Views (captions, words of each, numbers of a word) of (P, ...), run by run."""
+    sizes = [count * length for count, length in runs]
+    for (count, length), *parts in zip(runs, *(tensor.split(sizes) for tensor in tensors), strict=True):
+        yield [part.view(count, length, -1) for part in parts]
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:

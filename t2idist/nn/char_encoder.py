@@ -41,6 +41,7 @@ def spell(letters: Tensor, tokens: Tensor, lengths: Tensor, characters: int) -> 
     sizes = (words > 0).sum(2)
     place = torch.arange(spaced.shape[2], device=tokens.device)
     number = torch.arange(tokens.shape[1], device=tokens.device)
+    lengths = lengths.to(tokens.device, non_blocking=True)
     ends = (number + 1 < lengths[:, None])[:, :, None] & (place == sizes[:, :, None])
     spaced = torch.where(ends, _NUMBER[" "], spaced)
     spoken = (number < lengths[:, None])[:, :, None] & (spaced > 0)

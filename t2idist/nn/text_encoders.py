@@ -112,6 +112,7 @@ def unit_scale(text: Tensor) -> Tensor:
     return x / norm.clamp(min=SMALLEST_NORM) * math.sqrt(x.shape[1])
 
 
-def padding_of(lengths: Tensor, max_words: int) -> Tensor:
-    """(N,) lengths -> (N, max_words), true past the end of a caption."""
-    return torch.arange(max_words, device=lengths.device) >= lengths.unsqueeze(1)
+def padding_of(lengths: Tensor, words: Tensor) -> Tensor:
+    """lengths (N,), words (N, D, T) -> (N, T) where the words are, true past the end of a caption."""
+    past = torch.arange(words.shape[2], device=lengths.device) >= lengths.unsqueeze(1)
+    return past.to(words.device, non_blocking=True)

@@ -97,7 +97,7 @@ class AttnGan:
             words, sentence = text(batch.captions.tokens, batch.captions.lengths)
         read, condition = self._read(words, sentence)
         z, normal = train.noise(self.config.z_dim), train.noise(self.config.condition_dim)
-        padding = padding_of(batch.captions.lengths, words.shape[2])
+        padding = padding_of(batch.captions.lengths, words)
         drawn = train.forward("generator", tree.draw, z, normal, condition, read, padding, batch.groups)
         pairs = wrong_pairs(batch.class_ids, batch.groups)
         for size, real, fake in zip(self.sizes, batch.images, drawn.images, strict=True):
@@ -147,7 +147,7 @@ class AttnGan:
 
     def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: Draw) -> Sample:
         words, sentence = self._read(*nets["text"](captions.tokens, captions.lengths))
-        padding = padding_of(captions.lengths, words.shape[2])
+        padding = padding_of(captions.lengths, words)
         z, normal = draw(self.config.z_dim), draw(self.config.condition_dim)
         drawn = tree.draw(nets["generator"], z, normal, sentence, words, padding)
         return Sample(drawn.images, drawn.attention)

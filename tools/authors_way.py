@@ -2,8 +2,9 @@
 
 float32 without compilation; Adam parameter by parameter; the generator's loss flows into the discriminators' weights,
 where it is thrown away; pixels are repeated, then convolved; a pass of the trunk for each term where the released code
-has one (StackGAN++, GAN-CLS, StarGAN); the DAMSM's words caption by caption; the average of weights one by one. Losses,
-sizes, batch and optimiser are the same, and so are the numbers, to rounding: tests/test_bench_step.py.
+has one (StackGAN++, GAN-CLS, StarGAN); the DAMSM's words caption by caption, its LSTM over packed captions; the average
+of weights one by one. Losses, sizes, batch and optimiser are the same, and so are the numbers, to rounding:
+tests/test_bench_step.py.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from t2idist.losses.matching import Gammas, WrongPairs
 from t2idist.losses.penalties import gradient_penalty
 from t2idist.nn import blocks
 from t2idist.nn.stargan import PatchDiscriminator
+from t2idist.nn.text_encoders import BiLSTM
 from t2idist.systems import gan_cls, stackgan_pp, stargan
 
 FULL = Precision("float32")
@@ -93,6 +95,7 @@ def losses() -> Iterator[None]:
         mock.patch.object(stackgan_pp, "judge_pairs", judge_pairs),
         mock.patch.object(gan_cls, "judge_three", judge_three),
         mock.patch.object(stargan.StarGan, "_verdict", stargan_verdict),
+        mock.patch.object(BiLSTM, "_each_way", BiLSTM._packed),
         mock.patch.object(blocks.UpConv2d, "forward", nearest_then_convolution),
     ):
         yield

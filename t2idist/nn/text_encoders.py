@@ -35,10 +35,30 @@ class BiLSTM(nn.Module):
     def forward(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         embedded = self.drop(self.encoder(tokens))
         with full_precision(embedded):
-            packed = pack_padded_sequence(embedded, lengths.cpu(), batch_first=True, enforce_sorted=False)
-            states, (last, _) = self.rnn(packed)
-        words, _ = pad_packed_sequence(states, batch_first=True, total_length=tokens.shape[1])
+            return self._each_way(embedded, lengths) if embedded.is_cpu else self._packed(embedded, lengths)
+
+    def _packed(self, embedded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        packed = pack_padded_sequence(embedded, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        states, (last, _) = self.rnn(packed)
+        words, _ = pad_packed_sequence(states, batch_first=True, total_length=embedded.shape[1])
         return words.transpose(1, 2), torch.cat([last[0], last[1]], dim=1)
+
+    def _each_way(self, embedded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """The same by two LSTMs over whole rows, each caption turned round for the second.
+
+        On CPUs torch goes through packed captions a step and a gate at a time, whole rows it gives to oneDNN.
+        """
+        count, length, _ = embedded.shape
+        rows, ends = torch.arange(count), lengths - 1
+        turned = (ends.unsqueeze(1) - torch.arange(length)).clamp(min=0).unsqueeze(2)  # the place of each word in it
+        start = embedded.new_zeros(1, count, self.rnn.hidden_size)
+        states: list[Tensor] = []
+        for given, weights in zip((embedded, embedded.take_along_dim(turned, 1)), self.rnn.all_weights, strict=True):
+            states.append(torch.lstm(given, (start, start), [*weights], True, 1, 0.0, self.training, False, True)[0])
+        ahead, back = states
+        words = torch.cat([ahead, back.take_along_dim(turned, 1)], dim=2).transpose(1, 2)
+        sentence = torch.cat([ahead[rows, ends], back[rows, ends]], dim=1)
+        return words.masked_fill(padding_of(lengths, words).unsqueeze(1), 0.0), sentence
 
 
 def damsm_text_encoder(config: Mapping[str, Any], vocabulary_size: int) -> BiLSTM:

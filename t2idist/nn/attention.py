@@ -28,17 +28,17 @@ class WordAttention(nn.Module):
         count, channels, height, width = features.shape
         places = height * width
         projected = self.conv_context(words.unsqueeze(3)).squeeze(3)  # (N, C, T)
-        scores = torch.bmm(projected.transpose(1, 2), features.flatten(2).to(projected.dtype))  # (N, T, H*W)
+        rows = features.permute(0, 2, 3, 1).flatten(1, 2)  # (N, H*W, C)
+        scores = torch.bmm(rows.to(projected.dtype), projected)  # (N, H*W, T)
         if self.compat == "authors":
             size = count // groups
-            rows = padding.view(groups, size, -1).repeat(1, places, 1)  # (groups, B * H*W, T)
-            hidden = rows.view(count, places, -1).transpose(1, 2)
+            hidden = padding.view(groups, size, -1).repeat(1, places, 1).view(count, places, -1)
         else:
-            hidden = padding.unsqueeze(2)
-        weights = full(scores).masked_fill(hidden, float("-inf")).softmax(dim=1)
-        context = torch.bmm(weights.to(projected.dtype).transpose(1, 2), projected.transpose(1, 2))  # (N, H*W, C)
+            hidden = padding.unsqueeze(1)
+        weights = full(scores).masked_fill(hidden, float("-inf")).softmax(dim=2)
+        context = torch.bmm(weights.to(projected.dtype), projected.transpose(1, 2))  # (N, H*W, C)
         laid_out = context.view(count, height, width, channels).permute(0, 3, 1, 2)
-        return laid_out, weights.view(count, -1, height, width)
+        return laid_out, weights.transpose(1, 2).unflatten(2, (height, width))
 
 
 class GlobalLocalAttention(WordAttention):

@@ -65,11 +65,15 @@ class UpConv2d(nn.Conv2d):
         super().__init__(channels_in, channels_out, kernel_size=3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        padded = F.pad(self.weight.flip(2, 3), (1, 1, 1, 1))
-        rows = padded[:, :, 1:] + padded[:, :, :-1]
-        kernel = rows[:, :, :, 1:] + rows[:, :, :, :-1]  # (channels_out, C, 4, 4)
-        kernel = kernel.transpose(0, 1).contiguous(memory_format=torch.channels_last)
+        taps = self.weight.permute(2, 3, 1, 0).contiguous()  # (3, 3, C, channels_out)
+        kernel = _spread(_spread(taps, 0), 1).permute(2, 3, 0, 1).to(x.dtype, memory_format=torch.channels_last)
         return F.conv_transpose2d(x.contiguous(memory_format=torch.channels_last), kernel, stride=2, padding=1)
+
+
+def _spread(taps: Tensor, dim: int) -> Tensor:
+    """Three taps along a dimension to the four that each place has where its neighbour was the same place before."""
+    first, second, third = taps.unbind(dim)
+    return torch.stack([third, third + second, second + first, first], dim)
 
 
 def up_block(channels_in: int, channels_out: int) -> nn.Sequential:

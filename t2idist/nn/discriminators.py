@@ -22,7 +22,8 @@ class LogitConv(nn.Conv2d):
         super().__init__(channels, 1, kernel_size=4, stride=4, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.flatten(1), self.weight.flatten(1), self.bias).squeeze(1)
+        rows, weight = (part.permute(0, 2, 3, 1).flatten(1) for part in (x, self.weight))  # as they lie, channels last
+        return F.linear(rows, weight, self.bias).squeeze(1)
 
 
 def logit_head(channels: int) -> nn.Sequential:

@@ -14,6 +14,7 @@ from t2idist.contract import Batch, Captions, Extent, Plan, System
 from t2idist.engine.train import Trainer
 from t2idist.losses.adversarial import judge_three
 from t2idist.losses.matching import WrongPairs
+from t2idist.nn.discriminators import PairDiscriminator
 from t2idist.nn.text_encoders import unit_scale
 from tests.recipe import fill, fingerprint, parameters
 from tests.test_systems_values import COLOURS, TINY_DAMSM, colour_batch, counts, trainer
@@ -137,14 +138,14 @@ def test_only_the_ports_discriminator_is_deaf_to_matches() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- losses
-class Meets(nn.Module):
+class Meets(PairDiscriminator):
     """A judge whose logit is the sum of mean colour and condition."""
 
     def features(self, images: Tensor) -> Tensor:
         return images.mean(dim=(1, 2, 3))
 
-    def conditional(self, features: Tensor, condition: Tensor) -> Tensor:
-        return features + condition[:, 0]
+    def conditionals(self, features: Tensor, *conditions: Tensor) -> list[Tensor]:
+        return [features + condition[:, 0] for condition in conditions]
 
 
 def test_three_kinds_of_pairs_by_hand() -> None:

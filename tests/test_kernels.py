@@ -16,10 +16,10 @@ from torch.utils.flop_counter import flop_registry
 
 from t2idist.contract import Adam
 from t2idist.engine import kernels
-from t2idist.engine.kernels import QuickConv2d, forget_casts, quicken
+from t2idist.engine.kernels import CastOnce, QuickConv2d, forget_casts, quicken
 from t2idist.engine.strategy import adam_step, begin_state, make_adam
 from t2idist.losses.penalties import gradient_penalty
-from t2idist.nn.blocks import GLU, GatedRows
+from t2idist.nn.blocks import GLU, GatedRows, JointConv2d
 from t2idist.nn.stargan import PatchDiscriminator
 
 
@@ -62,6 +62,25 @@ def test_other_convolutions_are_left(module: nn.Conv2d) -> None:
     assert type(quicken(module)) is nn.Conv2d
 
 
+def test_a_joint_convolution_keeps_its_cast_and_stays_what_it_is() -> None:
+    torch.manual_seed(0)
+    plain = JointConv2d(6, 3, 8)
+    quick = quicken(copy.deepcopy(plain))
+    assert isinstance(quick, CastOnce) and isinstance(quick, JointConv2d)
+    assert quicken(quick) is quick and type(quick).__mro__.count(CastOnce) == 1
+    features, conditions = torch.randn(2, 6, 4, 4), torch.randn(2, 2, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        each = quick(features, *conditions)
+    half = quick._half
+    assert half is not None and all(out.dtype == torch.bfloat16 for out in each)
+    torch.stack(each).float().square().sum().backward()
+    torch.stack(plain(features, *conditions)).square().sum().backward()
+    assert plain.weight.grad is not None and quick.weight.grad is not None
+    assert (quick.weight.grad - plain.weight.grad).norm() < 0.02 * plain.weight.grad.norm()
+    copied = copy.deepcopy(quick)
+    assert type(copied) is type(quick) and copied._half is None and quick._half is half
+
+
 def test_a_weight_is_cast_once_an_update_and_never_stale() -> None:
     torch.manual_seed(0)
     net = quicken(nn.Sequential(nn.Conv2d(3, 8, 3)))
@@ -92,7 +111,7 @@ def test_a_weight_is_cast_once_an_update_and_never_stale() -> None:
     torch.testing.assert_close(run(), expected())
     conv.weight.requires_grad_(False)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not conv._cast("cpu").requires_grad
+        assert not conv.cast_weight().requires_grad
     with torch.inference_mode():
         forget_casts(net)
         run()

@@ -72,6 +72,18 @@ def test_word_similarity_is_the_papers_formula_pair_by_pair() -> None:
             assert got[i, j].item() == pytest.approx(evidence.item(), abs=1e-10)
 
 
+def test_gradients_of_word_similarity() -> None:
+    torch.manual_seed(1)
+    regions = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    words = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    lengths = torch.tensor([[4, 1, 3], [2, 2, 4]])
+
+    def similarity(regions: Tensor, words: Tensor) -> Tensor:
+        return word_similarity(regions, words, lengths, Gammas(4.0, 5.0, 10.0))
+
+    assert torch.autograd.gradcheck(similarity, (regions, words))
+
+
 def test_damsm_losses_of_two_groups_are_the_mean_of_each(codes: tuple[Tensor, ...]) -> None:
     regions, words, images, sentences = (x.double() for x in codes)
     ids, gammas = torch.tensor([1, 1, 1, 2]), Gammas()
@@ -137,8 +149,11 @@ class Logits:
     def features(self, images: torch.Tensor) -> torch.Tensor:
         return images
 
+    def conditionals(self, features: torch.Tensor, *conditions: torch.Tensor) -> list[torch.Tensor]:
+        return [(features * condition).sum(1) for condition in conditions]
+
     def conditional(self, features: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        return (features * condition).sum(1)
+        return self.conditionals(features, condition)[0]
 
     def unconditional(self, features: torch.Tensor) -> torch.Tensor:
         return features.sum(1)

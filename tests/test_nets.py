@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from t2idist.nn.attention import WordAttention
-from t2idist.nn.blocks import GLU, UpConv2d, up_block
+from t2idist.nn.blocks import GLU, Joined, JointConv2d, UpConv2d, up_block
 from t2idist.nn.conditioning import ConditioningAugmentation
 from t2idist.nn.discriminators import SIZES, AttnDiscriminator, StackDiscriminator
 from t2idist.nn.image_encoders import InceptionEncoder, SmallEncoder, damsm_image_encoder, load_trunk
@@ -174,6 +174,41 @@ def test_up_convolution_is_nearest_then_convolution(shape: tuple[int, ...]) -> N
     assert set(dict(up_block(4, 2).named_parameters())) == {"1.weight", "2.weight", "2.bias"}
 
 
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("places", [(2, 2), (4, 4), (3, 7)])
+def test_joint_convolution_is_that_of_tiled_conditions(places: tuple[int, int], first: bool) -> None:
+    torch.manual_seed(0)
+    layer = JointConv2d(5, 3, 4, condition_first=first).double()
+    features = torch.randn(2, 5, *places, dtype=torch.float64, requires_grad=True)
+    conditions = torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True)
+    slow = []
+    for condition in conditions:
+        tiled = condition[:, :, None, None].expand(-1, -1, *places)
+        both = torch.cat([tiled, features] if first else [features, tiled], dim=1)
+        slow.append(F.conv2d(both, layer.weight, padding=1))
+    quick = layer(features, *conditions)
+    torch.testing.assert_close(quick, slow, atol=1e-12, rtol=0)
+    cotangents = list(torch.randn_like(torch.stack(slow)))
+    for a, b in zip(
+        torch.autograd.grad(quick, (features, conditions, layer.weight), cotangents),
+        torch.autograd.grad(slow, (features, conditions, layer.weight), cotangents),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=0)
+
+
+def test_what_follows_a_joint_convolution_sees_one_condition_after_the_other() -> None:
+    torch.manual_seed(0)
+    layers = Joined(JointConv2d(5, 3, 4), nn.BatchNorm2d(4))
+    features, conditions = torch.randn(2, 5, 4, 4), torch.randn(2, 2, 3)
+    each = layers(features, *conditions)
+    statistics = layers[1].running_mean.clone()
+    layers[1].reset_running_stats()
+    for out, condition in zip(each, conditions, strict=True):
+        torch.testing.assert_close(out, layers(features, condition)[0])
+    torch.testing.assert_close(statistics, layers[1].running_mean)
+
+
 def test_conditioning_draws_from_its_gaussian() -> None:
     torch.manual_seed(0)
     net = ConditioningAugmentation(6, 3)
@@ -229,6 +264,20 @@ def test_text_encoder_does_not_see_padding() -> None:
     torch.testing.assert_close(words[1:2, :, :2], alone)
     torch.testing.assert_close(sentence[1:2], alone_sentence)
     assert words[1, :, 2:].abs().max() == 0
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_text_encoder_reads_whole_rows_as_it_reads_packed_captions(training: bool) -> None:
+    torch.manual_seed(0)
+    net = BiLSTM(20, 8, 6, dropout=0.0).train(training)
+    lengths = torch.tensor([3, 5, 1, 4])
+    embedded = torch.randn(4, 5, 6, requires_grad=True)
+    found = []
+    for read in (net._each_way, net._packed):
+        words, sentence = read(embedded, lengths)
+        inputs = (embedded, *net.rnn.parameters())
+        found.append((words, sentence, *torch.autograd.grad((words.sin() * 3).sum() + sentence.cos().sum(), inputs)))
+    torch.testing.assert_close(found[0], found[1])
 
 
 def test_unit_scale_keeps_direction_and_padding() -> None:

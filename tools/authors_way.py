@@ -96,6 +96,7 @@ def losses() -> Iterator[None]:
         mock.patch.object(gan_cls, "judge_three", judge_three),
         mock.patch.object(stargan.StarGan, "_verdict", stargan_verdict),
         mock.patch.object(BiLSTM, "_each_way", BiLSTM._packed),
+        mock.patch.object(blocks.JointConv2d, "forward", tile_then_convolution),
         mock.patch.object(blocks.UpConv2d, "forward", nearest_then_convolution),
     ):
         yield
@@ -104,6 +105,13 @@ def losses() -> Iterator[None]:
 def nearest_then_convolution(conv: blocks.UpConv2d, x: Tensor) -> Tensor:
     """`blocks.UpConv2d` in two passes: four times the places, then the convolution over all of them."""
     return F.conv2d(F.interpolate(x, scale_factor=2), conv.weight, padding=1)
+
+
+def tile_then_convolution(conv: blocks.JointConv2d, features: Tensor, *conditions: Tensor) -> list[Tensor]:
+    """`blocks.JointConv2d` with the condition at every place, anew for each."""
+    parts = [[features, blocks.tile(condition, features)] for condition in conditions]
+    joint = [torch.cat(both[::-1] if conv.condition_first else both, dim=1) for both in parts]
+    return [F.conv2d(both, conv.weight, padding=1) for both in joint]
 
 
 def word_similarity(regions: Tensor, words: Tensor, lengths: Tensor, gammas: Gammas) -> Tensor:

@@ -45,6 +45,9 @@ def quicken(net: nn.Module) -> nn.Module:
             module.__class__ = QuickConv2d
         elif type(module) is nn.LeakyReLU:
             module.__class__ = QuickLeakyReLU
+        elif hasattr(module, "cast_weight") and not isinstance(module, CastOnce) and not module.weight.is_meta:
+            kind = type(module)
+            module.__class__ = type(f"Quick{kind.__name__}", (CastOnce, kind), {})
     return net
 
 
@@ -53,28 +56,17 @@ def _is_plain(conv: nn.Conv2d) -> bool:
     return square and conv.groups == 1 and set(conv.dilation) == {1} and conv.padding_mode == "zeros"
 
 
-class QuickConv2d(nn.Conv2d):
-    """A square convolution whose weight is cast to half precision once an update.
+class CastOnce(nn.Conv2d):
+    """A convolution whose weight is cast to half precision once an update.
 
-    Autocast casts it at every pass, and where it is frozen does not keep it for the next one. Where the weight has more
-    numbers than the input this runs as a product of matrices.
+    Autocast casts it at every pass, and where it is frozen does not keep it for the next one.
     """
 
     _half: _Half | None = None
 
-    def forward(self, input: Tensor) -> Tensor:
-        weight = self._cast(input.device.type)
-        out: Tensor
-        if weight.numel() < max(input.numel(), SMALLEST_MATRIX):
-            out = self._conv_forward(input, weight, self.bias)
-            return out
-        window = (self.kernel_size[0], self.stride[0], int(self.padding[0]))
-        patches: Tensor = Patches.apply(input.to(weight.dtype), window)  # type: ignore[no-untyped-call]
-        out = F.linear(patches.flatten(3), weight.permute(0, 2, 3, 1).flatten(1), self.bias)
-        return out.permute(0, 3, 1, 2)
-
-    def _cast(self, device: str) -> Tensor:
+    def cast_weight(self) -> Tensor:
         """The weight in the precision that products run in."""
+        device = self.weight.device.type
         if not torch.is_autocast_enabled(device) or self.weight.dtype != torch.float32:
             return self.weight
         kind = torch.get_autocast_dtype(device)
@@ -92,6 +84,21 @@ class QuickConv2d(nn.Conv2d):
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_half"}
+
+
+class QuickConv2d(CastOnce):
+    """A square convolution, its cast kept; where the weight has more numbers than the input, a product of matrices."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.cast_weight()
+        out: Tensor
+        if weight.numel() < max(input.numel(), SMALLEST_MATRIX):
+            out = self._conv_forward(input, weight, self.bias)
+            return out
+        window = (self.kernel_size[0], self.stride[0], int(self.padding[0]))
+        patches: Tensor = Patches.apply(input.to(weight.dtype), window)  # type: ignore[no-untyped-call]
+        out = F.linear(patches.flatten(3), weight.permute(0, 2, 3, 1).flatten(1), self.bias)
+        return out.permute(0, 3, 1, 2)
 
 
 @dataclass
@@ -120,7 +127,7 @@ class Linked(torch.autograd.Function):
 def forget_casts(net: nn.Module) -> None:
     """Cast anew: weights have changed, maybe in a way that their versions do not tell (DeepSpeed's)."""
     for module in net.modules():
-        if isinstance(module, QuickConv2d):
+        if isinstance(module, CastOnce):
             module._half = None
 
 

@@ -81,6 +81,8 @@ class PairJudge(Protocol):
 
     def features(self, images: Tensor) -> Tensor: ...
 
+    def conditionals(self, features: Tensor, *conditions: Tensor) -> list[Tensor]: ...
+
     def conditional(self, features: Tensor, condition: Tensor) -> Tensor: ...
 
 
@@ -115,8 +117,7 @@ def _pair_verdict(
     net: PairJudge, real: Tensor, fake: Tensor, condition: Tensor, pairs: WrongPairs, groups: int
 ) -> PairVerdict:
     """By the features of real and generated pictures."""
-    own = net.conditional(real, condition)
-    other = net.conditional(real, condition[pairs.caption])
+    own, other = net.conditionals(real, condition, condition[pairs.caption])
     drawn = net.conditional(fake, condition)
     return PairVerdict(
         real=says_real(own),

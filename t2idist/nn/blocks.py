@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from t2idist.nn.precision import full
+
 LEAK = 0.2
 """Slope of LeakyReLU in every discriminator of the family."""
 
@@ -48,11 +50,6 @@ def conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1, bias=False)
 
 
-def glu_block(channels_in: int, channels_out: int) -> nn.Sequential:
-    """conv3x3 + BatchNorm + GLU: (N, channels_in, H, W) -> (N, channels_out, H, W)."""
-    return nn.Sequential(conv3x3(channels_in, 2 * channels_out), nn.BatchNorm2d(2 * channels_out), GLU())
-
-
 class UpConv2d(nn.Conv2d):
     """Nearest x2, then this 3x3 convolution, in one pass: (N, C, H, W) -> (N, channels_out, 2H, 2W).
 
@@ -74,6 +71,66 @@ def _spread(taps: Tensor, dim: int) -> Tensor:
     """Three taps along a dimension to the four that each place has where its neighbour was the same place before."""
     first, second, third = taps.unbind(dim)
     return torch.stack([third, third + second, second + first, first], dim)
+
+
+class JointConv2d(nn.Conv2d):
+    """A 3x3 convolution of features beside a condition that is the same at all places, without the work of tiling it.
+
+    features (N, channels, H, W), conditions (N, condition_dim) -> (N, channels_out, H, W) for each condition. It is a
+    sum of the features' part, which serves all conditions, and the condition's, which differs along the border alone.
+    condition_first: whether its channels come first in the weight.
+    """
+
+    def __init__(self, channels: int, condition_dim: int, channels_out: int, *, condition_first: bool = False) -> None:
+        super().__init__(channels + condition_dim, channels_out, kernel_size=3, padding=1, bias=False)
+        self.channels, self.condition_first = channels, condition_first
+
+    def cast_weight(self) -> Tensor:
+        """The weight that a pass takes; the engine puts a copy in half precision in its place."""
+        return self.weight
+
+    def forward(self, features: Tensor, *conditions: Tensor) -> list[Tensor]:  # type: ignore[override]
+        weight = self.cast_weight()
+        rest = weight.shape[1] - self.channels
+        if self.condition_first:
+            of_condition, of_features = weight.split([rest, self.channels], 1)
+        else:
+            of_features, of_condition = weight.split([self.channels, rest], 1)
+        seen = F.conv2d(features, of_features, padding=1)
+        return [seen + _of_condition(condition, of_condition, seen) for condition in conditions]
+
+
+def _of_condition(condition: Tensor, weight: Tensor, like: Tensor) -> Tensor:
+    """The 3x3 convolution (O, D, 3, 3) of a condition (N, D) tiled over the places of `like` (N, O, H, W)."""
+    products = F.linear(condition.to(like.dtype), weight.permute(0, 2, 3, 1).flatten(0, 2))
+    taps = full(products.view(len(condition), -1, 3, 3).permute(0, 2, 3, 1))
+    places = _by_border(_by_border(taps, 1), 2).to(like.dtype)
+    return _fill(_fill(places, 2, like.shape[3]), 1, like.shape[2]).permute(0, 3, 1, 2)
+
+
+def _by_border(taps: Tensor, dim: int) -> Tensor:
+    """Sums of the three taps along a dimension that fall inside: for the first place, those between, the last one."""
+    before, here, after = taps.unbind(dim)
+    return torch.stack([here + after, before + here + after, before + here], dim)
+
+
+def _fill(places: Tensor, dim: int, count: int) -> Tensor:
+    """Of three places along a dimension the one in the middle repeated, until there are `count`."""
+    first, middle, last = places.split(1, dim)
+    sizes = list(places.shape)
+    sizes[dim] = count - 2
+    return torch.cat([first, middle.expand(sizes), last], dim)
+
+
+class Joined(nn.Sequential):
+    """A `JointConv2d` and the layers that follow it: features, conditions -> what comes out for each condition."""
+
+    def forward(self, features: Tensor, *conditions: Tensor) -> list[Tensor]:
+        joint, *layers = self
+        each: list[Tensor] = joint(features, *conditions)
+        for layer in layers:
+            each = [layer(x) for x in each]
+        return each
 
 
 def up_block(channels_in: int, channels_out: int) -> nn.Sequential:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from t2idist.nn.blocks import LEAK, conv3x3, down_block, tile
-from t2idist.nn.discriminators import LogitConv
+from t2idist.nn.discriminators import LogitConv, PairDiscriminator
 
 SMALLEST = 16
 
@@ -128,7 +128,7 @@ def trunk(
     return nn.Sequential(*layers), channels[-1]
 
 
-class DcganDiscriminator(nn.Module):
+class DcganDiscriminator(PairDiscriminator):
     """Pictures (N, 3, S, S) and, with text_dim, sentence vectors (N, text_dim) -> logits (N,).
 
     text_norm: BatchNorm after the text's linear map. joins: a 1x1 convolution and a LeakyReLU join picture and text
@@ -171,11 +171,10 @@ class DcganDiscriminator(nn.Module):
         out: Tensor = self.netD_1(images)
         return out
 
-    def conditional(self, features: Tensor, condition: Tensor) -> Tensor:
-        """Features (N, C, 4, 4), which come first, and sentence vectors (N, text_dim) -> logits (N,)."""
-        projected = self.projector["projection"](condition)
-        out: Tensor = self.netD_2(torch.cat([features, tile(projected, features)], dim=1))
-        return out
+    def conditionals(self, features: Tensor, *conditions: Tensor) -> list[Tensor]:
+        """Features (N, C, 4, 4), which come first, and sentence vectors (N, text_dim) -> logits (N,) for each."""
+        tiles = (tile(self.projector["projection"](condition), features) for condition in conditions)
+        return [self.netD_2(torch.cat([features, tiled], dim=1)) for tiled in tiles]
 
     def forward(self, images: Tensor, text: Tensor | None = None) -> Tensor:
         features = self.features(images)

@@ -6,11 +6,10 @@ down blocks and the trunk ends with fewer channels.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2idist.nn.blocks import down_block, leaky_block, tile
+from t2idist.nn.blocks import LEAK, Joined, JointConv2d, down_block, leaky_block
 
 SIZES = (16, 32, 64, 128, 256)
 
@@ -29,6 +28,12 @@ class LogitConv(nn.Conv2d):
 def logit_head(channels: int) -> nn.Sequential:
     """(N, channels, 4, 4) -> (N,) logits."""
     return nn.Sequential(LogitConv(channels))
+
+
+def _joint_layers(channels: int, condition_dim: int, *, condition_first: bool = False) -> list[nn.Module]:
+    """JointConv2d + BatchNorm + LeakyReLU, which keep size and channels."""
+    joint = JointConv2d(channels, condition_dim, channels, condition_first=condition_first)
+    return [joint, nn.BatchNorm2d(channels), nn.LeakyReLU(LEAK, inplace=True)]
 
 
 def _trunk(width: int, size: int) -> tuple[list[tuple[str, nn.Sequential]], int]:
@@ -53,7 +58,19 @@ def _trunk(width: int, size: int) -> tuple[list[tuple[str, nn.Sequential]], int]
     return parts, top
 
 
-class Discriminator(nn.Module):
+class PairDiscriminator(nn.Module):
+    """What judges pictures with conditions."""
+
+    def conditionals(self, features: Tensor, *conditions: Tensor) -> list[Tensor]:
+        """(N, C, 4, 4), (N, condition_dim) each -> logits (N,) for each: are they real pictures of these conditions?"""
+        raise NotImplementedError
+
+    def conditional(self, features: Tensor, condition: Tensor) -> Tensor:
+        """`conditionals` for one: logits (N,)."""
+        return self.conditionals(features, condition)[0]
+
+
+class Discriminator(PairDiscriminator):
     """The trunk that both published kinds share: `features`, then the heads of a sub-class.
 
     features: (N, 3, size, size) -> (N, C, 4, 4), C = 8 * width from 64 pixels up.
@@ -86,32 +103,33 @@ class LogitHead(nn.Module):
 
 
 class ConditionalHead(nn.Module):
-    """AttnGAN's conditional head: features (N, C, 4, 4), condition (N, D), picture's channels first -> logits (N,)."""
+    """AttnGAN's conditional head: features (N, C, 4, 4), conditions (N, D) -> logits (N,) for each condition.
+
+    The picture's channels are first in the weight.
+    """
 
     def __init__(self, channels: int, condition_dim: int) -> None:
         super().__init__()
-        self.jointConv = leaky_block(channels + condition_dim, channels)
+        self.jointConv = Joined(*_joint_layers(channels, condition_dim))
         self.outlogits = logit_head(channels)
 
-    def forward(self, features: Tensor, condition: Tensor) -> Tensor:
-        joint = torch.cat([features, tile(condition, features)], dim=1)
-        out: Tensor = self.outlogits(self.jointConv(joint))
-        return out
+    def forward(self, features: Tensor, *conditions: Tensor) -> list[Tensor]:
+        return [self.outlogits(joint) for joint in self.jointConv(features, *conditions)]
 
 
 class JointLogitHead(nn.Module):
-    """StackGAN's conditional head: features (N, C, 4, 4), condition (N, D), picture's channels first -> logits (N,)."""
+    """StackGAN's conditional head, with the same shapes."""
 
     def __init__(self, channels: int, condition_dim: int) -> None:
         super().__init__()
-        self.outlogits = nn.Sequential(*leaky_block(channels + condition_dim, channels), *logit_head(channels))
+        self.outlogits = Joined(*_joint_layers(channels, condition_dim), *logit_head(channels))
 
-    def forward(self, features: Tensor, condition: Tensor) -> Tensor:
-        out: Tensor = self.outlogits(torch.cat([features, tile(condition, features)], dim=1))
+    def forward(self, features: Tensor, *conditions: Tensor) -> list[Tensor]:
+        out: list[Tensor] = self.outlogits(features, *conditions)
         return out
 
 
-class StageDiscriminator(nn.Module):
+class StageDiscriminator(PairDiscriminator):
     """Discriminator of a stage of StackGAN (v1). unconditional: with the head that the second stage has too."""
 
     def __init__(self, width: int, size: int, condition_dim: int, *, unconditional: bool) -> None:
@@ -127,9 +145,8 @@ class StageDiscriminator(nn.Module):
         out: Tensor = self.encode_img(images)
         return out
 
-    def conditional(self, features: Tensor, condition: Tensor) -> Tensor:
-        """(N, C, 4, 4), (N, condition_dim) -> logits (N,): is it a real picture of this condition?"""
-        out: Tensor = self.get_cond_logits(features, condition)
+    def conditionals(self, features: Tensor, *conditions: Tensor) -> list[Tensor]:
+        out: list[Tensor] = self.get_cond_logits(features, *conditions)
         return out
 
     def unconditional(self, features: Tensor) -> Tensor:
@@ -147,9 +164,8 @@ class AttnDiscriminator(Discriminator):
             self.UNCOND_DNET = LogitHead(self.channels)
         self.COND_DNET = ConditionalHead(self.channels, condition_dim)
 
-    def conditional(self, features: Tensor, condition: Tensor) -> Tensor:
-        """(N, C, 4, 4), (N, condition_dim) -> logits (N,): is it a real picture of this condition?"""
-        out: Tensor = self.COND_DNET(features, condition)
+    def conditionals(self, features: Tensor, *conditions: Tensor) -> list[Tensor]:
+        out: list[Tensor] = self.COND_DNET(features, *conditions)
         return out
 
     def unconditional(self, features: Tensor) -> Tensor:
@@ -169,13 +185,11 @@ class StackDiscriminator(Discriminator):
         self.is_conditional = condition_dim is not None
         self.logits = logit_head(self.channels)
         if condition_dim is not None:
-            self.jointConv = leaky_block(self.channels + condition_dim, self.channels)
+            self.jointConv = Joined(*_joint_layers(self.channels, condition_dim, condition_first=True))
             self.uncond_logits = logit_head(self.channels)
 
-    def conditional(self, features: Tensor, condition: Tensor) -> Tensor:
-        """(N, C, 4, 4), (N, condition_dim), the condition's channels first -> logits (N,)."""
-        out: Tensor = self.logits(self.jointConv(torch.cat([tile(condition, features), features], dim=1)))
-        return out
+    def conditionals(self, features: Tensor, *conditions: Tensor) -> list[Tensor]:
+        return [self.logits(joint) for joint in self.jointConv(features, *conditions)]
 
     def unconditional(self, features: Tensor) -> Tensor:
         """(N, C, 4, 4) -> logits (N,)."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from t2idist.nn.attention import GlobalLocalAttention, WordAttention
-from t2idist.nn.blocks import GLU, GLUResidual, conv3x3, glu_block, tile, up_block
+from t2idist.nn.blocks import GLU, GLUResidual, Joined, JointConv2d, conv3x3, up_block
 from t2idist.nn.conditioning import ConditioningAugmentation
 from t2idist.nn.precision import full
 
@@ -74,12 +74,13 @@ class JointStage(nn.Module):
 
     def __init__(self, channels: int, condition_dim: int, residuals: int) -> None:
         super().__init__()
-        self.jointConv = glu_block(channels + condition_dim, channels)
+        joint = JointConv2d(channels, condition_dim, 2 * channels, condition_first=True)
+        self.jointConv = Joined(joint, nn.BatchNorm2d(2 * channels), GLU())
         self.residual = nn.Sequential(*(GLUResidual(channels) for _ in range(residuals)))
         self.upsample = up_block(channels, channels // 2)
 
     def forward(self, features: Tensor, condition: Tensor) -> Tensor:
-        joint = self.jointConv(torch.cat([tile(condition, features), features], dim=1))
+        (joint,) = self.jointConv(features, condition)
         out: Tensor = self.upsample(self.residual(joint))
         return out
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t2idist.nn.blocks import UpConv2d, conv3x3, tile
+from t2idist.nn.blocks import Joined, JointConv2d, UpConv2d, conv3x3
 from t2idist.nn.conditioning import LinearConditioning
 from t2idist.nn.initial import BATCH_NORMS
 from t2idist.nn.precision import full
@@ -132,13 +132,13 @@ class StageTwoGenerator(Upsampler):
         self.encoder = nn.Sequential(
             conv3x3(3, width), nn.ReLU(inplace=True), *_halving(width, 2 * width), *_halving(2 * width, channels)
         )
-        self.hr_joint = nn.Sequential(*_normed(conv3x3(channels + condition_dim, channels)))
+        self.hr_joint = Joined(*_normed(JointConv2d(channels, condition_dim, channels)))
         self.residual = nn.Sequential(*(ReluResidual(channels) for _ in range(residuals)))
 
     def forward(self, low: Tensor, normal: Tensor, text: Tensor) -> Drawn:
         condition, mean, log_variance = self.ca_net(text, normal)
         features = self.encoder(low)
-        joint = self.hr_joint(torch.cat([features, tile(condition, features)], dim=1))
+        (joint,) = self.hr_joint(features, condition)
         return Drawn((self.picture(self.residual(joint)),), mean, log_variance)
 
 

@@ -124,15 +124,17 @@ def _pair_verdict(
         wrong=says_fake_where(other, pairs.keep, groups),
         fake=says_fake(drawn),
         accuracy_real=_share(own > 0),
-        accuracy_wrong=_share((other < 0)[pairs.keep]),
+        accuracy_wrong=_share(other < 0, pairs.keep),
         accuracy_fake=_share(drawn < 0),
-        accuracy_matching=_share((own > other)[pairs.keep]),
+        accuracy_matching=_share(own > other, pairs.keep),
     )
 
 
-def _share(right: Tensor) -> Tensor:
-    """Of these (n,) answers; 0 where there are none."""
-    return right.sum() / max(len(right), 1)
+def _share(right: Tensor, among: Tensor | None = None) -> Tensor:
+    """Of these (n,) answers, or of those `among` them; 0 where there are none."""
+    if among is None:
+        return right.sum() / max(len(right), 1)
+    return (right & among).sum() / among.sum().clamp(min=1)
 
 
 def passes_as_real(net: Judge, fake: Tensor, condition: Tensor) -> Tensor:

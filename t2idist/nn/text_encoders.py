@@ -38,10 +38,13 @@ class BiLSTM(nn.Module):
             return self._each_way(embedded, lengths) if embedded.is_cpu else self._packed(embedded, lengths)
 
     def _packed(self, embedded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        packed = pack_padded_sequence(embedded, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        """By torch's packed sequences, sorted here: where torch sorts them, the host waits for the device."""
+        ordered, order = lengths.cpu().sort(descending=True)
+        sort, restore = (index.to(embedded.device, non_blocking=True) for index in (order, order.argsort()))
+        packed = pack_padded_sequence(embedded[sort], ordered, batch_first=True)
         states, (last, _) = self.rnn(packed)
         words, _ = pad_packed_sequence(states, batch_first=True, total_length=embedded.shape[1])
-        return words.transpose(1, 2), torch.cat([last[0], last[1]], dim=1)
+        return words[restore].transpose(1, 2), torch.cat([last[0], last[1]], dim=1)[restore]
 
     def _each_way(self, embedded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """The same by two LSTMs over whole rows, each caption turned round for the second.

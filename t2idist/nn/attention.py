@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from t2idist.nn.blocks import tile
 from t2idist.nn.precision import full
 
 
@@ -55,6 +54,9 @@ class GlobalLocalAttention(WordAttention):
         self.conv_sentence_vis = nn.Conv2d(channels, channels, kernel_size=1, bias=False)
 
     def sentence(self, features: Tensor, condition: Tensor) -> Tensor:
-        projected = tile(self.linear(condition), features)
-        weights = full(self.conv_sentence_vis(features * projected)).softmax(dim=1)
-        return weights.to(features.dtype) * projected
+        rows = features.permute(0, 2, 3, 1)  # (N, H, W, C), as they lie channels last
+        projected = self.linear(condition).to(rows.dtype)[:, None, None]
+        scores = self.conv_sentence_vis((rows * projected).permute(0, 3, 1, 2))
+        weights = full(scores).permute(0, 2, 3, 1).softmax(dim=3)
+        mixed: Tensor = weights.to(rows.dtype) * projected
+        return mixed.permute(0, 3, 1, 2)

@@ -84,8 +84,8 @@ class CaptionRNN(nn.Module):
         before = torch.cat([full(picture).unsqueeze(1), self.embed(tokens[:, :-1])], dim=1)
         with full_precision(before):
             states, _ = self.lstm(before)
-        out: Tensor = self.linear(states)
-        return out
+        rows: Tensor = self.linear(states.flatten(0, 1))  # as they come, torch would repeat the weight for each picture
+        return rows.unflatten(0, tokens.shape)
 
     def describe(self, picture: Tensor, words: int) -> Tensor:
         """The likeliest word each time: (N, word_dim) -> tokens (N, words)."""

@@ -85,7 +85,7 @@ class CaptionRNN(nn.Module):
         with full_precision(before):
             states, _ = self.lstm(before)
         rows: Tensor = self.linear(states.flatten(0, 1))  # as they come, torch would repeat the weight for each picture
-        return rows.unflatten(0, tokens.shape)
+        return rows.view(*tokens.shape, -1)
 
     def describe(self, picture: Tensor, words: int) -> Tensor:
         """The likeliest word each time: (N, word_dim) -> tokens (N, words)."""

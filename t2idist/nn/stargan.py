@@ -107,7 +107,7 @@ class TranslationGenerator(nn.Module):
         if not self.modulated:
             border = F.pad(images.new_zeros(images.shape[2:]), (BORDER,) * 4, value=-1.0)
             padded = torch.cat([padded, labels[:, :, None, None] * border], dim=1)
-        out = full(self.main(padded, labels))
+        out = full(self.main(padded, labels)).contiguous()  # plane by plane, as they are used
         if not self.masked:
             return torch.tanh(out)
         stays = torch.sigmoid(out[:, 3:])

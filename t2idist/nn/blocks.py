@@ -103,7 +103,7 @@ class JointConv2d(nn.Conv2d):
 def _of_condition(condition: Tensor, weight: Tensor, like: Tensor) -> Tensor:
     """The 3x3 convolution (O, D, 3, 3) of a condition (N, D) tiled over the places of `like` (N, O, H, W)."""
     products = F.linear(condition.to(like.dtype), weight.permute(0, 2, 3, 1).flatten(0, 2))
-    taps = full(products.view(len(condition), -1, 3, 3).permute(0, 2, 3, 1))
+    taps = full(products.unflatten(1, (-1, 3, 3)).permute(0, 2, 3, 1))
     places = _by_border(_by_border(taps, 1), 2).to(like.dtype)
     return _fill(_fill(places, 2, like.shape[3]), 1, like.shape[2]).permute(0, 3, 1, 2)
 
@@ -117,7 +117,7 @@ def _by_border(taps: Tensor, dim: int) -> Tensor:
 def _fill(places: Tensor, dim: int, count: int) -> Tensor:
     """Of three places along a dimension the one in the middle repeated, until there are `count`."""
     first, middle, last = places.split(1, dim)
-    sizes = list(places.shape)
+    sizes = [-1] * places.dim()
     sizes[dim] = count - 2
     return torch.cat([first, middle.expand(sizes), last], dim)
 

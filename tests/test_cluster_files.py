@@ -317,6 +317,7 @@ def slurm_environment(tmp_path: Path, step: str) -> dict[str, str]:
     bin_ = tmp_path / "venv/bin"
     bin_.parent.mkdir()
     stand_in(bin_, "ray")
+    (bin_ / "python").symlink_to(sys.executable)  # as a virtual environment has; a machine may have none
     stand_in(bin_, "scontrol", 'if [[ $1 == show ]]; then printf "node1\\nnode2\\n"; fi')
     stand_in(bin_, "srun", f'case "$*" in *hostname*) echo 10.1.2.3 ;; *symmetric-run*) {step} ;; esac')
     return {

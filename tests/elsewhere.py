@@ -171,29 +171,27 @@ class Untimed(bench_step.Stopwatch):
         return 0.0
 
 
-def step(name: str, device: str, waits: list[str]) -> dict[str, float]:
-    """The reports of a system's second step on synthetic data; `waits` is left with what happened in it alone."""
+def step(name: str, device: str, waits: Sequence[str] = ()) -> tuple[dict[str, float], list[str]]:
+    """The reports of a system's second step on synthetic data, and what it added to the device's `waits`."""
     words = bench_step.parser().parse_args([name, "--group-size", "4"])
     run, stage = bench_step.chosen_stage(words)
     system, plan = bench_step.system_of(run, stage, VOCABULARY)
     trainer = bench_step.stopwatch(system, plan, Precision("float64"), torch.device(device), Untimed)
     batch = bench_step.synthetic_batch(system.sizes, plan)
     trainer.timed_steps(batch, 1)
-    first = len(trainer._reports)
-    waits.clear()
+    first, before = len(trainer._reports), len(waits)
     trainer.timed_steps(batch, 1)
-    seen = list(waits)
-    reports = {name: float(value) for _, name, value in trainer._reports[first:]}
-    waits[:] = seen
-    return reports
+    waited = list(waits[before:])  # without those of the next line
+    return {name: float(value) for _, name, value in trainer._reports[first:]}, waited
 
 
 def main(names: Sequence[str]) -> None:
     _setup_privateuseone_for_python_backend(DEVICE, Module())  # before the first backward pass, which counts devices
-    found: dict[str, Any] = {name: {"here": step(name, "cpu", [])} for name in names}
+    found: dict[str, Any] = {name: {"here": step(name, "cpu")[0]} for name in names}
     for name in names:
         with Device() as device, OwnKernels():
-            found[name] |= {"elsewhere": step(name, DEVICE, device.waits), "waits": device.waits}
+            reports, waits = step(name, DEVICE, device.waits)
+            found[name] |= {"elsewhere": reports, "waits": waits}
     print(json.dumps(found))
 
 

@@ -24,6 +24,7 @@ from t2idist.losses.adversarial import (
 )
 from t2idist.losses.image import colour_consistency, kl_divergence
 from t2idist.losses.matching import Gammas, WrongPairs, sentence_losses, word_losses, word_similarity, wrong_pairs
+from t2idist.nn.discriminators import PairDiscriminator
 
 NONE_ALIKE = torch.arange(4)
 LENGTHS = torch.tensor([12, 9, 7, 5])
@@ -143,7 +144,7 @@ def test_kept_terms_are_averaged_in_each_group() -> None:
 ACCURACIES = ("accuracy_real", "accuracy_wrong", "accuracy_fake", "accuracy_matching")
 
 
-class Logits:
+class Logits(PairDiscriminator):
     """A discriminator whose pictures are their own features, and whose logit is their product with the condition."""
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
@@ -151,9 +152,6 @@ class Logits:
 
     def conditionals(self, features: torch.Tensor, *conditions: torch.Tensor) -> list[torch.Tensor]:
         return [(features * condition).sum(1) for condition in conditions]
-
-    def conditional(self, features: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        return self.conditionals(features, condition)[0]
 
     def unconditional(self, features: torch.Tensor) -> torch.Tensor:
         return features.sum(1)

@@ -25,11 +25,11 @@ test-slow: $(INSTALLED)
 
 # The authors' way beside ours on a CPU, in short; fails where a ratio falls under its floor.
 bench: $(INSTALLED)
-	$(BIN)/python tools/bench_step.py attngan --preset cub --group-size 4 --steps 2 --floor 2
-	$(BIN)/python tools/bench_step.py stackgan_pp --preset cub --group-size 4 --steps 2 --floor 2
-	$(BIN)/python tools/bench_step.py damsm --preset cub --steps 2 --floor 3
-	$(BIN)/python tools/bench_step.py stargan --preset celeba128 --group-size 4 --steps 2 --floor 2.5
-	$(BIN)/python tools/bench_sample.py attngan --preset cub --steps 2 --floor 2.5
+	$(BIN)/python tools/bench/bench_step.py attngan --preset cub --group-size 4 --steps 2 --floor 2
+	$(BIN)/python tools/bench/bench_step.py stackgan_pp --preset cub --group-size 4 --steps 2 --floor 2
+	$(BIN)/python tools/bench/bench_step.py damsm --preset cub --steps 2 --floor 3
+	$(BIN)/python tools/bench/bench_step.py stargan --preset celeba128 --group-size 4 --steps 2 --floor 2.5
+	$(BIN)/python tools/bench/bench_sample.py attngan --preset cub --steps 2 --floor 2.5
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check t2idist tests tools

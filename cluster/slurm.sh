@@ -77,7 +77,7 @@ requeued=
 # shellcheck disable=SC2329 # the trap calls it
 save_and_requeue() {
   echo "$(date -u +%FT%TZ) the nodes are about to go: saving"
-  srun --overlap --ntasks="$nodes" --ntasks-per-node=1 --no-kill python -m t2idist.drain --seconds 60 || true
+  srun --overlap --ntasks="$nodes" --ntasks-per-node=1 --no-kill python -m t2idist.launch.drain --seconds 60 || true
   requeued=yes
   scontrol requeue "$SLURM_JOB_ID"
 }

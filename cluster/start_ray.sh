@@ -31,7 +31,7 @@ case $role in
     fi
     ray stop
     ray start --address="${RAY_HEAD_IP:?"RAY_HEAD_IP is not set: ray up sets it"}:6379"
-    nohup python -m t2idist.drain --watch "$cloud" >"$HOME/spot_notice.log" 2>&1 </dev/null &
+    nohup python -m t2idist.launch.drain --watch "$cloud" >"$HOME/spot_notice.log" 2>&1 </dev/null &
     echo $! >"$HOME/spot_notice.pid"
     ;;
   *)

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from t2idist import access, logs
 from t2idist import config as configuration
 from t2idist.config import RunConfig
+from t2idist.launch import auth
+from t2idist.observability import logs
 
 if TYPE_CHECKING:
-    from t2idist.orders import Stop
-    from t2idist.resume import Source
+    from t2idist.training.options import Stop
+    from t2idist.training.resume import Source
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from t2idist.evaluate import status
+    from t2idist.report import status
 
     if arguments.recipe is not None:
         raise ValueError(f"{arguments.recipe}: --list and --status read a folder; they take no recipe")
@@ -114,17 +115,17 @@ def _show(arguments: argparse.Namespace) -> int:
 
 def _run(config: RunConfig, arguments: argparse.Namespace) -> int:
     only_told = bool(arguments.plan) or arguments.dry_run
-    address = "" if arguments.local else access.joined(config.cluster.address, os.environ)
+    address = "" if arguments.local else auth.joined(config.cluster.address, os.environ)
     if not (only_told or arguments.insecure_cluster):
-        access.check(address, os.environ, Path.home())
+        auth.check(address, os.environ, Path.home())
     check = functools.partial(_check, config, arguments)
     if only_told or arguments.local or address:
         return _train(check(), arguments)
-    from t2idist import connect
+    from t2idist.launch import connection
 
-    if connect.is_up():
+    if connection.is_up():
         return _train(check(), arguments)
-    with connect.started(config.cluster, check) as checked:
+    with connection.started(config.cluster, check) as checked:
         return _train(checked, arguments, own=True)
 
 
@@ -141,14 +142,16 @@ class _Checked:
 
 def _check(config: RunConfig, arguments: argparse.Namespace) -> _Checked | None:
     """None where the command asked for a page alone; it is printed."""
-    from t2idist import dry, hook, orders, resume, stages
+    from t2idist.observability import hook
+    from t2idist.preflight import dry_run
+    from t2idist.training import options, resume, stages
 
-    config = orders.with_init(stages.anchored(config), arguments.init_from)
-    stop = orders.parse_stop(arguments.stop_after, config) if arguments.stop_after else None
+    config = options.with_init(stages.anchored(config), arguments.init_from)
+    stop = options.parse_stop(arguments.stop_after, config) if arguments.stop_after else None
     if arguments.plan:
-        from t2idist import estimate
+        from t2idist.preflight import plan
 
-        print(estimate.page(config, arguments.plan), flush=True)
+        print(plan.page(config, arguments.plan), flush=True)
         return None
     words = hook.parse(arguments.hook) if arguments.hook else []
     resumed = resume.find(config, arguments.resume_from) if arguments.resume_from else None
@@ -157,11 +160,11 @@ def _check(config: RunConfig, arguments: argparse.Namespace) -> _Checked | None:
         logs.set_up(logging.INFO, place)
     _say(config, f"{config.name}: {config.about or ', '.join(config.stages)}")
     if arguments.dry_run:
-        print(dry.describe(config, resumed), flush=True)
+        print(dry_run.describe(config, resumed), flush=True)
         return None
-    dry.check(config, resumed)
+    dry_run.check(config, resumed)
     if not arguments.local:
-        import t2idist.launch  # noqa: F401  # Ray Train takes seconds to import
+        import t2idist.launch.submit  # noqa: F401  # Ray Train takes seconds to import
     return _Checked(config, stop, resumed, words, place)
 
 
@@ -169,23 +172,24 @@ def _train(run: _Checked | None, arguments: argparse.Namespace, own: bool = Fals
     """own: Ray was started for this run alone."""
     if run is None:
         return 0
-    from t2idist import hook, outcome, resume, stages
-    from t2idist.engine.notice import Left
+    from t2idist.engine.preemption import Left
+    from t2idist.observability import hook
+    from t2idist.training import lifecycle, resume, stages
 
     config = run.config
     _say(config, f"run folder {stages.run_url(config)}")
     if run.resumed is not None:
         resume.prepare(config, arguments.resume_from, run.resumed)
     try:
-        with outcome.told(config, hook.Hook(run.hook), stops=run.stop is not None) as telling:
+        with lifecycle.told(config, hook.Hook(run.hook), stops=run.stop is not None) as telling:
             if arguments.local:
-                from t2idist import alone
+                from t2idist.training import local
 
-                alone.train(config, run.stop, telling.follow, run.place)
+                local.train(config, run.stop, telling.follow, run.place)
             else:
-                from t2idist import launch
+                from t2idist.launch import submit
 
-                launch.submit(config, run.stop, telling.follow, own)
+                submit.submit(config, run.stop, telling.follow, own)
     except Left as left:
         print(f"ended on request, {left}; the same command goes on", file=sys.stderr)
         return 128 + signal.SIGTERM

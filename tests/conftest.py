@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.workers import Workers
+from tests.helpers.worker_processes import Workers
 
 
 @pytest.fixture(scope="session")

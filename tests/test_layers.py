@@ -230,7 +230,7 @@ def test_what_holds_copies_does_without_torch() -> None:
 
 
 DRIVER = """
-import sys, t2idist.connect
+import sys, t2idist.launch.connection
 assert not {"torch", "ray.train"} & set(sys.modules), "these are imported while Ray starts"
 from t2idist import config, dry, launch
 dry.check(config.load("attngan", [f"storage={sys.argv[1]}"]), None)

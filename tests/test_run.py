@@ -17,20 +17,20 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from t2idist.engine import export
-from t2idist.engine.intake import read_ledger
-from tests import small
+from t2idist.engine.batches import read_ledger
+from t2idist.engine.checkpoint import export
+from tests.helpers import small_systems
 
 ROOT = Path(__file__).parent.parent
-TREE = {**small.TREE, "branches": 2, "base_size": 16}
+TREE = {**small_systems.TREE, "branches": 2, "base_size": 16}
 
 
 def recipe(folder: Path, system: str = "attngan", **top: Any) -> Path:
     """A small run on the emoji that ship: DAMSM and a GAN, seconds long."""
     scale = {"group_size": 4, "groups": 2, "images": 64, "checkpoint_every_images": 16, "pictures_every_images": 32}
     stages = {
-        "damsm": {"system": "damsm", **scale, "model": small.DAMSM},
-        system: {"system": system, **scale, "uses": small.USES[system], "model": small.MODELS[system]},
+        "damsm": {"system": "damsm", **scale, "model": small_systems.DAMSM},
+        system: {"system": system, **scale, "uses": small_systems.USES[system], "model": small_systems.MODELS[system]},
     }
     values = {
         "name": "tiny",

@@ -20,12 +20,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from t2idist.config import DataConfig
+from t2idist.data.loader import load_split
 from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_dataset
-from t2idist.data.stream import load_split
 from t2idist.evaluate.caption_space import CaptionSpace
-from t2idist.evaluate.distances import fid, kid, neighbours
-from t2idist.evaluate.extractors import DEFAULT, EXTRACTORS, Extractor, Weights, open_extractor
+from t2idist.evaluate.distribution_metrics import fid, kid, neighbours
+from t2idist.evaluate.feature_extractors import DEFAULT, EXTRACTORS, Extractor, Weights, open_extractor
 from t2idist.evaluate.r_precision import RPrecision, r_precision
 
 AT_ONCE = 64

@@ -9,19 +9,19 @@ import argparse
 import sys
 
 from t2idist import storage
-from t2idist.data.ingest import command
-from t2idist.data.ingest.check import Problems, check_set
-from t2idist.data.ingest.duplicates import find_duplicates
-from t2idist.data.ingest.sheet import choose, draw_sheet
-from t2idist.data.ingest.writer import Progress
-from t2idist.data.pack import cores
+from t2idist.data.shard_writer import cores
 from t2idist.data.shards import DESCRIPTION, Dataset
+from t2idist.ingest import cli
+from t2idist.ingest.check import Problems, check_set
+from t2idist.ingest.contact_sheet import choose, draw_sheet
+from t2idist.ingest.duplicates import find_duplicates
+from t2idist.ingest.writer import Progress
 
 PAIRS_SHOWN = 20
 
 
 def check(arguments: argparse.Namespace) -> int:
-    command.set_endpoint(arguments.endpoint_url)
+    cli.set_endpoint(arguments.endpoint_url)
     try:
         dataset = Dataset.open(arguments.url)
     except ValueError as error:
@@ -29,12 +29,12 @@ def check(arguments: argparse.Namespace) -> int:
         return 1
     description = storage.read_json(storage.join(arguments.url, DESCRIPTION))
     chosen = choose(dataset) if arguments.sheet else []
-    with command.Meter(sys.stderr) as meter:
+    with cli.Meter(sys.stderr) as meter:
         found = check_set(
             dataset, description, processes=arguments.processes, fingerprints=arguments.duplicates, pictured=chosen,
             report=lambda done, total: meter.show(Progress(done, total, 0)),
         )  # fmt: skip
-    print(command.summary(arguments.url, description))
+    print(cli.summary(arguments.url, description))
     if arguments.duplicates:
         show_duplicates(find_duplicates(found.fingerprints), found.split_of)
     if arguments.sheet:
@@ -73,7 +73,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=cores(), help="default: one a core (%(default)s)")
     parser.add_argument("--endpoint-url", help="of the S3 service (default: AWS_ENDPOINT_URL)")
     arguments = parser.parse_args(words)
-    return command.guarded(parser.prog, lambda: check(arguments))
+    return cli.guarded(parser.prog, lambda: check(arguments))
 
 
 if __name__ == "__main__":

@@ -18,21 +18,21 @@ from numpy.typing import NDArray
 
 from t2idist import storage
 from t2idist.config import DataConfig
-from t2idist.data.embed import Sentences, VectorsOf, embed_set
-from t2idist.data.ingest import command
 from t2idist.data.shards import VectorFacts
 from t2idist.data.sources import open_dataset
-from t2idist.data.vectors_file import SUFFIXES, VectorsFile
-from t2idist.evaluate.encoders import Encoder, open_encoder
+from t2idist.ingest import cli
+from t2idist.ingest.embed import Sentences, VectorsOf, embed_set
+from t2idist.ingest.vectors_file import SUFFIXES, VectorsFile
+from t2idist.sampling.sentence_encoders import Encoder, open_encoder
 
 
 def embed(arguments: argparse.Namespace) -> int:
-    command.set_endpoint(arguments.endpoint_url)
+    cli.set_endpoint(arguments.endpoint_url)
     dataset = open_dataset(DataConfig(source=arguments.data))
     vectors_of, facts = _opened(arguments)
-    with command.Meter(sys.stderr) as meter:
+    with cli.Meter(sys.stderr) as meter:
         description = embed_set(dataset, arguments.to, vectors_of, facts, restart=arguments.restart, report=meter.show)
-    print(command.summary(arguments.to, description))
+    print(cli.summary(arguments.to, description))
     print(f"sentence vectors: {facts.dim} numbers of {facts.dtype}, of {facts.encoder['name']}")
     without = description.get("without_vector")
     if without:
@@ -75,7 +75,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--restart", action="store_true", help="begin anew instead of going on")
     parser.add_argument("--endpoint-url", help="of the S3 service (default: AWS_ENDPOINT_URL)")
     arguments = parser.parse_args(words)
-    return command.guarded(parser.prog, lambda: embed(arguments))
+    return cli.guarded(parser.prog, lambda: embed(arguments))
 
 
 if __name__ == "__main__":

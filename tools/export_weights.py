@@ -13,9 +13,9 @@ import sys
 import torch
 
 from t2idist import storage
-from t2idist.data.ingest import command
-from t2idist.evaluate.handover import CONFIG, write_onnx, write_plain
-from t2idist.evaluate.load import load
+from t2idist.convert.to_onnx import CONFIG, write_onnx, write_plain
+from t2idist.ingest import cli
+from t2idist.sampling.loading import load
 
 
 def main(words: list[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--to", required=True, metavar="FOLDER", help="folder or object store URL to write to")
     parser.add_argument("--onnx", action="store_true", help="write the drawing as ONNX, too, and check it")
     arguments = parser.parse_args(words)
-    return command.guarded(parser.prog, lambda: _run(arguments))
+    return cli.guarded(parser.prog, lambda: _run(arguments))
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -13,10 +13,10 @@ import argparse
 import sys
 
 from t2idist import storage
-from t2idist.data.ingest import command
-from t2idist.data.text import Vocabulary
-from t2idist.evaluate.authors import captions
-from t2idist.evaluate.authors.importing import Imported, Options, import_weights
+from t2idist.convert.authors import captions
+from t2idist.convert.authors.importing import Imported, Options, import_weights
+from t2idist.data.tokenizer import Vocabulary
+from t2idist.ingest import cli
 
 
 def main(words: list[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(words: list[str] | None = None) -> int:
     )
     parser.add_argument("--max-words", type=int, default=18, help="of a caption (default: %(default)s, CUB; COCO: 12)")
     arguments = parser.parse_args(words)
-    return command.guarded(parser.prog, lambda: _run(arguments))
+    return cli.guarded(parser.prog, lambda: _run(arguments))
 
 
 def _run(arguments: argparse.Namespace) -> int:

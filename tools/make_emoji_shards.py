@@ -19,8 +19,8 @@ from typing import Any
 
 from PIL import Image
 
-from t2idist.data.pack import write_shards
-from t2idist.data.samples import SampleRecord
+from t2idist.data.sample_format import SampleRecord
+from t2idist.data.shard_writer import write_shards
 
 VENDORS = ("fluent", "noto", "twemoji")
 LICENCE = (

@@ -20,16 +20,16 @@ from torch import Tensor
 
 from t2idist import storage
 from t2idist.config import DataConfig, RunConfig
+from t2idist.config.strict import from_dict, parse_yaml
 from t2idist.contract import Batch, Draws, Matches, as_floats
+from t2idist.data.loader import LoadedSplit, load_split
 from t2idist.data.sources import open_dataset
-from t2idist.data.stream import LoadedSplit, load_split
-from t2idist.evaluate import report
-from t2idist.evaluate.attributes import TRAITS, answers, balanced_accuracy, decide, train_judge
-from t2idist.evaluate.draw import NormalDraw, encode, generate
-from t2idist.evaluate.load import Loaded, load
+from t2idist.evaluate.attribute_classifier import TRAITS, answers, balanced_accuracy, decide, train_judge
 from t2idist.evaluate.monitor import can_draw, can_match, embed_all
 from t2idist.evaluate.r_precision import r_precision
-from t2idist.strict import from_dict, parse_yaml
+from t2idist.report import report
+from t2idist.sampling.generate import NormalDraw, encode, generate
+from t2idist.sampling.loading import Loaded, load
 
 CPU = torch.device("cpu")
 Row = dict[str, Any]

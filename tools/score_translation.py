@@ -19,17 +19,17 @@ from torch import Tensor
 
 from t2idist import storage
 from t2idist.config import RunConfig
+from t2idist.config.strict import from_dict
 from t2idist.contract import Translates, as_floats
+from t2idist.data.loader import LoadedSplit, load_split
 from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_datasets
-from t2idist.data.stream import LoadedSplit, load_split
-from t2idist.evaluate import report, run_folder
-from t2idist.evaluate.attributes import ABSENT, Judge, Trait, answers, balanced_accuracy, decide, train_judge
-from t2idist.evaluate.changes import Labels
-from t2idist.evaluate.load import Loaded, load
+from t2idist.evaluate.attribute_classifier import ABSENT, Judge, Trait, answers, balanced_accuracy, decide, train_judge
 from t2idist.evaluate.monitor import can_translate
-from t2idist.evaluate.translate import held_out, translate
-from t2idist.strict import from_dict
+from t2idist.report import report, run_folder
+from t2idist.sampling.attribute_edits import Labels
+from t2idist.sampling.loading import Loaded, load
+from t2idist.sampling.translate import held_out, translate
 
 CPU = torch.device("cpu")
 TRAIN_PICTURES = 20_000

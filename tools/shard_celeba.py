@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from t2idist.data.ingest import command
-from t2idist.data.ingest.celeba import list_celeba
-from t2idist.data.ingest.listing import Listing
+from t2idist.ingest import cli
+from t2idist.ingest.celeba import list_celeba
+from t2idist.ingest.listing import Listing
 
 
 def listed(arguments: argparse.Namespace, listing: Listing) -> None:
@@ -21,7 +21,7 @@ def main(words: list[str] | None = None) -> int:
         help="holds img_align_celeba, list_attr_celeba.txt and list_eval_partition.txt",
     )  # fmt: skip
     parser.add_argument("--captions", metavar="URL", help="a captions.jsonl with captions of the faces (default: none)")
-    return command.main(parser, "celeba", listed, words)
+    return cli.main(parser, "celeba", listed, words)
 
 
 if __name__ == "__main__":

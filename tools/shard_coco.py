@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from t2idist.data.ingest import command
-from t2idist.data.ingest.coco import find_splits, list_coco, parse_split
-from t2idist.data.ingest.listing import Listing
+from t2idist.ingest import cli
+from t2idist.ingest.coco import find_splits, list_coco, parse_split
+from t2idist.ingest.listing import Listing
 
 
 def listed(arguments: argparse.Namespace, listing: Listing) -> None:
@@ -32,7 +32,7 @@ def main(words: list[str] | None = None) -> int:
         metavar="NAME=IMAGES_URL,ANNOTATIONS_URL",
         help="a split that lies elsewhere",
     )
-    return command.main(parser, "coco", listed, words)
+    return cli.main(parser, "coco", listed, words)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from t2idist.data.ingest import command
-from t2idist.data.ingest.cub import list_cub
-from t2idist.data.ingest.listing import Listing
+from t2idist.ingest import cli
+from t2idist.ingest.cub import list_cub
+from t2idist.ingest.listing import Listing
 
 
 def listed(arguments: argparse.Namespace, listing: Listing) -> None:
@@ -25,7 +25,7 @@ def main(words: list[str] | None = None) -> int:
         "--test-classes", metavar="FILE", help="test are these classes, one a line (default: by the lists)"
     )
     parser.add_argument("--no-crop", action="store_true", help="do not crop to the bounding boxes")
-    return command.main(parser, "cub", listed, words)
+    return cli.main(parser, "cub", listed, words)
 
 
 if __name__ == "__main__":

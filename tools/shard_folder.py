@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from t2idist.data.ingest import command
-from t2idist.data.ingest.folder import FolderOptions, list_folder
-from t2idist.data.ingest.listing import Listing
-from t2idist.data.ingest.tables import Columns
+from t2idist.ingest import cli
+from t2idist.ingest.folder import FolderOptions, list_folder
+from t2idist.ingest.listing import Listing
+from t2idist.ingest.tables import Columns
 
 
 def listed(arguments: argparse.Namespace, listing: Listing) -> None:
@@ -48,7 +48,7 @@ def main(words: list[str] | None = None) -> int:
     )
     parser.add_argument("--split-by-class", action="store_true", help="no class is in two splits")
     parser.add_argument("--allow-no-captions", action="store_true", help="pictures without captions are right")
-    return command.main(parser, "folder", listed, words)
+    return cli.main(parser, "folder", listed, words)
 
 
 if __name__ == "__main__":

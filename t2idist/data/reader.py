@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from t2idist import storage
 from t2idist.data.cache import ShardCache
 from t2idist.data.order import Run
-from t2idist.data.samples import EXTENSIONS, VECTORS
+from t2idist.data.sample_format import EXTENSIONS, VECTORS
 from t2idist.data.shards import Dataset, Shard, inflate
 
 os.environ["WDS_SECURE"] = "1"  # no pipe: URLs, should webdataset ever be handed one; read when it is imported

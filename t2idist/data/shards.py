@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from t2idist import storage
 from t2idist.contract import Extent
-from t2idist.data.samples import KEY_PATTERN, MAX_CAPTION_CHARACTERS, MAX_VECTOR_DIM, VECTOR_TYPES, npy_header
-from t2idist.data.text import END, Vocabulary
+from t2idist.data.sample_format import KEY_PATTERN, MAX_CAPTION_CHARACTERS, MAX_VECTOR_DIM, VECTOR_TYPES, npy_header
+from t2idist.data.tokenizer import END, Vocabulary
 
 SCHEMA_VERSION = 2
 DESCRIPTION = "dataset.json"

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from t2idist.config import GuardConfig, StageConfig
-from t2idist.engine.checkpoint import Checkpoints
+from t2idist.engine.batches import Intake
+from t2idist.engine.checkpoint.manager import Checkpoints
+from t2idist.engine.checkpoint.replicas import Memory
 from t2idist.engine.guard import Diverged
-from t2idist.engine.intake import Intake
-from t2idist.engine.memory import Memory
 from t2idist.engine.metrics import Log
-from t2idist.engine.notice import Notices
-from t2idist.engine.train import Trainer
+from t2idist.engine.preemption import Notices
+from t2idist.engine.trainer import Trainer
 
 
 class Look(Protocol):

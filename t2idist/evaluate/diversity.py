@@ -7,7 +7,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from t2idist.evaluate.extractors import Layers
+from t2idist.evaluate.feature_extractors import Layers
 
 WITHIN, BETWEEN = "val/diversity", "val/diversity_of_captions"
 COLLAPSED = 0.1

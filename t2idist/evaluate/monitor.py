@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from t2idist import storage
 from t2idist.contract import Batch, Draws, Matches, Sample, System, as_floats
-from t2idist.data.text import Vocabulary, tokenise
-from t2idist.evaluate.draw import NormalDraw, encode, generate, no_captions
-from t2idist.evaluate.pictures import attention_figure, grid, png_bytes, stacked
+from t2idist.data.tokenizer import Vocabulary, tokenise
 from t2idist.evaluate.r_precision import most_candidates, r_precision
+from t2idist.sampling.figures import attention_figure, grid, png_bytes, stacked
+from t2idist.sampling.generate import NormalDraw, encode, generate, no_captions
 
 logger = logging.getLogger(__name__)
 

@@ -16,16 +16,17 @@ from typing import Any
 from tqdm import tqdm
 
 import t2idist
-from t2idist import spread, storage
+from t2idist import storage
 from t2idist.config import METRICS, DataConfig
+from t2idist.config.strict import from_dict
 from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_dataset
-from t2idist.engine import export
-from t2idist.evaluate import scoring, sheets
-from t2idist.evaluate.extractors import DEFAULT, EXTRACTORS, Weights
-from t2idist.evaluate.measures import NEEDS_TRAIN, READ_BY, Measures, Options, check
-from t2idist.evaluate.scoring import Job, Look, Piece
-from t2idist.strict import from_dict
+from t2idist.engine.checkpoint import export
+from t2idist.evaluate import score_chunks, score_sheets
+from t2idist.evaluate.feature_extractors import DEFAULT, EXTRACTORS, Weights
+from t2idist.evaluate.metrics import NEEDS_TRAIN, READ_BY, Measures, Options, check
+from t2idist.evaluate.score_chunks import Job, Look, Piece
+from t2idist.launch import parallel
 
 RESULT = "scores.json"
 
@@ -178,15 +179,15 @@ def score(settings: Settings) -> dict[str, Any]:
     Raises ValueError, one sentence, for what cannot be scored.
     """
     job, dataset = make_job(settings)
-    work = scoring.pieces(job)
+    work = score_chunks.pieces(job)
     with tqdm(total=len(work), unit="piece", desc="pictures", file=sys.stderr) as bar:
         tasks = [(job, piece, settings.work) for piece in work]
         gpus = int(settings.device != "cpu")
-        for _ in spread.each(_do, tasks, settings.workers, settings.address, gpus=gpus):
+        for _ in parallel.each(_do, tasks, settings.workers, settings.address, gpus=gpus):
             bar.update()
     measures = _measures(settings, job, dataset)
     result = _result(settings, job, dataset, measures)
-    result["sheets"] = sheets.write(job, measures, dataset, settings.folder)
+    result["sheets"] = score_sheets.write(job, measures, dataset, settings.folder)
     storage.write_json(storage.join(settings.folder, RESULT), result)
     return result
 
@@ -194,12 +195,12 @@ def score(settings: Settings) -> dict[str, Any]:
 def score_slowly(settings: Settings, pace: Callable[[], None]) -> dict[str, Any]:
     """The same in this process, with `pace` called before each piece of work; writes nothing that stays."""
     job, dataset = make_job(settings)
-    for piece in scoring.pieces(job):
+    for piece in score_chunks.pieces(job):
         pace()
-        scoring.do(job, piece, settings.work)
+        score_chunks.do(job, piece, settings.work)
     pace()
     result = _result(settings, job, dataset, _measures(settings, job, dataset))
-    scoring.forget(job, settings.work)
+    score_chunks.forget(job, settings.work)
     return result
 
 
@@ -221,7 +222,7 @@ def _result(settings: Settings, job: Job, dataset: Dataset, measures: Measures) 
 
 
 def _do(task: tuple[Job, Piece, str]) -> None:
-    scoring.do(*task)
+    score_chunks.do(*task)
 
 
 def make_job(settings: Settings) -> tuple[Job, Dataset]:
@@ -262,8 +263,8 @@ def make_job(settings: Settings) -> tuple[Job, Dataset]:
     )
     check(job, _options(settings), settings.metrics, dataset)
     for number in range(len(looks)):
-        scoring.looker(job, number)  # whatever is wrong with one is said before the work begins
-    return replace(job, pixels=scoring.drawn_size(job, dataset)), dataset
+        score_chunks.looker(job, number)  # whatever is wrong with one is said before the work begins
+    return replace(job, pixels=score_chunks.drawn_size(job, dataset)), dataset
 
 
 def _protocol(settings: Settings, job: Job, dataset: Dataset, measures: Measures) -> dict[str, Any]:
@@ -280,7 +281,7 @@ def _protocol(settings: Settings, job: Job, dataset: Dataset, measures: Measures
         "pixels": job.pixels,
         "jpeg": job.jpeg,
         "crop": job.data.crop,
-        "extractors": [scoring.looker(job, number).facts for number in range(len(job.looks))],
+        "extractors": [score_chunks.looker(job, number).facts for number in range(len(job.looks))],
         "inception_splits": settings.splits,
         "kid_subset": measures.kid_subset,
         "export": storage.redact(settings.export),

@@ -20,12 +20,12 @@ from torch.nn import functional
 
 from t2idist import storage
 from t2idist.config import DataConfig
+from t2idist.config.strict import from_dict
 from t2idist.contract import Batch, Inverts, System, as_floats
+from t2idist.data.loader import load_split
 from t2idist.data.sources import open_dataset
-from t2idist.data.stream import load_split
-from t2idist.evaluate.load import Loaded, load
 from t2idist.nn.text_encoders import sentence_vectors
-from t2idist.strict import from_dict
+from t2idist.sampling.loading import Loaded, load
 
 BORDER = 8
 """The background is the frame of a picture, one part in so many of its height on each side."""

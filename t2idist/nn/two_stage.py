@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from t2idist.nn.blocks import Joined, JointConv2d, UpConv2d, conv3x3
 from t2idist.nn.conditioning import LinearConditioning
-from t2idist.nn.initial import BATCH_NORMS
+from t2idist.nn.init import BATCH_NORMS
 from t2idist.nn.precision import full
 from t2idist.nn.tree import SEED_SIZE, Drawn
 

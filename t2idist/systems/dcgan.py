@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
 
-from t2idist import sentences
 from t2idist.contract import Adam, Batch, Captions, Draw, Frozen, Plan, Role, Sample, Train
 from t2idist.losses.adversarial import Alone, judge_alone, says_real
 from t2idist.nn.dcgan import DcganDiscriminator, DcganGenerator, conditional_generator
-from t2idist.nn.initial import normal_
+from t2idist.nn.init import normal_
 from t2idist.nn.text_encoders import sentence_encoder
+from t2idist.systems import _sentences
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Dcgan:
     def step(self, batch: Batch, train: Train) -> None:
         text = None
         if self.config.conditional:
-            text = sentences.for_step(batch.captions, train, self.frozen, self.config.unit_text)
+            text = _sentences.for_step(batch.captions, train, self.frozen, self.config.unit_text)
         fake = train.forward("generator", _call, train.noise(self.config.z_dim), text)
         verdict = train.forward("discriminator", _verdict, batch.images[-1], fake.detach(), text)
         train.apply("discriminator", verdict.real + verdict.fake)
@@ -83,7 +83,7 @@ class Dcgan:
         train.apply("generator", loss)
 
     def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: Draw) -> Sample:
-        text = sentences.for_sample(captions, nets, self.config.unit_text) if self.config.conditional else None
+        text = _sentences.for_sample(captions, nets, self.config.unit_text) if self.config.conditional else None
         return Sample((nets["generator"](draw(self.config.z_dim), text),))
 
 

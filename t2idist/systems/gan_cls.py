@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from t2idist import sentences
 from t2idist.contract import Adam, Batch, Captions, Draw, Frozen, Plan, Role, Sample, Schedule, Train
 from t2idist.losses.adversarial import conditional_only, judge_three, says_real
 from t2idist.losses.matching import wrong_pairs
 from t2idist.nn.dcgan import DcganDiscriminator, conditional_generator
-from t2idist.nn.initial import normal_
+from t2idist.nn.init import normal_
 from t2idist.nn.text_encoders import sentence_encoder
+from t2idist.systems import _sentences
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class GanCls:
         self.exports = ("generator", *self.frozen)
 
     def step(self, batch: Batch, train: Train) -> None:
-        text = sentences.for_step(batch.captions, train, self.frozen, self.config.unit_text)
+        text = _sentences.for_step(batch.captions, train, self.frozen, self.config.unit_text)
         pairs = wrong_pairs(batch.class_ids, batch.groups)
         texts, noises = [text], [train.noise(self.config.z_dim)]
         if self.config.interpolate:
@@ -114,7 +114,7 @@ class GanCls:
         return total
 
     def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: Draw) -> Sample:
-        text = sentences.for_sample(captions, nets, self.config.unit_text)
+        text = _sentences.for_sample(captions, nets, self.config.unit_text)
         return Sample((nets["generator"](draw(self.config.z_dim), text),))
 
 

@@ -17,7 +17,7 @@ from t2idist.nn import tree
 from t2idist.nn.captioning import captioner_of
 from t2idist.nn.discriminators import AttnDiscriminator
 from t2idist.nn.image_encoders import damsm_image_encoder
-from t2idist.nn.initial import orthogonal_
+from t2idist.nn.init import orthogonal_
 from t2idist.nn.text_encoders import padding_of, text_encoder_of, unit_scale
 from t2idist.nn.tree import AttentionGenerator, Drawn, pyramid
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t2idist import sentences
 from t2idist.contract import Adam, Batch, Captions, Draw, Frozen, Plan, Role, Sample, Schedule, Train
 from t2idist.losses.adversarial import (
     conditional_only,
@@ -23,10 +22,11 @@ from t2idist.losses.image import kl_divergence
 from t2idist.losses.matching import wrong_pairs
 from t2idist.nn import tree
 from t2idist.nn.discriminators import SIZES, StageDiscriminator
-from t2idist.nn.initial import normal_
+from t2idist.nn.init import normal_
 from t2idist.nn.text_encoders import sentence_encoder
 from t2idist.nn.tree import Drawn
 from t2idist.nn.two_stage import StageOneGenerator, StageTwoGenerator, batch_statistics, stage_one_generator
+from t2idist.systems import _sentences
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class StackGan:
         self.exports = ("generator", *self.frozen)
 
     def step(self, batch: Batch, train: Train) -> None:
-        sentence = sentences.for_step(batch.captions, train, self.frozen, self.config.unit_text)
+        sentence = _sentences.for_step(batch.captions, train, self.frozen, self.config.unit_text)
         first = train.noise(self.config.z_dim)  # what the generator begins from: noise, or stage 1's picture
         if self.config.stage == 2:
             first = self._low(first, train.noise(self.low_condition_dim), sentence, batch.groups, train)
@@ -149,7 +149,7 @@ class StackGan:
         return adversarial + self.config.kl_weight * kl
 
     def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: Draw) -> Sample:
-        sentence = sentences.for_sample(captions, nets, self.config.unit_text)
+        sentence = _sentences.for_sample(captions, nets, self.config.unit_text)
         first = draw(self.config.z_dim)
         if self.config.stage == 2:
             first = tree.draw(nets["stage1"], first, draw(self.low_condition_dim), sentence).images[0]

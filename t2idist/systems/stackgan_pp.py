@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from t2idist import sentences
 from t2idist.contract import Adam, Batch, Captions, Draw, Frozen, Plan, Role, Sample, Train
 from t2idist.losses.adversarial import Alone, authors_joint, balanced_joint, judge_alone, judge_pairs, says_real
 from t2idist.losses.image import colour_consistency, kl_divergence
 from t2idist.losses.matching import wrong_pairs
 from t2idist.nn import tree
 from t2idist.nn.discriminators import StackDiscriminator
-from t2idist.nn.initial import orthogonal_
+from t2idist.nn.init import orthogonal_
 from t2idist.nn.text_encoders import sentence_encoder
 from t2idist.nn.tree import Drawn, StackGenerator, pyramid
+from t2idist.systems import _sentences
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class StackGanPP:
     def step(self, batch: Batch, train: Train) -> None:
         z = train.noise(self.config.z_dim)
         if self.config.conditional:
-            sentence = sentences.for_step(batch.captions, train, self.frozen, self.config.unit_text)
+            sentence = _sentences.for_step(batch.captions, train, self.frozen, self.config.unit_text)
             drawn = train.forward("generator", tree.draw, z, train.noise(self.config.condition_dim), sentence)
             self._judge_pairs(drawn, batch, train)
         else:
@@ -136,7 +136,7 @@ class StackGanPP:
         z = draw(self.config.z_dim)
         if not self.config.conditional:
             return Sample(tree.draw(nets["generator"], z, None, None).images)
-        sentence = sentences.for_sample(captions, nets, self.config.unit_text)
+        sentence = _sentences.for_sample(captions, nets, self.config.unit_text)
         return Sample(tree.draw(nets["generator"], z, draw(self.config.condition_dim), sentence).images)
 
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from t2idist import sentences
 from t2idist.contract import Adam, Batch, Captions, Draw, Frozen, Plan, Role, Sample, Train
 from t2idist.nn.dcgan import generator_of, trunk
 from t2idist.nn.image_encoders import resize
-from t2idist.nn.initial import normal_
+from t2idist.nn.init import normal_
 from t2idist.nn.precision import full
 from t2idist.nn.text_encoders import sentence_encoder
+from t2idist.systems import _sentences
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,14 @@ class Style:
     def step(self, batch: Batch, train: Train) -> None:
         """L_style (section 4.4, eq. 6): the noise of generated pictures; the real ones are not looked at."""
         z = train.noise(self.z_dim)
-        text = sentences.for_step(batch.captions, train, self.frozen, self.unit_text)
+        text = _sentences.for_step(batch.captions, train, self.frozen, self.unit_text)
         with torch.no_grad(), train.frozen("generator") as generator:
             images = generator(z, text)
         train.report("style/squared_error", train.update("style", _error, images, z))
 
     def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: Draw) -> Sample:
         """What the generator draws; with z of `invert` as the first draw, in the style of another picture."""
-        return Sample((nets["generator"](draw(self.z_dim), sentences.for_sample(captions, nets, self.unit_text)),))
+        return Sample((nets["generator"](draw(self.z_dim), _sentences.for_sample(captions, nets, self.unit_text)),))
 
     def invert(self, nets: Mapping[str, nn.Module], images: Tensor) -> Tensor:
         z: Tensor = nets["style"](images)

@@ -17,8 +17,8 @@ from typing import IO
 from filelock import FileLock
 
 from t2idist.data.embedded.avatars import LICENCE, VERSION, face
-from t2idist.data.pack import cores, write_shards
-from t2idist.data.samples import SampleRecord
+from t2idist.data.sample_format import SampleRecord
+from t2idist.data.shard_writer import cores, write_shards
 from t2idist.data.shards import DESCRIPTION, SCHEMA_VERSION
 
 logger = logging.getLogger(__name__)

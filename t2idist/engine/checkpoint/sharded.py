@@ -1,0 +1,233 @@
+"""How torch.distributed.checkpoint meets storage: safetensors files written by all workers, and one JSON commit marker.
+
+DCP plans who writes which tensor (each once, evenly over the workers) and loads them at any number of workers; this
+file keeps the plan, fills a buffer that is a file already, and gives DCP a reader. Nothing is pickled: every part is a
+safetensors file, and ``commit.json``, written last, holds their sizes and hashes and which tensor lies where. A folder
+without a commit marker is not a checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
+
+from t2idist import storage
+from t2idist.engine.checkpoint.format import COMMIT, FORMAT, TYPES, Broken, read_part
+from t2idist.engine.world import World
+
+CODES = {getattr(torch, name): code for name, code in TYPES.items()}
+DTYPES = {name: getattr(torch, name) for name in TYPES}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which tensors a worker writes (each is written once, evenly over the workers), and the whole checkpoint's list.
+
+    mine: names. metadata: on the first worker, of all tensors.
+    """
+
+    mine: tuple[str, ...]
+    metadata: Metadata | None
+
+
+def place(state: Mapping[str, Tensor], world: World) -> Placement:
+    """Plan a checkpoint of `state`; holds for every save of the same names and shapes. A collective."""
+    planner = DefaultSavePlanner(flatten_state_dict=False)
+    planner.set_up_planner(dict(state), is_coordinator=world.first)
+    plans = world.gather(planner.create_local_plan())
+    made = planner.create_global_plan(plans) if world.first else None
+    plan = world.from_first(made[0] if made is not None else [])[world.rank]
+    return Placement(tuple(item.index.fqn for item in plan.items), made[1] if made is not None else None)
+
+
+class Part:
+    """A worker's part of a checkpoint as the bytes of a safetensors file in host memory, filled again for each save."""
+
+    def __init__(self, state: Mapping[str, Tensor], names: Sequence[str]) -> None:
+        ordered = sorted(names, key=lambda name: (-state[name].element_size(), name))  # so that all are aligned
+        header: dict[str, Any] = {}
+        end = 0
+        for name in ordered:
+            tensor = state[name]
+            start, end = end, end + tensor.numel() * tensor.element_size()
+            header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        head = json.dumps(header).encode()
+        head += b" " * (-len(head) % 8)
+        head = len(head).to_bytes(8, "little") + head
+        pin = any(state[name].device.type != "cpu" for name in ordered)
+        self._bytes = torch.empty(len(head) + end, dtype=torch.uint8, pin_memory=pin)
+        self._bytes[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+        body = self._bytes[len(head) :]
+        self._views = {
+            name: body[slice(*header[name]["data_offsets"])].view(state[name].dtype).view(state[name].shape)
+            for name in ordered
+        }
+
+    def fill(self, state: Mapping[str, Tensor]) -> None:
+        """Copy the tensors' values of now."""
+        devices = set()
+        with torch.no_grad():
+            for name, view in self._views.items():
+                view.copy_(state[name], non_blocking=True)
+                devices.add(state[name].device)
+        for device in devices:
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+
+    @property
+    def data(self) -> memoryview:
+        return self._bytes.numpy().data
+
+
+def part_name(rank: int) -> str:
+    """The name of a worker's part."""
+    return f"part-{rank:05d}.safetensors"
+
+
+def write_part(url: str, name: str, part: Part) -> dict[str, Any]:
+    """Store a part, hashed meanwhile; gives its facts for the commit marker."""
+    with ThreadPoolExecutor(1, "hash") as pool:
+        digest = pool.submit(storage.sha256, part.data)
+        storage.write_bytes(storage.join(url, name), part.data)
+        return {"file": name, "bytes": len(part.data), "sha256": digest.result()}
+
+
+def commit(
+    url: str, metadata: Metadata, parts: Sequence[tuple[Sequence[str], dict[str, Any]]], meta: Mapping[str, Any]
+) -> None:
+    """Write the marker that makes a checkpoint of its parts (names and facts, one a worker)."""
+    files = {facts["file"]: {"bytes": facts["bytes"], "sha256": facts["sha256"]} for names, facts in parts if names}
+    tensors = describe(metadata, [names for names, _ in parts])
+    storage.write_json(storage.join(url, COMMIT), {"format": FORMAT, **meta, "files": files, "tensors": tensors})
+
+
+def describe(metadata: Metadata, names_by_rank: Sequence[Sequence[str]]) -> dict[str, dict[str, Any]]:
+    """File, type and shape of each tensor of a checkpoint."""
+    tensors: dict[str, dict[str, Any]] = {}
+    for rank, names in enumerate(names_by_rank):
+        for name in names:
+            kind = metadata.state_dict_metadata[name]
+            assert isinstance(kind, TensorStorageMetadata)
+            dtype = str(kind.properties.dtype).removeprefix("torch.")
+            tensors[name] = {"file": part_name(rank), "dtype": dtype, "shape": list(kind.size)}
+    return tensors
+
+
+Read = Callable[[str], bytes]
+"""Gives the bytes of a part by its name; raises `Broken`."""
+
+
+class Reader(StorageReader):
+    """Reads a complete checkpoint by its marker; `read` gives the parts."""
+
+    def __init__(self, marker: dict[str, Any], read: Read) -> None:
+        self.marker, self.read = marker, read
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        return
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        entries: dict[str, Any] = {}
+        places: dict[MetadataIndex, str] = {}
+        for name, tensor in self.marker["tensors"].items():
+            shape = torch.Size(tensor["shape"])
+            start = torch.Size([0] * len(shape))
+            properties = TensorProperties(dtype=DTYPES[tensor["dtype"]])
+            entries[name] = TensorStorageMetadata(properties, shape, [ChunkStorageMetadata(start, shape)])
+            places[MetadataIndex(name, start)] = tensor["file"]
+        return Metadata(state_dict_metadata=entries, storage_data=places)
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        self.places = metadata.storage_data
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        files = {self.places[item.storage_index] for item in plan.items}
+        parts = {file: _tensors(file, self.read(file)) for file in sorted(files)}
+        for item in plan.items:
+            name = item.storage_index.fqn
+            target = planner.resolve_tensor(item)
+            target.copy_(parts[self.places[item.storage_index]][name])
+            planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+
+def _tensors(name: str, data: bytes) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise Broken(f"{name}: not a safetensors file: {error}") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without DCP's advice to a process that works alone on purpose, and its log of every failure that is handled."""
+    log = logging.getLogger("torch.distributed.checkpoint")
+    level = log.level
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        log.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            log.setLevel(level)
+
+
+def load(state: dict[str, Tensor], url: str, marker: dict[str, Any], group: Any, read: Read | None = None) -> None:
+    """Fill the tensors of `state` in place. Raises `Broken` on every worker where one finds a fault.
+
+    read: gives the parts by name; None: the files under `url`, checked against the marker.
+    """
+    _check_names(state, url, marker)
+    planner = DefaultLoadPlanner(flatten_state_dict=False)
+    reader = Reader(marker, read or (lambda name: read_part(url, name, marker["files"][name])))
+    try:
+        with _quiet():
+            load_state(state, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
+    except CheckpointException as error:
+        raise Broken("; ".join(sorted({str(cause) for cause, _ in error.failures.values()}))) from None
+
+
+def _check_names(state: dict[str, Tensor], url: str, marker: dict[str, Any]) -> None:
+    for name, tensor in state.items():
+        saved = marker["tensors"].get(name)
+        if saved is None:
+            raise Broken(f"{url}: has no '{name}'; it was made by another system or configuration")
+        if list(tensor.shape) != saved["shape"]:
+            raise Broken(f"{url}: '{name}' is {saved['shape']} there and {list(tensor.shape)} in this configuration")

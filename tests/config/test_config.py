@@ -1,0 +1,197 @@
+"""The strict configuration, the recipes that ship, and what a dry run prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from t2idist import config as configuration
+from t2idist import run
+from t2idist.config import RunConfig, load
+from t2idist.config.strict import from_dict, parse_yaml, to_dict, to_yaml
+from t2idist.contract import Extent, Schedule
+from t2idist.data.tokenizer import Vocabulary
+from t2idist.engine.schedule import ema_decay, factor
+from t2idist.preflight import dry_run
+from t2idist.training import stages
+
+MINIMAL = {"name": "x", "stages": {"a": {"system": "damsm", "group_size": 4, "groups": 2, "images": 16}}}
+EXTENT = Extent(("",) * 100, 1000, vector_dim=1024, attributes=())
+RECIPES = [(recipe, preset) for recipe, presets in configuration.recipes().items() for preset in presets]
+
+
+def changed(path: str, value: object) -> dict[str, object]:
+    values = from_dict(RunConfig, MINIMAL)
+    plain = to_dict(values)
+    place = plain
+    *keys, last = path.split(".")
+    for key in keys:
+        place = place[key]
+    place[last] = value
+    return plain
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "sentence"),
+    [
+        ("sed", 1, "sed: unknown key; did you mean 'seed'?"),
+        ("stages.a.group_sizes", 4, "stages.a.group_sizes: unknown key; did you mean 'group_size'?"),
+        ("stages.a.group_size", "4", "stages.a.group_size: '4'; expected a whole number"),
+        ("stages.a.group_size", True, "expected a whole number"),
+        ("stages.a.group_size", 0, "stages.a.group_size: 0; it must be above 0"),
+        ("stages.a.images", 1.5, "stages.a.images: 1.5; expected a whole number"),
+        ("data.flip", 1, "data.flip: 1; expected true or false"),
+        ("data.crop", 0.5, "data.crop: 0.5; allowed are 1"),
+        ("precision", "float16", "precision: 'float16'; allowed are bfloat16, float32, float64"),
+        ("name", "a/b", "name: 'a/b'; allowed are letters"),
+        ("seed", -1, "seed: -1; allowed are 0"),
+        ("cluster.workers", [3, 2], r"cluster.workers: \[3, 2\]; give a number"),
+        ("cluster.workers", [1, 2, 3], "expected 2 values"),
+        ("cluster.workers", 3, "cluster.workers: 3 is more than the 2 groups of stage a"),
+        ("stages.a.max_groups_per_worker", 1, "cluster.workers: 1 cannot hold stage a: 2 groups at most 1"),
+        ("stages", {}, "stages: a run needs at least one stage"),
+        ("report.captions", "a heart", "report.captions: 'a heart'; expected a list"),
+        ("checkpoint", 3, "checkpoint: 3; expected a mapping"),
+    ],
+)
+def test_bad_values_give_a_sentence(path: str, value: object, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        from_dict(RunConfig, changed(path, value))
+
+
+def test_missing_key_is_named() -> None:
+    with pytest.raises(ValueError, match="stages.a.images: missing"):
+        from_dict(RunConfig, {"name": "x", "stages": {"a": {"system": "damsm", "group_size": 4, "groups": 2}}})
+
+
+def test_round_trip_through_yaml() -> None:
+    for recipe, preset in RECIPES:
+        made = load(recipe, [f"preset={preset}"])
+        assert from_dict(RunConfig, parse_yaml(to_yaml(made), "x")) == made
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "sentence"),
+    [
+        ("atngan", [], "no such recipe; did you mean 'attngan'"),
+        ("attngan", ["preset=cubb"], "preset=cubb: attngan has .*cub"),
+        ("attngan", ["seed"], "'seed': expected key.path=value"),
+        ("attngan", ["seed=[1"], "seed=.*not valid YAML"),
+        ("attngan", ["seed.x=1"], "'seed' is a value, not a section|seed: .*expected"),
+        ("attngan", ["stages.attngan.model.witdh=1"], "unknown key"),
+        ("attngan", ["stages.damsm.system=dams"], "stages.damsm.system: 'dams': no such system; there are"),
+        ("attngan", ["stages.damsm.uses={damsm: attngan}"], "stage 'attngan' does not come before 'damsm'"),
+        ("attngan", ["stages.attngan.group_size=1"], "stages.attngan: group_size is 1"),
+        ("attngan", ["data.source=avatar"], "did you mean avatars"),
+        ("attngan", ["data.source=/nowhere/shards"], "/nowhere/shards: no dataset.json there"),
+        ("attngan", ["stages.attngan.uses={damsm: /nowhere}"], "/nowhere: no export here"),
+        ("nothere.yaml", [], "nothere.yaml: no such file"),
+    ],
+)
+def test_bad_commands_give_one_sentence_and_a_status(
+    recipe: str, words: list[str], sentence: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    data = [] if any(w.startswith("data.source") for w in words) else ["data.source=emoji"]
+    assert run.main([recipe, "--dry-run", f"storage={tmp_path}", *data, *words]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    with pytest.raises(ValueError, match=sentence):
+        raise ValueError(said[0])
+
+
+def test_a_key_that_stands_twice_is_an_error() -> None:
+    with pytest.raises(ValueError, match="key 'a' stands twice"):
+        parse_yaml("a: 1\na: 2\n", "file.yaml")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        parse_yaml("a: !!python/object/apply:os.system ['true']", "file.yaml")
+
+
+def test_encoders_that_number_words_in_two_ways_are_refused() -> None:
+    data, one, other = Vocabulary(["<end>", "a"]), ["<end>", "a", "b"], ["<end>", "b", "a"]
+    assert stages.vocabulary_of(data, {"damsm": one, "captioner": one}).words == tuple(one)
+    assert stages.vocabulary_of(data, {}) == data
+    with pytest.raises(ValueError, match=r"uses.captioner: its vocabulary is not that of uses.damsm"):
+        stages.vocabulary_of(data, {"damsm": one, "captioner": other})
+
+
+def test_every_recipe_can_be_built_and_names_its_preset(tmp_path: Path) -> None:
+    assert {"attngan", "dcgan", "gan_cls", "stackgan_pp", "stargan"} <= set(configuration.recipes())
+    for recipe, preset in RECIPES:
+        config = load(recipe, [f"preset={preset}", f"storage={tmp_path}"])
+        assert config.about and len(config.stages) >= 1
+        for name in config.stages:
+            with torch.device("meta"):
+                stages.build(config, name, stages.plan(config, name, EXTENT))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "preset", "counts"),
+    [
+        ("attngan", "coco", ["G 13,811,456", "D 13,304,450 / 42,800,258 / 160,774,274"]),
+        ("attngan", "cub", ["G 7,084,592", "D 6,313,730 / 19,424,002 / 71,858,946"]),
+        ("stackgan_pp", "cub", ["G 21,239,696", "D 5,723,906 / 18,834,178 / 71,269,122"]),
+        ("stargan", "celeba128", ["G 8,430,528", "D 44,762,048"]),
+        ("stargan", "both256", ["G 8,461,888", "D 45,147,072"]),
+    ],
+)
+def test_a_dry_run_prints_the_published_numbers(
+    recipe: str, preset: str, counts: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run.main([recipe, f"preset={preset}", f"storage={tmp_path}", "--dry-run"]) == 0
+    page = capsys.readouterr().out
+    assert all(count in page for count in counts)
+    assert "memory per worker" in page and "images a step" in page
+    assert "(721,152 trained)" in page or recipe != "attngan"
+
+
+def test_the_bare_command_says_that_it_is_the_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run.main(["attngan", "--dry-run", "data.source=emoji", f"storage={tmp_path}"]) == 0
+    page = capsys.readouterr().out
+    assert "demo preset" in page.splitlines()[0]
+    assert "images per epoch" in page and "vocabulary of 3,5" in page
+
+
+def test_a_run_is_not_taken_up_with_other_mathematics(tmp_path: Path) -> None:
+    config = stages.anchored(load("attngan", [f"storage={tmp_path}", "data.source=emoji"]))
+    folder = tmp_path / config.name
+    folder.mkdir()
+    (folder / "config.yaml").write_text(to_yaml(config))
+    words = [f"storage={tmp_path}", "data.source=emoji"]
+    for same in ("cluster.workers=[1,1]", "stages.attngan.images=99", "data.threads=1", "checkpoint.keep=3"):
+        dry_run.check(stages.anchored(load("attngan", [*words, same])), None)
+    for other in ("seed=9", "stages.attngan.group_size=9", "stages.attngan.model.z_dim=9", "data.max_words=9"):
+        with pytest.raises(ValueError, match="was started with .*; give name=ANOTHER for a new run"):
+            dry_run.check(stages.anchored(load("attngan", [*words, other])), None)
+
+
+def test_storage_that_cannot_be_written_is_found_first(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="storage: cannot write to"):
+        dry_run.check(stages.anchored(load("attngan", [f"storage={tmp_path}/file/below", "data.source=emoji"])), None)
+
+
+def test_inception_weights_are_asked_for_with_their_hash(tmp_path: Path) -> None:
+    words = ["preset=cub", "data.source=emoji", f"storage={tmp_path}"]
+    with pytest.raises(ValueError, match=r"stages.damsm.model.trunk_weights: missing; give the path or URL"):
+        dry_run.check(stages.anchored(load("attngan", words)), None)
+    words.append(f"stages.damsm.model.trunk_weights={tmp_path}/x.safetensors")
+    with pytest.raises(ValueError, match="has no sha256 of 64 digits beside it"):
+        dry_run.check(stages.anchored(load("attngan", words)), None)
+
+
+def test_schedules() -> None:
+    exponential = Schedule("exponential", factor=0.98, every_images=100.0, floor=0.1)
+    assert [factor(exponential, n) for n in (0, 99, 100, 250)] == [1.0, 1.0, 0.98, 0.98**2]
+    assert factor(exponential, 10**6) == 0.1
+    linear = Schedule("linear", start_images=100.0, end_images=300.0)
+    assert [factor(linear, n) for n in (0, 100, 200, 300, 900)] == [1.0, 1.0, 0.5, 0.0, 0.0]
+    with pytest.raises(ValueError, match="schedule kind 'cosine'; allowed are"):
+        factor(Schedule("cosine"), 0)
+    assert ema_decay(692.8 * 20, 20) == pytest.approx(0.999, abs=1e-6)
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("2E5", 2e5), ("-3e+2", -300.0), ("1.5e-3", 1.5e-3)])
+def test_numbers_are_read_as_people_write_them(text: str, value: float) -> None:
+    assert parse_yaml(f"lr: {text}", "here") == {"lr": value}

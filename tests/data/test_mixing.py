@@ -1,0 +1,230 @@
+"""Several data sets that take turns: their order, resumes, any number of workers, and a whole run over two of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from t2idist import config as configuration
+from t2idist import run
+from t2idist.config import DataConfig, RunConfig
+from t2idist.config.strict import from_dict, to_dict
+from t2idist.contract import Batch
+from t2idist.data.mixing import Turns, extent_of, open_turns, steps_of
+from t2idist.data.sample_format import SampleRecord
+from t2idist.data.shards import Dataset
+from t2idist.data.sources import open_datasets
+from t2idist.engine.batches import read_ledger
+from t2idist.engine.checkpoint import export
+from t2idist.preflight import dry_run
+from t2idist.sampling import sample as sampling
+from t2idist.sampling import translate
+from t2idist.training import stages
+from tests.data.test_loader import assert_equal, loader, png, take, write
+from tests.helpers import small_systems
+from tools import score_translation
+
+SEEDS = (3, 11, 12)
+CONFIG = DataConfig(max_words=5, threads=2)
+EXPRESSIONS = ("happy", "neutral", "sad")
+
+
+def expression(number: int, split: str = "train", image: bytes | None = None) -> SampleRecord:
+    """A picture without a caption; its key is also one of the other set's."""
+    named = (EXPRESSIONS[number % 3],)
+    return SampleRecord(split, f"s{number:04d}", image or png(500 + number), "png", (), 20, 24, named)
+
+
+def of_words(number: int, split: str = "train") -> SampleRecord:
+    named = tuple(name for bit, name in enumerate(("Black_Hair", "Male")) if number >> bit & 1)
+    return SampleRecord(split, f"s{number:04d}", png(number), "png", ("a face",), 20, 24, named)
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, ...]:
+    folder = tmp_path_factory.mktemp("sets")
+    return (
+        write(folder / "faces", [of_words(n, "train" if n < 60 else "test") for n in range(68)]),
+        write(folder / "expressions", [expression(n, "train" if n < 25 else "test") for n in range(34)]),
+        write(folder / "third", [expression(n) for n in range(30, 37)]),
+    )
+
+
+def turns(datasets: tuple[Dataset, ...], groups: list[int], step0: int = 0, **changed: Any) -> Turns:
+    settings: dict[str, Any] = {"total_groups": 4, "group_size": 6, "sizes": (8, 16), "config": CONFIG, **changed}
+    return open_turns(datasets, "train", groups=groups, seeds=SEEDS[: len(datasets)], step0=step0, **settings)
+
+
+def some(stream: Turns, count: int) -> list[Batch]:
+    try:
+        return [next(stream) for _ in range(count)]
+    finally:
+        stream.close()
+
+
+def test_turns_are_counted() -> None:
+    for domains in (1, 2, 3, 5):
+        for step in range(17):
+            for domain in range(domains):
+                assert steps_of(domain, domains, step) == sum(s % domains == domain for s in range(step))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_each_set_has_its_own_order_in_its_turns(sets: tuple[Dataset, ...], count: int) -> None:
+    batches = some(turns(sets[:count], [0, 1, 2, 3]), 5 * count)
+    assert [batch.domain for batch in batches] == list(range(count)) * 5
+    for domain, dataset in enumerate(sets[:count]):
+        alone = take(loader(dataset, [0, 1, 2, 3], seed=SEEDS[domain]), 5)
+        mine = batches[domain::count]
+        for ours, theirs in zip(mine, alone, strict=True):
+            assert_equal(ours, theirs)
+        ids, keys = [key for batch in mine for key in batch.ids], dataset.split("train").keys
+        assert sorted(ids[: len(keys)]) == keys, "each sample comes once in an epoch of its own set"
+        assert all(batch.attributes.shape[1] == len(dataset.attribute_names) for batch in mine)
+
+
+def test_any_workers_and_any_resume_take_the_same(sets: tuple[Dataset, ...]) -> None:
+    whole = some(turns(sets[:2], [0, 1, 2, 3]), 8)
+    for step0 in (1, 3, 4):
+        for owned in ([0, 1, 2, 3], [0, 2], [1], [3]):
+            for ours, everything in zip(some(turns(sets[:2], owned, step0), 4), whole[step0 : step0 + 4], strict=True):
+                rows = [group * 6 + place for group in owned for place in range(6)]
+                assert ours.domain == everything.domain
+                assert ours.ids == tuple(everything.ids[row] for row in rows)
+                assert torch.equal(ours.images[1], everything.images[1][rows])
+                assert torch.equal(ours.attributes, everything.attributes[rows])
+
+
+def test_bad_samples_are_named_with_their_set(tmp_path: Path, sets: tuple[Dataset, ...], caplog: Any) -> None:
+    broken = write(tmp_path / "set", [expression(n, image=b"x" if n == 4 else None) for n in range(12)])
+    stream = turns((sets[0], broken), [0, 1])
+    with caplog.at_level(logging.WARNING):
+        some(stream, 6)
+    assert list(stream.quarantine) == [f"{tmp_path}/set: s0004"]
+    assert (stream.samples_read, stream.bad_reads) == (72, 3)
+    alone = turns((broken,), [0, 1])
+    some(alone, 2)
+    assert list(alone.quarantine) == ["s0004"]
+
+
+def test_what_is_known_of_all(sets: tuple[Dataset, ...]) -> None:
+    known = extent_of(sets[:2])
+    assert known.words == sets[0].extent.words and known.epoch_images == 85
+    assert known.attributes == (("Black_Hair", "Male"), EXPRESSIONS)
+    assert extent_of(sets[:1]) == sets[0].extent
+
+
+# ------------------------------------------------------------------------------------------------ configuration
+def test_sets_are_named_in_errors(sets: tuple[Dataset, ...]) -> None:
+    url = sets[0].url
+    assert [each.url for each in open_datasets(DataConfig(source=url, beside=(sets[1].url,)))] == [url, sets[1].url]
+    for beside, message in (
+        ((url,), r"data.beside\[0\]: .* is there before"),
+        ((sets[1].url, "emojis"), r"data.beside\[1\]: 'emojis' .did you mean emoji"),
+        (("",), r"data.beside\[0\]: not given"),
+        (("/nowhere/set",), "/nowhere/set: no dataset.json"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_datasets(DataConfig(source=url, beside=beside))
+
+
+def recipe(folder: Path, sets: tuple[Dataset, ...], system: str = "stargan", **changed: Any) -> Path:
+    model = {**small_systems.MODELS[system], **({"domains": [{}, {"exclusive": True}]} if system == "stargan" else {})}
+    stage = {"system": system, "group_size": 4, "groups": 3, "images": 96, "model": model,
+             "checkpoint_every_images": 24, "pictures_every_images": 48}  # fmt: skip
+    values = {
+        "name": "two", "storage": str(folder / "runs"), "precision": "float32",
+        "data": {"source": sets[0].url, "beside": [sets[1].url], "max_words": 4, "threads": 1},
+        "report": {"ledger": True}, "cluster": {"workers": [1, 2]}, "stages": {system: stage}, **changed,
+    }  # fmt: skip
+    file = folder / "two.yaml"
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
+    return file
+
+
+def test_a_dry_run_names_the_sets(
+    tmp_path: Path, sets: tuple[Dataset, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run.main([str(recipe(tmp_path, sets)), "--dry-run"]) == 0
+    page = capsys.readouterr().out
+    assert f"60 images per epoch, 0.8 epochs, 2 attributes, from {sets[0].url}" in page
+    assert f"25 images per epoch, 1.9 epochs, 3 attributes, from {sets[1].url}" in page
+
+
+def test_a_system_of_one_set_refuses_more(tmp_path: Path, sets: tuple[Dataset, ...]) -> None:
+    made = configuration.load(str(recipe(tmp_path, sets, "damsm")))
+    with pytest.raises(ValueError, match="stages.damsm: data.beside gives 2 data sets that take turns, and damsm"):
+        dry_run.check(made, None)
+
+
+def test_relative_folders_are_anchored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    stage = {"system": "stargan", "group_size": 4, "groups": 1, "images": 4, "data": {"beside": ["./b", "emoji"]}}
+    made = from_dict(RunConfig, {"name": "x", "data": {"source": "./a"}, "stages": {"s": stage}})
+    anchored = stages.anchored(made)
+    assert anchored.data.source == f"{tmp_path}/a"
+    assert anchored.stages["s"].data == {"beside": [f"{tmp_path}/b", "emoji"]}
+
+
+def test_a_run_of_a_version_without_the_key_goes_on(tmp_path: Path, sets: tuple[Dataset, ...]) -> None:
+    made = stages.anchored(configuration.load(str(recipe(tmp_path, sets))))
+    alone = dataclasses.replace(made, data=dataclasses.replace(made.data, beside=()))
+    one = {**small_systems.MODELS["stargan"], "domains": []}
+    alone = dataclasses.replace(alone, stages={"stargan": dataclasses.replace(made.stages["stargan"], model=one)})
+    folder = tmp_path / "runs/two"
+    folder.mkdir(parents=True)
+    stored = to_dict(alone)
+    del stored["data"]["beside"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(stored))
+    dry_run.check(alone, None)
+    with pytest.raises(ValueError, match="data.beside: .* was started with"):
+        dry_run.check(dataclasses.replace(alone, data=dataclasses.replace(alone.data, beside=(sets[1].url,))), None)
+
+
+# ------------------------------------------------------------------------------------------------ a whole run
+@pytest.mark.whole
+def test_a_run_over_two_sets_and_what_is_done_with_it(
+    tmp_path: Path, sets: tuple[Dataset, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run.main([str(recipe(tmp_path, sets)), "--local"]) == 0
+    at = tmp_path / "runs/two"
+    keys = [set(dataset.split("train").keys) for dataset in sets[:2]]
+    for (step, _), ids in read_ledger(str(at / "stargan")).items():
+        assert set(ids) <= keys[step % 2]
+    assert sorted(file.name for file in (at / "stargan/pictures").iterdir()) == [
+        "translated_000000048.png", "translated_000000096.png",
+    ]  # fmt: skip
+    page = (at / "report.html").read_text()
+    assert "what stargan made of them" in page and "evaluate.translate --export" in page
+    url = str(at / "stargan/export")
+    assert export.read_index(url)["plan"]["attributes"] == [["Black_Hair", "Male"], list(EXPRESSIONS)]
+
+    capsys.readouterr()
+    assert sampling.main(["--export", url, "--text", "a face"]) == 2
+    assert f"python -m t2idist.sampling.translate --export {url}" in capsys.readouterr().err
+    image = tmp_path / "me.png"
+    image.write_bytes(png(7, (30, 40)))
+    out = tmp_path / "out"
+    words = ["--export", url, "--image", str(image), "--out", str(out)]
+    assert translate.main([*words, "--set", "sad", "--domain", "1"]) == 0
+    assert {file.name for file in out.iterdir()} == {"me.png", "grid.png"}
+    for wrong, message in (
+        ([], "give --set or --clear: Black_Hair, Male"),
+        (["--set", "sad"], "'sad' is not among"),
+        (["--set", "Male", "--clear", "Male"], "--set Male: it cannot hold"),
+        (["--set", "sad", "happy", "--domain", "1"], "--set sad: it cannot hold"),
+        (["--set", "sad", "--domain", "2"], "--domain 2: this export has 2"),
+        (["--set", "Male", "--image", str(tmp_path / "two.yaml")], "two.yaml: not a picture"),
+    ):
+        assert translate.main([*words, *wrong]) == 2
+        assert message in capsys.readouterr().err
+    assert score_translation.main(["--run", str(at), "--threads", "1"]) == 0
+    table = capsys.readouterr().out
+    assert "test: Black_Hair" in table and "test: label" in table and "there and back, L1" in table
+    assert "Black_Hair" in (at / "report.html").read_text()

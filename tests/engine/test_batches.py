@@ -1,0 +1,86 @@
+"""What a stage takes in: the ledger, the quarantine, and the end of a run whose data is too bad."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from t2idist.contract import Batch, Captions
+from t2idist.engine.batches import QUARANTINE, Intake, read_ledger
+from t2idist.engine.world import Share, World
+
+
+class Stream:
+    """Batches of two groups of two, of samples 0, 1, 2, ...; those in `bad` are replaced."""
+
+    def __init__(self, step: int = 0, bad: set[int] | None = None) -> None:
+        self.at, self.bad = 4 * step, bad or set()
+        self.samples_read, self.bad_reads, self.wait_seconds = 0, 0, 0.0
+        self.quarantine: dict[str, str] = {}
+
+    def close(self) -> None:
+        return
+
+    def __next__(self) -> Batch:
+        numbers = range(self.at, self.at + 4)
+        self.at += 4
+        self.samples_read += 4
+        found = self.bad & set(numbers)
+        self.bad_reads += len(found)
+        self.quarantine |= {f"s{n}": "does not decode" for n in found}
+        ones = torch.ones(4, dtype=torch.int64)
+        captions = Captions(ones[:, None], ones, torch.zeros(4, 0))
+        return Batch((), captions, ones, torch.zeros(4, 0), tuple(f"s{n}" for n in numbers), 2)
+
+
+def intake(folder: Path, stream: Stream, step: int = 0, attempt: str = "a", epoch_images: int = 100) -> Intake:
+    share = Share(range(2), 2, 1)
+    return Intake(
+        stream, World(), share, str(folder), step=step, attempt=attempt, max_bad=0.01, epoch_images=epoch_images,
+        ledger=True,
+    )  # fmt: skip
+
+
+def test_the_ledger_of_two_attempts_is_one_record(tmp_path: Path) -> None:
+    first = intake(tmp_path, Stream())
+    for _ in range(3):
+        next(first)
+    first.write_ledger()
+    next(first)  # lost with its attempt
+    second = intake(tmp_path, Stream(step=2), step=2, attempt="b")
+    for _ in range(2):
+        next(second)
+    second.write_ledger()
+    ledger = read_ledger(str(tmp_path))
+    assert list(ledger) == [(step, group) for step in range(4) for group in range(2)]
+    assert [int(i[1:]) for ids in ledger.values() for i in ids] == list(range(16))
+
+
+def test_a_ledger_tells_where_an_order_changed_or_a_step_was_taken_twice(tmp_path: Path) -> None:
+    first = intake(tmp_path, Stream())
+    next(first)
+    first.write_ledger()
+    other = intake(tmp_path, Stream(step=1), attempt="b")
+    next(other)
+    other.write_ledger()
+    with pytest.raises(ValueError, match="took other samples before"):
+        read_ledger(str(tmp_path))
+    file = next((tmp_path / "ledger").glob("*-a-*"))
+    file.write_text(file.read_text() * 2)
+    with pytest.raises(ValueError, match="twice in one attempt"):
+        read_ledger(str(tmp_path))
+
+
+def test_bad_samples_are_listed_and_too_many_stop_the_run(tmp_path: Path) -> None:
+    few = intake(tmp_path, Stream(bad={5}))
+    next(few), next(few)
+    assert few.settle()["data/bad_samples"] == 1.0
+    assert json.loads((tmp_path / QUARANTINE).read_text()) == {"s5": "does not decode"}
+    many = intake(tmp_path, Stream(bad={0, 2}), attempt="b")
+    next(many)
+    with pytest.raises(ValueError, match=r"max_bad: 2 of 4 samples .* s0 \(does not decode\), s2"):
+        many.settle()
+    assert set(json.loads((tmp_path / QUARANTINE).read_text())) == {"s0", "s2", "s5"}

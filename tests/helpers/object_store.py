@@ -1,0 +1,32 @@
+"""A real object store on loopback, started and ended by the test that asks for it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import s3fs
+
+from tools.chaos import seaweedfs as weed
+
+KEY, SECRET = "testkey", "testsecret-that-must-not-leak"
+
+
+@contextmanager
+def seaweedfs(host: str = "127.0.0.1") -> Iterator[dict[str, str]]:
+    """A running store with a bucket `bucket` at an address of this machine: the environment that reaches it."""
+    with tempfile.TemporaryDirectory(prefix="t2idist-store-", ignore_cleanup_errors=True) as folder:
+        process, address = weed.start(Path(folder), host, KEY, SECRET)
+        try:
+            weed.make_bucket(address, KEY, SECRET)
+            yield {**os.environ, **weed.environment(address, KEY, SECRET)}
+        finally:
+            process.kill()  # a polite end takes it half a minute, and its data go with it
+            process.wait(30)
+
+
+def store(address: str) -> s3fs.S3FileSystem:
+    return s3fs.S3FileSystem(key=KEY, secret=SECRET, endpoint_url=address, skip_instance_cache=True)

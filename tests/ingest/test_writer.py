@@ -1,0 +1,411 @@
+"""The writer of shard sets: the same bytes at any number of processes and after any kill, in flat memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from itertools import islice, pairwise
+from pathlib import Path
+
+import pytest
+
+from t2idist import storage
+from t2idist.data.order import Run
+from t2idist.data.reader import Encoded, ShardReader
+from t2idist.data.sample_format import Packed
+from t2idist.data.shards import Dataset
+from t2idist.ingest.folder import FolderOptions, list_folder
+from t2idist.ingest.image import PictureOptions
+from t2idist.ingest.listing import Listing
+from t2idist.ingest.prepare import Outcome, Processes, _Budget
+from t2idist.ingest.writer import IngestOptions, Progress, Refused, _choose_shard_samples, write_set
+from tests.helpers.object_store import SECRET, seaweedfs, store
+from tests.ingest.test_readers import encoded, jsonl, picture
+
+ROOT = Path(__file__).parents[2]
+TINY = IngestOptions(picture=PictureOptions(size=8), shard_samples=256)
+
+
+def own_pictures(root: Path, count: int) -> Path:
+    """Pictures with captions.jsonl; every fiftieth is cut short, and one has nothing said of it."""
+    root.mkdir()
+    some = [encoded(picture(24, 16, seed=seed)) for seed in range(16)]
+    rows = []
+    for number in range(count):
+        data = some[number % 16]
+        (root / f"p{number:05d}.jpg").write_bytes(data[:-90] if number % 50 == 7 else data)
+        rows.append({"image": f"p{number:05d}.jpg", "captions": [f"picture number {number}", "it is small"]})
+    (root / "alone.jpg").write_bytes(some[0])
+    jsonl(root / "captions.jsonl", list(rows))
+    return root
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return own_pictures(tmp_path_factory.mktemp("own") / "mine", 1000)
+
+
+def write(root: Path, out: Path | str, processes: int = 1, options: IngestOptions = TINY, **more: object) -> dict:
+    with Listing() as listing:
+        list_folder(str(root), listing, FolderOptions(val=0.1, test=0))
+        settings: dict = {"source": "folder", "licence": "mine", **more}
+        return write_set(listing, str(out), options, processes=processes, **settings)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def done(mine: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("done") / "set"
+    write(mine, out)
+    return contents(out)
+
+
+def test_a_set_is_whole(mine: Path, done: dict[str, bytes], tmp_path: Path):
+    for name, data in done.items():
+        (tmp_path / name).write_bytes(data)
+    dataset = Dataset.open(str(tmp_path))
+    train, val = dataset.split("train"), dataset.split("val")
+    assert len(train) + len(val) == 980 and train.shard_sizes[:-1] == [256] * (len(train.shards) - 1)
+    assert len(train.shards) == 4 and 60 < len(val) < 140
+    numbers = [int(key[1:]) for key in train.keys]
+    assert numbers != sorted(numbers) and sum(a > b for a, b in pairwise(numbers)) > 300
+    assert train.captions(5)[0] == f"picture number {numbers[5]}"
+    found = ShardReader(dataset, "train").read(Run(1, 0, 256))
+    assert all(isinstance(sample, Encoded) for sample in found)
+    description = json.loads(done["dataset.json"])
+    assert description["rejected"] == {
+        "picture_without_captions": {"left out": 1}, "truncated": {"left out": 20},
+    }  # fmt: skip
+    assert description["captions"]["train"]["words_per_caption"] == {
+        "min": 3, "mean": 3.0, "median": 3, "p95": 3, "max": 3,
+    }  # fmt: skip
+    assert description["options"]["size"] == 8 and description["vocabulary"]["picture"] == 980
+    assert done["rejected.jsonl"].count(b"\n") == 21
+    assert description["captions"]["val"]["unknown_word_share"] == 0
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("processes", [2, 3])
+def test_any_number_of_processes_gives_the_same_bytes(
+    mine: Path, done: dict[str, bytes], tmp_path: Path, processes: int
+):
+    write(mine, tmp_path / "set", processes)
+    assert contents(tmp_path / "set") == done
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(("at", "stored"), [(1, 0), (300, 1), (530, 2), (999, 4)])
+def test_the_same_call_goes_on_after_the_last_stored_shard(
+    mine: Path, done: dict[str, bytes], tmp_path: Path, at: int, stored: int
+):
+    def kill(progress: Progress) -> None:
+        if progress.images == at:
+            raise Killed
+
+    out = tmp_path / "set"
+    with pytest.raises(Killed):
+        write(mine, out, report=kill)
+    assert not (out / "dataset.json").exists()
+    with pytest.raises(ValueError, match="no finished shard set"):
+        Dataset.open(str(out))
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert len(before) == stored
+    seen = []
+    write(mine, out, report=seen.append)
+    assert contents(out) == done
+    assert all(path.stat().st_mtime_ns == written for path, written in before.items())
+    assert seen[0].shards == len(before)
+
+
+def stop_after(mine: Path, out: Path, images: int, options: IngestOptions = TINY) -> None:
+    def kill(progress: Progress) -> None:
+        if progress.images == images:
+            raise Killed
+
+    with pytest.raises(Killed):
+        write(mine, out, options=options, report=kill)
+
+
+def test_another_plan_is_refused_and_restart_begins_anew(mine: Path, done: dict[str, bytes], tmp_path: Path):
+    out = tmp_path / "set"
+    other = IngestOptions(picture=PictureOptions(size=8, quality=80), shard_samples=256)
+    stop_after(mine, out, 900, other)
+    with pytest.raises(ValueError, match=r"begun with another quality .then 80, now 95.; .* --restart"):
+        write(mine, out)
+    write(mine, out, restart=True)
+    assert contents(out) == done
+    with pytest.raises(ValueError, match="finished shard set already"):
+        write(mine, out)
+
+
+@pytest.mark.parametrize("damage", ["shard missing", "shard short", "record damaged", "left overs"])
+def test_damage_between_two_runs_is_mended(mine: Path, done: dict[str, bytes], tmp_path: Path, damage: str):
+    out = tmp_path / "set"
+    stop_after(mine, out, 900)
+    if damage == "shard missing":
+        (out / "train-00001.tar").unlink()
+    elif damage == "shard short":
+        (out / "train-00000.tar").write_bytes(b"short")
+    elif damage == "record damaged":
+        (out / "progress" / "train-00001.tar.json").write_text("{")
+    else:
+        (out / ".train-00003.tar.0123abcd").write_bytes(b"half")
+        (out / "progress" / ".train-00003.tar.json.0123abcd").write_bytes(b"half")
+    write(mine, out)
+    assert contents(out) == done
+
+
+def test_strict_stops_and_finishes_nothing(mine: Path, tmp_path: Path):
+    with pytest.raises(Refused, match="alone.jpg: picture_without_captions"):
+        write(mine, tmp_path / "a", strict=True)
+    clean = own_pictures(tmp_path / "clean", 60)
+    (clean / "alone.jpg").unlink()
+    with pytest.raises(Refused, match="p00.07.jpg: truncated, left out"):
+        write(clean, tmp_path / "b", strict=True)
+    assert not (tmp_path / "b" / "dataset.json").exists()
+    for number in (7, 57):
+        (clean / f"p{number:05d}.jpg").write_bytes(encoded(picture(24, 16)))
+    write(clean, tmp_path / "b", strict=True)
+    assert (tmp_path / "b" / "rejected.jsonl").read_bytes() == b""
+
+
+def test_nothing_usable_gives_a_sentence(tmp_path: Path):
+    root = tmp_path / "mine"
+    root.mkdir()
+    (root / "a.jpg").write_bytes(b"")
+    jsonl(root / "captions.jsonl", [{"image": "a.jpg", "caption": "nothing"}])
+    with pytest.raises(ValueError, match="no picture can be used: zero_bytes 1"):
+        write(root, tmp_path / "set")
+    with pytest.raises(ValueError, match="--shard-samples 100: give a multiple of 256"):
+        IngestOptions(shard_samples=100)
+
+
+def test_captions_are_cut_and_rare_words_unknown(mine: Path, tmp_path: Path):
+    options = IngestOptions(picture=PictureOptions(size=8), max_words=2, min_count=2)
+    description = write(mine, tmp_path / "set", options=options)
+    assert description["captions_cut"] == 1960
+    assert set(description["vocabulary"]) == {"picture", "number", "it", "is"}
+    dataset = Dataset.open(str(tmp_path / "set"))
+    assert dataset.split("val").captions(0) == ["picture number", "it is"]
+
+
+@pytest.mark.parametrize(
+    ("sample_bytes", "wanted", "chosen"),
+    [(10_000, 1024, 1024), (200_000, 1024, 512), (400_000, 1024, 256), (600_000, 1024, 128), (60 << 20, 1024, 8)],
+)
+def test_shards_of_large_pictures_hold_fewer(sample_bytes: int, wanted: int, chosen: int):
+    class Long(bytes):
+        def __len__(self) -> int:
+            return sample_bytes
+
+    outcomes = (Outcome(Packed(Long(), {"n": n}), ()) for n in range(400))
+    found, again = _choose_shard_samples(outcomes, wanted)
+    assert found == chosen
+    assert [o.packed.row["n"] for o in again if o.packed] == list(range(400))
+
+
+def test_reading_ahead_keeps_to_its_bytes_and_its_order():
+    budget = _Budget(100)
+    order = []
+
+    def take(ticket: int, size: int) -> None:
+        budget.take(ticket, size)
+        order.append(ticket)
+
+    threads = [threading.Thread(target=take, args=(t, s)) for t, s in ((3, 10), (2, 500), (1, 60), (0, 60))]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.1)
+    assert order == [0]
+    for size, expected in ((60, [0, 1]), (60, [0, 1, 2]), (500, [0, 1, 2, 3])):
+        budget.give(size)
+        time.sleep(0.1)
+        assert order == expected
+    for thread in threads:
+        thread.join(5)
+
+
+@pytest.mark.whole
+def test_a_worker_that_dies_and_one_that_fails_give_a_sentence(mine: Path):
+    with Listing() as listing:
+        list_folder(str(mine), listing, FolderOptions(val=0, test=0))
+        work = Processes(PictureOptions(), None, 2)
+        try:
+            outcomes = work.run(listing.sources("train"))
+            assert len(list(islice(outcomes, 20))) == 20
+            work._processes[0].kill()
+            with pytest.raises(RuntimeError, match=r"ended by itself .exit status -9"):
+                list(outcomes)
+        finally:
+            work.close()
+        (mine / "locked").mkdir(exist_ok=True)
+        listing.add("other", "x.jpg", "nothere://bucket/x.jpg")
+        work = Processes(PictureOptions(), None, 1)
+        try:
+            with pytest.raises(ValueError, match="no way to open this URL"):
+                list(work.run(listing.sources("other")))
+        finally:
+            work.close()
+
+
+def tool(name: str, *words: str) -> list[str]:
+    return [sys.executable, str(ROOT / "tools" / f"{name}.py"), *words]
+
+
+def shard_folder(mine: Path, out: Path | str, processes: int = 2) -> list[str]:
+    words = ["--folder", str(mine), "--out", str(out), "--size", "8", "--shard-samples", "256", "--val", "0.1"]
+    return tool("shard_folder", *words, "--test", "0", "--processes", str(processes), "--licence", "mine")
+
+
+@pytest.mark.slow
+def test_a_killed_tool_goes_on_and_its_workers_end(mine: Path, done: dict[str, bytes], tmp_path: Path):
+    out = tmp_path / "set"
+    for shards in (0, 2):
+        process = subprocess.Popen(shard_folder(mine, out), stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while len(list((out / "progress").glob("*.json"))) < shards or not _children(process.pid):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        workers = _children(process.pid)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kept = {path: path.stat().st_mtime_ns for path in out.glob("*.tar") if _recorded(path)}
+        while any(Path(f"/proc/{pid}").exists() for pid in workers):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    ended = subprocess.run(shard_folder(mine, out), capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert contents(out) == done
+    assert all(path.stat().st_mtime_ns == written for path, written in kept.items()) and len(kept) >= 2
+    assert "truncated" in ended.stdout and "980" not in ended.stderr
+
+
+def _recorded(shard: Path) -> bool:
+    return (shard.parent / "progress" / f"{shard.name}.json").exists()
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+@pytest.mark.whole
+def test_tools_end_in_a_sentence_and_a_status(mine: Path, tmp_path: Path):
+    def ends(*words: str) -> tuple[int, str]:
+        done = subprocess.run(tool(*words), capture_output=True, text=True, timeout=60, check=False)
+        return done.returncode, done.stderr
+
+    out = str(tmp_path / "set")
+    assert ends("shard_coco", "--coco", str(mine), "--out", out)[0] == 2
+    status, said = ends("shard_cub", "--cub", str(mine), "--out", out)
+    assert (
+        status == 2 and said.startswith("shard_cub.py: the folder CUB_200_2011 was not found") and said.count("\n") == 1
+    )
+    status, said = ends("shard_folder", "--folder", str(mine), "--out", out, "--strict", "--processes", "1")
+    assert status == 1 and "alone.jpg: picture_without_captions" in said and said.count("\n") == 1
+    status, said = ends("shard_celeba", "--celeba", "pipe:cat /etc/passwd", "--out", out)
+    assert status == 2 and "not allowed" in said
+    for delay in (0.5, 0.2, 0.1, 0.0):  # a fast machine may be done before it is interrupted
+        again = f"{out}-{delay}"
+        process = subprocess.Popen(
+            shard_folder(mine, again), stderr=subprocess.PIPE, text=True, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
+        )  # fmt: skip
+        while len(_children(process.pid)) < 2:
+            time.sleep(0.01)
+        time.sleep(delay)
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+        if process.returncode:
+            break
+    assert process.returncode == 130 and "the same command goes on" in said
+
+
+@pytest.fixture(scope="module")
+def object_store() -> Iterator[dict[str, str]]:
+    with seaweedfs() as reach:
+        yield reach
+
+
+@pytest.mark.slow
+def test_from_and_to_an_object_store(
+    mine: Path, done: dict[str, bytes], tmp_path: Path, object_store: dict[str, str], monkeypatch: pytest.MonkeyPatch
+):
+    address = object_store["AWS_ENDPOINT_URL"]
+    remote = store(address)
+    remote.put(str(mine) + "/", "bucket/mine/", recursive=True)
+    env = {name: value for name, value in object_store.items() if name != "AWS_ENDPOINT_URL"}
+    words = [*shard_folder(mine, "s3://bucket/set"), "--endpoint-url", address]
+    words[words.index(str(mine))] = "s3://bucket/mine"
+    process = subprocess.Popen(words, env=env, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not remote.exists("bucket/set/train-00000.tar"):
+        time.sleep(0.05)
+        remote.invalidate_cache()
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    ended = subprocess.run(words, env=env, capture_output=True, text=True, timeout=200, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert SECRET not in ended.stdout + ended.stderr
+    remote.invalidate_cache()
+    found = {name.removeprefix("bucket/set/"): remote.cat_file(name) for name in remote.find("bucket/set")}
+    assert found == done
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
+        monkeypatch.setenv(name, object_store[name])
+    assert len(Dataset.open("s3://bucket/set", endpoint_url=address).split("train").shards) == 4
+    check = tool("check_shards", "s3://bucket/set", "--endpoint-url", address, "--processes", "2")
+    ended = subprocess.run(check, env=env, capture_output=True, text=True, timeout=100, check=False)
+    assert ended.returncode == 0 and "problems: none" in ended.stdout, ended.stdout + ended.stderr
+
+
+def test_sets_in_memory(tmp_path: Path):
+    some = encoded(picture(24, 16))
+    for number in range(5):
+        storage.write_bytes(f"memory://own/{number}.jpg", some)
+        storage.write_bytes(f"memory://own/{number}.txt", b"a picture")
+    with Listing() as listing:
+        list_folder("memory://own", listing, FolderOptions(val=0, test=0))
+        write_set(listing, "memory://own-set", TINY, source="x", licence="x", processes=2)
+    assert len(Dataset.open("memory://own-set").split("train")) == 5
+    assert storage.list_dir("memory://own-set/progress") == []
+
+
+def _peak_kib(words: list[str]) -> list[int]:
+    """Highest resident memory of a tool and of its workers, largest first."""
+    process = subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    peaks: dict[int, int] = {}
+    while process.poll() is None:
+        for pid in [process.pid, *_children(process.pid)]:
+            try:
+                status = Path(f"/proc/{pid}/status").read_text()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            peak = [int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")]
+            peaks[pid] = max([peaks.get(pid, 0), *peak])
+        time.sleep(0.05)
+    assert process.returncode == 0
+    main = peaks.pop(process.pid)
+    return [main, *sorted(peaks.values(), reverse=True)[:2]]
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path: Path):
+    peaks = []
+    for count in (5000, 20_000):
+        root = own_pictures(tmp_path / f"mine{count}", count)
+        peaks.append(_peak_kib(shard_folder(root, tmp_path / f"set{count}")))
+    for few, many in zip(*peaks, strict=True):
+        assert many < 1.1 * few, peaks

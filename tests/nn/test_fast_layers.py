@@ -1,0 +1,250 @@
+"""Quick layers compute what torch's own do: values, gradients, gradients of gradients; casts are never stale."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from t2idist.contract import Adam
+from t2idist.engine.strategy import adam_step, begin_state, make_adam
+from t2idist.losses.penalties import gradient_penalty
+from t2idist.nn.blocks import GLU, GatedRows, JointConv2d
+from t2idist.nn.fast import layers
+from t2idist.nn.fast.layers import CastOnce, QuickConv2d, forget_casts, quicken
+from t2idist.nn.stargan import PatchDiscriminator
+
+
+@pytest.mark.parametrize(
+    ("side", "stride", "padding", "size"), [(4, 2, 1, 8), (3, 1, 1, 4), (3, 1, 0, 5), (4, 4, 0, 8), (5, 2, 2, 7)]
+)
+def test_a_product_of_matrices_is_the_convolution(
+    monkeypatch: pytest.MonkeyPatch, side: int, stride: int, padding: int, size: int
+) -> None:
+    monkeypatch.setattr(layers, "SMALLEST_MATRIX", 1)
+    torch.manual_seed(0)
+    plain = nn.Conv2d(6, 9, side, stride, padding).double()
+    quick = quicken(copy.deepcopy(plain))
+    assert isinstance(quick, QuickConv2d) and list(quick.state_dict()) == list(plain.state_dict())
+    images = torch.randn(2, 6, size, size, dtype=torch.float64, requires_grad=True)
+
+    def slopes(net: nn.Module) -> list[Tensor]:
+        out = net(images)
+        (to_images,) = torch.autograd.grad(out.sin().sum(), images, create_graph=True)
+        return [out, to_images, *torch.autograd.grad(to_images.square().sum(), [images, net.weight])]
+
+    used = _count_calls(monkeypatch, F, "linear")
+    ours = slopes(quick)
+    assert used, "the weight is larger than the input"
+    for mine, theirs in zip(ours, slopes(plain), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_a_large_input_goes_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = _count_calls(monkeypatch, F, "linear")
+    net = quicken(nn.Conv2d(64, 128, 3))
+    net(torch.randn(1, 64, 16, 16))
+    assert not used, "73,728 weights are few"
+
+
+@pytest.mark.parametrize(
+    "module", [nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, dilation=2), nn.Conv2d(4, 4, (1, 3))]
+)
+def test_other_convolutions_are_left(module: nn.Conv2d) -> None:
+    assert type(quicken(module)) is nn.Conv2d
+
+
+def test_a_joint_convolution_keeps_its_cast_and_stays_what_it_is() -> None:
+    torch.manual_seed(0)
+    plain = JointConv2d(6, 3, 8)
+    quick = quicken(copy.deepcopy(plain))
+    assert isinstance(quick, CastOnce) and isinstance(quick, JointConv2d)
+    assert quicken(quick) is quick and type(quick).__mro__.count(CastOnce) == 1
+    features, conditions = torch.randn(2, 6, 4, 4), torch.randn(2, 2, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        each = quick(features, *conditions)
+    half = quick._half
+    assert half is not None and all(out.dtype == torch.bfloat16 for out in each)
+    torch.stack(each).float().square().sum().backward()
+    torch.stack(plain(features, *conditions)).square().sum().backward()
+    assert plain.weight.grad is not None and quick.weight.grad is not None
+    assert (quick.weight.grad - plain.weight.grad).norm() < 0.02 * plain.weight.grad.norm()
+    copied = copy.deepcopy(quick)
+    assert type(copied) is type(quick) and copied._half is None and quick._half is half
+
+
+def test_a_weight_is_cast_once_an_update_and_never_stale() -> None:
+    torch.manual_seed(0)
+    net = quicken(nn.Sequential(nn.Conv2d(3, 8, 3)))
+    conv = net[0]  # type: ignore[index]
+    assert isinstance(conv, QuickConv2d)
+    images = torch.randn(2, 3, 8, 8)
+
+    def run() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            out: Tensor = net(images)
+        return out
+
+    def expected() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            return F.conv2d(images, conv.weight, conv.bias)
+
+    (run().float().sum() + run().float().square().sum()).backward()
+    assert conv.weight.grad is not None and conv.weight.grad.dtype == torch.float32
+    half = conv._half
+    assert half is not None
+    run()
+    assert conv._half is half, "kept while the weight is the same"
+    with torch.no_grad():
+        conv.weight.add_(1)
+    torch.testing.assert_close(run(), expected())
+    conv.weight.data.add_(1)  # what no version tells
+    forget_casts(net)
+    torch.testing.assert_close(run(), expected())
+    conv.weight.requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not conv.cast_weight().requires_grad
+    with torch.inference_mode():
+        forget_casts(net)
+        run()
+    conv.weight.requires_grad_(True)
+    run().float().sum().backward()
+    copied = copy.deepcopy(net)
+    with torch.no_grad():
+        copied[0].weight.zero_()  # type: ignore[index, union-attr]
+    torch.testing.assert_close(run(), expected())
+
+
+def test_gradients_of_two_passes_are_those_of_autocast() -> None:
+    torch.manual_seed(0)
+    plain = nn.Conv2d(8, 16, 3)
+    quick = quicken(copy.deepcopy(plain))
+    first, second = torch.randn(2, 2, 8, 8, 8)
+    for net in (plain, quick):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = net(first).float().square().mean() + net(second).float().sin().mean()
+        loss.backward()
+    for mine, theirs in zip(quick.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=2e-2, atol=1e-3)
+
+
+class _Flops(TorchDispatchMode):
+    """Counts operations by torch's table."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=made)
+        return made
+
+
+@pytest.mark.parametrize("smallest", [1, layers.SMALLEST_MATRIX])
+def test_a_penalty_on_a_slope_is_torchs_for_less(monkeypatch: pytest.MonkeyPatch, smallest: int) -> None:
+    monkeypatch.setattr(layers, "SMALLEST_MATRIX", smallest)
+    torch.manual_seed(0)
+    plain = PatchDiscriminator(4, 16, 3, 3).double()
+    quick = quicken(copy.deepcopy(plain))
+    real, fake = torch.randn(2, 2, 3, 16, 16, dtype=torch.float64)
+    flops = []
+    for net in (plain, quick):
+        with _Flops() as count:
+            gradient_penalty(net.scores, real, fake, torch.tensor([0.2, 0.7])).backward()  # type: ignore[operator]
+        flops.append(count.total)
+    for (name, mine), theirs in zip(quick.named_parameters(), plain.parameters(), strict=True):
+        if theirs.grad is not None and bool(theirs.grad.any()):  # torch has zeros for biases
+            torch.testing.assert_close(mine.grad, theirs.grad, msg=name)
+    assert flops[1] < 0.7 * flops[0], "forward, to the pictures, and the gradients of both: four passes, not six"
+
+
+def test_leaky_relu_is_torchs() -> None:
+    torch.manual_seed(0)
+    leak = quicken(nn.LeakyReLU(0.3, inplace=True))
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(leak, x) and torch.autograd.gradgradcheck(leak, x)
+    assert torch.equal(leak(x), F.leaky_relu(x, 0.3)) and torch.equal(leak(x.detach().clone()), leak(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [4, 32, 64])
+def test_glu_is_torchs(dtype: torch.dtype, channels: int) -> None:
+    torch.manual_seed(0)
+    given = torch.randn(2, 2 * channels, 5, 7).to(dtype)
+    results = []
+    for layout, fn in ((torch.contiguous_format, lambda x: F.glu(x, 1)), (torch.channels_last, GLU())):
+        x = given.clone(memory_format=layout).requires_grad_()
+        out = fn(x)
+        (out.float() ** 2).sum().backward()
+        assert x.grad is not None
+        results.append((out.detach(), x.grad))
+    for mine, theirs in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
+
+
+def test_gated_rows_have_the_gradients_of_glu() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(GatedRows.apply, rows)
+    one = torch.randn(1, 8, dtype=torch.float64)
+    before = one.clone()
+    torch.testing.assert_close(GatedRows.apply(one), F.glu(before, -1))  # type: ignore[no-untyped-call]
+    assert torch.equal(one, before)
+
+
+def test_adam_is_torchs_whatever_the_layout() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    other = copy.deepcopy(net)
+    ours = make_adam(net.parameters(), Adam(lr=0.01))
+    begin_state(ours)
+    theirs = torch.optim.Adam(other.parameters(), lr=0.01, betas=(0.5, 0.999), foreach=False)
+    for step in range(3):
+        for p, q in zip(net.parameters(), other.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        if step == 1:
+            net[0].weight.grad = net[0].weight.grad.contiguous()  # type: ignore[union-attr]
+        adam_step(ours, 0.01, torch.zeros(()))
+        theirs.step()
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    before = [p.detach().clone() for p in net.parameters()]
+    adam_step(ours, 0.01, torch.ones(()))
+    assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True)), "a bad update changes nothing"
+
+
+def test_the_heap_is_kept() -> None:
+    """Large tensors take no new pages when they are made again. In a process of its own, for it lasts."""
+    code = (
+        "import resource, torch; from t2idist.engine.kernels import keep_heap; torch.set_num_threads(1); keep_heap()\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.empty(1 << 26).fill_(1)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "print(faults() > 100, min(faults() for _ in range(9)) < 20)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"], done.stdout
+
+
+def _count_calls(monkeypatch: pytest.MonkeyPatch, module: object, name: str) -> list[int]:
+    calls: list[int] = []
+    own = getattr(module, name)
+
+    def counted(*args: object, **settings: object) -> object:
+        calls.append(1)
+        return own(*args, **settings)
+
+    monkeypatch.setattr(module, name, counted)
+    return calls

@@ -1,0 +1,46 @@
+"""A whole run on a real object store: shards read from it, checkpoints and everything else written to it."""
+
+from __future__ import annotations
+
+import subprocess
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.object_store import SECRET, seaweedfs, store
+from tests.test_run import ROOT, command, environment, recipe
+
+
+@pytest.mark.whole
+def test_a_run_lives_in_an_object_store_and_is_taken_up_from_it(tmp_path: Path) -> None:
+    with seaweedfs() as reach:
+        remote = store(reach["AWS_ENDPOINT_URL"])
+        remote.put(str(files("t2idist.data.embedded").joinpath("emoji")) + "/", "bucket/emoji/", recursive=True)
+        file = recipe(tmp_path, storage="s3://bucket/runs")
+        env = {**reach, **environment(), **{k: v for k, v in reach.items() if k.startswith("AWS")}}
+
+        def run(*words: str) -> subprocess.CompletedProcess[str]:
+            data = ["data.source=s3://bucket/emoji", *words]
+            line = command(str(file), "--local", *data)
+            return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False)
+
+        half = run("stages.attngan.images=32")
+        assert half.returncode == 0, half.stderr
+        remote.invalidate_cache()
+        remote.rm("bucket/runs/tiny/attngan/export", recursive=True)
+        done = run()
+        assert done.returncode == 0, done.stderr
+        assert "restarts 1" in done.stdout
+        remote.invalidate_cache()
+        found = {name.removeprefix("bucket/runs/tiny/") for name in remote.find("bucket/runs/tiny")}
+        assert {"report.html", "config.yaml", "attngan/metrics.jsonl", "attngan/export/generator.safetensors"} <= found
+        assert any(name.startswith("attngan/events/") for name in found)
+        assert "attngan/pictures/images_000000064.png" in found
+        kept = {name.split("/")[2] for name in found if name.startswith("attngan/checkpoints/")}
+        assert len(kept) == 2 and all(name.startswith("0000000000") for name in kept)
+        everything = b"".join(remote.cat(f"bucket/runs/tiny/{name}") for name in found)
+        assert SECRET.encode() not in everything
+        assert SECRET not in half.stdout + half.stderr + done.stdout + done.stderr
+        missing = run("data.source=s3://bucket/nothere", "name=other")
+        assert missing.returncode == 2 and "no dataset.json there" in missing.stderr

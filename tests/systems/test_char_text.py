@@ -1,0 +1,173 @@
+"""The char-CNN-RNN: its spelling, its size, its loss by hand, and that it learns."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from t2idist import systems
+from t2idist.contract import Extent, Plan, System
+from t2idist.engine.checkpoint import export
+from t2idist.losses.matching import joint_embedding_losses
+from t2idist.nn.char_encoder import ALPHABET, WORD_CHARACTERS, CharEncoder, spell, spellings
+from t2idist.nn.text_encoders import sentence_encoder, text_encoder_of
+from tests.helpers.fixed_weights import parameters
+from tests.systems.test_loss_values import colour_batch, trainer
+
+WORDS = ("<end>", "red", "green", "blue", "yellow", "magenta", "cyan", "white", "black", "a", "the", "x_1", "of",
+         "very", "so")  # fmt: skip
+TINY = {"embedding_dim": 16, "characters": 60, "widths": (16, 16, 16), "trunk": "small", "trunk_width": 8,
+        "image_size": 32}  # fmt: skip
+
+
+def plan_for(words: tuple[str, ...], group_size: int = 8) -> Plan:
+    return Plan(group_size, 5, Extent(words, 1000))
+
+
+def made(group_size: int = 8, words: tuple[str, ...] = WORDS, **settings: Any) -> System:
+    module = systems.load("char_text")
+    return module.build(module.Config(**settings), plan_for(words, group_size))
+
+
+def read(characters: Tensor) -> list[str]:
+    """What characters by place in the alphabet + 1 say; '' past the end."""
+    return ["".join(ALPHABET[number - 1] for number in row if number) for row in characters.tolist()]
+
+
+# ------------------------------------------------------------------------------------------------ spelling
+def test_the_alphabet_is_the_released_one() -> None:
+    assert len(ALPHABET) == 70 and len(set(ALPHABET)) == 69 and ALPHABET.count("-") == 2
+
+
+def test_captions_are_spelled_with_single_spaces() -> None:
+    tokens = torch.tensor([[9, 1, 11, 0], [5, 0, 0, 0], [10, 12, 10, 4], [9, 9, 9, 9]])
+    lengths = torch.tensor([3, 1, 4, 2])
+    found = spell(spellings(WORDS), tokens, lengths, 12)
+    said = ["a red x_1", "magenta", "the of the yellow"[:12], "a a"]
+    assert found.shape == (4, 12) and read(found) == said
+    assert found[1, 7:].abs().max() == 0
+
+
+def test_words_are_kept_to_the_alphabet_and_to_a_length() -> None:
+    letters = spellings(["Caf\u00e9", "w" * 40, "", "-"])
+    assert letters.shape == (4, WORD_CHARACTERS) and letters.dtype == torch.uint8
+    assert read(letters) == ["caf", "w" * WORD_CHARACTERS, "", "-"]
+    assert int(letters[3, 0]) == ALPHABET.rindex("-") + 1, "of the two dashes the last counts, as in the released code"
+    whole = spell(letters, torch.tensor([[1, 1, 1, 1]]), torch.tensor([4]), 201)
+    assert read(whole) == [" ".join(["w" * WORD_CHARACTERS] * 4)]
+
+
+def test_what_is_past_the_caption_changes_nothing() -> None:
+    torch.manual_seed(0)
+    net = CharEncoder(WORDS, 8, 60, (6, 6, 6), "gru")
+    short = torch.tensor([[1, 9, 0, 0]])
+    padded = torch.tensor([[1, 9, 5, 7, 3, 3]])
+    length = torch.tensor([2])
+    words, sentence = net(short, length)
+    assert words.shape == (1, 8, 0) and sentence.shape == (1, 8)
+    assert torch.equal(sentence, net(padded, length)[1])
+    assert not torch.allclose(sentence, net(padded, torch.tensor([3]))[1])
+
+
+# ------------------------------------------------------------------------------------------------ size
+@pytest.mark.parametrize(("recurrent", "of_recurrent"), [("gru", 3), ("rnn", 1)])
+def test_parameters_are_those_of_the_published_layers(recurrent: str, of_recurrent: int) -> None:
+    with torch.device("meta"):
+        system = made(group_size=40, recurrent=recurrent)
+        text = system.roles["char_text"].net.get_submodule("text")
+        shapes = [layer[0].shape for layer in [text.recurrent(torch.randn(2, 18, 512))]]
+        through = text.convolutions(torch.randn(2, 70, 201))
+    convolutions = 70 * 384 * 4 + 384 + 384 * 512 * 4 + 512 + 512 * 512 * 4 + 512
+    steps = of_recurrent * (512 * 512 + 512 * 512 + 2 * 512)
+    assert parameters(text) == convolutions + steps + 512 * 1024 + 1024
+    if recurrent == "gru":
+        assert parameters(text) == 4_045_184
+    assert through.shape == (2, 512, 18) and shapes == [(2, 18, 512)]
+    trained = sum(
+        p.numel() for p in system.roles["char_text"].net.get_submodule("image").parameters() if p.requires_grad
+    )
+    assert trained == 2048 * 1024 + 1024, "of the image encoder the projection of the whole picture, and no other"
+
+
+# ------------------------------------------------------------------------------------------------ loss
+def test_the_loss_by_hand() -> None:
+    images = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+    sentences = torch.tensor([[1.0, 0.0], [0.5, 1.0], [0.0, 1.0]])
+    # scores: picture by caption
+    #   1    0.5  0
+    #   0    2    2
+    #   1    1.5  1
+    found = joint_embedding_losses(images, sentences, torch.tensor([0, 1, 2]), 1, margin=1.0)
+    of_captions = (0.5 + 0) + (0 + 1) + (1 + 1.5)  # row by row, over the own caption
+    of_images = (0 + 1) + (0 + 0.5) + (0 + 2)  # column by column, over the own picture
+    assert found.caption_of_image.item() == pytest.approx(of_captions / 9)
+    assert found.image_of_caption.item() == pytest.approx(of_images / 9)
+    same = joint_embedding_losses(images, sentences, torch.tensor([0, 1, 1]), 1, margin=1.0)
+    assert same.caption_of_image.item() == pytest.approx((0.5 + 0 + 0 + 1) / 9), "a class is no negative of its own"
+    assert same.image_of_caption.item() == pytest.approx((0 + 1 + 0 + 0) / 9)
+    two = joint_embedding_losses(
+        torch.cat([images, images]), torch.cat([sentences, sentences]), torch.tensor([0, 1, 2, 0, 1, 1]), 2, margin=1.0
+    )
+    assert two.sum().item() == pytest.approx((found.sum().item() + same.sum().item()) / 2)
+
+
+# ------------------------------------------------------------------------------------------------ learning
+def test_it_learns_which_caption_a_picture_has() -> None:
+    torch.manual_seed(0)
+    run = trainer(made(**TINY, lr=3e-3, margin=0.3), 8)
+    for step in range(150):
+        run.run_step(colour_batch((32,), step))
+    system: Any = run.system
+    nets = run.evaluation_nets()
+    batch = colour_batch((32,), step=1000, repeats=4)
+    with torch.no_grad():
+        codes = system.embed_pictures(nets, batch.images[-1])
+        sentences = system.embed_captions(nets, batch.captions)
+    score = codes @ sentences.T
+    best = batch.class_ids[score.argmax(1)]
+    assert (best == batch.class_ids).float().mean() >= 0.75
+
+
+# ------------------------------------------------------------------------------------------------ as a source
+def source(system: System, words: tuple[str, ...]) -> dict[str, Any]:
+    config: Any = system.config  # type: ignore[attr-defined]
+    return {"system": "char_text", "config": asdict(config), "plan": plan_for(words).describe()}
+
+
+def test_another_system_gets_it_whole_with_its_spelling() -> None:
+    torch.manual_seed(0)
+    system = made(**TINY)
+    trained = system.roles["char_text"].net.get_submodule("text")
+    encoder, dim = sentence_encoder({"text": source(system, WORDS)}, len(WORDS), 0)
+    assert dim == 16 and encoder is not None
+    export.load_into(encoder, trained.state_dict(), "text")
+    batch = colour_batch((32,), 3)
+    ours, theirs = (net(batch.captions.tokens, batch.captions.lengths)[1] for net in (encoder, trained))
+    assert torch.equal(ours, theirs)
+
+
+def test_what_cannot_be_built_is_named() -> None:
+    for settings, message in (
+        ({"characters": 20}, "characters is 20; it must be at least 48"),
+        ({"recurrent": "lstm"}, "recurrent is 'lstm'; it must be one of gru, rnn"),
+        ({"trunk": "resnet"}, "trunk is 'resnet'"),
+        ({"image_size": 64, "trunk": "inception"}, "image_size is 64; the trunk 'inception' takes 75"),
+        ({"group_size": 1}, "group_size is 1; char_text compares"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            made(**{**TINY, **settings})
+    assert made(**{**TINY, "characters": 48}) is not None
+    given = source(made(**TINY), WORDS)
+    with pytest.raises(ValueError, match=r"uses: text: its vocabulary has 15 words and this data's has 9"):
+        sentence_encoder({"text": given}, 9, 0)
+    with pytest.raises(ValueError, match="of system 'attngan'; it must be of 'damsm' or 'char_text'"):
+        sentence_encoder({"text": {**given, "system": "attngan"}}, 15, 0)
+    with pytest.raises(ValueError, match="of system 'char_text'; it must be of 'damsm'"):
+        text_encoder_of(given, 15)  # for systems that attend to words
+    with pytest.raises(ValueError, match=r"uses\.text is missing"):
+        sentence_encoder({}, 15, 0)
+    assert sentence_encoder({}, 15, 300) == (None, 300)

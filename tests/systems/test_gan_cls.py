@@ -1,0 +1,329 @@
+"""DCGAN, GAN-CLS with its switches and the style encoder: the published sizes, losses by hand, and what they learn."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from t2idist import systems
+from t2idist.contract import Batch, Captions, Extent, Plan, System
+from t2idist.engine.trainer import Trainer
+from t2idist.losses.adversarial import judge_three
+from t2idist.losses.matching import WrongPairs
+from t2idist.nn.discriminators import PairDiscriminator
+from t2idist.nn.text_encoders import unit_scale
+from tests.helpers.fixed_weights import fill, fingerprint, parameters
+from tests.systems.test_loss_values import COLOURS, TINY_DAMSM, colour_batch, counts, trainer
+
+VECTORS = len(COLOURS)
+TINY: dict[str, Any] = {"image_size": 16, "generator_width": 16, "discriminator_width": 16, "z_dim": 4}
+TINY_TEXT = {**TINY, "condition_dim": 8}
+
+
+def plan_of(vector_dim: int = 1024, group_size: int = 64, sources: Any = None) -> Plan:
+    return Plan(group_size, 5, Extent(("",) * 15, 8855, vector_dim), sources or {})
+
+
+def made(name: str, plan: Plan, **settings: Any) -> System:
+    module = systems.load(name)
+    return module.build(module.Config(**settings), plan)
+
+
+def source(system: str, plan: Plan, **settings: Any) -> dict[str, Any]:
+    """The index of an export of `system`."""
+    config = asdict(systems.load(system).Config(**settings))
+    return {"system": system, "config": config, "plan": plan.describe()}
+
+
+def on_meta(name: str, plan: Plan, **settings: Any) -> System:
+    with torch.device("meta"):
+        return made(name, plan, **settings)
+
+
+# ------------------------------------------------------------------------------------------------ the published sizes
+COCO = {"generator_width": 196, "discriminator_width": 196, "text_norm": False, "interpolate": False}
+PORT = {"residual": False, "generator_width": 64, "discriminator_width": 64, "compat": "authors"}
+
+
+def with_biases(net: nn.Module) -> int:
+    """Parameters if every convolution had a bias, as in the published files, where the code holds them at zero."""
+    convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+    assert all(m.bias is None for m in convolutions)
+    return parameters(net) + sum(m.out_channels for m in convolutions)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected", "biased"),
+    [
+        ({}, (18_905_472, 4_030_080), (18_909_699, 4_032_321)),
+        (COCO, (41_101_080, 36_183_440), (41_107_551, 36_190_301)),
+        ({"compat": "authors"}, (18_905_472, 4_030_080), (18_909_699, 4_032_321)),
+        (PORT, (4_756_736, 2_899_072), None),
+    ],
+)
+def test_gan_cls_counts(settings: dict[str, Any], expected: tuple[int, int], biased: tuple[int, int] | None) -> None:
+    system = on_meta("gan_cls", plan_of(), **settings)
+    assert counts(system) == dict(zip(("generator", "discriminator"), expected, strict=True))
+    if biased is not None:
+        assert tuple(with_biases(role.net) for role in system.roles.values()) == biased
+
+
+def test_the_plain_layout_has_the_names_of_the_port() -> None:
+    system = on_meta("gan_cls", plan_of(), **PORT)
+    assert fingerprint(system.roles["generator"].net) == "fe4b6e1d687185cb"
+    assert fingerprint(system.roles["discriminator"].net) == "1529a0aa9c18af15"
+    assert parameters(system.roles["generator"].net.get_submodule("projection")) == 131_456
+
+
+def test_dcgan_counts_and_sizes() -> None:
+    widths = {"generator_width": 64, "discriminator_width": 64}
+    assert counts(on_meta("dcgan", plan_of(), **widths)) == {"generator": 3_576_704, "discriminator": 2_765_568}
+    with_captions = on_meta("dcgan", plan_of(), conditional=True, **widths)
+    assert counts(with_captions) == counts(on_meta("gan_cls", plan_of(), **{**PORT, "compat": ""}))
+    generator = on_meta("dcgan", plan_of()).roles["generator"].net
+    assert generator.get_submodule("netG.0").weight.shape == (100, 1024, 4, 4)
+
+
+@pytest.mark.parametrize("size", [16, 32, 128])
+@pytest.mark.parametrize("residual", [False, True])
+def test_sizes_follow_from_the_config(size: int, residual: bool) -> None:
+    torch.manual_seed(0)
+    widths = {"generator_width": 2, "discriminator_width": 2}
+    system: Any = made("gan_cls", plan_of(6), image_size=size, residual=residual, **widths)
+    z, text = torch.randn(3, 100), torch.randn(3, 6)
+    drawn = system.roles["generator"].net(z, text)
+    assert drawn.shape == (3, 3, size, size)
+    assert system.roles["discriminator"].net(drawn, text).shape == (3,)
+    assert system.sizes == (size,)
+
+
+def test_the_order_of_text_and_noise_is_that_of_each_layout() -> None:
+    for residual, first in ((True, "z"), (False, "text")):
+        net: Any = fill(made("gan_cls", plan_of(6), residual=residual, **TINY_TEXT).roles["generator"].net)
+        z, text = torch.randn(2, 4), torch.randn(2, 6)
+        parts = {"z": z, "text": net.projection(text)}
+        rest = "text" if first == "z" else "z"
+        assert torch.equal(net(z, text), net.netG(torch.cat([parts[first], parts[rest]], 1)))
+
+
+def test_the_released_int_script_lacks_a_leaky_relu() -> None:
+    def leaks(**settings: Any) -> int:
+        net = on_meta("gan_cls", plan_of(), **settings).roles["discriminator"].net
+        return sum(isinstance(m, nn.LeakyReLU) for m in net.get_submodule("netD_1").children())
+
+    assert leaks() == 4
+    assert leaks(compat="authors", interpolate=False) == 4
+    assert leaks(compat="authors") == 3
+    assert leaks(compat="authors", residual=False) == 4
+    assert leaks(compat="authors", image_size=16) == 2  # there the last but one has no BatchNorm
+
+
+def test_only_the_ports_discriminator_is_deaf_to_matches() -> None:
+    """Its logit is a sum of one term for the picture and one for the text: what a caption adds is the same for all."""
+
+    def spread(**settings: Any) -> float:
+        net: Any = fill(made("gan_cls", plan_of(6), **TINY_TEXT, **settings).roles["discriminator"].net).double()
+        torch.manual_seed(0)
+        images, texts = torch.rand(9, 3, 16, 16).double(), torch.randn(2, 6).double()
+        first, second = (net(images, text.expand(9, 6)) for text in texts)
+        return (first - second).std().item()
+
+    assert spread(residual=False, compat="authors") < 1e-12
+    for settings in ({"residual": False}, {"residual": True}, {"residual": True, "compat": "authors"}):
+        assert spread(**settings) > 1e-2
+
+
+# --------------------------------------------------------------------------------------------------------- losses
+class Meets(PairDiscriminator):
+    """A judge whose logit is the sum of mean colour and condition."""
+
+    def features(self, images: Tensor) -> Tensor:
+        return images.mean(dim=(1, 2, 3))
+
+    def conditionals(self, features: Tensor, *conditions: Tensor) -> list[Tensor]:
+        return [features + condition[:, 0] for condition in conditions]
+
+
+def test_three_kinds_of_pairs_by_hand() -> None:
+    real, fake = (torch.tensor(v).view(3, 1, 1, 1).expand(3, 3, 2, 2) for v in ([1.0, 0.0, 2.0], [0.5, -1.0, 0.0]))
+    condition = torch.tensor([[3.0], [2.0], [1.0]])
+    pairs = WrongPairs(torch.tensor([1, 2, 0]), torch.tensor([False, True, True]))
+    verdict = judge_three(Meets(), real, fake, condition, pairs, 1)
+    softplus = nn.functional.softplus
+    torch.testing.assert_close(verdict.real, softplus(-torch.tensor([4.0, 2.0, 3.0])).mean())
+    torch.testing.assert_close(verdict.wrong, softplus(torch.tensor([1.0, 5.0])).mean())
+    torch.testing.assert_close(verdict.fake, softplus(torch.tensor([3.5, 1.0, 1.0])).mean())
+    assert verdict.accuracy_matching == 0.5  # 2 against 1, 3 against 5; the first pair is of one class
+
+
+def text_batch(step: int, repeats: int = 1, size: int = 16) -> Batch:
+    """Pictures of one colour, each with a given vector that names it."""
+    batch = colour_batch((size,), step, repeats)
+    vectors = nn.functional.one_hot(batch.class_ids, VECTORS).float()
+    return replace(batch, captions=replace(batch.captions, vectors=vectors))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"matching_aware": True, "interpolate": True},
+        {"matching_aware": True, "interpolate": True, "beta": 0.2, "interpolation_weight": 3.0},
+        {"matching_aware": True, "interpolate": True, "compat": "authors", "interpolation_weight": 3.0},
+        {"matching_aware": False, "interpolate": True},
+        {"matching_aware": True, "interpolate": False},
+        {"matching_aware": False, "interpolate": False, "unit_text": True},
+    ],
+)
+def test_a_step_of_gan_cls_by_hand(settings: dict[str, Any]) -> None:
+    """Reports and gradients of the first step, formed again from the networks with which it began."""
+    torch.manual_seed(0)
+    names = ("generator", "discriminator")
+    system: Any = made("gan_cls", plan_of(VECTORS, 8), **TINY_TEXT, discriminator_lr=0.0, **settings)
+    run = trainer(system, 8)
+    generator, judge = (system.roles[name].net for name in names)
+    batch = text_batch(0)
+    text = unit_scale(batch.captions.vectors) if settings.get("unit_text") else batch.captions.vectors
+    run.noise_source.start(0)
+    noises = [run.noise_source.normal(4) for _ in range(2)]
+    beta = settings.get("beta", 0.5)
+    texts = [text, beta * text + (1 - beta) * text.roll(-1, 0)]
+    fakes = [generator(z, t) for z, t in zip(noises, texts, strict=True)]
+    softplus = nn.functional.softplus
+
+    real = softplus(-judge(batch.images[-1], text)).mean()
+    wrong = softplus(judge(batch.images[-1], text.roll(-1, 0))).mean()
+    fake = softplus(judge(fakes[0].detach(), text)).mean()
+    told = real + (wrong + fake) / 2 if settings["matching_aware"] else real + fake
+    of_judge = torch.autograd.grad(told, [p for p in judge.parameters() if p.requires_grad])
+
+    plain, mixed = (softplus(-judge(f, t)).mean() for f, t in zip(fakes, texts, strict=True))
+    weight = settings.get("interpolation_weight", 1.0)
+    loss = plain + weight * mixed if settings["interpolate"] else plain
+    if settings.get("compat") == "authors":
+        loss = (2 * plain + weight * mixed) / 3
+    of_generator = torch.autograd.grad(loss, [p for p in generator.parameters() if p.requires_grad])
+
+    run.run_step(batch)
+    reports = run.take_reports()
+    expected = {"discriminator/real": real, "discriminator/wrong": wrong, "discriminator/fake": fake}
+    expected["generator/adversarial"] = plain
+    if settings["interpolate"]:
+        expected["generator/interpolated"] = mixed
+    shares = {name for name in reports if name.startswith("discriminator/accuracy_")}
+    assert len(shares) == 4 and all(0 <= reports[name] <= 1 for name in shares)
+    expected |= {
+        f"norm/{name}": torch.stack([gradient.norm() for gradient in gradients]).norm()
+        for name, gradients in zip(names, (of_generator, of_judge), strict=True)
+    }
+    assert reports.keys() - shares == expected.keys()
+    for name, value in expected.items():
+        assert reports[name] == pytest.approx(value.item(), rel=1e-4 if name.startswith("norm/") else 1e-5), name
+    for name, gradients in zip(names, (of_generator, of_judge), strict=True):
+        trained = [n for n, p in system.roles[name].net.named_parameters() if p.requires_grad]
+        state = run.state()
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            moment = state[f"{name}/adam/{parameter}/exp_avg"]  # after one step (1 - beta1) of the gradient
+            torch.testing.assert_close(moment, 0.5 * gradient, rtol=1e-3, atol=1e-6, msg=f"{name} {parameter}")
+
+
+def test_learning_rate_is_halved_as_published() -> None:
+    for settings, epochs in (({}, 100), ({"lr_every_epochs": 40.0}, 40)):
+        for role in on_meta("gan_cls", plan_of(), **settings).roles.values():
+            schedule = role.optimizer.schedule
+            assert (schedule.kind, schedule.factor, schedule.every_images) == ("exponential", 0.5, epochs * 8855)
+
+
+def test_a_bias_before_batch_norm_is_not_trained() -> None:
+    for role in on_meta("gan_cls", plan_of(), **PORT).roles.values():
+        still = [name for name, p in role.net.named_parameters() if not p.requires_grad]
+        assert still in (["projection.0.bias"], ["projector.projection.0.bias"])
+
+
+# --------------------------------------------------------------------------------------------------------- errors
+@pytest.mark.parametrize(
+    ("name", "plan", "settings", "sentence"),
+    [
+        ("gan_cls", plan_of(0), {}, r"uses\.text is missing"),
+        ("dcgan", plan_of(0), {"conditional": True}, r"uses\.text is missing"),
+        ("gan_cls", plan_of(group_size=1), {}, "group_size is 1; gan_cls"),
+        ("dcgan", plan_of(group_size=1), {"conditional": True}, "group_size is 1; dcgan"),
+        ("gan_cls", plan_of(), {"compat": "old"}, "compat is 'old'; it must be '' or 'authors'"),
+        ("gan_cls", plan_of(), {"beta": 1.5}, "beta is 1.5; it must be from 0 to 1"),
+        ("gan_cls", plan_of(), {"image_size": 48}, "image_size is 48; it must be a power of two from 16 on"),
+        ("dcgan", plan_of(), {"image_size": 8}, "image_size is 8; it must be a power of two from 16 on"),
+        ("style", plan_of(), {}, r"uses\.generator is missing"),
+        (
+            "style",
+            plan_of(sources={"generator": source("dcgan", plan_of())}),
+            {},
+            "uses.generator: the export is of system 'dcgan' without captions; it must be of 'gan_cls'",
+        ),
+        (
+            "style",
+            plan_of(12, sources={"generator": source("gan_cls", plan_of(11))}),
+            {},
+            "it was trained on sentence vectors of 11 numbers and this data's have 12",
+        ),
+        (
+            "style",
+            plan_of(sources={"generator": source("damsm", plan_of(), **TINY_DAMSM)}),
+            {},
+            "uses.generator: the export is of system 'damsm'; it must be of 'gan_cls'",
+        ),
+    ],
+)
+def test_what_cannot_be_built_is_named(name: str, plan: Plan, settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        on_meta(name, plan, **settings)
+
+
+def test_a_sentence_without_its_vector_is_an_error() -> None:
+    system: Any = made("gan_cls", plan_of(VECTORS), **TINY_TEXT)
+    captions = Captions(torch.ones(2, 5, dtype=torch.int64), torch.ones(2, dtype=torch.int64), torch.zeros(2, 0))
+    with pytest.raises(ValueError, match="captions without sentence vectors"):
+        system.sample({"generator": system.roles["generator"].net}, captions, lambda *shape: torch.zeros(2, *shape))
+
+
+# -------------------------------------------------------------------------------------------------------- learning
+def follows(run: Trainer) -> float:
+    """Correlation of the mean colours of generated pictures with the colours that their vectors name."""
+    batch = text_batch(2000, repeats=8)
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(len(batch.ids), *shape, generator=generator)
+
+    system: Any = run.system
+    with torch.no_grad():
+        drawn = system.sample(run.evaluation_nets(), batch.captions, draw)
+    means = drawn.images[-1].mean(dim=(2, 3))
+    return torch.corrcoef(torch.stack([means.flatten(), COLOURS[batch.class_ids].flatten()]))[0, 1].item()
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("gan_cls", {"residual": True}),
+        ("gan_cls", {"residual": False}),
+        ("gan_cls", {"residual": False, "matching_aware": False}),
+        ("dcgan", {"conditional": True}),
+    ],
+)
+def test_pictures_follow_their_captions(name: str, settings: dict[str, Any]) -> None:
+    torch.manual_seed(1)
+    rates = {"generator_lr": 2e-3, "discriminator_lr": 2e-3, "ema_half_life_images": 100.0}
+    run = trainer(made(name, plan_of(VECTORS, 16), **TINY_TEXT, **rates, **settings), 16)
+    assert follows(run) < 0.2
+    for step in range(100):
+        run.run_step(text_batch(step, repeats=2))
+        if step == 50:
+            run.take_reports()
+    assert follows(run) > 0.5
+    reports = run.take_reports()
+    if settings.get("matching_aware", name == "gan_cls"):
+        assert reports["discriminator/accuracy_matching"] > 0.8

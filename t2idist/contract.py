@@ -77,19 +77,19 @@ class Batch:
         """The batch on `device`; uint8 pictures become `dtype` in [-1, 1] there."""
         return replace(
             self,
-            images=tuple(as_floats(image.to(device, non_blocking=True), dtype) for image in self.images),
+            images=tuple(to_float(image.to(device, non_blocking=True), dtype) for image in self.images),
             captions=self.captions.to(device, dtype),
             class_ids=self.class_ids.to(device, non_blocking=True),
             attributes=self.attributes.to(device, dtype, non_blocking=True),
         )
 
 
-def as_floats(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def to_float(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Pictures in [-1, 1], whether they come so or as uint8."""
     return images.to(dtype).div_(127.5).sub_(1.0) if images.dtype == torch.uint8 else images.to(dtype)
 
 
-def as_bytes(images: Tensor) -> Tensor:
+def to_uint8(images: Tensor) -> Tensor:
     """Pictures in [-1, 1] as uint8; what lies outside is cut off."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
 
@@ -165,7 +165,7 @@ class Frozen:
 
 
 @dataclass(frozen=True)
-class Extent:
+class DataInfo:
     """What a stage's data is like.
 
     words: its vocabulary by number, 0 = padding. epoch_images: training samples in one epoch. vector_dim: of the
@@ -179,7 +179,7 @@ class Extent:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BuildInfo:
     """What a system may know when it is built.
 
     sources: for each export slot, the `config.json` of that export (``{"system", "config", "plan", ...}``), also
@@ -188,7 +188,7 @@ class Plan:
 
     group_size: int
     max_words: int
-    extent: Extent
+    extent: DataInfo
     sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
@@ -203,14 +203,14 @@ class Plan:
         return {**sizes, **extent, "sources": dict(self.sources)}
 
     @classmethod
-    def of(cls, described: Mapping[str, Any], words: Sequence[str]) -> Plan:
+    def of(cls, described: Mapping[str, Any], words: Sequence[str]) -> BuildInfo:
         """The plan that `describe` was asked of. Raises KeyError or TypeError for values that are none."""
         attributes = tuple(tuple(names) for names in described["attributes"])
-        extent = Extent(tuple(words), described["epoch_images"], described["vector_dim"], attributes)
+        extent = DataInfo(tuple(words), described["epoch_images"], described["vector_dim"], attributes)
         return cls(described["group_size"], described["max_words"], extent, described["sources"])
 
 
-Draw = Callable[..., Tensor]
+NoiseFn = Callable[..., Tensor]
 """``draw(*shape) -> (N, *shape)`` standard normal."""
 
 
@@ -287,15 +287,15 @@ class System(Protocol):
     def step(self, batch: Batch, train: Train) -> None: ...
 
 
-class Draws(Protocol):
+class SupportsSample(Protocol):
     """A system that draws pictures from captions."""
 
-    def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: Draw) -> Sample:
+    def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: NoiseFn) -> Sample:
         """Pictures of N captions by `nets` (the exported networks, in eval mode), under no_grad by the caller."""
         ...
 
 
-class Inverts(Protocol):
+class SupportsInvert(Protocol):
     """A system that finds the noise of a picture (for the style of one picture with the text of another)."""
 
     def invert(self, nets: Mapping[str, nn.Module], images: Tensor) -> Tensor:
@@ -303,7 +303,7 @@ class Inverts(Protocol):
         ...
 
 
-class Translates(Protocol):
+class SupportsTranslate(Protocol):
     """A system that changes attributes of pictures; it may be trained on several data sets, its domains.
 
     labels: for each domain, the names of the A attributes that it changes, in the order of the tensors below.
@@ -322,7 +322,7 @@ class Translates(Protocol):
         ...
 
 
-class Matches(Protocol):
+class SupportsEmbed(Protocol):
     """A system that places pictures and captions in one space (for R-precision)."""
 
     def embed_pictures(self, nets: Mapping[str, nn.Module], images: Tensor) -> Tensor:

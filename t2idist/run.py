@@ -22,8 +22,8 @@ from t2idist.launch import auth
 from t2idist.observability import logs
 
 if TYPE_CHECKING:
-    from t2idist.training.options import Stop
-    from t2idist.training.resume import Source
+    from t2idist.training.options import StopAfter
+    from t2idist.training.resume import ResumePoint
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run a recipe; gives the exit status: 0 done, 1 failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM."""
     arguments = parser().parse_intermixed_args(words)
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    logs.set_up(logging.INFO)
+    logs.configure(logging.INFO)
     try:
         if arguments.list is not None or arguments.status is not None:
             return _show(arguments)
@@ -91,10 +91,10 @@ def main(words: Sequence[str] | None = None) -> int:
             raise ValueError(f"give a recipe: {', '.join(configuration.recipes())}, or a .yaml file")
         return _run(configuration.load(arguments.recipe, arguments.settings), arguments)
     except ValueError as error:
-        print(logs.hide(f"error: {error}"), file=sys.stderr)
+        print(logs.redact_secrets(f"error: {error}"), file=sys.stderr)
         return 2
     except (RuntimeError, OSError) as error:
-        print(logs.hide(f"error: {error}"), file=sys.stderr)
+        print(logs.redact_secrets(f"error: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -115,17 +115,17 @@ def _show(arguments: argparse.Namespace) -> int:
 
 def _run(config: RunConfig, arguments: argparse.Namespace) -> int:
     only_told = bool(arguments.plan) or arguments.dry_run
-    address = "" if arguments.local else auth.joined(config.cluster.address, os.environ)
+    address = "" if arguments.local else auth.cluster_address(config.cluster.address, os.environ)
     if not (only_told or arguments.insecure_cluster):
-        auth.check(address, os.environ, Path.home())
+        auth.require_token(address, os.environ, Path.home())
     check = functools.partial(_check, config, arguments)
     if only_told or arguments.local or address:
         return _train(check(), arguments)
     from t2idist.launch import connection
 
-    if connection.is_up():
+    if connection.is_initialized():
         return _train(check(), arguments)
-    with connection.started(config.cluster, check) as checked:
+    with connection.start_local_cluster(config.cluster, check) as checked:
         return _train(checked, arguments, own=True)
 
 
@@ -134,10 +134,10 @@ class _Checked:
     """A run that nothing is found wrong with, and what its command says besides."""
 
     config: RunConfig
-    stop: Stop | None
-    resumed: Source | None
+    stop: StopAfter | None
+    resumed: ResumePoint | None
     hook: list[str]
-    place: logs.Place
+    place: logs.LogContext
 
 
 def _check(config: RunConfig, arguments: argparse.Namespace) -> _Checked | None:
@@ -146,8 +146,8 @@ def _check(config: RunConfig, arguments: argparse.Namespace) -> _Checked | None:
     from t2idist.preflight import dry_run
     from t2idist.training import options, resume, stages
 
-    config = options.with_init(stages.anchored(config), arguments.init_from)
-    stop = options.parse_stop(arguments.stop_after, config) if arguments.stop_after else None
+    config = options.apply_init_from(stages.with_absolute_paths(config), arguments.init_from)
+    stop = options.parse_stop_after(arguments.stop_after, config) if arguments.stop_after else None
     if arguments.plan:
         from t2idist.preflight import plan
 
@@ -155,9 +155,9 @@ def _check(config: RunConfig, arguments: argparse.Namespace) -> _Checked | None:
         return None
     words = hook.parse(arguments.hook) if arguments.hook else []
     resumed = resume.find(config, arguments.resume_from) if arguments.resume_from else None
-    place = logs.Place(config.name)
+    place = logs.LogContext(config.name)
     if config.report.json_logs:
-        logs.set_up(logging.INFO, place)
+        logs.configure(logging.INFO, place)
     _say(config, f"{config.name}: {config.about or ', '.join(config.stages)}")
     if arguments.dry_run:
         print(dry_run.describe(config, resumed), flush=True)
@@ -172,7 +172,7 @@ def _train(run: _Checked | None, arguments: argparse.Namespace, own: bool = Fals
     """own: Ray was started for this run alone."""
     if run is None:
         return 0
-    from t2idist.engine.preemption import Left
+    from t2idist.engine.preemption import StopRequested
     from t2idist.observability import hook
     from t2idist.training import lifecycle, resume, stages
 
@@ -181,16 +181,16 @@ def _train(run: _Checked | None, arguments: argparse.Namespace, own: bool = Fals
     if run.resumed is not None:
         resume.prepare(config, arguments.resume_from, run.resumed)
     try:
-        with lifecycle.told(config, hook.Hook(run.hook), stops=run.stop is not None) as telling:
+        with lifecycle.run_lifecycle(config, hook.Hook(run.hook), stops=run.stop is not None) as telling:
             if arguments.local:
                 from t2idist.training import local
 
-                local.train(config, run.stop, telling.follow, run.place)
+                local.run_local(config, run.stop, telling.follow, run.place)
             else:
                 from t2idist.launch import submit
 
                 submit.submit(config, run.stop, telling.follow, own)
-    except Left as left:
+    except StopRequested as left:
         print(f"ended on request, {left}; the same command goes on", file=sys.stderr)
         return 128 + signal.SIGTERM
     if run.stop is not None:

@@ -225,15 +225,17 @@ def test_files_and_functions_stay_short() -> None:
 
 def test_what_holds_copies_does_without_torch() -> None:
     """It is 300 MB and seconds, on every machine of a run."""
-    line = "import sys, t2idist.keepers; sys.exit('torch' in sys.modules)"
+    line = "import sys, t2idist.launch.replica_store; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", line], cwd=ROOT.parent, check=False).returncode == 0
 
 
 DRIVER = """
 import sys, t2idist.launch.connection
 assert not {"torch", "ray.train"} & set(sys.modules), "these are imported while Ray starts"
-from t2idist import config, dry, launch
-dry.check(config.load("attngan", [f"storage={sys.argv[1]}"]), None)
+from t2idist import config
+from t2idist.launch import submit
+from t2idist.preflight import dry_run
+dry_run.check(config.load("attngan", [f"storage={sys.argv[1]}"]), None)
 print(sorted({"torch.distributed.checkpoint", "torch._dynamo"} & set(sys.modules)))
 """
 

@@ -21,10 +21,10 @@ from torch import Tensor
 from t2idist import storage
 from t2idist.config import DataConfig, RunConfig
 from t2idist.config.strict import from_dict, parse_yaml
-from t2idist.contract import Batch, Draws, Matches, as_floats
+from t2idist.contract import Batch, SupportsEmbed, SupportsSample, to_float
 from t2idist.data.loader import LoadedSplit, load_split
 from t2idist.data.sources import open_dataset
-from t2idist.evaluate.attribute_classifier import TRAITS, answers, balanced_accuracy, decide, train_judge
+from t2idist.evaluate.attribute_classifier import TRAITS, answers, balanced_accuracy, classify, train_classifier
 from t2idist.evaluate.monitor import can_draw, can_match, embed_all
 from t2idist.evaluate.r_precision import r_precision
 from t2idist.report import report
@@ -101,13 +101,13 @@ def _draw(loaded: Loaded, captions: Sequence[str], seed: int, first_place: int) 
     """(n, 3, S, S): a picture of each caption, each with noise of its own."""
     encoded = encode(loaded.vocabulary, captions, loaded.plan.max_words)
     draw = NormalDraw(seed, range(first_place, first_place + len(captions)), CPU)
-    return generate(cast(Draws, loaded.system), loaded.nets, encoded, draw, device=CPU).images[-1]
+    return generate(cast(SupportsSample, loaded.system), loaded.nets, encoded, draw, device=CPU).images[-1]
 
 
 def _attribute_rows(train: LoadedSplit, test: LoadedSplit, drawn: Tensor, seed: int) -> list[Row]:
-    judge = train_judge(train.batch.images[-1], answers(train.attributes), seed=seed)
+    judge = train_classifier(train.batch.images[-1], answers(train.attributes), seed=seed)
     wanted = answers(test.attributes)
-    of_drawn, of_real = decide(judge, drawn), decide(judge, test.batch.images[-1])
+    of_drawn, of_real = classify(judge, drawn), classify(judge, test.batch.images[-1])
     rows: list[Row] = []
     for t, trait in enumerate(TRAITS):
         value, n = balanced_accuracy(of_drawn[:, t], wanted[:, t])
@@ -129,9 +129,9 @@ def _matching_row(judge_url: str, run_seed: int, captions: Sequence[str], real: 
         raise ValueError(f"--judge {where}: has the run's own seed, {run_seed}; a judge must be of another seed")
     encoded = encode(judge.vocabulary, captions, judge.plan.max_words)
     scores = []
-    for images in (drawn, as_floats(real.images[-1])):
+    for images in (drawn, to_float(real.images[-1])):
         batch = replace(real, images=(images,), captions=encoded)
-        codes = embed_all(cast(Matches, judge.system), judge.nets, batch, device=CPU)
+        codes = embed_all(cast(SupportsEmbed, judge.system), judge.nets, batch, device=CPU)
         scores.append(r_precision(*codes, seed=seed, class_ids=real.class_ids))
     generated, of_real = scores
     return {
@@ -147,7 +147,7 @@ def _matching_row(judge_url: str, run_seed: int, captions: Sequence[str], real: 
 
 def _difference_row(first: Tensor, second: Tensor, real: Batch) -> Row:
     """Whether noise matters: two draws of one caption, beside two real pictures that share a caption."""
-    pictures = as_floats(real.images[-1])
+    pictures = to_float(real.images[-1])
     order = torch.argsort(real.class_ids, stable=True)
     same = real.class_ids[order[1:]] == real.class_ids[order[:-1]]
     between_real = _distance(pictures[order[1:][same]], pictures[order[:-1][same]])

@@ -20,11 +20,19 @@ from torch import Tensor
 from t2idist import storage
 from t2idist.config import RunConfig
 from t2idist.config.strict import from_dict
-from t2idist.contract import Translates, as_floats
+from t2idist.contract import SupportsTranslate, to_float
 from t2idist.data.loader import LoadedSplit, load_split
 from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_datasets
-from t2idist.evaluate.attribute_classifier import ABSENT, Judge, Trait, answers, balanced_accuracy, decide, train_judge
+from t2idist.evaluate.attribute_classifier import (
+    ABSENT,
+    AttributeClassifier,
+    Trait,
+    answers,
+    balanced_accuracy,
+    classify,
+    train_classifier,
+)
 from t2idist.evaluate.monitor import can_translate
 from t2idist.report import report, run_folder
 from t2idist.sampling.attribute_edits import Labels
@@ -74,7 +82,7 @@ def score(run_url: str, seed: int) -> list[Row]:
 
 
 def _score_domain(loaded: Loaded, dataset: Dataset, domain: int, crop: float, seed: int) -> list[Row]:
-    system = cast(Translates, loaded.system)
+    system = cast(SupportsTranslate, loaded.system)
     names = system.labels[domain]
     labels = Labels.of(names, system.exclusive[domain], dataset.split("train"))
     sizes, split = loaded.system.sizes, held_out(dataset)
@@ -82,7 +90,7 @@ def _score_domain(loaded: Loaded, dataset: Dataset, domain: int, crop: float, se
         raise ValueError(f"{storage.redact(dataset.url)}: has no test and no val split to score on")
     train = load_split(dataset, "train", sizes=sizes, max_words=1, limit=TRAIN_PICTURES, crop=crop)
     test = load_split(dataset, split, sizes=sizes, max_words=1, limit=TEST_PICTURES, crop=crop)
-    judge = train_judge(
+    judge = train_classifier(
         train.batch.images[-1], answers(train.attributes, labels.traits), seed=seed, traits=labels.traits
     )
     own = test.batch.attributes[:, [dataset.attribute_names.index(name) for name in names]]
@@ -94,19 +102,26 @@ def _score_domain(loaded: Loaded, dataset: Dataset, domain: int, crop: float, se
 
 
 def _trait_row(
-    loaded: Loaded, judge: Judge, test: LoadedSplit, own: Tensor, labels: Labels, place: int, domain: int, trained: int
+    loaded: Loaded,
+    judge: AttributeClassifier,
+    test: LoadedSplit,
+    own: Tensor,
+    labels: Labels,
+    place: int,
+    domain: int,
+    trained: int,
 ) -> Row:
     """How often a changed trait is seen, over pictures that have an answer to it."""
     trait: Trait = labels.traits[place]
     has = labels.answers(own, trait)
     kept = has != ABSENT
     pictures, before = test.batch.images[-1][kept], own[kept]
-    system = cast(Translates, loaded.system)
-    of_real = decide(judge, pictures)[:, place]
+    system = cast(SupportsTranslate, loaded.system)
+    of_real = classify(judge, pictures)[:, place]
     seen, wanted, unchanged = [], [], []
     for after in labels.others(before, trait):
         made = translate(system, loaded.nets, pictures, after, domain, device=CPU)
-        seen.append(decide(judge, made)[:, place])
+        seen.append(classify(judge, made)[:, place])
         wanted.append(labels.answers(after, trait))
         unchanged.append(of_real)
     value, n = balanced_accuracy(torch.cat(seen), torch.cat(wanted))
@@ -128,8 +143,8 @@ def _mean_row(rows: Sequence[Row]) -> Row:
 
 def _reconstruction_row(loaded: Loaded, test: LoadedSplit, own: Tensor, labels: Labels, domain: int) -> Row:
     """Mean absolute difference of pictures in [-1, 1] from themselves after each trait's change there and back."""
-    system = cast(Translates, loaded.system)
-    pictures = as_floats(test.batch.images[-1])
+    system = cast(SupportsTranslate, loaded.system)
+    pictures = to_float(test.batch.images[-1])
     apart = []
     for trait in labels.traits:
         there = translate(system, loaded.nets, pictures, labels.changed(own, trait), domain, device=CPU)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from t2idist import storage
-from t2idist.contract import Captions, Draws, Translates
+from t2idist.contract import Captions, SupportsSample, SupportsTranslate
 from t2idist.engine.checkpoint import export
 from t2idist.evaluate.monitor import can_draw, can_translate
 from t2idist.sampling.loading import Loaded
@@ -158,7 +158,7 @@ def _graphs(loaded: Loaded) -> Iterator[Graph]:
     if can_draw(loaded.system):
         yield _drawing(loaded)
     elif can_translate(loaded.system):
-        for domain, names in enumerate(cast(Translates, loaded.system).labels):
+        for domain, names in enumerate(cast(SupportsTranslate, loaded.system).labels):
             yield _translating(loaded, domain, names)
     else:
         raise ValueError(f"{storage.redact(loaded.url)}: --onnx: {loaded.name} draws no pictures; leave --onnx out")
@@ -170,7 +170,7 @@ class Translating(nn.Module):
     def __init__(self, loaded: Loaded, domain: int) -> None:
         super().__init__()
         self.nets = nn.ModuleDict(loaded.nets)
-        self._system, self._domain = cast(Translates, loaded.system), domain
+        self._system, self._domain = cast(SupportsTranslate, loaded.system), domain
 
     def forward(self, images: Tensor, attributes: Tensor) -> tuple[Tensor]:
         return (self._system.translate(dict(self.nets.items()), images, attributes, self._domain),)
@@ -195,7 +195,7 @@ class Drawing(nn.Module):
     def __init__(self, loaded: Loaded, inputs: list[str], shapes: Mapping[str, tuple[int, ...]]) -> None:
         super().__init__()
         self.nets = nn.ModuleDict({name: net for name, net in loaded.nets.items() if name != "text"})
-        self._system, self._inputs, self._shapes = cast(Draws, loaded.system), inputs, shapes
+        self._system, self._inputs, self._shapes = cast(SupportsSample, loaded.system), inputs, shapes
         self._reads = "text" in loaded.nets
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
@@ -257,7 +257,7 @@ def _shapes(loaded: Loaded) -> tuple[dict[str, tuple[int, ...]], list[tuple[int,
             words, sentence = loaded.nets["text"](tokens, lengths)
             shapes = {"sentence": tuple(sentence.shape[1:]), "words": tuple(words.shape[1:])}
         vectors = torch.randn(count, loaded.plan.extent.vector_dim)
-        cast(Draws, loaded.system).sample(loaded.nets, Captions(tokens, lengths, vectors), draw)
+        cast(SupportsSample, loaded.system).sample(loaded.nets, Captions(tokens, lengths, vectors), draw)
     return {**shapes, "lengths": (), "vectors": (loaded.plan.extent.vector_dim,)}, noises
 
 

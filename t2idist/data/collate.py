@@ -18,7 +18,7 @@ from t2idist.data.transforms import CAPTION, WORDS, crop_and_flip, decode, fill_
 
 
 @dataclass(frozen=True)
-class Place:
+class RowTask:
     """What goes where: sample `index` of the split, with its random words, into row `row` of the batch."""
 
     row: int
@@ -27,7 +27,7 @@ class Place:
     encoded: Encoded | Bad
 
 
-class Arrays:
+class BatchBuffer:
     """Host memory of one batch; rows may be filled by several threads."""
 
     def __init__(self, samples: int, sizes: Sequence[int], max_words: int, attributes: int, vector_dim: int) -> None:
@@ -53,11 +53,11 @@ class Arrays:
             array[target] = array[source]
         self.ids[target] = self.ids[source]
 
-    def rows(self, kept: Sequence[int]) -> Arrays:
+    def rows(self, kept: Sequence[int]) -> BatchBuffer:
         """Only these rows, in this order."""
         if len(kept) == len(self.ids):
             return self
-        fewer = Arrays(0, (), 0, 0, 0)
+        fewer = BatchBuffer(0, (), 0, 0, 0)
         fewer.images = [image[kept] for image in self.images]
         numbers = (array[kept] for array in self._numbers)
         fewer.tokens, fewer.lengths, fewer.class_ids, fewer.attributes, fewer.vectors = numbers
@@ -76,7 +76,7 @@ class Arrays:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class SampleTransform:
     """How a sample becomes a row.
 
     attributes: number by name. crop, flip, vectors_mean_of: as in DataConfig. vectors: of the data set (None: it has
@@ -97,11 +97,11 @@ class Recipe:
     def vector_dim(self) -> int:
         return 0 if self.vectors is None else self.vectors.dim
 
-    def arrays(self, samples: int, sizes: Sequence[int]) -> Arrays:
+    def arrays(self, samples: int, sizes: Sequence[int]) -> BatchBuffer:
         """Room for so many rows."""
-        return Arrays(samples, sizes, self.max_words, len(self.attributes), self.vector_dim)
+        return BatchBuffer(samples, sizes, self.max_words, len(self.attributes), self.vector_dim)
 
-    def fill(self, arrays: Arrays, places: Sequence[Place]) -> None:
+    def fill(self, arrays: BatchBuffer, places: Sequence[RowTask]) -> None:
         """Fill the rows, which follow on each other; those that cannot be filled are named in `arrays.bad`."""
         size = arrays.images[-1].shape[-1]
         pictures = np.zeros((len(places), size, size, 3), dtype=np.uint8)
@@ -113,7 +113,7 @@ class Recipe:
         rows = slice(places[0].row, places[-1].row + 1)
         fill_pyramid(pictures, [image[rows] for image in arrays.images])
 
-    def _fill_one(self, arrays: Arrays, place: Place, picture: NDArray[np.uint8]) -> None:
+    def _fill_one(self, arrays: BatchBuffer, place: RowTask, picture: NDArray[np.uint8]) -> None:
         row = place.row
         arrays.ids[row] = self.split.keys[place.index]
         if isinstance(place.encoded, Bad):
@@ -142,7 +142,7 @@ class Recipe:
                 continue
         raise ValueError("no caption of it has a word of the vocabulary")
 
-    def _vector(self, facts: VectorFacts, place: Place, number: int) -> NDArray[np.float32]:
+    def _vector(self, facts: VectorFacts, place: RowTask, number: int) -> NDArray[np.float32]:
         """That of caption `number`; in training the mean with those of others, drawn without repetition."""
         assert isinstance(place.encoded, Encoded)
         captions = len(self.split.captions(place.index))

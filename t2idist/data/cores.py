@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 
-def one_each(threads: int, name: str) -> ThreadPoolExecutor:
+def single_threaded_pool(threads: int, name: str) -> ThreadPoolExecutor:
     """A pool of threads in each of which torch computes on one core.
 
     With more, each thread gets OpenMP helpers of its own; where these outnumber the cores, all of the process's go to

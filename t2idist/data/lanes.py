@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from t2idist.data.order import Order, Piece, Run
+from t2idist.data.order import Order, SampleRange, WindowSlice
 from t2idist.data.reader import Bad, Encoded, ShardReader
 
 READ_SAMPLES = 128
@@ -28,11 +28,11 @@ class Lane:
         self._window: tuple[int, int] | None = None
         self._samples: dict[int, Encoded | Bad] = {}
         self._next: tuple[int, int] | None = None
-        self._unread: deque[Run] = deque()
+        self._unread: deque[SampleRange] = deque()
         self._reads: deque[Future[list[Encoded | Bad]]] = deque()
         self._started = 0
 
-    def take(self, piece: Piece) -> list[Encoded | Bad]:
+    def take(self, piece: WindowSlice) -> list[Encoded | Bad]:
         """The samples at the piece's places, which are forgotten here."""
         window = (piece.epoch, piece.number)
         places = self._order.window(piece.epoch, self._number, piece.number).permutation
@@ -74,7 +74,7 @@ class Lane:
         return epoch, number
 
 
-def _short_runs(run: Run) -> Iterator[Run]:
+def _short_runs(run: SampleRange) -> Iterator[SampleRange]:
     """The run in pieces of what one request reads."""
     for first in range(0, run.count, READ_SAMPLES):
-        yield Run(run.shard, run.first + first, min(READ_SAMPLES, run.count - first))
+        yield SampleRange(run.shard, run.first + first, min(READ_SAMPLES, run.count - first))

@@ -22,9 +22,9 @@ from t2idist.config import DataConfig
 from t2idist.contract import Batch
 from t2idist.data import cores
 from t2idist.data.cache import ShardCache
-from t2idist.data.collate import Arrays, Place, Recipe
+from t2idist.data.collate import BatchBuffer, RowTask, SampleTransform
 from t2idist.data.lanes import READ_SAMPLES, Lane
-from t2idist.data.order import Order, Run, draws, permutation
+from t2idist.data.order import Order, SampleRange, draws, permutation
 from t2idist.data.reader import ShardReader
 from t2idist.data.shards import Dataset
 
@@ -40,7 +40,7 @@ _RUN_SAMPLES = 256
 class _Ticket:
     """A batch under way."""
 
-    arrays: Arrays
+    arrays: BatchBuffer
     work: list[Future[None]]
 
 
@@ -54,7 +54,7 @@ class Loader(Iterator[Batch]):
     """
 
     def __init__(
-        self, recipe: Recipe, reader: ShardReader, order: Order, config: DataConfig, sizes: Sequence[int],
+        self, recipe: SampleTransform, reader: ShardReader, order: Order, config: DataConfig, sizes: Sequence[int],
         groups: Sequence[int], step0: int, training: bool,
     ) -> None:  # fmt: skip
         self.quarantine: dict[str, str] = {}
@@ -68,7 +68,7 @@ class Loader(Iterator[Batch]):
         self._step0 = step0
         self._training = training
         self._read_pool = ThreadPoolExecutor(_READ_THREADS, "read")
-        self._decode_pool = cores.one_each(config.threads, "decode")
+        self._decode_pool = cores.single_threaded_pool(config.threads, "decode")
         self._reader = reader
         budget_bytes = (config.prefetch_mib << 20) // 2  # half for samples as they are stored, half for batches
         ahead = max(READ_SAMPLES, budget_bytes // len(groups) // max(reader.mean_bytes, 1))
@@ -120,7 +120,7 @@ class Loader(Iterator[Batch]):
         for pool in (self._read_pool, self._decode_pool):
             pool.shutdown(wait=True)
 
-    def _fill_gaps(self, arrays: Arrays) -> None:
+    def _fill_gaps(self, arrays: BatchBuffer) -> None:
         size = self._order.group_size
         self.samples_read += len(arrays.ids)
         self.bad_reads += len(arrays.bad)
@@ -165,7 +165,7 @@ class Loader(Iterator[Batch]):
             random = draws(self._order.seed, self._order.position(step, group), size)
             encoded = [sample for piece in self._order.pieces(step, group) for sample in self._lanes[group].take(piece)]
             places = [
-                Place(number * size + i, int(indices[i]), random[i] if self._training else None, encoded[i])
+                RowTask(number * size + i, int(indices[i]), random[i] if self._training else None, encoded[i])
                 for i in range(size)
             ]
             for first in range(0, size, _DECODE_CHUNK):
@@ -199,7 +199,7 @@ def open_loader(
     of_split = dataset.split(split)
     order = Order(seed, of_split.shard_sizes, total_groups, group_size)
     attributes = _numbered(dataset.attribute_names)
-    recipe = Recipe(
+    recipe = SampleTransform(
         of_split, dataset.vocabulary, attributes, config.max_words, config.crop, config.flip, dataset.vectors,
         config.vectors_mean_of,
     )  # fmt: skip
@@ -254,23 +254,23 @@ def load_split(
         assert rows is None, "limit and rows both say which samples"
         chosen = np.sort(permutation(len(of_split), "limit", seed)[:limit])
     attributes = _numbered(dataset.attribute_names)
-    recipe = Recipe(
+    recipe = SampleTransform(
         of_split, dataset.vocabulary, attributes, max_words, crop, flip=False, vectors=dataset.vectors, caption=caption
     )
     reader = ShardReader(dataset, split)
     arrays = recipe.arrays(len(chosen), sizes)
 
-    def fill(run: Run, first: int) -> None:
+    def fill(run: SampleRange, first: int) -> None:
         wanted = range(*np.searchsorted(chosen, [first, first + run.count]))
         if wanted:
             read = reader.read(run)
-            places = [Place(row, int(chosen[row]), None, read[int(chosen[row]) - first]) for row in wanted]
+            places = [RowTask(row, int(chosen[row]), None, read[int(chosen[row]) - first]) for row in wanted]
             recipe.fill(arrays, places)
 
     starts = np.cumsum([0, *of_split.shard_sizes])
-    with cores.one_each(2, "load") as pool:
+    with cores.single_threaded_pool(2, "load") as pool:
         work = [
-            pool.submit(fill, Run(shard, first, min(_RUN_SAMPLES, size - first)), int(starts[shard]) + first)
+            pool.submit(fill, SampleRange(shard, first, min(_RUN_SAMPLES, size - first)), int(starts[shard]) + first)
             for shard, size in enumerate(of_split.shard_sizes)
             for first in range(0, size, _RUN_SAMPLES)
         ]

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from t2idist import storage
 from t2idist.config import DataConfig
-from t2idist.contract import Batch, Extent
+from t2idist.contract import Batch, DataInfo
 from t2idist.data.loader import Loader, open_loader
 from t2idist.data.shards import Dataset
 
 
-def extent_of(datasets: Sequence[Dataset]) -> Extent:
+def data_info(datasets: Sequence[Dataset]) -> DataInfo:
     """What a system may know of them: the vocabulary of the first, the samples of all, the attributes of each."""
     each = [dataset.extent for dataset in datasets]
     return replace(
@@ -22,12 +22,12 @@ def extent_of(datasets: Sequence[Dataset]) -> Extent:
     )
 
 
-def steps_of(domain: int, domains: int, step: int) -> int:
+def steps_of_domain(domain: int, domains: int, step: int) -> int:
     """How many of the first `step` steps read set number `domain` of `domains`."""
     return -(-max(step - domain, 0) // domains)
 
 
-class Turns:
+class MixedLoader:
     """The batches of one worker, each of the data set whose turn it is; `Batch.domain` says which.
 
     Accounts are those of `Loader`, summed; a sample in the quarantine is named with its set.
@@ -55,7 +55,7 @@ class Turns:
             loader.close()
 
 
-def open_turns(
+def open_mixed_loader(
     datasets: Sequence[Dataset],
     split: str,
     *,
@@ -66,7 +66,7 @@ def open_turns(
     group_size: int,
     seeds: Sequence[int],
     step0: int,
-) -> Turns:
+) -> MixedLoader:
     """The training batches of this worker's groups from step `step0` on, as `open_loader` gives those of one set.
 
     seeds: of each set's order. Threads and memory for reading ahead are shared between the sets. Raises ValueError as
@@ -87,11 +87,11 @@ def open_turns(
                     total_groups=total_groups,
                     group_size=group_size,
                     seed=seed,
-                    step0=steps_of(domain, count, step0),
+                    step0=steps_of_domain(domain, count, step0),
                 )
             )
     except BaseException:
         for loader in loaders:
             loader.close()
         raise
-    return Turns(loaders, [storage.redact(dataset.url) for dataset in datasets], step0)
+    return MixedLoader(loaders, [storage.redact(dataset.url) for dataset in datasets], step0)

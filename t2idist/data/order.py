@@ -56,7 +56,7 @@ def window_samples(groups: int) -> int:
 
 
 @dataclass(frozen=True)
-class Run:
+class SampleRange:
     """`count` consecutive samples of shard number `shard`, from its sample `first` on."""
 
     shard: int
@@ -71,7 +71,7 @@ class Window:
     epoch: int
     lane: int
     number: int
-    runs: tuple[Run, ...]
+    runs: tuple[SampleRange, ...]
     permutation: Indices
     shard_starts: Indices
 
@@ -83,7 +83,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Piece:
+class WindowSlice:
     """Places [start, start + count) of window `number` of the lane in `epoch`."""
 
     epoch: int
@@ -153,9 +153,9 @@ class Order:
         """How many windows `lane` has in `epoch`."""
         return -(-self.lane_length(epoch, lane) // self.window_samples)
 
-    def pieces(self, step: int, group: int) -> list[Piece]:
+    def pieces(self, step: int, group: int) -> list[WindowSlice]:
         """The windows' places that (step, group) takes, in order; more than one at a border of windows or epochs."""
-        found: list[Piece] = []
+        found: list[WindowSlice] = []
         done = 0
         while done < self.group_size:
             epoch = (self.position(step, group) + done) // self.epoch_samples
@@ -163,7 +163,7 @@ class Order:
             number, start = divmod(local, self.window_samples)
             end = min((number + 1) * self.window_samples, self.lane_length(epoch, group))
             count = min(self.group_size - done, end - local)
-            found.append(Piece(epoch, number, start, count))
+            found.append(WindowSlice(epoch, number, start, count))
             done += count
         return found
 
@@ -195,7 +195,7 @@ class Order:
         while at < end:
             skipped = at - int(parts.ends[part] - parts.sizes[part])
             count = min(int(parts.ends[part]), end) - at
-            runs.append(Run(int(parts.shards[part]), int(parts.firsts[part]) + skipped, count))
+            runs.append(SampleRange(int(parts.shards[part]), int(parts.firsts[part]) + skipped, count))
             at += count
             part += 1
         shuffled = permutation(end - start, "window", self.seed, epoch, lane, number)

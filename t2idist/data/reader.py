@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from t2idist import storage
 from t2idist.data.cache import ShardCache
-from t2idist.data.order import Run
+from t2idist.data.order import SampleRange
 from t2idist.data.sample_format import EXTENSIONS, VECTORS
 from t2idist.data.shards import Dataset, Shard, inflate
 
@@ -76,7 +76,7 @@ class ShardReader:
         if self._cache is not None:
             self._cache.close()
 
-    def read(self, run: Run) -> list[Encoded | Bad]:
+    def read(self, run: SampleRange) -> list[Encoded | Bad]:
         """The run's samples in order; bytes that are not those of the manifest are read once more from the store.
 
         Raises ValueError when the shard is missing, or shorter than the manifest says.

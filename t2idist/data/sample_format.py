@@ -61,14 +61,14 @@ class SampleRecord:
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedSample:
     """A sample's tar members, headers and padding included, and its row of the manifest without shard and offset."""
 
     tar: bytes
     row: dict[str, Any]
 
 
-def pack(sample: SampleRecord) -> Packed:
+def pack(sample: SampleRecord) -> PackedSample:
     """The sample as bytes of a tar; the same sample gives the same bytes."""
     facts = {"captions": sample.captions, "attributes": sample.attributes, "class_id": sample.class_id}
     text = json.dumps(facts, ensure_ascii=False, sort_keys=True).encode()
@@ -76,7 +76,7 @@ def pack(sample: SampleRecord) -> Packed:
     seen = {"split": sample.split, "key": sample.key, "width": sample.width, "height": sample.height}
     if sample.vectors is not None:
         tar += member(f"{sample.key}.{VECTORS}", npy(sample.vectors))
-    return Packed(tar, {**seen, "size": len(tar), "sha256": hashlib.sha256(tar).hexdigest(), **facts})
+    return PackedSample(tar, {**seen, "size": len(tar), "sha256": hashlib.sha256(tar).hexdigest(), **facts})
 
 
 def _check_vectors(key: str, vectors: NDArray[Any], captions: int) -> None:

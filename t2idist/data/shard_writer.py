@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from t2idist import storage
-from t2idist.data.sample_format import Packed, SampleRecord, pack
+from t2idist.data.sample_format import PackedSample, SampleRecord, pack
 from t2idist.data.shards import COLUMNS, DESCRIPTION, MANIFEST, SCHEMA_VERSION, Shard, VectorFacts
 from t2idist.data.tokenizer import Vocabulary, tokenise
 
@@ -31,7 +31,7 @@ class ShardPacker:
         self.tar_bytes = 0
         self._parts: list[bytes] = []
 
-    def add(self, packed: Packed) -> None:
+    def add(self, packed: PackedSample) -> None:
         self.rows.append({**packed.row, "offset": self.tar_bytes})
         self._parts.append(packed.tar)
         self.tar_bytes += len(packed.tar)

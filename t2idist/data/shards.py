@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from t2idist import storage
-from t2idist.contract import Extent
+from t2idist.contract import DataInfo
 from t2idist.data.sample_format import KEY_PATTERN, MAX_CAPTION_CHARACTERS, MAX_VECTOR_DIM, VECTOR_TYPES, npy_header
 from t2idist.data.tokenizer import END, Vocabulary
 
@@ -202,10 +202,10 @@ class Dataset:
         )
 
     @property
-    def extent(self) -> Extent:
+    def extent(self) -> DataInfo:
         """What a system may know of it. Raises ValueError where there is no train split."""
         words, images = tuple(self.vocabulary.words), len(self.split("train"))
-        return Extent(words, images, self.vector_dim, (tuple(self.attribute_names),))
+        return DataInfo(words, images, self.vector_dim, (tuple(self.attribute_names),))
 
     @property
     def vector_dim(self) -> int:

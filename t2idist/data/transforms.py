@@ -23,14 +23,14 @@ _DRAFT_FACTOR = 2
 
 
 @dataclass(frozen=True)
-class Picture:
+class DecodedImage:
     """A decoded RGB picture. size: (width, height) as it is stored; a large JPEG may be decoded at a fraction of it."""
 
     image: Image.Image
     size: tuple[int, int]
 
 
-def decode(encoded: Encoded, shorter: int | None = None) -> Picture:
+def decode(encoded: Encoded, shorter: int | None = None) -> DecodedImage:
     """The picture, on white where it is transparent.
 
     shorter: pixels of the shorter side that are needed (None: all there are); a JPEG of at least four times as many is
@@ -48,7 +48,7 @@ def decode(encoded: Encoded, shorter: int | None = None) -> Picture:
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
-        return Picture(image if image.mode == "RGB" else image.convert("RGB"), size)
+        return DecodedImage(image if image.mode == "RGB" else image.convert("RGB"), size)
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
         raise ValueError(f"does not decode: {type(error).__name__}: {error}"[:200]) from None
 
@@ -58,7 +58,9 @@ def shorter_side(size: int, crop: float) -> int:
     return max(size, round(crop * size))
 
 
-def crop_and_flip(picture: Picture, size: int, crop: float, flip: bool, draw: NDArray[np.uint64] | None) -> Image.Image:
+def crop_and_flip(
+    picture: DecodedImage, size: int, crop: float, flip: bool, draw: NDArray[np.uint64] | None
+) -> Image.Image:
     """The (size, size) picture: shorter side resized to round(crop * size), then cropped.
 
     draw: random words for the crop's place and, if `flip`, for a mirrored picture; None: the centre, never mirrored.

@@ -20,7 +20,7 @@ _NAMED = 20
 """Bad samples that a sentence names; the file names all of them."""
 
 
-class Source(Protocol):
+class BatchSource(Protocol):
     """A worker's batches, and what is known of them so far.
 
     samples_read, bad_reads: places filled, and those of them where a bad sample had to be replaced. quarantine: bad
@@ -37,7 +37,7 @@ class Source(Protocol):
     def close(self) -> None: ...
 
 
-class Intake(Iterator[Batch]):
+class TrackedBatches(Iterator[Batch]):
     """The batches of a stage from `step` on, with their accounts. stage_url: the stage's folder.
 
     max_bad: share of bad samples that stops the run. epoch_images: samples in an epoch. ledger: keep a record of the
@@ -46,7 +46,7 @@ class Intake(Iterator[Batch]):
 
     def __init__(
         self,
-        source: Source,
+        source: BatchSource,
         world: World,
         share: Share,
         stage_url: str,
@@ -65,7 +65,7 @@ class Intake(Iterator[Batch]):
         self._window = (time.monotonic(), source.wait_seconds)
         self._quarantine: dict[str, str] = {}
         where = storage.join(stage_url, QUARANTINE)
-        if world.first and storage.exists(where):
+        if world.is_main and storage.exists(where):
             self._quarantine = storage.read_json(where)
 
     def __next__(self) -> Batch:
@@ -89,17 +89,17 @@ class Intake(Iterator[Batch]):
         new = {key: reason for key, reason in source.quarantine.items() if key not in self._told}
         self._told |= new.keys()
         busy = max(self._window[0] - moment, 1e-9)
-        parts = self._world.gather(
+        parts = self._world.all_gather_object(
             (source.samples_read, source.bad_reads, new, (source.wait_seconds - waited) / busy),
         )
         read, bad = sum(part[0] for part in parts), sum(part[1] for part in parts)
         found = {key: reason for part in parts for key, reason in part[2].items()}
-        if found and self._world.first:
+        if found and self._world.is_main:
             self._quarantine.update(found)
             storage.write_json(storage.join(self._url, QUARANTINE), dict(sorted(self._quarantine.items())))
             logger.warning("%d bad samples were replaced, such as %s", len(found), _some(found))
         if bad > self._max_bad * max(read, self._epoch_images):
-            listed = self._world.from_first(self._quarantine)
+            listed = self._world.broadcast_object(self._quarantine)
             raise ValueError(
                 f"data.max_bad: {bad} of {read} samples were bad, more than {self._max_bad:.2%} of an epoch; "
                 f"{storage.redact(self._url)}/{QUARANTINE} lists all {len(listed)}: {_some(listed)}"

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from t2idist.config import GuardConfig, StageConfig
-from t2idist.engine.batches import Intake
-from t2idist.engine.checkpoint.manager import Checkpoints
-from t2idist.engine.checkpoint.replicas import Memory
+from t2idist.engine.batches import TrackedBatches
+from t2idist.engine.checkpoint.manager import CheckpointManager
+from t2idist.engine.checkpoint.replicas import ReplicaManager
 from t2idist.engine.guard import Diverged
-from t2idist.engine.metrics import Log
-from t2idist.engine.preemption import Notices
+from t2idist.engine.metrics import MetricLogger
+from t2idist.engine.preemption import PreemptionHandler
 from t2idist.engine.trainer import Trainer
 
 
@@ -58,13 +58,13 @@ def report_every(stage: StageConfig) -> int:
 
 def run(
     trainer: Trainer,
-    batches: Intake,
+    batches: TrackedBatches,
     stage: StageConfig,
     steps: int,
-    checkpoints: Checkpoints,
-    memory: Memory | None,
-    notices: Notices,
-    log: Log | None,
+    checkpoints: CheckpointManager,
+    memory: ReplicaManager | None,
+    notices: PreemptionHandler,
+    log: MetricLogger | None,
     look: Look,
     guard: GuardConfig,
 ) -> None:
@@ -81,7 +81,7 @@ def run(
         if log is not None:
             log.stepped(images)
         if last or due(report_every(stage), before, images):
-            losses, others = trainer.take_reports(), batches.settle()
+            losses, others = trainer.reduce_reports(), batches.settle()
             _check(trainer, guard)
             others["guard/skipped_steps"] = float(trainer.guard.skipped)
             others |= pace.settle(others["data/wait_share"])
@@ -93,7 +93,7 @@ def run(
                 log.add(losses, others, trainer.step)
         if memory is not None and memory.due(trainer.step):
             memory.take(trainer, state.notes())
-        notices.heed(trainer, state)
+        notices.check(trainer, state)
         paused = time.monotonic()
         pictures = last or due(stage.pictures_every_images, before, images)
         scores = stage.scores_every_images > 0 and (last or due(stage.scores_every_images, before, images))
@@ -115,10 +115,10 @@ class _State:
     """Where a stage's state goes (`notice.State`): checkpoints, and copies in memory where there are any."""
 
     trainer: Trainer
-    batches: Intake
-    checkpoints: Checkpoints
-    memory: Memory | None
-    log: Log | None
+    batches: TrackedBatches
+    checkpoints: CheckpointManager
+    memory: ReplicaManager | None
+    log: MetricLogger | None
 
     def save(self) -> None:
         if self.log is not None:
@@ -166,7 +166,7 @@ class _Pace:
         held = torch.accelerator.max_memory_allocated(device) if device.type != "cpu" else 0
         mine = (seconds, wait_share * seconds, self._looking / steps, self._saving / steps)
         self._looking = self._saving = 0.0
-        parts = self._trainer.world.gather((mine, held))
+        parts = self._trainer.world.all_gather_object((mine, held))
         names = ("time/step", "time/data", "time/pictures", "time/checkpoint")
         found = dict(zip(names, parts[0][0], strict=True))
         return found if device.type == "cpu" else found | {"memory/device_gib": max(part[1] for part in parts) / 2**30}

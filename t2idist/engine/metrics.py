@@ -22,7 +22,7 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-class Log:
+class MetricLogger:
     """The record of one stage on the first worker.
 
     Lines that a dead attempt wrote after the checkpoint that this one resumes from are dropped, so each number of

@@ -20,12 +20,12 @@ logger = logging.getLogger(__name__)
 _HOLD_SECONDS = 5.0
 _GRACE_SECONDS = 60.0
 
-Ask = Callable[[], "Notice | None"]
+Poll = Callable[[], "PreemptionNotice | None"]
 """Gives what is announced, the same on all workers; a collective where there are several."""
 
 
 @dataclass(frozen=True)
-class Notice:
+class PreemptionNotice:
     """seconds_left: until a machine of the run goes (math.inf: nobody said); 0: this process is to end now.
 
     regroup: new workers, more or fewer, are to take the place of these as soon as they stand still.
@@ -35,7 +35,7 @@ class Notice:
     regroup: bool = False
 
 
-class State(Protocol):
+class StateSaver(Protocol):
     """Where the state of a stage goes."""
 
     def save(self) -> None:
@@ -51,11 +51,11 @@ class State(Protocol):
         ...
 
 
-class Left(Exception):
+class StopRequested(Exception):
     """The run ended because it was asked to; its state is saved."""
 
 
-class Notices:
+class PreemptionHandler:
     """What a stage does about notices.
 
     ask: None where nobody could give one. look_seconds: about how often to ask (0: after every step). stand: tells that
@@ -63,7 +63,7 @@ class Notices:
     """
 
     def __init__(
-        self, ask: Ask | None, look_seconds: float, world: World, stand: Callable[[], None] | None = None
+        self, ask: Poll | None, look_seconds: float, world: World, stand: Callable[[], None] | None = None
     ) -> None:
         self._ask, self._look_seconds, self._world, self._stand = ask, look_seconds, world, stand
         self._every_steps, self._hold_seconds = 1, _HOLD_SECONDS
@@ -75,12 +75,12 @@ class Notices:
         self._every_steps = max(1, round(self._look_seconds / max(step_seconds, 1e-6)))
         self._hold_seconds = max(_HOLD_SECONDS, 2 * self._every_steps * step_seconds)  # else the last look is too early
 
-    def heed(self, trainer: Trainer, state: State) -> None:
+    def check(self, trainer: Trainer, state: StateSaver) -> None:
         """Look for a notice after a step, where it is time. A collective.
 
         At the first one the state is saved, and training goes on; shortly before the machine goes it is saved again and
         training waits for that, so that no step is lost; if it does not go after all, training goes on. Where the
-        workers are to be replaced, the state is kept and they wait for that. Raises `Left` where this process itself is
+        workers are to be replaced, the state is kept and they wait for that. Raises `StopRequested` where this process itself is
         to end.
         """
         if self._looked_step is None:
@@ -88,7 +88,7 @@ class Notices:
         if self._ask is None or trainer.step - self._looked_step < self._every_steps:
             return
         self._looked_step = trainer.step
-        notice = self._world.from_first(self._ask())
+        notice = self._world.broadcast_object(self._ask())
         if notice is None:
             self._heard = self._held = False
             return
@@ -97,7 +97,7 @@ class Notices:
             state.keep()
             self._stand()
             return
-        if not self._heard and self._world.first:
+        if not self._heard and self._world.is_main:
             logger.warning("a machine of this run is about to go%s; saving", _when(notice.seconds_left))
         began = time.monotonic()
         if notice.seconds_left <= self._hold_seconds and not self._held:
@@ -105,7 +105,7 @@ class Notices:
             state.save()
             state.finish()
             if notice.seconds_left == 0:
-                raise Left(f"saved at {trainer.images} images")
+                raise StopRequested(f"saved at {trainer.images} images")
             time.sleep(max(0.0, notice.seconds_left + _GRACE_SECONDS - (time.monotonic() - began)))
         elif not self._heard:
             state.save()

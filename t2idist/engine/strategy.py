@@ -1,6 +1,6 @@
 """How a role's network is wrapped and updated: one module whose forward runs any function of the network, and Adam.
 
-Everything that a step does with a trained network happens inside one entry of the wrapper (`Held`), so several passes,
+Everything that a step does with a trained network happens inside one entry of the wrapper (`RoleModule`), so several passes,
 BatchNorm, sub-modules and gradient penalties are all exact under DDP and DeepSpeed. Here are the plain worker and DDP;
 engine/zero.py is DeepSpeed. (DDP reads its hook's annotations as they stand: no `from __future__ import annotations`
 here.)
@@ -37,7 +37,7 @@ class Precision:
         return contextlib.nullcontext()
 
 
-class Held(nn.Module):
+class RoleModule(nn.Module):
     """A module whose forward runs ``fn(net, *args)`` under the run's precision."""
 
     def __init__(self, net: nn.Module, precision: Precision, device: torch.device) -> None:
@@ -50,10 +50,10 @@ class Held(nn.Module):
             return fn(self.net, *args, **kwargs)
 
 
-class Engine(Protocol):
+class Strategy(Protocol):
     """A role's network at work. An update is one `enter`, one `backward` and one `step`."""
 
-    def enter(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run ``fn(net, *args)`` inside the distributed wrapper."""
         ...
 
@@ -69,10 +69,10 @@ class Engine(Protocol):
         ...
 
     def moments(self) -> dict[str, Tensor]:
-        """``<parameter>/{exp_avg,exp_avg_sq,step}``, whole. May be a collective; `adopt` ends what a load begins."""
+        """``<parameter>/{exp_avg,exp_avg_sq,step}``, whole. May be a collective; `load_optimizer_state` ends what a load begins."""
         ...
 
-    def adopt(self, moments: Mapping[str, Tensor]) -> None:
+    def load_optimizer_state(self, moments: Mapping[str, Tensor]) -> None:
         """Go on from what was loaded into the network and into the tensors that `moments` gave."""
         ...
 
@@ -81,17 +81,17 @@ class Engine(Protocol):
         ...
 
 
-class Replicated:
+class DDPStrategy:
     """Every worker holds the whole optimiser: DDP, or the bare network on one worker."""
 
     def __init__(self, name: str, role: Role, precision: Precision, world: World) -> None:
         self._name, self._role = name, role
-        self._trained = trained(role.net)
+        self._trained = trainable_parameters(role.net)
         self._wrapped = wrap(role.net, precision, world)
         self._optimizer = make_adam(self._trained.values(), role.optimizer)
-        begin_state(self._optimizer)
+        init_optimizer_state(self._optimizer)
 
-    def enter(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self._wrapped(fn, *args, **kwargs)
 
     def backward(self, loss: Tensor) -> list[Tensor]:
@@ -116,14 +116,14 @@ class Replicated:
             for moment, value in self._optimizer.state[parameter].items()
         }
 
-    def adopt(self, moments: Mapping[str, Tensor]) -> None:
+    def load_optimizer_state(self, moments: Mapping[str, Tensor]) -> None:
         """Nothing: they are the live tensors."""
 
     def optimizer_bytes(self) -> int:
         return state_bytes(self._optimizer)
 
 
-def trained(net: nn.Module) -> dict[str, nn.Parameter]:
+def trainable_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are trained, by name."""
     return {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
 
@@ -135,7 +135,7 @@ def make_adam(parameters: Iterable[Any], settings: Adam) -> torch.optim.Adam:
     )
 
 
-def begin_state(optimizer: torch.optim.Adam) -> None:
+def init_optimizer_state(optimizer: torch.optim.Adam) -> None:
     """State of zeros, so that it is there, and has a name, before the first step."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -201,7 +201,7 @@ def prepare_step(optimizer: torch.optim.Adam, lr: float, bad: Tensor) -> None:
 
 def wrap(net: nn.Module, precision: Precision, world: World) -> nn.Module:
     """The role's distributed wrapper; enter it once an update."""
-    held = Held(net, precision, world.device)
+    held = RoleModule(net, precision, world.device)
     if world.group is None:
         return held
     wrapped = DistributedDataParallel(

@@ -17,10 +17,10 @@ from t2idist.engine.groups import convert, running_statistics, tracking
 from t2idist.engine.guard import Guard
 from t2idist.engine.noise import Noise
 from t2idist.engine.schedule import ema_decay, factor
-from t2idist.engine.strategy import Engine, Precision, Replicated
+from t2idist.engine.strategy import DDPStrategy, Precision, Strategy
 from t2idist.engine.world import Share, World, mean_by_share
-from t2idist.engine.zero import Partitioned
-from t2idist.nn.fast.layers import forget_casts, quicken
+from t2idist.engine.zero import ZeroStrategy
+from t2idist.nn.fast.layers import clear_cached_casts, use_fast_layers
 
 GRADIENTS = "gradients of "
 """Begins the name under which the norm of a role's gradients stands among the reports where it is not finite..."""
@@ -29,11 +29,11 @@ NORM = "norm/"
 
 
 @dataclass
-class _Live:
+class _RoleState:
     """A role at work."""
 
     role: Role
-    engine: Engine
+    engine: Strategy
     ema: nn.Module | None
     entered: bool = False
     again: Callable[[nn.Module], Any] | None = None
@@ -72,20 +72,20 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------- set-up
     def _place(self, net: nn.Module) -> nn.Module:
-        return quicken(net.to(self.world.device, self.precision.weights))
+        return use_fast_layers(net.to(self.world.device, self.precision.weights))
 
-    def _start(self, name: str, role: Role) -> _Live:
+    def _start(self, name: str, role: Role) -> _RoleState:
         self._place(role.net).train()
         convert(role.net, self.group_size, self.noise_source)
         ema = None
         if role.ema_half_life_images is not None:
             ema = copy.deepcopy(role.net).eval().requires_grad_(False)
-        return _Live(role, self._engine(name, role), ema)
+        return _RoleState(role, self._engine(name, role), ema)
 
-    def _engine(self, name: str, role: Role) -> Engine:
+    def _engine(self, name: str, role: Role) -> Strategy:
         if self.zero and self.world.group is not None:
-            return Partitioned(name, role, self.precision, self.world, self.zero)
-        return Replicated(name, role, self.precision, self.world)
+            return ZeroStrategy(name, role, self.precision, self.world, self.zero)
+        return DDPStrategy(name, role, self.precision, self.world)
 
     # -------------------------------------------------------------------------------------------- contract.Train
     @property
@@ -98,7 +98,7 @@ class Trainer:
         live.entered = True
         if live.ema is not None and self._momentum:
             live.again = lambda net: fn(net, *args, **kwargs)
-        return live.engine.enter(fn, *args, **kwargs)
+        return live.engine.run(fn, *args, **kwargs)
 
     def apply(self, role: str, loss: Tensor) -> None:
         live = self._live[role]
@@ -108,7 +108,7 @@ class Trainer:
         bad, norm = self.guard.check(live.engine.backward(self.guard.weigh(loss, self.share.weight)))
         self._reports.append((self.step, f"{GRADIENTS}{role}", norm))
         live.engine.step(live.role.optimizer.lr * factor(live.role.optimizer.schedule, self.images), bad)
-        forget_casts(live.role.net)
+        clear_cached_casts(live.role.net)
         if live.ema is not None:
             assert live.role.ema_half_life_images is not None
             keep = ema_decay(live.role.ema_half_life_images, self.group_size * self.share.groups)
@@ -123,12 +123,12 @@ class Trainer:
     @contextlib.contextmanager
     def frozen(self, *names: str) -> Iterator[Any]:
         nets = self._bare(names)
-        with fixed(nets), self.precision.autocast(self.world.device):
+        with frozen_parameters(nets), self.precision.autocast(self.world.device):
             yield nets[0] if len(nets) == 1 else tuple(nets)
 
     def _bare(self, names: Sequence[str]) -> list[nn.Module]:
         """Frozen networks, and the live ones that ``role`` or ``role.part`` names."""
-        return bare(names, self._frozen, {name: live.role.net for name, live in self._live.items()})
+        return select_networks(names, self._frozen, {name: live.role.net for name, live in self._live.items()})
 
     def noise(self, *shape: int) -> Tensor:
         return self.noise_source.normal(*shape)
@@ -157,7 +157,7 @@ class Trainer:
         self.guard.end_step()
         self.step += 1
 
-    def take_reports(self) -> dict[str, float]:
+    def reduce_reports(self) -> dict[str, float]:
         """Means of what was reported since the last call, over steps and, by share, over workers. A collective.
 
         With "norm/<role>", the 2-norm of the role's averaged gradients before they are clipped. Values that are not
@@ -173,7 +173,9 @@ class Trainer:
             else:
                 finite.setdefault(name.replace(GRADIENTS, NORM, 1), []).append(value)
         mine = {name: math.fsum(of_name) / len(of_name) for name, of_name in finite.items()}
-        parts = self.world.gather((self.share.fraction, mine, [entry for entry in bad if entry[0] == bad[0][0]]))
+        parts = self.world.all_gather_object(
+            (self.share.fraction, mine, [entry for entry in bad if entry[0] == bad[0][0]])
+        )
         firsts = sorted({entry for part in parts for entry in part[2]})
         if firsts:
             step = firsts[0][0]
@@ -218,7 +220,7 @@ class Trainer:
         return mean_by_share(self._float_buffers(), self.world, self.share)
 
     def state(self) -> dict[str, Tensor]:
-        """The whole training state by name: load into these tensors, then `adopt` them.
+        """The whole training state by name: load into these tensors, then call `finish_load`.
 
         ``<role>/net/<name>``, ``<role>/ema/<name>``, ``<role>/adam/<parameter>/{exp_avg,exp_avg_sq,step}``. Live
         tensors; under DeepSpeed the moments are gathered from all workers, a collective.
@@ -231,12 +233,14 @@ class Trainer:
             tensors |= {f"{name}/adam/{key}": value for key, value in live.engine.moments().items()}
         return tensors
 
-    def adopt(self, state: Mapping[str, Tensor]) -> None:
+    def finish_load(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what was loaded into the tensors that `state` gave."""
         for name, live in self._live.items():
             prefix = f"{name}/adam/"
-            live.engine.adopt({key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)})
-            forget_casts(live.role.net)
+            live.engine.load_optimizer_state(
+                {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
+            )
+            clear_cached_casts(live.role.net)
 
     def optimizer_bytes(self) -> int:
         """Bytes of optimiser state that this worker keeps."""
@@ -250,7 +254,9 @@ class Trainer:
         return {f"{place}/{key}": buffer for key, buffer in self._float_buffers().items()}
 
 
-def bare(names: Sequence[str], frozen: Mapping[str, nn.Module], live: Mapping[str, nn.Module]) -> list[nn.Module]:
+def select_networks(
+    names: Sequence[str], frozen: Mapping[str, nn.Module], live: Mapping[str, nn.Module]
+) -> list[nn.Module]:
     """Networks by name: a frozen one's, else ``role`` or ``role.part`` of the live ones."""
     found = []
     for name in names:
@@ -260,7 +266,7 @@ def bare(names: Sequence[str], frozen: Mapping[str, nn.Module], live: Mapping[st
 
 
 @contextlib.contextmanager
-def fixed(nets: Sequence[nn.Module]) -> Iterator[None]:
+def frozen_parameters(nets: Sequence[nn.Module]) -> Iterator[None]:
     """Inside, no gradient goes to the weights of these networks."""
     weights = [p for net in nets for p in net.parameters() if p.requires_grad]
     for weight in weights:

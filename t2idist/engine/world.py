@@ -27,7 +27,7 @@ class World:
     aside: dist.ProcessGroup | None = None
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -36,11 +36,11 @@ class World:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """Every worker's (small, picklable) value, by rank."""
         return self._gather(value, self.group)
 
-    def gather_aside(self, value: T) -> list[T]:
+    def all_gather_object_side_group(self, value: T) -> list[T]:
         """The same for one thread beside the training: its collectives do not meet the training's."""
         return self._gather(value, self.aside)
 
@@ -52,12 +52,12 @@ class World:
         dist.all_gather_object(values, value, group=group)
         return values
 
-    def from_first(self, value: T) -> T:
+    def broadcast_object(self, value: T) -> T:
         """The first worker's value, on every worker."""
-        return self.gather(value if self.first else None)[0]  # type: ignore[return-value]
+        return self.all_gather_object(value if self.is_main else None)[0]  # type: ignore[return-value]
 
     def barrier(self) -> None:
-        self.gather(None)
+        self.all_gather_object(None)
 
 
 @dataclass(frozen=True)

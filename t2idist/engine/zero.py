@@ -3,7 +3,7 @@
 The mathematics is DDP's: same gradients, clipping, Adam and skipped updates, to float32 rounding. Weights stay whole on
 every worker, so frozen use, averages and exports work as under DDP. What DeepSpeed cannot do exactly is refused, by the
 config: stage 3 (gradient penalties fail, and no worker has a whole network) and float64 (its weights are float32). Its
-own bf16 stays off; `Held` is the one place of autocast. On one worker there is nothing to divide: the trainer then
+own bf16 stays off; `RoleModule` is the one place of autocast. On one worker there is nothing to divide: the trainer then
 takes the plain engine.
 
 Attributes are read that DeepSpeed does not promise, hence one pinned version (config.DEEPSPEED).
@@ -26,7 +26,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from t2idist.contract import Role
-from t2idist.engine.strategy import Held, Precision, begin_state, make_adam, prepare_step, state_bytes, trained
+from t2idist.engine.strategy import (
+    Precision,
+    RoleModule,
+    init_optimizer_state,
+    make_adam,
+    prepare_step,
+    state_bytes,
+    trainable_parameters,
+)
 from t2idist.engine.world import World
 
 BUCKET_ELEMENTS = 25 * 2**20 // 4
@@ -48,7 +56,7 @@ class _Place:
         return self.start + self.shape.numel()
 
 
-class Partitioned:
+class ZeroStrategy:
     """A role's network in a DeepSpeed engine; implements `strategy.Engine`.
 
     name: the role's. stage: 1 or 2. Parameters under the role's clipping make the first group, all others the next, so
@@ -58,7 +66,7 @@ class Partitioned:
     def __init__(self, name: str, role: Role, precision: Precision, world: World, stage: int) -> None:
         self._name, self._clip_norm, self._world = name, role.clip_norm, world
         role.net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # DeepSpeed flattens weights
-        self._trained = trained(role.net)
+        self._trained = trainable_parameters(role.net)
         for key, parameter in role.net.named_parameters():
             if parameter.dim() == 0 or parameter.dtype != torch.float32:
                 raise ValueError(
@@ -72,9 +80,9 @@ class Partitioned:
         ]
         assert groups[0], f"{name}: no parameter begins with the clip_prefix '{prefix}'"
         self._adam = make_adam([{"params": group} for group in groups if group], role.optimizer)
-        self._engine = _start(Held(role.net, precision, world.device), self._adam, world, stage)
+        self._engine = _start(RoleModule(role.net, precision, world.device), self._adam, world, stage)
         self._zero = self._engine.optimizer
-        begin_state(self._adam)
+        init_optimizer_state(self._adam)
         self._places = self._find()
         self._norms = torch.zeros(len(self._adam.param_groups), dtype=torch.float64, device=world.device)
         self._order = _Order(self._zero) if stage == 2 else None
@@ -94,7 +102,7 @@ class Partitioned:
         ]
 
     # -------------------------------------------------------------------------------------------- updates
-    def enter(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self._engine(fn, *args, **kwargs)
 
     def backward(self, loss: Tensor) -> list[Tensor]:
@@ -134,7 +142,7 @@ class Partitioned:
                 found[f"{place.name}/{moment}"] = whole[place.group][moment][place.start : place.end].view(place.shape)
         return found
 
-    def adopt(self, moments: Mapping[str, Tensor]) -> None:
+    def load_optimizer_state(self, moments: Mapping[str, Tensor]) -> None:
         """Take this worker's part of the moments, and DeepSpeed's own copy of the weights, from what was loaded."""
         self._zero.refresh_fp32_params()
         steps = {float(moments[f"{place.name}/step"]) for place in self._places}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from t2idist.contract import as_floats
+from t2idist.contract import to_float
 
 ABSENT = -1
 """The class of a sample to which a trait does not apply (the hair colour of a bald head)."""
@@ -53,7 +53,7 @@ def answers(attributes: Sequence[Sequence[str]], traits: Sequence[Trait] = TRAIT
     return torch.tensor([[trait.answer(names) for trait in traits] for names in attributes], dtype=torch.int64)
 
 
-class Judge(nn.Module):
+class AttributeClassifier(nn.Module):
     """Pictures (N, 3, S, S) in [-1, 1] -> for each trait logits (N, classes)."""
 
     def __init__(self, traits: Sequence[Trait] = TRAITS, width: int = 16) -> None:
@@ -70,7 +70,7 @@ class Judge(nn.Module):
         return [head(features) for head in self.heads]
 
 
-def train_judge(
+def train_classifier(
     images: Tensor,
     wanted: Tensor,
     *,
@@ -79,14 +79,14 @@ def train_judge(
     epochs: int = 6,
     batch_size: int = 64,
     lr: float = 2e-3,
-) -> Judge:
+) -> AttributeClassifier:
     """A judge trained on real pictures (n, 3, S, S), uint8 or in [-1, 1], with answers (n, traits).
 
     Pictures are mirrored at random; classes weigh equally, however rare. torch's global generator is left as it was.
     """
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        judge = Judge(traits)
+        judge = AttributeClassifier(traits)
         weights = [_class_weights(wanted[:, t], trait.classes) for t, trait in enumerate(traits)]
         steps = epochs * (len(images) // batch_size)
         optimizer = torch.optim.Adam(judge.parameters(), lr=lr)
@@ -95,7 +95,7 @@ def train_judge(
             order = torch.randperm(len(images))
             for start in range(0, len(images) - batch_size + 1, batch_size):
                 rows = order[start : start + batch_size]
-                pictures = as_floats(images[rows])
+                pictures = to_float(images[rows])
                 mirrored = torch.rand(len(rows)) < 0.5
                 pictures[mirrored] = pictures[mirrored].flip(-1)
                 losses = [
@@ -114,11 +114,11 @@ def _class_weights(wanted: Tensor, classes: int) -> Tensor:
     return counts.sum() / (classes * counts)
 
 
-def decide(judge: Judge, images: Tensor, batch_size: int = 256) -> Tensor:
+def classify(judge: AttributeClassifier, images: Tensor, batch_size: int = 256) -> Tensor:
     """(n, traits): the judge's answers about pictures (n, 3, S, S), uint8 or in [-1, 1]."""
     with torch.inference_mode():
         parts = [
-            torch.stack([logits.argmax(1) for logits in judge(as_floats(images[start : start + batch_size]))], 1)
+            torch.stack([logits.argmax(1) for logits in judge(to_float(images[start : start + batch_size]))], 1)
             for start in range(0, len(images), batch_size)
         ]
     return torch.cat(parts)

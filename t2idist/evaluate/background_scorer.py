@@ -1,6 +1,6 @@
 """Scores during training: a process of its own takes the averaged weights, and training goes on meanwhile.
 
-The first worker writes the weights as an export and names it to the process (`Scorer`), which scores it piece by piece,
+The first worker writes the weights as an export and names it to the process (`BackgroundScorer`), which scores it piece by piece,
 and sleeps between the pieces so that it never takes more of the machine's time than it may; what comes while it is busy
 is left out. It leaves a line a score in scored/scores.jsonl, and keeps the export that was best.
 """
@@ -27,7 +27,7 @@ from t2idist.config import ScoresConfig
 from t2idist.config.strict import from_dict
 from t2idist.engine.checkpoint import export
 from t2idist.evaluate.feature_extractors import Weights, open_extractor
-from t2idist.evaluate.score import Settings, score_slowly
+from t2idist.evaluate.score import Settings, score_in_background
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ OUT_OF_TIME = 3
 T = TypeVar("T")
 
 
-class Scorer:
+class BackgroundScorer:
     """The first worker's side. folder: the stage's. index: of an export at so many images."""
 
     def __init__(self, config: ScoresConfig, folder: str, index: Callable[[int], dict[str, Any]]) -> None:
@@ -116,7 +116,7 @@ def read_best(folder: str) -> dict[str, Any] | None:
     return found
 
 
-class Pace:
+class TimeShare:
     """Called between pieces of work: sleeps until the work has taken no more than its share of the time.
 
     used: seconds of work so far; None: all the time in which it did not sleep (what an accelerator does is not seen).
@@ -161,7 +161,7 @@ def main(source: IO[str]) -> int:
     torch.set_num_threads(1)
     first = json.loads(source.readline())
     config, folder = from_dict(ScoresConfig, first["config"]), first["folder"]
-    pace = Pace(config.share, _used_cpu if config.device == "cpu" else None)
+    pace = TimeShare(config.share, _used_cpu if config.device == "cpu" else None)
     waiting: queue.Queue[dict[str, Any] | None] = queue.Queue()
 
     def listen() -> None:
@@ -195,7 +195,7 @@ def take(config: ScoresConfig, folder: str, message: Mapping[str, Any], pace: Ca
     scored = storage.join(folder, SCORED)
     _clean(folder, message["images"], message["export"])
     try:
-        result = score_slowly(settings_of(config, message["export"], scored), pace)
+        result = score_in_background(settings_of(config, message["export"], scored), pace)
     except ValueError as error:
         print(f"scores of {message['images']} images: {error}", file=sys.stderr)
         return

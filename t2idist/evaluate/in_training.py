@@ -15,11 +15,11 @@ from t2idist.config import RunConfig
 from t2idist.contract import System
 from t2idist.data.loader import load_split
 from t2idist.data.shards import Dataset
-from t2idist.evaluate.background_scorer import Scorer
+from t2idist.evaluate.background_scorer import BackgroundScorer
 from t2idist.evaluate.diversity import WITHIN, Diversity
 from t2idist.evaluate.monitor import (
     ROWS,
-    Monitor,
+    SampleGrid,
     can_draw,
     can_match,
     can_translate,
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 VAL_PICTURES = 1000
 
 
-class Watcher:
+class InTrainingEvaluator:
     """Looks at a stage's networks at a cadence. datasets, folder: the stage's. index: that of its export at so many
     images."""
 
@@ -73,7 +73,7 @@ class Watcher:
                 raise ValueError(
                     f"stages.{stage}.scores_every_images: {config.stages[stage].system} draws no pictures from captions"
                 )
-            self._scorer = Scorer(config.scores, folder, index)
+            self._scorer = BackgroundScorer(config.scores, folder, index)
 
     def close(self, finished: bool) -> None:
         """End what goes on beside. finished: whether the stage is done."""
@@ -111,7 +111,7 @@ class Watcher:
 
 def _monitor(
     system: System, dataset: Dataset, config: RunConfig, stage: str, folder: str, device: torch.device
-) -> Monitor:
+) -> SampleGrid:
     """Of the run's captions, or of the data's, beside their pictures."""
     data, given = config.stage_data(stage), config.report.captions
     if given and reads_vectors(system, dataset.vector_dim):
@@ -128,7 +128,7 @@ def _monitor(
         shown = load_split(dataset, split, sizes=sizes, max_words=data.max_words, limit=ROWS, crop=data.crop)
         captions = tuple(of_picture[0] for of_picture in shown.captions)
         real, vectors = shown.batch.images[-1], shown.batch.captions.vectors
-    return Monitor(
+    return SampleGrid(
         system,
         dataset.vocabulary,
         captions,

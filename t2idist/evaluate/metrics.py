@@ -16,7 +16,7 @@ from t2idist.evaluate import score_chunks
 from t2idist.evaluate.caption_space import CaptionSpace
 from t2idist.evaluate.distribution_metrics import bootstrap_error, fid, inception_score, kid, nearest, neighbours
 from t2idist.evaluate.r_precision import RPrecision, most_candidates, r_precision
-from t2idist.evaluate.score_chunks import GENERATED, REAL, TRAIN, Gathered, Job, Reads
+from t2idist.evaluate.score_chunks import GENERATED, REAL, TRAIN, Gathered, Reads, ScoreJob
 
 READ_BY = {"clip_r": "clip", "damsm_r": "damsm"}
 """R-precisions by something that reads captions itself, and its name among the looks."""
@@ -70,7 +70,7 @@ class Ranks:
     samples: tuple[int, ...]
 
 
-def check(job: Job, options: Options, metrics: Sequence[str], dataset: Dataset) -> None:
+def check(job: ScoreJob, options: Options, metrics: Sequence[str], dataset: Dataset) -> None:
     """Whether there are enough pictures. Raises ValueError, one sentence, before any of them is drawn."""
     there, fewest = f"there are {job.real} real and {job.n} generated pictures", min(job.real, job.n)
     if "kid" in metrics and fewest < options.kid_subset:
@@ -95,7 +95,7 @@ def check(job: Job, options: Options, metrics: Sequence[str], dataset: Dataset) 
 class Measures:
     """Of one job whose pieces are all done."""
 
-    def __init__(self, job: Job, options: Options, dataset: Dataset, folder: str) -> None:
+    def __init__(self, job: ScoreJob, options: Options, dataset: Dataset, folder: str) -> None:
         self._job, self._options, self._dataset = job, options, dataset
         self.generated = score_chunks.gather(job, GENERATED, folder)
         self.real = score_chunks.gather(job, REAL, folder)

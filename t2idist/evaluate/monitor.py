@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from t2idist import storage
-from t2idist.contract import Batch, Draws, Matches, Sample, System, as_floats
+from t2idist.contract import Batch, Sample, SupportsEmbed, SupportsSample, System, to_float
 from t2idist.data.tokenizer import Vocabulary, tokenise
 from t2idist.evaluate.r_precision import most_candidates, r_precision
 from t2idist.sampling.figures import attention_figure, grid, png_bytes, stacked
@@ -55,7 +55,7 @@ def _exports_text(system: System) -> bool:
     return any(name.rpartition(".")[2] == "text" for name in system.exports)
 
 
-class Monitor:
+class SampleGrid:
     """Draws the same captions with the same noise at every cadence.
 
     captions: one row of the grid each; none, of a system that reads none: rows of other noise. vectors: theirs, where
@@ -78,13 +78,13 @@ class Monitor:
         real: Tensor | None = None,
         vectors: Tensor | None = None,
     ) -> None:
-        self._system = cast(Draws, system)
+        self._system = cast(SupportsSample, system)
         self.captions = tuple(captions)
         self._draws = draws
         self._seed = seed
         self._folder = folder
         self._device = device
-        self._real = None if real is None else as_floats(real)
+        self._real = None if real is None else to_float(real)
         encoded = encode(vocabulary, self.captions, max_words) if captions else no_captions(ROWS)
         self._encoded = (encoded if vectors is None else replace(encoded, vectors=vectors)).each(draws)
         self._places = [i % draws if captions else i for i in range(len(self._encoded))]
@@ -136,14 +136,14 @@ def score_matching(
     if candidates < 2:
         return {}
     with evaluating(nets):
-        images, captions = embed_all(cast(Matches, system), nets, batch, device=device, rows_at_once=rows_at_once)
+        images, captions = embed_all(cast(SupportsEmbed, system), nets, batch, device=device, rows_at_once=rows_at_once)
     score = r_precision(images, captions, seed=seed, class_ids=batch.class_ids, candidates=candidates)
     name = "val/r_precision" if candidates == CANDIDATES else f"val/r_precision_of_{candidates}"
     return {name: score.mean}
 
 
 def embed_all(
-    system: Matches, nets: Mapping[str, nn.Module], batch: Batch, *, device: torch.device, rows_at_once: int = 100
+    system: SupportsEmbed, nets: Mapping[str, nn.Module], batch: Batch, *, device: torch.device, rows_at_once: int = 100
 ) -> tuple[Tensor, Tensor]:
     """Image and caption codes (n, D) of all samples, on the host in float32, from the largest pictures of the batch."""
     pairs: list[tuple[Tensor, Tensor]] = []
@@ -151,7 +151,7 @@ def embed_all(
     with torch.inference_mode():
         for start in range(0, len(batch.ids), rows_at_once):
             rows = slice(start, start + rows_at_once)
-            pictures = as_floats(batch.images[-1][rows], dtype).to(device)
+            pictures = to_float(batch.images[-1][rows], dtype).to(device)
             captions = batch.captions[rows].to(device)
             pairs.append((system.embed_pictures(nets, pictures), system.embed_captions(nets, captions)))
     return torch.cat([a.float().cpu() for a, _ in pairs]), torch.cat([b.float().cpu() for _, b in pairs])

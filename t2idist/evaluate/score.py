@@ -25,7 +25,7 @@ from t2idist.engine.checkpoint import export
 from t2idist.evaluate import score_chunks, score_sheets
 from t2idist.evaluate.feature_extractors import DEFAULT, EXTRACTORS, Weights
 from t2idist.evaluate.metrics import NEEDS_TRAIN, READ_BY, Measures, Options, check
-from t2idist.evaluate.score_chunks import Job, Look, Piece
+from t2idist.evaluate.score_chunks import ExtractorSpec, ScoreChunk, ScoreJob
 from t2idist.launch import parallel
 
 RESULT = "scores.json"
@@ -179,11 +179,11 @@ def score(settings: Settings) -> dict[str, Any]:
     Raises ValueError, one sentence, for what cannot be scored.
     """
     job, dataset = make_job(settings)
-    work = score_chunks.pieces(job)
+    work = score_chunks.score_chunks(job)
     with tqdm(total=len(work), unit="piece", desc="pictures", file=sys.stderr) as bar:
         tasks = [(job, piece, settings.work) for piece in work]
         gpus = int(settings.device != "cpu")
-        for _ in parallel.each(_do, tasks, settings.workers, settings.address, gpus=gpus):
+        for _ in parallel.map_unordered(_do, tasks, settings.workers, settings.address, gpus=gpus):
             bar.update()
     measures = _measures(settings, job, dataset)
     result = _result(settings, job, dataset, measures)
@@ -192,10 +192,10 @@ def score(settings: Settings) -> dict[str, Any]:
     return result
 
 
-def score_slowly(settings: Settings, pace: Callable[[], None]) -> dict[str, Any]:
+def score_in_background(settings: Settings, pace: Callable[[], None]) -> dict[str, Any]:
     """The same in this process, with `pace` called before each piece of work; writes nothing that stays."""
     job, dataset = make_job(settings)
-    for piece in score_chunks.pieces(job):
+    for piece in score_chunks.score_chunks(job):
         pace()
         score_chunks.do(job, piece, settings.work)
     pace()
@@ -208,11 +208,11 @@ def _options(settings: Settings) -> Options:
     return Options(settings.background, settings.splits, settings.subset, settings.bootstrap)
 
 
-def _measures(settings: Settings, job: Job, dataset: Dataset) -> Measures:
+def _measures(settings: Settings, job: ScoreJob, dataset: Dataset) -> Measures:
     return Measures(job, _options(settings), dataset, settings.work)
 
 
-def _result(settings: Settings, job: Job, dataset: Dataset, measures: Measures) -> dict[str, Any]:
+def _result(settings: Settings, job: ScoreJob, dataset: Dataset, measures: Measures) -> dict[str, Any]:
     rows = measures.rows(settings.metrics)
     return {
         "protocol": _protocol(settings, job, dataset, measures),
@@ -221,11 +221,11 @@ def _result(settings: Settings, job: Job, dataset: Dataset, measures: Measures) 
     }
 
 
-def _do(task: tuple[Job, Piece, str]) -> None:
+def _do(task: tuple[ScoreJob, ScoreChunk, str]) -> None:
     score_chunks.do(*task)
 
 
-def make_job(settings: Settings) -> tuple[Job, Dataset]:
+def make_job(settings: Settings) -> tuple[ScoreJob, Dataset]:
     """What is to be done. Raises ValueError, one sentence, where export, data and extractors do not go together."""
     index = export.read_index(settings.export)
     where = storage.redact(settings.export)
@@ -242,10 +242,10 @@ def make_job(settings: Settings) -> tuple[Job, Dataset]:
         if "train" not in dataset.splits:
             raise ValueError(f"--metrics {settings.metrics}: the data has no split 'train' to compare with")
         train = min(settings.train, len(dataset.split("train")))
-    looks = [Look(settings.extractor, Weights(settings.weights, settings.weights_sha256))]
+    looks = [ExtractorSpec(settings.extractor, Weights(settings.weights, settings.weights_sha256))]
     given = {"clip_r": Weights(settings.clip, settings.clip_sha256), "damsm_r": Weights(settings.judge)}
-    looks += [Look(look, given[metric]) for metric, look in READ_BY.items() if metric in settings.metrics]
-    job = Job(
+    looks += [ExtractorSpec(look, given[metric]) for metric, look in READ_BY.items() if metric in settings.metrics]
+    job = ScoreJob(
         export=storage.absolute(settings.export),
         export_sha256=storage.sha256(storage.read_bytes(storage.join(settings.export, export.INDEX))),
         own_system=settings.system,
@@ -267,7 +267,7 @@ def make_job(settings: Settings) -> tuple[Job, Dataset]:
     return replace(job, pixels=score_chunks.drawn_size(job, dataset)), dataset
 
 
-def _protocol(settings: Settings, job: Job, dataset: Dataset, measures: Measures) -> dict[str, Any]:
+def _protocol(settings: Settings, job: ScoreJob, dataset: Dataset, measures: Measures) -> dict[str, Any]:
     """Everything that the numbers depend on."""
     return {
         "generated": len(measures.generated.rows),

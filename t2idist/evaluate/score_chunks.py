@@ -22,7 +22,7 @@ from torch import Tensor
 
 from t2idist import storage
 from t2idist.config import DataConfig
-from t2idist.contract import Draws, Matches, as_bytes, as_floats
+from t2idist.contract import SupportsEmbed, SupportsSample, to_float, to_uint8
 from t2idist.data.loader import load_split
 from t2idist.data.order import permutation
 from t2idist.data.shards import Dataset
@@ -42,7 +42,7 @@ COUNTS = {GENERATED: "n", REAL: "real", TRAIN: "train"}
 
 
 @dataclass(frozen=True)
-class Look:
+class ExtractorSpec:
     """What looks at the pictures: an extractor by name, or "damsm" for an export that matches."""
 
     name: str
@@ -50,7 +50,7 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Job:
+class ScoreJob:
     """All that tells what is scored; plain values. data: of the real pictures, with the crop of the training.
 
     pixels: of the pictures that the export draws, and to which the real ones are
@@ -70,7 +70,7 @@ class Job:
     seed: int
     truncation: float | None
     jpeg: int
-    looks: tuple[Look, ...]
+    looks: tuple[ExtractorSpec, ...]
     device: str
 
     def split_of(self, kind: str) -> str:
@@ -94,7 +94,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Piece:
+class ScoreChunk:
     """Pictures `start` to `end` of a kind."""
 
     kind: str
@@ -107,7 +107,7 @@ class Piece:
 
 
 @functools.lru_cache(maxsize=8)
-def rows_of(kind: str, job: Job, in_split: int) -> Rows:
+def rows_of(kind: str, job: ScoreJob, in_split: int) -> Rows:
     """Samples in the order of the split: the same ones for real and for generated pictures where both are as many."""
     wanted = getattr(job, COUNTS[kind])
     order = permutation(in_split, "score", job.seed)
@@ -120,17 +120,17 @@ def rows_of(kind: str, job: Job, in_split: int) -> Rows:
     return Rows(tuple(samples), tuple(passes))
 
 
-def pieces(job: Job) -> list[Piece]:
+def score_chunks(job: ScoreJob) -> list[ScoreChunk]:
     """All the work, in order."""
     counts = {kind: getattr(job, name) for kind, name in COUNTS.items()}
     return [
-        Piece(kind, start, min(start + PIECE, count))
+        ScoreChunk(kind, start, min(start + PIECE, count))
         for kind, count in counts.items()
         for start in range(0, count, PIECE)
     ]
 
 
-def do(job: Job, piece: Piece, folder: str) -> None:
+def do(job: ScoreJob, piece: ScoreChunk, folder: str) -> None:
     """Make a piece's file, if it is not there."""
     where = _url(job, piece, folder)
     if storage.exists(where):
@@ -151,11 +151,11 @@ class Gathered:
     seen: tuple[Seen, ...]
 
 
-def gather(job: Job, kind: str, folder: str) -> Gathered:
+def gather(job: ScoreJob, kind: str, folder: str) -> Gathered:
     """What the pieces of a kind hold."""
     parts = [
         safetensors.torch.load(storage.read_bytes(_url(job, piece, folder)))
-        for piece in pieces(job)
+        for piece in score_chunks(job)
         if piece.kind == kind
     ]
     seen = tuple(
@@ -165,16 +165,16 @@ def gather(job: Job, kind: str, folder: str) -> Gathered:
     return Gathered(torch.cat([part["rows"] for part in parts]), seen)
 
 
-def forget(job: Job, folder: str) -> None:
+def forget(job: ScoreJob, folder: str) -> None:
     """Remove the pieces of generated pictures; those of real ones serve the next export, too."""
     storage.remove(storage.join(folder, job.key(GENERATED)))
 
 
-def _url(job: Job, piece: Piece, folder: str) -> str:
+def _url(job: ScoreJob, piece: ScoreChunk, folder: str) -> str:
     return storage.join(folder, job.key(piece.kind), piece.name)
 
 
-def pictures(job: Job, kind: str, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+def pictures(job: ScoreJob, kind: str, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Those of a kind at `rows`: (n, 3, pixels, pixels) uint8, and which of the rows they are (n,).
 
     Rows of real ones ascend. Those that cannot be read are left out, with a warning that names them.
@@ -189,7 +189,7 @@ def pictures(job: Job, kind: str, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
 _dataset_of = functools.lru_cache(maxsize=1)(open_dataset)
 
 
-def _dataset(job: Job) -> Dataset:
+def _dataset(job: ScoreJob) -> Dataset:
     return _dataset_of(job.data)
 
 
@@ -201,23 +201,23 @@ def _loaded_of(url: str, sha256: str, own_system: str, device: str) -> Loaded:
     return loaded
 
 
-def _loaded(job: Job) -> Loaded:
+def _loaded(job: ScoreJob) -> Loaded:
     return _loaded_of(job.export, job.export_sha256, job.own_system, job.device)
 
 
 @functools.lru_cache(maxsize=8)
-def _looker_of(look: Look, device: str) -> Extractor:
+def _looker_of(look: ExtractorSpec, device: str) -> Extractor:
     if look.name == "damsm":
         return Matcher(look.weights.url, torch.device(device))
     return open_extractor(look.name, look.weights, torch.device(device))
 
 
-def looker(job: Job, number: int) -> Extractor:
+def looker(job: ScoreJob, number: int) -> Extractor:
     """What looks at the pictures, by its place in the job."""
     return _looker_of(job.looks[number], job.device)
 
 
-def drawn_size(job: Job, dataset: Dataset) -> int:
+def drawn_size(job: ScoreJob, dataset: Dataset) -> int:
     """Pixels of the largest pictures that the export draws.
 
     Raises ValueError where it draws none, or draws from other words or vectors than this data has.
@@ -252,13 +252,13 @@ def caption_of(dataset: Dataset, split: str, sample: int, number: int) -> str:
     return captions[number % len(captions)]
 
 
-def _part(job: Job, kind: str, rows: Sequence[int]) -> list[tuple[int, int]]:
+def _part(job: ScoreJob, kind: str, rows: Sequence[int]) -> list[tuple[int, int]]:
     """Sample and pass of each row."""
     found = rows_of(kind, job, len(_dataset(job).split(job.split_of(kind))))
     return [(found.samples[row], found.passes[row]) for row in rows]
 
 
-def _generated(job: Job, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _generated(job: ScoreJob, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The noise of a picture is a function of the seed, its sample and its pass."""
     loaded, dataset = _loaded(job), _dataset(job)
     in_split = len(dataset.split(job.split))
@@ -274,18 +274,18 @@ def _generated(job: Job, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
     places = [number * in_split + sample for sample, number in part]
     truncation = {} if job.truncation is None else {"truncation": job.truncation}
     draw = NormalDraw(job.seed, places, torch.device(job.device), **truncation)
-    drawn = generate(cast(Draws, loaded.system), loaded.nets, captions, draw, device=torch.device(job.device))
-    return as_bytes(drawn.images[-1]), torch.tensor(list(rows))
+    drawn = generate(cast(SupportsSample, loaded.system), loaded.nets, captions, draw, device=torch.device(job.device))
+    return to_uint8(drawn.images[-1]), torch.tensor(list(rows))
 
 
-def _vectors(job: Job, sample: int, number: int) -> Tensor:
+def _vectors(job: ScoreJob, sample: int, number: int) -> Tensor:
     dataset = _dataset(job)
     caption = number % len(dataset.split(job.split).captions(sample))
     split = load_split(dataset, job.split, sizes=(1,), max_words=1, rows=[sample], crop=1.0, caption=caption)
     return split.batch.captions.vectors[0]
 
 
-def _real(job: Job, kind: str, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _real(job: ScoreJob, kind: str, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
     dataset, split = _dataset(job), job.split_of(kind)
     samples = [sample for sample, _ in _part(job, kind, rows)]  # in the split's order, as rows are
     found = load_split(dataset, split, sizes=(job.pixels,), max_words=1, rows=samples, crop=job.data.crop).batch
@@ -318,9 +318,9 @@ class Matcher:
         self.dim = int(self._loaded.meta.get("embedding_dim", 0))
 
     def __call__(self, images: Tensor) -> Seen:
-        pictures = as_floats(images).to(self._device)
+        pictures = to_float(images).to(self._device)
         with torch.inference_mode():
-            codes = cast(Matches, self._loaded.system).embed_pictures(self._loaded.nets, pictures)
+            codes = cast(SupportsEmbed, self._loaded.system).embed_pictures(self._loaded.nets, pictures)
         return Seen(codes.float().cpu(), torch.zeros(len(images), 0))
 
     def read(self, captions: Sequence[str]) -> Tensor:
@@ -328,7 +328,9 @@ class Matcher:
         for start in range(0, len(captions), PIECE):
             read = encode(self._loaded.vocabulary, captions[start : start + PIECE], self._loaded.plan.max_words)
             with torch.inference_mode():
-                codes = cast(Matches, self._loaded.system).embed_captions(self._loaded.nets, read.to(self._device))
+                codes = cast(SupportsEmbed, self._loaded.system).embed_captions(
+                    self._loaded.nets, read.to(self._device)
+                )
             parts.append(codes.float().cpu())
         return torch.cat(parts)
 

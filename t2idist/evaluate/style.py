@@ -21,7 +21,7 @@ from torch.nn import functional
 from t2idist import storage
 from t2idist.config import DataConfig
 from t2idist.config.strict import from_dict
-from t2idist.contract import Batch, Inverts, System, as_floats
+from t2idist.contract import Batch, SupportsInvert, System, to_float
 from t2idist.data.loader import load_split
 from t2idist.data.sources import open_dataset
 from t2idist.nn.text_encoders import sentence_vectors
@@ -101,7 +101,7 @@ def area_under(false_positive: Tensor, true_positive: Tensor) -> float:
 # ------------------------------------------------------------ styles
 def background_colours(images: Tensor) -> Tensor:
     """(n, 3): the mean colour of the frame of pictures (n, 3, S, S), uint8 or in [-1, 1]."""
-    pictures = as_floats(images)
+    pictures = to_float(images)
     width = max(1, pictures.shape[-1] // BORDER)
     frame = torch.ones(pictures.shape[-2:], dtype=torch.bool)
     frame[width:-width, width:-width] = False
@@ -157,7 +157,7 @@ def codes_of(loaded: Loaded, batch: Batch) -> dict[str, Tensor]:
         for start in range(0, len(batch.ids), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             captions = batch.captions[rows]
-            inverted.append(cast(Inverts, loaded.system).invert(loaded.nets, as_floats(batch.images[-1][rows])))
+            inverted.append(cast(SupportsInvert, loaded.system).invert(loaded.nets, to_float(batch.images[-1][rows])))
             encoder = loaded.nets.get("text")
             read.append(sentence_vectors(encoder, captions.tokens, captions.lengths, captions.vectors, unit=False))
     return {"inverted noise": torch.cat(inverted), "sentence vector": torch.cat(read)}

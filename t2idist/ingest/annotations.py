@@ -13,7 +13,7 @@ from t2idist.ingest.rejects import Reason
 
 
 @dataclass(frozen=True)
-class Remark:
+class Annotation:
     """What one line of captions.jsonl, or one row of a table, says of a picture. where: for messages."""
 
     where: str
@@ -24,7 +24,7 @@ class Remark:
     split: str | None = None
 
 
-def read_jsonl(url: str, listing: Listing) -> Iterator[Remark]:
+def read_jsonl(url: str, listing: Listing) -> Iterator[Annotation]:
     """The lines of a captions.jsonl; those that are not right become rejects."""
     where = url.rsplit("/", 1)[-1]
     for number, line in lines(url):
@@ -39,7 +39,7 @@ def read_jsonl(url: str, listing: Listing) -> Iterator[Remark]:
             listing.left_out("", place, Reason.MALFORMED, str(error)[:200])
 
 
-def _remark(where: str, value: Any) -> Remark:
+def _remark(where: str, value: Any) -> Annotation:
     if not isinstance(value, dict) or not isinstance(value.get("image"), str):
         raise ValueError('a line must be an object with "image": its name')
     captions = value.get("captions", value.get("caption", []))
@@ -57,7 +57,7 @@ def _remark(where: str, value: Any) -> Remark:
     if not isinstance(split, str | None):
         raise ValueError('"split" must be a name')
     class_name = None if class_name is None else str(class_name)
-    return Remark(where, value["image"], captions, [_clean(name) for name in attributes], class_name, split)
+    return Annotation(where, value["image"], captions, [_clean(name) for name in attributes], class_name, split)
 
 
 def _clean(name: str) -> str:

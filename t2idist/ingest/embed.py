@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from t2idist import storage
-from t2idist.data.order import Run
+from t2idist.data.order import SampleRange
 from t2idist.data.reader import Bad, ShardReader
 from t2idist.data.sample_format import SampleRecord, pack
 from t2idist.data.shard_writer import Row, ShardPacker, refuse_finished, write_index
@@ -117,7 +117,7 @@ def _write(
     packer = ShardPacker()
     samples = captions = 0
     for start in range(0, size, SAMPLES_AT_ONCE):
-        run = Run(number, start, min(SAMPLES_AT_ONCE, size - start))
+        run = SampleRange(number, start, min(SAMPLES_AT_ONCE, size - start))
         for index, sample in _with_vectors(reader, split, run, first + start, vectors_of, facts):
             captions += len(split.captions(index)) - (0 if sample is None else len(sample.captions))
             samples += sample is None
@@ -134,7 +134,7 @@ def _write(
 
 
 def _with_vectors(
-    reader: ShardReader, split: Split, run: Run, first: int, vectors_of: VectorsOf, facts: VectorFacts
+    reader: ShardReader, split: Split, run: SampleRange, first: int, vectors_of: VectorsOf, facts: VectorFacts
 ) -> Iterator[tuple[int, SampleRecord | None]]:
     """The run's samples by index in the split; None for one that is left out."""
     read = reader.read(run)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from t2idist import storage
-from t2idist.ingest.annotations import Remark, read_jsonl
+from t2idist.ingest.annotations import Annotation, read_jsonl
 from t2idist.ingest.files import is_picture, is_unsafe, walk
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.rejects import Reason
@@ -88,7 +88,7 @@ def _list_pairs(root: str, listing: Listing, options: FolderOptions) -> None:
     listing.reject_unnamed_files(Reason.NO_PICTURE, "captions of no picture")
 
 
-def _list_remarks(root: str, remarks: Iterator[Remark], listing: Listing, options: FolderOptions) -> None:
+def _list_remarks(root: str, remarks: Iterator[Annotation], listing: Listing, options: FolderOptions) -> None:
     classes: dict[str, None] = {}
     for remark in remarks:
         if is_unsafe(remark.name):

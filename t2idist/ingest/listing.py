@@ -31,7 +31,7 @@ CREATE INDEX remark_name ON remark (name, place);
 
 
 @dataclass(frozen=True)
-class Source:
+class ListedImage:
     """One picture to be stored.
 
     name: relative, for messages. url: where it lies. captions: raw, of annotations. text_url: a file with one caption a
@@ -173,14 +173,14 @@ class Listing:
         """Pictures by split, by name of the split."""
         return dict(self._database.execute("SELECT split, count(*) FROM entry GROUP BY split ORDER BY split"))
 
-    def sources(self, split: str, first: int = 0) -> Iterator[Source]:
+    def sources(self, split: str, first: int = 0) -> Iterator[ListedImage]:
         """The split's pictures in order, from place `first` on."""
         query = "SELECT key, name, url, text_url, facts FROM entry WHERE split = ? ORDER BY mix, key LIMIT -1 OFFSET ?"
         for key, name, url, text_url, text in self._database.execute(query, (split, first)):
             facts = json.loads(text)
             box = facts.pop("box")
             captions, attributes = tuple(facts.pop("captions")), tuple(facts.pop("attributes"))
-            yield Source(
+            yield ListedImage(
                 split, key, name, url, captions, attributes, facts["class_id"],
                 None if box is None else (box[0], box[1], box[2], box[3]), text_url, facts["needs_captions"],
             )  # fmt: skip

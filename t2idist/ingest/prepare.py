@@ -20,11 +20,11 @@ from typing import Protocol
 import torch
 
 from t2idist import storage
-from t2idist.data.sample_format import Packed, SampleRecord, pack
+from t2idist.data.sample_format import PackedSample, SampleRecord, pack
 from t2idist.ingest.captions import clean
 from t2idist.ingest.files import MAX_LINE_BYTES, read_limited
 from t2idist.ingest.image import PictureOptions, Prepared, Unusable, prepare
-from t2idist.ingest.listing import Source
+from t2idist.ingest.listing import ListedImage
 from t2idist.ingest.rejects import Effect, Reason, Reject
 
 _CHUNK = 8
@@ -37,7 +37,7 @@ _BYTES_AHEAD = 256 << 20
 class Outcome:
     """What became of one source: packed is None where it is left out."""
 
-    packed: Packed | None
+    packed: PackedSample | None
     rejects: tuple[Reject, ...]
     captions_cut: int = 0
 
@@ -45,7 +45,7 @@ class Outcome:
 class Preparers(Protocol):
     """Whatever turns sources into outcomes, in their order."""
 
-    def run(self, sources: Iterator[Source]) -> Iterator[Outcome]: ...
+    def run(self, sources: Iterator[ListedImage]) -> Iterator[Outcome]: ...
 
     def close(self) -> None: ...
 
@@ -56,7 +56,7 @@ def start_preparers(options: PictureOptions, max_words: int | None, processes: i
 
 
 def make_outcome(
-    source: Source, data: bytes | Reject, text: bytes | Reject, options: PictureOptions, max_words: int | None
+    source: ListedImage, data: bytes | Reject, text: bytes | Reject, options: PictureOptions, max_words: int | None
 ) -> Outcome:
     """data, text: what was read of the picture and of its caption file, or why it could not be used."""
     cleaned = clean([*source.captions, *(() if isinstance(text, Reject) else _text_lines(text))], max_words)
@@ -75,7 +75,7 @@ def make_outcome(
     return Outcome(pack(_record(source, prepared, cleaned.captions)), tuple(rejects), cleaned.cut)
 
 
-def _record(source: Source, prepared: Prepared, captions: tuple[str, ...]) -> SampleRecord:
+def _record(source: ListedImage, prepared: Prepared, captions: tuple[str, ...]) -> SampleRecord:
     return SampleRecord(
         source.split, source.key, prepared.data, prepared.extension, captions, prepared.width, prepared.height,
         source.attributes, source.class_id,
@@ -86,7 +86,7 @@ def _text_lines(text: bytes) -> list[bytes]:
     return text.removeprefix(b"\xef\xbb\xbf").rstrip().splitlines()
 
 
-def _reject(source: Source, reason: Reason, effect: Effect, detail: str) -> Reject:
+def _reject(source: ListedImage, reason: Reason, effect: Effect, detail: str) -> Reject:
     return Reject(source.split, source.name, reason, effect, detail)
 
 
@@ -139,7 +139,7 @@ class ReadAhead:
         self._tickets = 0
         self._pool = ThreadPoolExecutor(_READ_THREADS, "read")
 
-    def start(self, source: Source) -> Future[_Read] | None:
+    def start(self, source: ListedImage) -> Future[_Read] | None:
         """Begin to read. None: of a file on disk, which the kernel reads ahead without a thread that takes turns."""
         if storage.is_local(source.url):
             _advise(storage.local_name(source.url))
@@ -148,7 +148,7 @@ class ReadAhead:
         self._tickets += 1
         return self._pool.submit(self._read, source, ticket)
 
-    def finish(self, source: Source, read: Future[_Read] | None) -> Outcome:
+    def finish(self, source: ListedImage, read: Future[_Read] | None) -> Outcome:
         """Raises what reading raised, where it is not the file's own fault."""
         if read is None:
             text, data = _read_both(source)
@@ -163,7 +163,7 @@ class ReadAhead:
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._budget.close()
 
-    def _read(self, source: Source, ticket: int) -> _Read:
+    def _read(self, source: ListedImage, ticket: int) -> _Read:
         held = 0
         try:
             text, data = _read_both(source)
@@ -188,7 +188,7 @@ def _advise(path: str | None) -> None:
         os.close(number)
 
 
-def _read_both(source: Source) -> tuple[bytes | Reject, bytes | Reject]:
+def _read_both(source: ListedImage) -> tuple[bytes | Reject, bytes | Reject]:
     """The caption file and the picture."""
     text: bytes | Reject = b""
     if source.text_url is not None:
@@ -196,7 +196,7 @@ def _read_both(source: Source) -> tuple[bytes | Reject, bytes | Reject]:
     return text, _read_or_reject(source, source.url, Effect.LEFT_OUT, None)
 
 
-def _read_or_reject(source: Source, url: str, effect: Effect, max_bytes: int | None) -> bytes | Reject:
+def _read_or_reject(source: ListedImage, url: str, effect: Effect, max_bytes: int | None) -> bytes | Reject:
     try:
         return read_limited(url) if max_bytes is None else read_limited(url, max_bytes)
     except FileNotFoundError:
@@ -215,8 +215,8 @@ class Inline:
         self._threads = torch.get_num_threads()
         torch.set_num_threads(1)  # several on so small a task wait for each other
 
-    def run(self, sources: Iterator[Source]) -> Iterator[Outcome]:
-        ahead: deque[tuple[Source, Future[_Read] | None]] = deque()
+    def run(self, sources: Iterator[ListedImage]) -> Iterator[Outcome]:
+        ahead: deque[tuple[ListedImage, Future[_Read] | None]] = deque()
         for source in sources:
             ahead.append((source, self._work.start(source)))
             if len(ahead) >= _CHUNK * _CHUNKS_AHEAD:
@@ -245,7 +245,7 @@ class Processes:
             self._pipes.append(mine)
             self._processes.append(process)
 
-    def run(self, sources: Iterator[Source]) -> Iterator[Outcome]:
+    def run(self, sources: Iterator[ListedImage]) -> Iterator[Outcome]:
         """Raises OSError or ValueError as a worker did, and RuntimeError where one has ended."""
         chunks = _chunks(sources)
         busy = [0] * len(self._pipes)
@@ -282,7 +282,7 @@ class Processes:
         for process in self._processes:
             process.join()
 
-    def _send(self, number: int, message: tuple[int, list[Source]]) -> None:
+    def _send(self, number: int, message: tuple[int, list[ListedImage]]) -> None:
         try:
             self._pipes[number].send(message)
         except OSError:
@@ -307,8 +307,8 @@ class Processes:
         )
 
 
-def _chunks(sources: Iterator[Source]) -> Iterator[list[Source]]:
-    chunk: list[Source] = []
+def _chunks(sources: Iterator[ListedImage]) -> Iterator[list[ListedImage]]:
+    chunk: list[ListedImage] = []
     for source in sources:
         chunk.append(source)
         if len(chunk) == _CHUNK:
@@ -339,7 +339,7 @@ def _work(pipe: Connection, options: PictureOptions, max_words: int | None) -> N
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides
     torch.set_num_threads(1)  # there is a process for every core
     work = ReadAhead(options, max_words)
-    inbox: queue.Queue[tuple[int, list[tuple[Source, Future[_Read] | None]]]] = queue.Queue()
+    inbox: queue.Queue[tuple[int, list[tuple[ListedImage, Future[_Read] | None]]]] = queue.Queue()
 
     def receive() -> None:
         while True:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from t2idist import storage
-from t2idist.ingest.annotations import Remark
+from t2idist.ingest.annotations import Annotation
 from t2idist.ingest.files import lines, size_of
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.rejects import Reason
@@ -38,7 +38,7 @@ class Columns:
         return {kind: name for kind, name in every.items() if name is not None}
 
 
-def table_rows(url: str, columns: Columns, listing: Listing) -> Iterator[Remark]:
+def table_rows(url: str, columns: Columns, listing: Listing) -> Iterator[Annotation]:
     """The rows of a table; those that are not right become rejects. Raises ValueError for another kind of file."""
     name = url.rsplit("/", 1)[-1]
     if name.lower().endswith(".parquet"):
@@ -49,7 +49,7 @@ def table_rows(url: str, columns: Columns, listing: Listing) -> Iterator[Remark]
         raise ValueError(f"--table {storage.redact(url)}: allowed are .csv, .tsv and .parquet")
 
 
-def _csv_rows(url: str, name: str, columns: Columns, listing: Listing, delimiter: str) -> Iterator[Remark]:
+def _csv_rows(url: str, name: str, columns: Columns, listing: Listing, delimiter: str) -> Iterator[Annotation]:
     size_of(url)
     at = 0
 
@@ -83,7 +83,7 @@ def _csv_rows(url: str, name: str, columns: Columns, listing: Listing, delimiter
         raise ValueError(f"{storage.redact(url)}: the table is empty")
 
 
-def _parquet_rows(url: str, name: str, columns: Columns, listing: Listing) -> Iterator[Remark]:
+def _parquet_rows(url: str, name: str, columns: Columns, listing: Listing) -> Iterator[Annotation]:
     path = storage.local_path(url)
     if size_of(url) > _MAX_PARQUET_BYTES:
         raise ValueError(f"{storage.redact(url)}: more than {_MAX_PARQUET_BYTES} bytes; is it a table of names?")
@@ -141,7 +141,7 @@ def _check(url: str, columns: Columns, header: list[str]) -> None:
             )
 
 
-def _remark(where: str, found: dict[str, Any], listing: Listing) -> Iterator[Remark]:
+def _remark(where: str, found: dict[str, Any], listing: Listing) -> Iterator[Annotation]:
     image = found["image"]
     if not isinstance(image, str) or not image:
         listing.left_out("", where, Reason.MALFORMED, "no name of a picture")
@@ -152,7 +152,7 @@ def _remark(where: str, found: dict[str, Any], listing: Listing) -> Iterator[Rem
     if isinstance(attributes, str):
         attributes = [part.strip() for part in _SEPARATORS.split(attributes) if part.strip()]
     class_name, split = found.get("class_name"), found.get("split")
-    yield Remark(
+    yield Annotation(
         where, image, [text for text in captions if text is not None],
         [str(name).encode("utf-8", "replace").decode() for name in attributes],
         None if class_name in (None, "") else str(class_name), split or None,

@@ -11,17 +11,17 @@ TOKEN_FILE = Path(".ray") / "auth_token"
 """Where Ray looks for the token below the home folder."""
 
 
-def joined(address: str, environment: Mapping[str, str]) -> str:
+def cluster_address(address: str, environment: Mapping[str, str]) -> str:
     """The address of the cluster that a run with this `cluster.address` joins; "" where it starts Ray itself."""
     if address in ("", "auto"):
         address = environment.get("RAY_ADDRESS", "")
     return "" if address == "local" else address
 
 
-def check(address: str, environment: Mapping[str, str], home: Path) -> None:
+def require_token(address: str, environment: Mapping[str, str], home: Path) -> None:
     """Raises ValueError for a cluster off this machine that is joined without Ray's token authentication.
 
-    address: as `joined` gives it.
+    address: as `cluster_address` gives it.
     """
     if not address or is_loopback(address):
         return

@@ -21,7 +21,7 @@ _ANSWER_SECONDS = 10.0
 _asked = threading.Event()
 
 
-def asked() -> bool:
+def stop_requested() -> bool:
     """Whether this worker is to save and leave."""
     return _asked.is_set()
 
@@ -31,7 +31,7 @@ def _tell() -> None:
     _asked.set()
 
 
-class Leave(WorkerGroupCallback):  # type: ignore[misc]
+class StopOnSigterm(WorkerGroupCallback):  # type: ignore[misc]
     """Asks the workers that train, and those that take their place, once it is told to."""
 
     def __init__(self) -> None:

@@ -23,15 +23,15 @@ from t2idist.config import ClusterConfig
 T = TypeVar("T")
 
 
-def is_up() -> bool:
+def is_initialized() -> bool:
     """Whether this process belongs to a cluster already."""
     return bool(ray.is_initialized())
 
 
 @contextlib.contextmanager
-def joined(cluster: ClusterConfig) -> Iterator[None]:
+def join_cluster(cluster: ClusterConfig) -> Iterator[None]:
     """Inside, this process belongs to the cluster at `cluster.address`, or to the one that its environment names."""
-    ours = not is_up()
+    ours = not is_initialized()
     with contextlib.ExitStack() as around:
         around.enter_context(_environment(_unless_set(_settings(cluster))))
         if ours:
@@ -42,7 +42,7 @@ def joined(cluster: ClusterConfig) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def started(cluster: ClusterConfig, prepare: Callable[[], T]) -> Iterator[T]:
+def start_local_cluster(cluster: ClusterConfig, prepare: Callable[[], T]) -> Iterator[T]:
     """Inside, Ray runs on this machine, for this run alone: workers get the environment that Ray is started with.
 
     prepare: done while Ray's processes start; what it gives or raises comes from here.
@@ -57,7 +57,7 @@ def started(cluster: ClusterConfig, prepare: Callable[[], T]) -> Iterator[T]:
         folder = around.enter_context(tempfile.TemporaryDirectory(prefix="t2idist-ray-", ignore_cleanup_errors=True))
         around.enter_context(_environment(_unless_set(settings)))
         prepared = around.enter_context(ThreadPoolExecutor(1, "prepare")).submit(prepare)
-        with _environment(threads(cluster)):
+        with _environment(thread_settings(cluster)):
             ray.init(
                 address="local",
                 num_cpus=cpus,
@@ -76,7 +76,7 @@ def in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def threads(cluster: ClusterConfig) -> dict[str, str]:
+def thread_settings(cluster: ClusterConfig) -> dict[str, str]:
     """Environment variables of the workers, by which each computes on the cores that it has."""
     number = str(max(1, int(cluster.cpus_per_worker)))
     return {"OMP_NUM_THREADS": number, "MKL_NUM_THREADS": number}

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def each(
+def map_unordered(
     work: Callable[[T], Any], tasks: Iterable[T], workers: int, address: str = "", *, gpus: int = 0
 ) -> Iterator[Any]:
     """Do `work` on every task; gives the results as they come, in no order.

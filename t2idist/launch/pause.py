@@ -26,12 +26,12 @@ _ANSWER_SECONDS = 10.0
 _asked, _still = threading.Event(), threading.Event()
 
 
-def asked() -> bool:
+def pause_requested() -> bool:
     """Whether this worker is to stand still."""
     return _asked.is_set()
 
 
-def stand() -> None:
+def pause() -> None:
     """Tell the controller that this worker stands still, and wait for the end of this process, a minute at most."""
     _still.set()
     time.sleep(_STAND_SECONDS)
@@ -40,7 +40,7 @@ def stand() -> None:
 
 
 @contextlib.contextmanager
-def ready_at_end() -> Iterator[None]:
+def pause_at_exit() -> Iterator[None]:
     """A worker that has done its work stands still."""
     try:
         yield
@@ -54,7 +54,7 @@ def _is_still() -> bool:
     return _still.is_set()
 
 
-class StandStill(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
+class PauseBeforeResize(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
     """Makes running workers stand still before a new group takes their place, `within_seconds` at most."""
 
     def __init__(self, within_seconds: float) -> None:

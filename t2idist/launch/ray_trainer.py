@@ -28,7 +28,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from t2idist import storage
 from t2idist.config import ClusterConfig
-from t2idist.launch.replica_store import RayKeepers
+from t2idist.launch.replica_store import RayReplicaStore
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ _PING_SECONDS = 1.0
 _SHUTDOWN_SECONDS = "5"
 
 
-class Known:
+class NodeLiveness:
     """Knows which machines are left.
 
     One that falls silent counts as alive until Ray's health check gives it up; new workers that are started before that
@@ -47,7 +47,7 @@ class Known:
     keeper: one that does not answer is waited for, until it does or Ray knows, but no longer than that.
     """
 
-    def __init__(self, keepers: RayKeepers, start_within_seconds: float) -> None:
+    def __init__(self, keepers: RayReplicaStore, start_within_seconds: float) -> None:
         self._keepers, self._start_within_seconds = keepers, start_within_seconds
 
     def wait(self) -> None:
@@ -62,10 +62,10 @@ class Known:
             ray.get(_coordinator().get_reserved_resources.remote("", recompute=True), timeout=_COORDINATOR_SECONDS)
 
 
-class WaitUntilKnown(ControllerCallback):  # type: ignore[misc]
+class WaitForNodeLiveness(ControllerCallback):  # type: ignore[misc]
     """Lets Ray Train start workers only when it is known which machines are left."""
 
-    def __init__(self, known: Known) -> None:
+    def __init__(self, known: NodeLiveness) -> None:
         self._known = known
 
     def after_controller_start(self, train_run_context: Any) -> None:
@@ -75,14 +75,14 @@ class WaitUntilKnown(ControllerCallback):  # type: ignore[misc]
         self._known.wait()
 
 
-class StayingMachines(ElasticScalingPolicy):  # type: ignore[misc]
+class SkipDrainingNodes(ElasticScalingPolicy):  # type: ignore[misc]
     """Ray Train's own choice of the number of workers, of machines that are known to stay.
 
     What Ray's coordinator says may be seconds old, and it counts machines that are about to go. Workers that run on one
     stay there as long as it does.
     """
 
-    def __init__(self, scaling_config: ScalingConfig, known: Known) -> None:
+    def __init__(self, scaling_config: ScalingConfig, known: NodeLiveness) -> None:
         super().__init__(scaling_config)  # type: ignore[arg-type]
         self._known = known
         self._in_use: set[str] = set()
@@ -99,13 +99,13 @@ class StayingMachines(ElasticScalingPolicy):  # type: ignore[misc]
         self._known.wait()
         reserved: dict[str, dict[str, float]] | None = super()._get_reserved_resources()
         try:
-            usable = staying_nodes().keys() | self._in_use
+            usable = schedulable_nodes().keys() | self._in_use
         except RayError:  # the next look may know
             return None
         return None if reserved is None else {node: has for node, has in reserved.items() if node in usable}
 
 
-class AllThere(FixedScalingPolicy):  # type: ignore[misc]
+class FixedLocalScaling(FixedScalingPolicy):  # type: ignore[misc]
     """Always the same number of workers, on a cluster that is there for them alone: nobody is asked for room."""
 
     def after_controller_start(self, train_run_context: Any) -> None:
@@ -115,7 +115,7 @@ class AllThere(FixedScalingPolicy):  # type: ignore[misc]
         pass
 
 
-class OwnWorkers(WorkerGroup):  # type: ignore[misc]
+class InProcessWorkerGroup(WorkerGroup):  # type: ignore[misc]
     """Workers of a controller that is this process, in the environment that their cluster was started with."""
 
     @staticmethod
@@ -142,32 +142,32 @@ class OwnWorkers(WorkerGroup):  # type: ignore[misc]
         ray.get(calls)
 
 
-class OwnController(TrainController):  # type: ignore[misc]
+class InProcessController(TrainController):  # type: ignore[misc]
     """Runs in the driver, without which its workers and their cluster end in any case."""
 
-    worker_group_cls = OwnWorkers
+    worker_group_cls = InProcessWorkerGroup
 
 
-class Trainer(TorchTrainer):
+class RayTrainer(TorchTrainer):
     """Ray's trainer with our choice of the number of workers where it is a range, and without actors that do nothing.
 
     Each takes seconds to start: the one that hands out Ray's datasets, and on a cluster that ends with the run those
     that reserve machines of it, clean it up afterwards and control the workers.
     """
 
-    def __init__(self, *args: Any, known: Known, own_cluster: bool, **settings: Any) -> None:
+    def __init__(self, *args: Any, known: NodeLiveness, own_cluster: bool, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self._known, self._own_cluster = known, own_cluster
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
         if isinstance(settings["scaling_policy"], ElasticScalingPolicy):
-            settings["scaling_policy"] = StayingMachines(self.scaling_config, self._known)
+            settings["scaling_policy"] = SkipDrainingNodes(self.scaling_config, self._known)
         elif self._own_cluster:
-            settings["scaling_policy"] = AllThere(self.scaling_config)  # type: ignore[arg-type]
+            settings["scaling_policy"] = FixedLocalScaling(self.scaling_config)  # type: ignore[arg-type]
         if self._own_cluster:
             # workers get the context, and in it callbacks that nobody has used: used ones hold threads
             settings["train_run_context"] = copy.deepcopy(settings["train_run_context"])
-            controller = OwnController(**settings)
+            controller = InProcessController(**settings)
             asyncio.run(controller.run())  # type: ignore[no-untyped-call]
             return controller.get_result()
         return super()._initialize_and_run_controller(**settings)  # type: ignore[misc]
@@ -180,7 +180,7 @@ class Trainer(TorchTrainer):
         return [each for each in super()._create_default_callbacks() if not isinstance(each, idle)]  # type: ignore[misc]
 
 
-class StartWatch(WorkerGroupCallback):  # type: ignore[misc]
+class StartTimeout(WorkerGroupCallback):  # type: ignore[misc]
     """Ends workers that are not ready to train within so many seconds; Ray Train then starts a new group.
 
     Ray's own time-out ends when the workers' processes are there; one that hangs right after would never be given up.
@@ -215,7 +215,7 @@ def _end_workers(actors: list[Any]) -> None:
         ray.kill(actor)
 
 
-def staying_nodes() -> dict[str, dict[str, float]]:
+def schedulable_nodes() -> dict[str, dict[str, float]]:
     """`alive_nodes` without those that are about to go: Ray starts nothing there any more."""
     leaving: dict[str, int] = ray._private.state.state.get_draining_nodes()
     return {node: has for node, has in alive_nodes().items() if node not in leaving}
@@ -227,21 +227,21 @@ def alive_nodes() -> dict[str, dict[str, float]]:
     return {node["NodeID"]: node["Resources"] for node in nodes if node["Alive"]}
 
 
-def room(each: Mapping[str, float]) -> int:
+def worker_slots(each: Mapping[str, float]) -> int:
     """How many workers, each with all that it takes on one machine, fit onto the machines that stay."""
-    takes, machines = taken(each).items(), staying_nodes().values()
+    takes, machines = nonzero(each).items(), schedulable_nodes().values()
     return sum(min(int(has.get(kind, 0.0) / amount + 1e-9) for kind, amount in takes) for has in machines)
 
 
-def taken(each: Mapping[str, float]) -> dict[str, float]:
+def nonzero(each: Mapping[str, float]) -> dict[str, float]:
     """Of what a worker takes, by kind: that of which it takes any."""
     return {kind: amount for kind, amount in each.items() if amount > 0}
 
 
 @contextlib.contextmanager
-def asked_for(each: Mapping[str, float], workers: int) -> Iterator[None]:
+def request_workers(each: Mapping[str, float], workers: int) -> Iterator[None]:
     """Inside, Ray's autoscaler, where there is one, is asked for room for so many workers."""
-    request_resources(bundles=[taken(each)] * workers)
+    request_resources(bundles=[nonzero(each)] * workers)
     try:
         yield
     finally:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from t2idist.engine.checkpoint.replica_protocol import Held
+from t2idist.engine.checkpoint.replica_protocol import ReplicaInfo
 
 _NAMESPACE = "t2idist"
 _COPIES_HELD = 2
@@ -28,15 +28,15 @@ _ANSWER_SECONDS = 10.0
 _TRANSFER_SECONDS = 60.0
 
 
-class Keeper:
+class ReplicaActor:
     """Parts by key and rank, the newest last. Runs as an actor."""
 
     def __init__(self) -> None:
-        self._parts: dict[str, dict[int, list[tuple[Held, NDArray[np.uint8]]]]] = {}
+        self._parts: dict[str, dict[int, list[tuple[ReplicaInfo, NDArray[np.uint8]]]]] = {}
         self._called = time.monotonic()
         threading.Thread(target=self._leave_when_idle, daemon=True).start()
 
-    def put(self, key: str, held: Held, data: NDArray[np.uint8]) -> None:
+    def put(self, key: str, held: ReplicaInfo, data: NDArray[np.uint8]) -> None:
         self._called = time.monotonic()
         parts = self._parts.setdefault(key, {}).setdefault(held.rank, [])
         space = parts.pop(0)[1] if len(parts) == _COPIES_HELD else None
@@ -45,7 +45,7 @@ class Keeper:
         np.copyto(space, data)
         parts.append((held, space))
 
-    def list_held(self, key: str) -> list[Held]:
+    def list_held(self, key: str) -> list[ReplicaInfo]:
         self._called = time.monotonic()
         return [held for parts in self._parts.get(key, {}).values() for held, _ in parts]
 
@@ -65,14 +65,14 @@ class Keeper:
         os._exit(0)
 
 
-class RayKeepers:
+class RayReplicaStore:
     """The keepers of a run, as a worker reaches them. run_id: of the run folder, so that no other run's are met."""
 
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id
         self._mine: list[Any] = []
 
-    def put(self, key: str, held: Held, data: memoryview) -> None:
+    def put(self, key: str, held: ReplicaInfo, data: memoryview) -> None:
         """Give a part to the keepers of this machine and of the next; raises OSError."""
         try:
             if not self._mine:
@@ -83,16 +83,16 @@ class RayKeepers:
             self._mine = []  # a machine may be gone: look again
             raise OSError(_first_line(error)) from None
 
-    def list_held(self, key: str) -> list[Held]:
+    def list_held(self, key: str) -> list[ReplicaInfo]:
         calls = [keeper.list_held.remote(key) for keeper in self._living()]
         answered, _ = ray.wait(calls, num_returns=len(calls), timeout=_ANSWER_SECONDS) if calls else ([], [])
-        found: dict[tuple[str, int, int], Held] = {}
+        found: dict[tuple[str, int, int], ReplicaInfo] = {}
         for call in answered:
             for held in _answer(call) or []:
                 found[held.attempt, held.step, held.rank] = held
         return list(found.values())
 
-    def get(self, key: str, held: Held) -> bytes:
+    def get(self, key: str, held: ReplicaInfo) -> bytes:
         """The bytes of a part, from whichever keeper still has it; raises OSError."""
         for keeper in self._living():
             data = _answer(keeper.get.remote(key, held.attempt, held.step, held.rank))
@@ -117,7 +117,7 @@ class RayKeepers:
 
     def _start(self, node: str) -> Any:
         where = NodeAffinitySchedulingStrategy(node, soft=False)
-        actor = ray.remote(num_cpus=0)(Keeper).options(
+        actor = ray.remote(num_cpus=0)(ReplicaActor).options(
             name=f"{self._run_id}-{node}", namespace=_NAMESPACE, get_if_exists=True, lifetime="detached",
             scheduling_strategy=where,
         )  # fmt: skip

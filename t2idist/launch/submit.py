@@ -30,24 +30,24 @@ from t2idist import storage
 from t2idist.config import RunConfig
 from t2idist.config.strict import from_dict, to_dict
 from t2idist.engine.metrics import PROGRESS
-from t2idist.engine.preemption import Left, Notice
+from t2idist.engine.preemption import PreemptionNotice, StopRequested
 from t2idist.launch import callbacks, connection, pause, ray_trainer
-from t2idist.launch.replica_store import RayKeepers
+from t2idist.launch.replica_store import RayReplicaStore
 from t2idist.observability import logs
 from t2idist.observability.environment import GIT
-from t2idist.observability.logs import Place
+from t2idist.observability.logs import LogContext
 from t2idist.observability.progress import ProgressPrinter
 from t2idist.observability.prometheus import Gauges
 from t2idist.training import stages
-from t2idist.training.lifecycle import Watch, clear_fatal, read_fatal
-from t2idist.training.options import Stop
+from t2idist.training.lifecycle import OnProgress, clear_fatal, read_fatal
+from t2idist.training.options import StopAfter
 
 logger = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 2.0
 
 
-def submit(config: RunConfig, stop: Stop | None, watch: Watch, own: bool) -> None:
+def submit(config: RunConfig, stop: StopAfter | None, watch: OnProgress, own: bool) -> None:
     """The run on the workers of a Ray cluster.
 
     stop: where it is to end before it is done. watch: gets the progress messages. own: the cluster is there for this
@@ -55,19 +55,19 @@ def submit(config: RunConfig, stop: Stop | None, watch: Watch, own: bool) -> Non
     Raises ValueError for a cluster that cannot hold the smallest number of workers, RuntimeError where the run failed.
     """
     clear_fatal(config)
-    around = contextlib.nullcontext() if own else connection.joined(config.cluster)
+    around = contextlib.nullcontext() if own else connection.join_cluster(config.cluster)
     with around, tempfile.TemporaryDirectory(prefix="t2idist-train-", ignore_cleanup_errors=True) as folder:
         _wait_for_room(config, 0.0 if own else config.cluster.wait_seconds)
         _fit(config, folder, own, stop, watch)
 
 
-def _fit(config: RunConfig, folder: str, own: bool, stop: Stop | None, watch: Watch) -> None:
+def _fit(config: RunConfig, folder: str, own: bool, stop: StopAfter | None, watch: OnProgress) -> None:
     """Run the trainer to its end, again where Ray's controller failed, which its own counters do not cover.
 
-    Raises `Left` where the workers were asked to leave.
+    Raises `StopRequested` where the workers were asked to leave.
     """
-    leaving, left = callbacks.Leave(), None
-    keepers, others = RayKeepers(_run_id(config)), ray_trainer.own_placement_groups()
+    leaving, left = callbacks.StopOnSigterm(), None
+    keepers, others = RayReplicaStore(_run_id(config)), ray_trainer.own_placement_groups()
     with _Progress(config, watch), ray_trainer.Reservation(stages.run_url(config), config.cluster) as reservation:
         for retry in range(config.cluster.max_failures + 1):
             try:
@@ -88,34 +88,34 @@ def _fit(config: RunConfig, folder: str, own: bool, stop: Stop | None, watch: Wa
     if fatal is not None:
         raise RuntimeError(f"the run failed: {fatal}")
     if left is not None:
-        raise Left(left)
+        raise StopRequested(left)
 
 
 def _wait_for_room(config: RunConfig, wait_seconds: float) -> None:
     """Until the smallest world fits onto the cluster's machines. Raises ValueError where it does not in that time."""
     cluster = config.cluster
     each, smallest = {"CPU": cluster.cpus_per_worker, "GPU": float(cluster.gpus_per_worker)}, cluster.workers[0]
-    wanted = ", ".join(f"{amount:g} {kind}" for kind, amount in ray_trainer.taken(each).items())
-    if ray_trainer.room(each) >= smallest:
+    wanted = ", ".join(f"{amount:g} {kind}" for kind, amount in ray_trainer.nonzero(each).items())
+    if ray_trainer.worker_slots(each) >= smallest:
         return
     if wait_seconds:
         logger.info("waiting %.0f s at most for room for %d workers of %s", wait_seconds, smallest, wanted)
     deadline = time.monotonic() + wait_seconds
-    with ray_trainer.asked_for(each, smallest):
-        while ray_trainer.room(each) < smallest:
+    with ray_trainer.request_workers(each, smallest):
+        while ray_trainer.worker_slots(each) < smallest:
             if time.monotonic() >= deadline:
-                machines = ray_trainer.staying_nodes().values()
+                machines = ray_trainer.schedulable_nodes().values()
                 has = " and ".join(f"{sum(m.get(kind, 0.0) for m in machines):g} {kind}" for kind in each)
                 raise ValueError(
                     f"cluster.workers: {smallest} workers of {wanted} each; the cluster has {has}, on "
-                    f"{len(machines)} machine{'s' * (len(machines) != 1)}, which hold {ray_trainer.room(each)} of them"
+                    f"{len(machines)} machine{'s' * (len(machines) != 1)}, which hold {ray_trainer.worker_slots(each)} of them"
                 )
             time.sleep(_LOOK_SECONDS)
 
 
 def _trainer(
-    config: RunConfig, folder: str, own: bool, stop: Stop | None, leaving: callbacks.Leave
-) -> ray_trainer.Trainer:
+    config: RunConfig, folder: str, own: bool, stop: StopAfter | None, leaving: callbacks.StopOnSigterm
+) -> ray_trainer.RayTrainer:
     """Ray's trainer, of a cluster that is this run's `own` or of another.
 
     `folder` takes its notes of this attempt. The run's state is in our checkpoints, not there.
@@ -125,8 +125,8 @@ def _trainer(
     resources = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
         resources["GPU"] = float(cluster.gpus_per_worker)
-    known = ray_trainer.Known(RayKeepers(_run_id(config)), cluster.start_within_seconds)
-    return ray_trainer.Trainer(
+    known = ray_trainer.NodeLiveness(RayReplicaStore(_run_id(config)), cluster.start_within_seconds)
+    return ray_trainer.RayTrainer(
         _work,
         train_loop_config={"config": to_dict(config), "run_id": _run_id(config), "stop": stop and to_dict(stop)},
         scaling_config=ScalingConfig(
@@ -144,9 +144,9 @@ def _trainer(
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             logging_config=LoggingConfig(log_level="WARNING" if own else "INFO"),  # type: ignore[call-arg]
             callbacks=[
-                ray_trainer.WaitUntilKnown(known),  # type: ignore[list-item]
-                ray_trainer.StartWatch(cluster.start_within_seconds),  # type: ignore[list-item]
-                pause.StandStill(cluster.start_within_seconds),  # type: ignore[list-item]
+                ray_trainer.WaitForNodeLiveness(known),  # type: ignore[list-item]
+                ray_trainer.StartTimeout(cluster.start_within_seconds),  # type: ignore[list-item]
+                pause.PauseBeforeResize(cluster.start_within_seconds),  # type: ignore[list-item]
                 leaving,  # type: ignore[list-item]
             ],
             worker_runtime_env={"env_vars": _environment(config)},  # type: ignore[call-arg]
@@ -156,40 +156,40 @@ def _trainer(
 
 def _environment(config: RunConfig) -> dict[str, str]:
     told = {GIT: os.environ[GIT]} if GIT in os.environ else {}
-    return {**connection.threads(config.cluster), **told}
+    return {**connection.thread_settings(config.cluster), **told}
 
 
 def _work(settings: dict[str, Any]) -> str | None:
     """What each Ray Train worker runs. Gives what it says where it was asked to leave."""
     from t2idist.training import worker  # the driver does without, and starts a second sooner
 
-    config, place = from_dict(RunConfig, settings["config"]), Place()
-    logs.set_up(logging.WARNING, place if config.report.json_logs else None)
-    stop = from_dict(Stop, settings["stop"]) if settings["stop"] else None
+    config, place = from_dict(RunConfig, settings["config"]), LogContext()
+    logs.configure(logging.WARNING, place if config.report.json_logs else None)
+    stop = from_dict(StopAfter, settings["stop"]) if settings["stop"] else None
     if not config.cluster.gpus_per_worker:
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-    keepers = RayKeepers(settings["run_id"])
-    with pause.ready_at_end():
-        around = worker.Around(
-            keepers=keepers, ask=_announced, look_seconds=_LOOK_SECONDS, stand=pause.stand, stop=stop, place=place
+    keepers = RayReplicaStore(settings["run_id"])
+    with pause.pause_at_exit():
+        around = worker.WorkerContext(
+            keepers=keepers, ask=_announced, look_seconds=_LOOK_SECONDS, stand=pause.pause, stop=stop, place=place
         )
         try:
             worker.main(config, get_device(), around)
-        except Left as left:
+        except StopRequested as left:
             return str(left)
     return None
 
 
-def _announced() -> Notice | None:
+def _announced() -> PreemptionNotice | None:
     """Whether the run is to end, machines are to be drained, or the number of workers changes. A collective."""
     info = get_preemption_info()
-    if callbacks.asked():
-        return Notice(0.0)
-    if pause.asked():
-        return Notice(math.inf, regroup=True)
+    if callbacks.stop_requested():
+        return PreemptionNotice(0.0)
+    if pause.pause_requested():
+        return PreemptionNotice(math.inf, regroup=True)
     if info is None:
         return None
-    return Notice(math.inf if info.deadline_ms is None else max(0.1, info.deadline_ms / 1000 - time.time()))
+    return PreemptionNotice(math.inf if info.deadline_ms is None else max(0.1, info.deadline_ms / 1000 - time.time()))
 
 
 def _run_id(config: RunConfig) -> str:
@@ -211,7 +211,7 @@ def _cause(error: BaseException) -> str:
 class _Progress:
     """Shows the run's progress, read from storage, while the driver waits, and counts it for Prometheus."""
 
-    def __init__(self, config: RunConfig, watch: Watch) -> None:
+    def __init__(self, config: RunConfig, watch: OnProgress) -> None:
         self._where = storage.join(stages.run_url(config), PROGRESS)
         self._printer = ProgressPrinter(sys.stdout, as_json=config.report.json_logs)
         self._watch, self._gauges = watch, Gauges(config.name)

@@ -18,7 +18,7 @@ GIT = "T2IDIST_GIT"
 """The variable of the environment that holds the commit of a working directory without .git."""
 
 
-def versions(world: World) -> dict[str, Any]:
+def environment_info(world: World) -> dict[str, Any]:
     """What the run ran on."""
     found: dict[str, Any] = {
         "t2idist": t2idist.__version__,

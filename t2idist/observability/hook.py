@@ -16,7 +16,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from t2idist.observability.logs import hide
+from t2idist.observability.logs import redact_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Hook:
     def tell(self, facts: dict[str, Any]) -> None:
         """Begin to run the command with these plain values."""
         if self._words:
-            self._pool.submit(self._run, hide(json.dumps(facts, ensure_ascii=False)))
+            self._pool.submit(self._run, redact_secrets(json.dumps(facts, ensure_ascii=False)))
 
     def close(self) -> None:
         """Wait until all events are told, each for `LONGEST_SECONDS` at most."""

@@ -16,7 +16,7 @@ _NO_SECRET = re.compile(r"_(PATH|FILE|FILES|URI|URL|MODE|ID|DIR)$", re.IGNORECAS
 _SHORTEST_SECRET = 8
 
 
-def hide(text: str) -> str:
+def redact_secrets(text: str) -> str:
     """The text with ``***`` for each value of an environment variable whose name says that it is a secret."""
     for name, value in os.environ.items():
         if len(value) >= _SHORTEST_SECRET and _SECRET_NAME.search(name) and not _NO_SECRET.search(name):
@@ -25,7 +25,7 @@ def hide(text: str) -> str:
 
 
 @dataclass
-class Place:
+class LogContext:
     """Where in a run a process is. rank: of a worker; None: the driver. images: seen in the stage; None: in none."""
 
     run: str = ""
@@ -42,14 +42,14 @@ class _Hide(logging.Filter):
     """Cuts secrets out of every record, whoever writes it."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = hide(record.getMessage()), None
+        record.msg, record.args = redact_secrets(record.getMessage()), None
         return True
 
 
-class Lines(logging.Formatter):
+class JsonFormatter(logging.Formatter):
     """``LEVEL message``; where there is a place, a JSON object a line."""
 
-    def __init__(self, place: Place | None = None) -> None:
+    def __init__(self, place: LogContext | None = None) -> None:
         super().__init__("%(levelname)s %(message)s")
         self._place = place
 
@@ -64,14 +64,14 @@ class Lines(logging.Formatter):
             **self._place.facts(),
         }
         if record.exc_info:
-            line["exception"] = hide(self.formatException(record.exc_info))
+            line["exception"] = redact_secrets(self.formatException(record.exc_info))
         return json.dumps(line, ensure_ascii=False)
 
 
 _HIDE = _Hide()
 
 
-def set_up(level: int, place: Place | None = None) -> None:
+def configure(level: int, place: LogContext | None = None) -> None:
     """Send the log of this process to stderr, from `level` on; as JSON lines where a place is given.
 
     Where somebody has set up a log before (Ray, in its workers), it stays as it is, but for the JSON lines.
@@ -84,7 +84,7 @@ def set_up(level: int, place: Place | None = None) -> None:
             if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
                 root.removeHandler(handler)
         made = logging.StreamHandler()
-        made.setFormatter(Lines(place))
+        made.setFormatter(JsonFormatter(place))
         root.addHandler(made)
     for handler in root.handlers:
         handler.addFilter(_HIDE)

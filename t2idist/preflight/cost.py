@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from t2idist.contract import Batch, Captions, System
-from t2idist.engine.trainer import bare, fixed
-from t2idist.nn.fast.layers import quicken
+from t2idist.engine.trainer import frozen_parameters, select_networks
+from t2idist.nn.fast.layers import use_fast_layers
 
 _MOST_STEPS = 50
 META = torch.device("meta")
@@ -82,7 +82,7 @@ class _Counting:
         self.step = 0
         self.updated: Counter[str] = Counter()
         self._group_size = group_size
-        self._nets = {name: quicken(role.net.train()) for name, role in system.roles.items()}
+        self._nets = {name: use_fast_layers(role.net.train()) for name, role in system.roles.items()}
         self._frozen = {name: f.net.eval().requires_grad_(False) for name, f in system.frozen.items()}
 
     @property
@@ -104,8 +104,8 @@ class _Counting:
 
     @contextlib.contextmanager
     def frozen(self, *names: str) -> Iterator[Any]:
-        nets = bare(names, self._frozen, self._nets)
-        with fixed(nets):
+        nets = select_networks(names, self._frozen, self._nets)
+        with frozen_parameters(nets):
             yield nets[0] if len(nets) == 1 else tuple(nets)
 
     def noise(self, *shape: int) -> Tensor:

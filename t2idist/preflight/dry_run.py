@@ -11,8 +11,8 @@ from torch import nn
 from t2idist import storage
 from t2idist.config import DataConfig, RunConfig, StageConfig
 from t2idist.config.strict import parse_yaml, to_dict, to_yaml
-from t2idist.contract import Extent, System
-from t2idist.data.mixing import extent_of
+from t2idist.contract import DataInfo, System
+from t2idist.data.mixing import data_info
 from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_datasets
 from t2idist.data.tokenizer import Vocabulary
@@ -23,11 +23,11 @@ from t2idist.training import resume, stages
 ADJUSTABLE = ("about", "storage", "report", "checkpoint", "cluster", "guard", "strategy", "zero")
 ADJUSTABLE_STAGE = ("images", "max_groups_per_worker", "checkpoint_every_images", "pictures_every_images")
 ADJUSTABLE_DATA = ("threads", "prefetch_mib", "cache", "cache_gib", "endpoint_url", "max_bad")
-UNKNOWN = Extent(("",), 1, vector_dim=1024, attributes=())
+UNKNOWN = DataInfo(("",), 1, vector_dim=1024, attributes=())
 """Of data that is not given yet; sentence vectors are taken to be the published ones, of the char-CNN-RNN."""
 
 
-def check(config: RunConfig, resumed: resume.Source | None) -> None:
+def check(config: RunConfig, resumed: resume.ResumePoint | None) -> None:
     """All that can be found wrong before a worker starts. Raises ValueError, one sentence.
 
     resumed: the checkpoint that the run is to go on from, where one is named.
@@ -35,9 +35,9 @@ def check(config: RunConfig, resumed: resume.Source | None) -> None:
     stages.check_uses(config)
     for name in config.stages:
         datasets = open_datasets(config.stage_data(name))
-        extent = extent_of(datasets)
+        extent = data_info(datasets)
         vocabulary = _vocabulary(config, name, datasets[0])
-        system = on_meta(config, name, extent)
+        system = build_on_meta(config, name, extent)
         _check_weights(config, name, system, vocabulary, resumed)
         for role in system.roles.values():
             if role.pretrained is not None:
@@ -46,7 +46,7 @@ def check(config: RunConfig, resumed: resume.Source | None) -> None:
     _check_writable(stages.run_url(config))
 
 
-def describe(config: RunConfig, resumed: resume.Source | None) -> str:
+def describe(config: RunConfig, resumed: resume.ResumePoint | None) -> str:
     """The resolved config, and each stage's networks, memory, epochs and steps. Raises ValueError as `check` does."""
     stages.check_uses(config)
     lines = [to_yaml(config).rstrip(), ""]
@@ -54,7 +54,7 @@ def describe(config: RunConfig, resumed: resume.Source | None) -> str:
         data = config.stage_data(name)
         datasets = open_datasets(data) if data.source else ()
         vocabulary = _vocabulary(config, name, datasets[0]) if datasets else None
-        system = on_meta(config, name, extent_of(datasets) if datasets else UNKNOWN)
+        system = build_on_meta(config, name, data_info(datasets) if datasets else UNKNOWN)
         if vocabulary is not None:
             _check_weights(config, name, system, vocabulary, resumed)
         lines += [*_stage_lines(config, name, system, datasets), ""]
@@ -125,7 +125,7 @@ def state_bytes(system: System, precision: str, dividers: int) -> int:
     return each * (numbers + sum(_parameters(f.net)[0] for f in system.frozen.values()))
 
 
-def on_meta(config: RunConfig, name: str, extent: Extent) -> System:
+def build_on_meta(config: RunConfig, name: str, extent: DataInfo) -> System:
     """A stage's system without data in its tensors. Raises ValueError that names the stage."""
     with shapes_only():
         system = stages.build(config, name, stages.plan(config, name, extent))
@@ -138,7 +138,7 @@ def on_meta(config: RunConfig, name: str, extent: Extent) -> System:
 
 
 def _check_weights(
-    config: RunConfig, name: str, system: System, vocabulary: Vocabulary, resumed: resume.Source | None
+    config: RunConfig, name: str, system: System, vocabulary: Vocabulary, resumed: resume.ResumePoint | None
 ) -> None:
     """Whether what a stage starts or goes on from fits it."""
     if config.stages[name].init_from:
@@ -151,7 +151,7 @@ def _vocabulary(config: RunConfig, name: str, dataset: Dataset) -> Vocabulary:
     """A stage's vocabulary, if the exports from elsewhere that it uses know the data's words."""
     words = stages.vocabularies(config, name)
     try:
-        return stages.vocabulary_of(dataset.vocabulary, words)
+        return stages.stage_vocabulary(dataset.vocabulary, words)
     except ValueError as error:
         raise ValueError(f"stages.{name}.{error}") from None
 

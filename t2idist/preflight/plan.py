@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from t2idist.config import RunConfig, StageConfig
 from t2idist.config.strict import unknown_key
-from t2idist.contract import Extent, System
-from t2idist.data.mixing import extent_of
+from t2idist.contract import DataInfo, System
+from t2idist.data.mixing import data_info
 from t2idist.data.sources import open_datasets
 from t2idist.preflight import dry_run
 from t2idist.preflight.cost import Cost, cost_of
@@ -26,7 +26,7 @@ BACKWARD_SHARE = 2 / 3
 
 
 @dataclass(frozen=True)
-class Kind:
+class GpuModel:
     """A GPU. memory_gib; tflops: dense peak of its makers by precision; link: GB/s between the GPUs of a machine."""
 
     memory_gib: float
@@ -35,27 +35,27 @@ class Kind:
 
 
 KINDS = {
-    "t4": Kind(15, {"float32": 8.1}),
-    "v100-16": Kind(16, {"float32": 15.7}, 100),
-    "v100-32": Kind(32, {"float32": 15.7}, 100),
-    "a10g": Kind(22, {"float32": 31.2, "bfloat16": 70}),
-    "l4": Kind(22, {"float32": 30.3, "bfloat16": 121}),
-    "l40s": Kind(44, {"float32": 91.6, "bfloat16": 362}),
-    "a5000": Kind(24, {"float32": 27.8, "bfloat16": 111}),
-    "a6000": Kind(48, {"float32": 38.7, "bfloat16": 155}),
-    "rtx3090": Kind(24, {"float32": 35.6, "bfloat16": 71}),
-    "rtx4090": Kind(24, {"float32": 82.6, "bfloat16": 165}),
-    "a100-40": Kind(40, {"float32": 19.5, "bfloat16": 312}, 200),
-    "a100-80": Kind(80, {"float32": 19.5, "bfloat16": 312}, 200),
-    "h100": Kind(80, {"float32": 66.9, "bfloat16": 989}, 300),
-    "h200": Kind(141, {"float32": 66.9, "bfloat16": 989}, 300),
+    "t4": GpuModel(15, {"float32": 8.1}),
+    "v100-16": GpuModel(16, {"float32": 15.7}, 100),
+    "v100-32": GpuModel(32, {"float32": 15.7}, 100),
+    "a10g": GpuModel(22, {"float32": 31.2, "bfloat16": 70}),
+    "l4": GpuModel(22, {"float32": 30.3, "bfloat16": 121}),
+    "l40s": GpuModel(44, {"float32": 91.6, "bfloat16": 362}),
+    "a5000": GpuModel(24, {"float32": 27.8, "bfloat16": 111}),
+    "a6000": GpuModel(48, {"float32": 38.7, "bfloat16": 155}),
+    "rtx3090": GpuModel(24, {"float32": 35.6, "bfloat16": 71}),
+    "rtx4090": GpuModel(24, {"float32": 82.6, "bfloat16": 165}),
+    "a100-40": GpuModel(40, {"float32": 19.5, "bfloat16": 312}, 200),
+    "a100-80": GpuModel(80, {"float32": 19.5, "bfloat16": 312}, 200),
+    "h100": GpuModel(80, {"float32": 66.9, "bfloat16": 989}, 300),
+    "h200": GpuModel(141, {"float32": 66.9, "bfloat16": 989}, 300),
 }
 EFFICIENCY = {"float32": 0.35, "bfloat16": 0.15}
 """Share of the peak that these networks, which norms and activations hold back, are taken to reach; not measured."""
 
 
 @dataclass(frozen=True)
-class Machines:
+class Hardware:
     """gpus of a kind, a worker each. efficiency: of the peak (0: as `EFFICIENCY`). gbit: of a machine's network.
 
     per_machine: GPUs in a machine.
@@ -68,7 +68,7 @@ class Machines:
     per_machine: int
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> GpuModel:
         return KINDS[self.name]
 
     @property
@@ -112,7 +112,7 @@ class Estimate:
         return self.images / self.images_per_second / 3600
 
 
-def parse(text: str) -> Machines:
+def parse(text: str) -> Hardware:
     """``8xa100-80[,efficiency=0.2][,gbit=25][,per_machine=4]``. Raises ValueError, one sentence."""
     head, *pairs = text.split(",")
     found = re.fullmatch(r"(\d+)x([a-z0-9-]+)", head.strip().lower())
@@ -132,7 +132,7 @@ def parse(text: str) -> Machines:
         if not 0 < given[key] <= (1 if key == "efficiency" else 1e6):
             raise ValueError(f"--plan: {key}={value}; give {'0 to 1' if key == 'efficiency' else 'a number above 0'}")
     per_machine = max(1, int(given["per_machine"]))
-    return Machines(int(found[1]), found[2], given["efficiency"], given["gbit"], per_machine)
+    return Hardware(int(found[1]), found[2], given["efficiency"], given["gbit"], per_machine)
 
 
 def page(config: RunConfig, text: str) -> str:
@@ -156,10 +156,10 @@ def page(config: RunConfig, text: str) -> str:
     return "\n".join(lines)
 
 
-def _estimate(config: RunConfig, name: str, machines: Machines, efficiency: float) -> tuple[Estimate, System]:
+def _estimate(config: RunConfig, name: str, machines: Hardware, efficiency: float) -> tuple[Estimate, System]:
     stage, data = config.stages[name], config.stage_data(name)
-    extent = extent_of(open_datasets(data)) if data.source else dry_run.UNKNOWN
-    system = dry_run.on_meta(config, name, extent)
+    extent = data_info(open_datasets(data)) if data.source else dry_run.UNKNOWN
+    system = dry_run.build_on_meta(config, name, extent)
     dividers = machines.gpus if config.strategy == "deepspeed" else 1
     state = dry_run.state_bytes(system, config.precision, dividers)
     cost = _cost(name, stage, system, data.max_words, extent)
@@ -186,7 +186,7 @@ def _estimate(config: RunConfig, name: str, machines: Machines, efficiency: floa
     return made, system
 
 
-def _cost(name: str, stage: StageConfig, system: System, max_words: int, extent: Extent) -> Cost:
+def _cost(name: str, stage: StageConfig, system: System, max_words: int, extent: DataInfo) -> Cost:
     try:
         return cost_of(system, stage.group_size, max_words, extent.vector_dim, extent.attributes)
     except (RuntimeError, NotImplementedError) as error:
@@ -204,7 +204,7 @@ def _advice(groups: int, made: Estimate, config: RunConfig) -> str:
     return "give a larger kind: a group is the recipe's batch and is not divided"
 
 
-def _stage_lines(config: RunConfig, name: str, made: Estimate, system: System, machines: Machines) -> Iterator[str]:
+def _stage_lines(config: RunConfig, name: str, made: Estimate, system: System, machines: Hardware) -> Iterator[str]:
     stage = config.stages[name]
     low, high = stage.groups // machines.gpus, -(-stage.groups // machines.gpus)
     each = f"{high}" if low == high else f"{low} to {high}"
@@ -237,7 +237,7 @@ def _hours(hours: float) -> str:
     return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.1f} minutes"
 
 
-def _assumptions(machines: Machines, precision: str, efficiency: float) -> Iterator[str]:
+def _assumptions(machines: Hardware, precision: str, efficiency: float) -> Iterator[str]:
     yield "assumed, not measured:"
     peak = machines.kind.tflops[precision]
     yield f"  {efficiency:.0%} of {peak:g} TFLOP/s, the dense {precision} peak of the {machines.name} (efficiency=)"

@@ -42,7 +42,7 @@ def build(run_url: str) -> str:
     nav = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in present)
     bodies = "".join(f'<section id="{key}"><h2>{title}</h2>{body}</section>' for key, title, body in present)
     values = json.dumps([c.values for c in drawn], separators=(",", ":")).replace("<", "\\u003c")
-    assets = resources.files("t2idist.evaluate")
+    assets = resources.files("t2idist.report")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from t2idist.contract import Captions, Inverts
+from t2idist.contract import Captions, SupportsInvert
 from t2idist.sampling.generate import ArcDraw, GivenDraw, NormalDraw, RowsDraw
 from t2idist.sampling.loading import Loaded
 
@@ -131,7 +131,7 @@ def style_columns(loaded: Loaded, pictures: Tensor, seed: int, truncation: float
     if not callable(getattr(loaded.system, "invert", None)):
         raise ValueError(f"--style-of: an export of '{loaded.name}' does not find styles; give that of a 'style' stage")
     with torch.inference_mode():
-        codes = cast(Inverts, loaded.system).invert(loaded.nets, pictures)
+        codes = cast(SupportsInvert, loaded.system).invert(loaded.nets, pictures)
     rest = NormalDraw(seed, [0] * len(pictures), pictures.device, truncation=truncation)
     return Columns(GivenDraw(codes, rest), len(pictures), pictures=pictures.cpu())
 

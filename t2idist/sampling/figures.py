@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from t2idist import storage
-from t2idist.contract import as_bytes, as_floats
+from t2idist.contract import to_float, to_uint8
 from t2idist.data.reader import Encoded
 from t2idist.data.sample_format import EXTENSIONS
 from t2idist.data.transforms import crop_and_flip, decode
@@ -33,7 +33,7 @@ _HEAT = np.array([(18, 10, 60), (120, 28, 109), (229, 80, 57), (252, 165, 10), (
 
 def to_picture(image: Tensor) -> Image.Image:
     """A PIL picture of one image (3, H, W) in [-1, 1]."""
-    levels = as_bytes(image.detach().float().cpu())
+    levels = to_uint8(image.detach().float().cpu())
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
 
 
@@ -51,7 +51,7 @@ def read_picture(url: str, size: int) -> Tensor:
         picture = crop_and_flip(decode(Encoded(data, extension), size), size, 1.0, False, None)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    return as_floats(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+    return to_float(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
 
 
 def png_bytes(picture: Image.Image) -> bytes:

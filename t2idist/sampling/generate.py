@@ -10,10 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from t2idist.contract import Captions, Draws, Sample
+from t2idist.contract import Captions, Sample, SupportsSample
 from t2idist.data.tokenizer import Vocabulary
 from t2idist.engine.strategy import Precision
-from t2idist.nn.fast.layers import quicken
+from t2idist.nn.fast.layers import use_fast_layers
 
 
 class RowsDraw(Protocol):
@@ -118,7 +118,7 @@ def no_captions(count: int) -> Captions:
 
 
 def generate(
-    system: Draws,
+    system: SupportsSample,
     nets: Mapping[str, nn.Module],
     captions: Captions,
     draw: RowsDraw,
@@ -134,7 +134,7 @@ def generate(
     """
     parts: list[Sample] = []
     for net in nets.values():
-        quicken(net)
+        use_fast_layers(net)
     with torch.inference_mode(), Precision(precision).autocast(device):
         for start in range(0, len(captions), batch_size):
             rows = slice(start, start + batch_size)

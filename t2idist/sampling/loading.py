@@ -11,7 +11,7 @@ from torch import nn
 
 from t2idist import storage
 from t2idist.config.strict import from_dict
-from t2idist.contract import Plan, System
+from t2idist.contract import BuildInfo, System
 from t2idist.data.tokenizer import Vocabulary
 from t2idist.engine.checkpoint import export
 from t2idist.nn.init import shapes_only
@@ -27,7 +27,7 @@ class Loaded:
     system: System
     nets: dict[str, nn.Module]
     vocabulary: Vocabulary
-    plan: Plan
+    plan: BuildInfo
     images: int
     meta: Mapping[str, Any]
 
@@ -48,7 +48,7 @@ def load(url: str, device: torch.device, own_system: str = "") -> Loaded:
     module = load_system(index["system"])
     config = from_dict(module.Config, index["config"], f"{where}: config")
     try:
-        plan = Plan.of(index["plan"], index["vocabulary"])
+        plan = BuildInfo.of(index["plan"], index["vocabulary"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{where}: plan: {error!r}") from None
     with shapes_only():  # so that nothing is drawn for networks that the export does not hold

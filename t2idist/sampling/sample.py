@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from t2idist import storage
-from t2idist.contract import Captions, Draws, Sample
+from t2idist.contract import Captions, Sample, SupportsSample
 from t2idist.evaluate.monitor import can_draw, can_translate, known_words, reads_text
-from t2idist.nn.fast.layers import keep_heap
+from t2idist.nn.fast.layers import keep_freed_memory
 from t2idist.sampling.axes import (
     PLACEHOLDER,
     SMALLEST_TRUNCATION,
@@ -48,7 +48,7 @@ WORDS_AT_ONCE = 1024
 def main(words: Sequence[str] | None = None) -> int:
     """The command; gives the exit status: 0, or 2 with one sentence on stderr."""
     arguments = _parser().parse_args(words)
-    keep_heap()
+    keep_freed_memory()
     try:
         return _run(arguments)
     except ValueError as error:
@@ -157,7 +157,7 @@ def _run(arguments: argparse.Namespace) -> int:
     for number, row in enumerate(rows, 1):
         captions = row.caption.each(columns.count)
         batch_size = max(1, WORDS_AT_ONCE // captions.tokens.shape[1])
-        system = cast(Draws, loaded.system)
+        system = cast(SupportsSample, loaded.system)
         sample = generate(
             system,
             row.nets,

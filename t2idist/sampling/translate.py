@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from t2idist import storage
-from t2idist.contract import System, Translates, as_floats
+from t2idist.contract import SupportsTranslate, System, to_float
 from t2idist.data.loader import load_split
 from t2idist.data.shards import Dataset
 from t2idist.evaluate.monitor import can_translate, evaluating
@@ -28,7 +28,7 @@ MOST_COLUMNS = 16
 
 
 def translate(
-    system: Translates,
+    system: SupportsTranslate,
     nets: Mapping[str, nn.Module],
     images: Tensor,
     labels: Tensor,
@@ -43,7 +43,7 @@ def translate(
     with torch.inference_mode():
         for start in range(0, len(images), batch_size):
             rows = slice(start, start + batch_size)
-            pictures = as_floats(images[rows].to(device), dtype)
+            pictures = to_float(images[rows].to(device), dtype)
             made = system.translate(nets, pictures, labels[rows].to(device, dtype), domain)
             parts.append(made.float().cpu())
     return torch.cat(parts)
@@ -59,7 +59,7 @@ class Translations:
     def __init__(
         self, system: System, datasets: Sequence[Dataset], *, crop: float, folder: str, device: torch.device
     ) -> None:
-        self._system = cast(Translates, system)
+        self._system = cast(SupportsTranslate, system)
         self._folder, self._device = folder, device
         self._titles = [dataset.source for dataset in datasets]
         self._labels: list[Labels] = []
@@ -70,7 +70,7 @@ class Translations:
             names = self._system.labels[domain]
             columns = [dataset.attribute_names.index(name) for name in names]
             self._labels.append(Labels.of(names, self._system.exclusive[domain], dataset.split("train")))
-            self._pictures.append((as_floats(loaded.batch.images[-1]), loaded.batch.attributes[:, columns]))
+            self._pictures.append((to_float(loaded.batch.images[-1]), loaded.batch.attributes[:, columns]))
 
     def write(self, nets: Mapping[str, nn.Module], images_seen: int) -> str:
         """Translate by `nets` (the exported networks) and write the sheet; gives its URL. Changes no mode of `nets`."""
@@ -140,7 +140,7 @@ def _run(arguments: argparse.Namespace) -> int:
     loaded = load(arguments.export, device)
     if not can_translate(loaded.system):
         raise ValueError(f"{storage.redact(arguments.export)}: this export changes no pictures; give that of a stargan")
-    system = cast(Translates, loaded.system)
+    system = cast(SupportsTranslate, loaded.system)
     if not 0 <= arguments.domain < len(system.labels):
         raise ValueError(f"--domain {arguments.domain}: this export has {len(system.labels)}, counted from 0")
     if not arguments.set and not arguments.clear:
@@ -159,7 +159,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _wanted(
-    arguments: argparse.Namespace, loaded: Loaded, system: Translates, images: Tensor, device: torch.device
+    arguments: argparse.Namespace, loaded: Loaded, system: SupportsTranslate, images: Tensor, device: torch.device
 ) -> Tensor:
     known = Labels.of(system.labels[arguments.domain], system.exclusive[arguments.domain])
     with torch.no_grad():

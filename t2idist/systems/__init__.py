@@ -14,12 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from t2idist.contract import Plan, System
+from t2idist.contract import BuildInfo, System
 
 
 class SystemModule(Protocol):
     Config: type[Any]
-    build: Callable[[Any, Plan], System]
+    build: Callable[[Any, BuildInfo], System]
 
 
 def names() -> list[str]:

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from t2idist.contract import Adam, Batch, Captions, Draw, Frozen, Plan, Role, Sample, Train
+from t2idist.contract import Adam, Batch, BuildInfo, Captions, Frozen, NoiseFn, Role, Sample, Train
 from t2idist.losses.adversarial import (
-    conditional_only,
-    halves_and_thirds,
-    judge_pairs,
-    judge_three,
-    passes_as_real,
-    says_real,
+    attngan_discriminator_loss,
+    bce_real,
+    generator_loss,
+    joint_losses,
+    matching_aware_loss,
+    matching_aware_losses,
 )
 from t2idist.losses.image import kl_divergence
 from t2idist.losses.matching import Gammas, damsm_loss, wrong_pairs
@@ -61,7 +61,7 @@ class Config:
 class AttnGan:
     """The system; slot "damsm" gives its text and image encoder. Its export holds "generator" and "text"."""
 
-    def __init__(self, config: Config, plan: Plan) -> None:
+    def __init__(self, config: Config, plan: BuildInfo) -> None:
         self.config = config
         source = plan.sources["damsm"]
         embedding_dim: int = source["config"]["embedding_dim"]
@@ -104,11 +104,11 @@ class AttnGan:
             name = f"discriminator_{size}"
             shown = fake.detach()
             if self.config.single_output:
-                pair = train.forward(name, judge_three, real, shown, condition, pairs, batch.groups)
-                parts, judged = vars(pair), conditional_only(pair.real, pair.wrong, pair.fake)
+                pair = train.forward(name, matching_aware_losses, real, shown, condition, pairs, batch.groups)
+                parts, judged = vars(pair), matching_aware_loss(pair.real, pair.wrong, pair.fake)
             else:
-                verdict = train.forward(name, judge_pairs, real, shown, condition, pairs, batch.groups)
-                parts, judged = vars(verdict), halves_and_thirds(verdict)
+                verdict = train.forward(name, joint_losses, real, shown, condition, pairs, batch.groups)
+                parts, judged = vars(verdict), attngan_discriminator_loss(verdict)
             train.apply(name, judged)
             for part, value in parts.items():
                 train.report(f"{name}/{part}", value)
@@ -131,9 +131,9 @@ class AttnGan:
         for size, fake in zip(self.sizes, drawn.images, strict=True):
             with train.frozen(f"discriminator_{size}") as judge:
                 if self.config.single_output:
-                    adversarial = says_real(judge.conditional(judge.features(fake), condition))
+                    adversarial = bce_real(judge.conditional(judge.features(fake), condition))
                 else:
-                    adversarial = passes_as_real(judge, fake, condition)
+                    adversarial = generator_loss(judge, fake, condition)
             train.report(f"generator/adversarial_{size}", adversarial)
             loss = loss + adversarial
         return loss
@@ -145,7 +145,7 @@ class AttnGan:
         lengths, classes = batch.captions.lengths, batch.class_ids
         return damsm_loss(regions, whole, words, sentence, lengths, classes, batch.groups, self.gammas)
 
-    def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: Draw) -> Sample:
+    def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: NoiseFn) -> Sample:
         words, sentence = self._read(*nets["text"](captions.tokens, captions.lengths))
         padding = padding_of(captions.lengths, words)
         z, normal = draw(self.config.z_dim), draw(self.config.condition_dim)
@@ -153,7 +153,7 @@ class AttnGan:
         return Sample(drawn.images, drawn.attention)
 
 
-def build(config: Config, plan: Plan) -> AttnGan:
+def build(config: Config, plan: BuildInfo) -> AttnGan:
     """The system with newly drawn weights. Raises ValueError, naming the key, where the config cannot be had."""
     if config.compat not in ("", "authors"):
         raise ValueError(f"compat is '{config.compat}'; it must be '' or 'authors'")

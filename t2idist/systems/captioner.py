@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
 
-from t2idist.contract import Adam, Batch, Frozen, Plan, Pretrained, Role, Train
+from t2idist.contract import Adam, Batch, BuildInfo, Frozen, Pretrained, Role, Train
 from t2idist.losses.captions import word_cross_entropy
 from t2idist.nn.captioning import CaptionRNN, ResNetCaptionCNN, SmallCaptionCNN, caption_cnn, caption_rnn
 from t2idist.nn.resnet import load_resnet
@@ -51,7 +51,7 @@ class Captioner(nn.Module):
 class Captioning:
     """The system; its export holds the networks "cnn" and "rnn"."""
 
-    def __init__(self, config: Config, plan: Plan) -> None:
+    def __init__(self, config: Config, plan: BuildInfo) -> None:
         fields = asdict(config)
         net = Captioner(caption_cnn(fields), caption_rnn(fields, plan.vocabulary_size))
         pretrained = None
@@ -83,7 +83,7 @@ def _loss(net: Captioner, batch: Batch) -> Tensor:
     return word_cross_entropy(logits, captions.tokens, captions.lengths, batch.groups)
 
 
-def build(config: Config, plan: Plan) -> Captioning:
+def build(config: Config, plan: BuildInfo) -> Captioning:
     """The system with newly drawn weights; the ResNet trunk's come from `trunk_weights` afterwards."""
     if config.compat not in ("", "authors"):
         raise ValueError(f"compat is '{config.compat}'; it must be '' or 'authors'")

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
 
-from t2idist.contract import Adam, Batch, Captions, Frozen, Plan, Pretrained, Role, Train
+from t2idist.contract import Adam, Batch, BuildInfo, Captions, Frozen, Pretrained, Role, Train
 from t2idist.losses.matching import RankingLosses, joint_embedding_losses
 from t2idist.nn.char_encoder import char_text_encoder
 from t2idist.nn.image_encoders import Encoders, InceptionEncoder, check_trunk, damsm_image_encoder, load_trunk
@@ -39,7 +39,7 @@ class Config:
 class CharText:
     """The system; its export holds the networks "text" and "image"."""
 
-    def __init__(self, config: Config, plan: Plan) -> None:
+    def __init__(self, config: Config, plan: BuildInfo) -> None:
         self.config = config
         fields = asdict(config)
         text = char_text_encoder(fields, plan.extent.words)
@@ -73,7 +73,7 @@ class CharText:
         return sentences
 
 
-def build(config: Config, plan: Plan) -> CharText:
+def build(config: Config, plan: BuildInfo) -> CharText:
     """The system with newly drawn weights; the Inception trunk's come from `trunk_weights` afterwards."""
     if plan.group_size < 2:
         raise ValueError(f"group_size is {plan.group_size}; char_text compares the captions of a group: at least 2")

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
 
-from t2idist.contract import Adam, Batch, Captions, Frozen, Plan, Pretrained, Role, Schedule, Train
+from t2idist.contract import Adam, Batch, BuildInfo, Captions, Frozen, Pretrained, Role, Schedule, Train
 from t2idist.losses.matching import Gammas, RankingLosses, sentence_losses, word_losses
 from t2idist.nn.image_encoders import Encoders, InceptionEncoder, check_trunk, damsm_image_encoder, load_trunk
 from t2idist.nn.text_encoders import damsm_text_encoder
@@ -42,7 +42,7 @@ class Config:
 class Damsm:
     """The system; its export holds the networks "text" and "image"."""
 
-    def __init__(self, config: Config, plan: Plan) -> None:
+    def __init__(self, config: Config, plan: BuildInfo) -> None:
         self.config = config
         fields = asdict(config)
         encoders = Encoders(damsm_text_encoder(fields, plan.vocabulary_size), damsm_image_encoder(fields))
@@ -91,7 +91,7 @@ class Damsm:
         return sentences
 
 
-def build(config: Config, plan: Plan) -> Damsm:
+def build(config: Config, plan: BuildInfo) -> Damsm:
     """The system with newly drawn weights; the Inception trunk's come from `trunk_weights` afterwards."""
     check_trunk(config.trunk, config.image_size, config.trunk_weights)
     return Damsm(config, plan)

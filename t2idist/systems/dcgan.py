@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
 
-from t2idist.contract import Adam, Batch, Captions, Draw, Frozen, Plan, Role, Sample, Train
-from t2idist.losses.adversarial import Alone, judge_alone, says_real
+from t2idist.contract import Adam, Batch, BuildInfo, Captions, Frozen, NoiseFn, Role, Sample, Train
+from t2idist.losses.adversarial import UnconditionalLosses, bce_real, unconditional_losses
 from t2idist.nn.dcgan import DcganDiscriminator, DcganGenerator, conditional_generator
 from t2idist.nn.init import normal_
 from t2idist.nn.text_encoders import sentence_encoder
@@ -40,7 +40,7 @@ class Config:
 class Dcgan:
     """The system; its export holds "generator" and, where an encoder reads the captions, "text"."""
 
-    def __init__(self, config: Config, plan: Plan) -> None:
+    def __init__(self, config: Config, plan: BuildInfo) -> None:
         self.config = config
         self.sizes = (config.image_size,)
         self.frozen: dict[str, Frozen] = {}
@@ -78,11 +78,11 @@ class Dcgan:
         for part, value in vars(verdict).items():
             train.report(f"discriminator/{part}", value)
         with train.frozen("discriminator") as judge:
-            loss = says_real(judge(fake, text))
+            loss = bce_real(judge(fake, text))
         train.report("generator/adversarial", loss)
         train.apply("generator", loss)
 
-    def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: Draw) -> Sample:
+    def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: NoiseFn) -> Sample:
         text = _sentences.for_sample(captions, nets, self.config.unit_text) if self.config.conditional else None
         return Sample((nets["generator"](draw(self.config.z_dim), text),))
 
@@ -92,11 +92,11 @@ def _call(net: nn.Module, z: Tensor, text: Tensor | None) -> Tensor:
     return images
 
 
-def _verdict(net: nn.Module, real: Tensor, fake: Tensor, text: Tensor | None) -> Alone:
-    return judge_alone(net(real, text), net(fake, text))
+def _verdict(net: nn.Module, real: Tensor, fake: Tensor, text: Tensor | None) -> UnconditionalLosses:
+    return unconditional_losses(net(real, text), net(fake, text))
 
 
-def build(config: Config, plan: Plan) -> Dcgan:
+def build(config: Config, plan: BuildInfo) -> Dcgan:
     """The system with newly drawn weights. Raises ValueError, naming the key, where the config cannot be had."""
     if config.conditional and plan.group_size < 2:
         raise ValueError(

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from t2idist.contract import Adam, Batch, Captions, Draw, Frozen, Plan, Role, Sample, Schedule, Train
-from t2idist.losses.adversarial import conditional_only, judge_three, says_real
+from t2idist.contract import Adam, Batch, BuildInfo, Captions, Frozen, NoiseFn, Role, Sample, Schedule, Train
+from t2idist.losses.adversarial import bce_real, matching_aware_loss, matching_aware_losses
 from t2idist.losses.matching import wrong_pairs
 from t2idist.nn.dcgan import DcganDiscriminator, conditional_generator
 from t2idist.nn.init import normal_
@@ -56,7 +56,7 @@ class Config:
 class GanCls:
     """The system; its export holds "generator" and, where an encoder reads the captions, "text"."""
 
-    def __init__(self, config: Config, plan: Plan) -> None:
+    def __init__(self, config: Config, plan: BuildInfo) -> None:
         self.config = config
         self.sizes = (config.image_size,)
         encoder, text_dim = sentence_encoder(plan.sources, plan.vocabulary_size, plan.extent.vector_dim)
@@ -92,13 +92,15 @@ class GanCls:
             noises.append(train.noise(self.config.z_dim))
         fakes = train.forward("generator", _draw, noises, texts)
         fake = fakes[0].detach()
-        verdict = train.forward("discriminator", judge_three, batch.images[-1], fake, text, pairs, batch.groups)
-        told_apart = conditional_only(verdict.real, verdict.wrong, verdict.fake)
+        verdict = train.forward(
+            "discriminator", matching_aware_losses, batch.images[-1], fake, text, pairs, batch.groups
+        )
+        told_apart = matching_aware_loss(verdict.real, verdict.wrong, verdict.fake)
         train.apply("discriminator", told_apart if self.config.matching_aware else verdict.real + verdict.fake)
         for part, value in vars(verdict).items():
             train.report(f"discriminator/{part}", value)
         with train.frozen("discriminator") as judge:
-            losses = [says_real(judge(images, condition)) for images, condition in zip(fakes, texts, strict=True)]
+            losses = [bce_real(judge(images, condition)) for images, condition in zip(fakes, texts, strict=True)]
         for name, loss in zip(("adversarial", "interpolated"), losses, strict=False):
             train.report(f"generator/{name}", loss)
         train.apply("generator", self._generator_loss(losses))
@@ -113,7 +115,7 @@ class GanCls:
             total = (2 * plain + self.config.interpolation_weight * mixed) / 3
         return total
 
-    def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: Draw) -> Sample:
+    def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: NoiseFn) -> Sample:
         text = _sentences.for_sample(captions, nets, self.config.unit_text)
         return Sample((nets["generator"](draw(self.config.z_dim), text),))
 
@@ -122,7 +124,7 @@ def _draw(net: nn.Module, noises: Sequence[Tensor], texts: Sequence[Tensor]) -> 
     return [net(z, text) for z, text in zip(noises, texts, strict=True)]
 
 
-def build(config: Config, plan: Plan) -> GanCls:
+def build(config: Config, plan: BuildInfo) -> GanCls:
     """The system with newly drawn weights. Raises ValueError, naming the key, where the config cannot be had."""
     if config.compat not in ("", "authors"):
         raise ValueError(f"compat is '{config.compat}'; it must be '' or 'authors'")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from t2idist.contract import Adam, Batch, Captions, Draw, Frozen, Plan, Role, Sample, Train
-from t2idist.losses.adversarial import halves_and_thirds, judge_pairs, passes_as_real
+from t2idist.contract import Adam, Batch, BuildInfo, Captions, Frozen, NoiseFn, Role, Sample, Train
+from t2idist.losses.adversarial import attngan_discriminator_loss, generator_loss, joint_losses
 from t2idist.losses.captions import word_cross_entropy
 from t2idist.losses.image import kl_divergence
 from t2idist.losses.matching import Gammas, damsm_loss, wrong_pairs
@@ -59,7 +59,7 @@ class MirrorGan:
     Its export holds "generator" and "text".
     """
 
-    def __init__(self, config: Config, plan: Plan) -> None:
+    def __init__(self, config: Config, plan: BuildInfo) -> None:
         self.config = config
         damsm = plan.sources["damsm"]
         embedding_dim: int = damsm["config"]["embedding_dim"]
@@ -102,8 +102,8 @@ class MirrorGan:
         pairs = wrong_pairs(batch.class_ids, batch.groups)
         for size, real, fake in zip(self.sizes, batch.images, drawn.images, strict=True):
             name = f"discriminator_{size}"
-            verdict = train.forward(name, judge_pairs, real, fake.detach(), condition, pairs, batch.groups)
-            train.apply(name, halves_and_thirds(verdict))
+            verdict = train.forward(name, joint_losses, real, fake.detach(), condition, pairs, batch.groups)
+            train.apply(name, attngan_discriminator_loss(verdict))
             for part, value in vars(verdict).items():
                 train.report(f"{name}/{part}", value)
         loss = self._adversarial(drawn, condition, train) + self._described(drawn.images[-1], batch, train)
@@ -122,7 +122,7 @@ class MirrorGan:
         loss = self.config.kl_weight * kl
         for size, fake in zip(self.sizes, drawn.images, strict=True):
             with train.frozen(f"discriminator_{size}") as judge:
-                adversarial = passes_as_real(judge, fake, condition)
+                adversarial = generator_loss(judge, fake, condition)
             train.report(f"generator/adversarial_{size}", adversarial)
             loss = loss + adversarial
         return loss
@@ -145,7 +145,7 @@ class MirrorGan:
         train.report("generator/damsm", matching)
         return self.config.damsm_weight * matching
 
-    def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: Draw) -> Sample:
+    def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: NoiseFn) -> Sample:
         words, sentence = self._read(*nets["text"](captions.tokens, captions.lengths))
         padding = padding_of(captions.lengths, words)
         z, normal = draw(self.config.z_dim), draw(self.config.condition_dim)
@@ -153,7 +153,7 @@ class MirrorGan:
         return Sample(drawn.images, drawn.attention)
 
 
-def build(config: Config, plan: Plan) -> MirrorGan:
+def build(config: Config, plan: BuildInfo) -> MirrorGan:
     """The system with newly drawn weights. Raises ValueError, naming the key, where the config cannot be had."""
     if config.compat not in ("", "authors"):
         raise ValueError(f"compat is '{config.compat}'; it must be '' or 'authors'")

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t2idist.contract import Adam, Batch, Captions, Draw, Frozen, Plan, Role, Sample, Schedule, Train
+from t2idist.contract import Adam, Batch, BuildInfo, Captions, Frozen, NoiseFn, Role, Sample, Schedule, Train
 from t2idist.losses.adversarial import (
-    conditional_only,
-    halves_and_thirds,
-    judge_pairs,
-    judge_three,
-    passes_as_real,
-    says_real,
+    attngan_discriminator_loss,
+    bce_real,
+    generator_loss,
+    joint_losses,
+    matching_aware_loss,
+    matching_aware_losses,
 )
 from t2idist.losses.image import kl_divergence
 from t2idist.losses.matching import wrong_pairs
@@ -59,7 +59,7 @@ class Config:
 class StackGan:
     """Either stage. Its export holds "generator", with stage 2 "stage1", and "text" where an encoder reads captions."""
 
-    def __init__(self, config: Config, plan: Plan) -> None:
+    def __init__(self, config: Config, plan: BuildInfo) -> None:
         self.config = config
         self.sizes = (config.image_size,)
         self.frozen: dict[str, Frozen] = {}
@@ -126,11 +126,11 @@ class StackGan:
         pairs = wrong_pairs(batch.class_ids, batch.groups)
         given = (batch.images[-1], drawn.images[0].detach(), drawn.mean.detach(), pairs, batch.groups)
         if self.config.stage == 2:
-            joint = train.forward("discriminator", judge_pairs, *given)
-            parts, loss = vars(joint), halves_and_thirds(joint)
+            joint = train.forward("discriminator", joint_losses, *given)
+            parts, loss = vars(joint), attngan_discriminator_loss(joint)
         else:
-            pair = train.forward("discriminator", judge_three, *given)
-            parts, loss = vars(pair), conditional_only(pair.real, pair.wrong, pair.fake)
+            pair = train.forward("discriminator", matching_aware_losses, *given)
+            parts, loss = vars(pair), matching_aware_loss(pair.real, pair.wrong, pair.fake)
         train.apply("discriminator", loss)
         for part, value in parts.items():
             train.report(f"discriminator/{part}", value)
@@ -140,15 +140,15 @@ class StackGan:
         fake, condition = drawn.images[0], drawn.mean.detach()
         with train.frozen("discriminator") as judge:
             if self.config.stage == 2:
-                adversarial = passes_as_real(judge, fake, condition)
+                adversarial = generator_loss(judge, fake, condition)
             else:
-                adversarial = says_real(judge.conditional(judge.features(fake), condition))
+                adversarial = bce_real(judge.conditional(judge.features(fake), condition))
         kl = kl_divergence(drawn.mean, drawn.log_variance)
         train.report("generator/adversarial", adversarial)
         train.report("generator/kl", kl)
         return adversarial + self.config.kl_weight * kl
 
-    def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: Draw) -> Sample:
+    def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: NoiseFn) -> Sample:
         sentence = _sentences.for_sample(captions, nets, self.config.unit_text)
         first = draw(self.config.z_dim)
         if self.config.stage == 2:
@@ -156,7 +156,7 @@ class StackGan:
         return Sample(tree.draw(nets["generator"], first, draw(self.config.condition_dim), sentence).images)
 
 
-def _check_stage1(config: Config, plan: Plan) -> None:
+def _check_stage1(config: Config, plan: BuildInfo) -> None:
     """Whether slot "stage1" fits. Raises ValueError."""
     if "stage1" not in plan.sources:
         raise ValueError(
@@ -183,7 +183,7 @@ def _check_stage1(config: Config, plan: Plan) -> None:
         )
 
 
-def build(config: Config, plan: Plan) -> StackGan:
+def build(config: Config, plan: BuildInfo) -> StackGan:
     """The system with newly drawn weights. Raises ValueError, naming the key, where the config cannot be had."""
     if config.stage not in (1, 2):
         raise ValueError(f"stage is {config.stage}; it must be 1 or 2")

@@ -7,8 +7,15 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from t2idist.contract import Adam, Batch, Captions, Draw, Frozen, Plan, Role, Sample, Train
-from t2idist.losses.adversarial import Alone, authors_joint, balanced_joint, judge_alone, judge_pairs, says_real
+from t2idist.contract import Adam, Batch, BuildInfo, Captions, Frozen, NoiseFn, Role, Sample, Train
+from t2idist.losses.adversarial import (
+    UnconditionalLosses,
+    bce_real,
+    joint_losses,
+    stackgan_pp_discriminator_loss,
+    stackgan_v2_released_loss,
+    unconditional_losses,
+)
 from t2idist.losses.image import colour_consistency, kl_divergence
 from t2idist.losses.matching import wrong_pairs
 from t2idist.nn import tree
@@ -50,7 +57,7 @@ class Config:
 class StackGanPP:
     """The system; its export holds "generator" and, with captions, "text"."""
 
-    def __init__(self, config: Config, plan: Plan) -> None:
+    def __init__(self, config: Config, plan: BuildInfo) -> None:
         self.config = config
         self.sizes = pyramid(config.base_size, config.branches)
         encoder, text_dim = None, None
@@ -94,10 +101,10 @@ class StackGanPP:
         assert drawn.mean is not None
         condition = drawn.mean.detach()
         pairs = wrong_pairs(batch.class_ids, batch.groups)
-        combine = authors_joint if self.config.compat == "authors" else balanced_joint
+        combine = stackgan_v2_released_loss if self.config.compat == "authors" else stackgan_pp_discriminator_loss
         for size, real, fake in zip(self.sizes, batch.images, drawn.images, strict=True):
             name = f"discriminator_{size}"
-            verdict = train.forward(name, judge_pairs, real, fake.detach(), condition, pairs, batch.groups)
+            verdict = train.forward(name, joint_losses, real, fake.detach(), condition, pairs, batch.groups)
             train.apply(name, combine(verdict))
             for part, value in vars(verdict).items():
                 train.report(f"{name}/{part}", value)
@@ -116,9 +123,9 @@ class StackGanPP:
         for size, fake in zip(self.sizes, drawn.images, strict=True):
             with train.frozen(f"discriminator_{size}") as judge:
                 features = judge.features(fake)
-                adversarial = says_real(judge.unconditional(features))
+                adversarial = bce_real(judge.unconditional(features))
                 if drawn.mean is not None:
-                    adversarial = adversarial + says_real(judge.conditional(features, drawn.mean))
+                    adversarial = adversarial + bce_real(judge.conditional(features, drawn.mean))
             train.report(f"generator/adversarial_{size}", adversarial)
             loss = loss + adversarial
         if drawn.mean is not None and drawn.log_variance is not None:
@@ -132,7 +139,7 @@ class StackGanPP:
                 loss = loss + self.config.colour_weight * colour
         return loss
 
-    def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: Draw) -> Sample:
+    def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: NoiseFn) -> Sample:
         z = draw(self.config.z_dim)
         if not self.config.conditional:
             return Sample(tree.draw(nets["generator"], z, None, None).images)
@@ -140,11 +147,11 @@ class StackGanPP:
         return Sample(tree.draw(nets["generator"], z, draw(self.config.condition_dim), sentence).images)
 
 
-def _picture_verdict(net: StackDiscriminator, real: Tensor, fake: Tensor) -> Alone:
-    return judge_alone(net.unconditional(net.features(real)), net.unconditional(net.features(fake)))
+def _picture_verdict(net: StackDiscriminator, real: Tensor, fake: Tensor) -> UnconditionalLosses:
+    return unconditional_losses(net.unconditional(net.features(real)), net.unconditional(net.features(fake)))
 
 
-def build(config: Config, plan: Plan) -> StackGanPP:
+def build(config: Config, plan: BuildInfo) -> StackGanPP:
     """The system with newly drawn weights. Raises ValueError, naming the key, where the config cannot be had."""
     if config.compat not in ("", "authors"):
         raise ValueError(f"compat is '{config.compat}'; it must be '' or 'authors'")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2idist.contract import Adam, Batch, Frozen, Plan, Role, Schedule, Train
+from t2idist.contract import Adam, Batch, BuildInfo, Frozen, Role, Schedule, Train
 from t2idist.losses.penalties import gradient_penalty
 from t2idist.nn.precision import full
 from t2idist.nn.stargan import PatchDiscriminator, TranslationGenerator
@@ -176,7 +176,7 @@ def _there_and_back(net: TranslationGenerator, real: Tensor, there: Tensor, back
     return fake, net(fake, back)
 
 
-def build(config: Config, plan: Plan) -> StarGan:
+def build(config: Config, plan: BuildInfo) -> StarGan:
     """The system with newly drawn weights. Raises ValueError, naming the key, where the config cannot be had."""
     if config.compat not in ("", "authors"):
         raise ValueError(f"compat is '{config.compat}'; it must be '' or 'authors'")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from t2idist.contract import Adam, Batch, Captions, Draw, Frozen, Plan, Role, Sample, Train
+from t2idist.contract import Adam, Batch, BuildInfo, Captions, Frozen, NoiseFn, Role, Sample, Train
 from t2idist.nn.dcgan import generator_of, trunk
 from t2idist.nn.image_encoders import resize
 from t2idist.nn.init import normal_
@@ -46,7 +46,7 @@ class StyleEncoder(nn.Module):
 class Style:
     """The system; slot "generator" gives what it inverts. Its export holds "style", "generator" and, if any, "text"."""
 
-    def __init__(self, config: Config, plan: Plan) -> None:
+    def __init__(self, config: Config, plan: BuildInfo) -> None:
         source = plan.sources["generator"]
         given = source["plan"]["vector_dim"]
         encoder, text_dim = sentence_encoder(source["plan"]["sources"], plan.vocabulary_size, given)
@@ -75,7 +75,7 @@ class Style:
             images = generator(z, text)
         train.report("style/squared_error", train.update("style", _error, images, z))
 
-    def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: Draw) -> Sample:
+    def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: NoiseFn) -> Sample:
         """What the generator draws; with z of `invert` as the first draw, in the style of another picture."""
         return Sample((nets["generator"](draw(self.z_dim), _sentences.for_sample(captions, nets, self.unit_text)),))
 
@@ -89,7 +89,7 @@ def _error(net: nn.Module, images: Tensor, z: Tensor) -> Tensor:
     return (full(net(images)) - full(z)).square().mean()
 
 
-def build(config: Config, plan: Plan) -> Style:
+def build(config: Config, plan: BuildInfo) -> Style:
     """The system with newly drawn weights. Raises ValueError, naming the key, where the config cannot be had."""
     if "generator" not in plan.sources:
         raise ValueError("uses.generator is missing; style inverts the generator of a gan_cls or dcgan stage or export")

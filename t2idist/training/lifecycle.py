@@ -9,19 +9,19 @@ from typing import Any
 from t2idist import storage
 from t2idist.config import RunConfig
 from t2idist.engine.metrics import now
-from t2idist.engine.preemption import Left
+from t2idist.engine.preemption import StopRequested
 from t2idist.observability.hook import Hook
-from t2idist.observability.logs import hide
+from t2idist.observability.logs import redact_secrets
 from t2idist.training import stages
 
-Watch = Callable[[dict[str, Any]], None]
+OnProgress = Callable[[dict[str, Any]], None]
 """Gets the progress messages of a run."""
 OUTCOME = "outcome.json"
 FATAL = "fatal.json"
 _SHOWN = ("stage", "images", "budget_images", "images_per_second", "restarts", "workers", "losses")
 
 
-class Telling:
+class LifecycleNotifier:
     """Follows the progress messages of a submission for the hook."""
 
     def __init__(self, config: RunConfig, hook: Hook) -> None:
@@ -44,24 +44,24 @@ class Telling:
 
 
 @contextlib.contextmanager
-def told(config: RunConfig, hook: Hook, stops: bool) -> Iterator[Telling]:
+def run_lifecycle(config: RunConfig, hook: Hook, stops: bool) -> Iterator[LifecycleNotifier]:
     """Around a submission. stops: it is to end before the run does."""
     where = storage.join(stages.run_url(config), OUTCOME)
-    telling = Telling(config, hook)
+    telling = LifecycleNotifier(config, hook)
     storage.remove(where)
     telling.tell("start")
     state, error = "failed", None
     try:
         yield telling
         state = "stopped" if stops else "finished"
-    except Left as left:
+    except StopRequested as left:
         state, error = "stopped", str(left)
         raise
     except KeyboardInterrupt:
         state = "interrupted"
         raise
     except BaseException as fault:
-        error = hide(str(fault) or type(fault).__name__)
+        error = redact_secrets(str(fault) or type(fault).__name__)
         raise
     finally:
         with contextlib.suppress(OSError):  # where the store refuses everything, the error itself says it
@@ -72,7 +72,7 @@ def told(config: RunConfig, hook: Hook, stops: bool) -> Iterator[Telling]:
 
 def write_fatal(config: RunConfig, sentence: str) -> None:
     """The run cannot go on, however often it is restarted."""
-    storage.write_json(storage.join(stages.run_url(config), FATAL), {"error": hide(sentence)})
+    storage.write_json(storage.join(stages.run_url(config), FATAL), {"error": redact_secrets(sentence)})
 
 
 def read_fatal(config: RunConfig) -> str | None:

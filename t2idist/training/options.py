@@ -11,7 +11,7 @@ from t2idist.engine.checkpoint import export
 
 
 @dataclass(frozen=True)
-class Stop:
+class StopAfter:
     """Where a submission ends before its run does. images: of the stage; None: when the stage is done."""
 
     stage: str
@@ -24,7 +24,7 @@ class Stop:
         return min(stage.steps, -(-self.images // stage.images_per_step))
 
 
-def parse_stop(text: str, config: RunConfig) -> Stop:
+def parse_stop_after(text: str, config: RunConfig) -> StopAfter:
     """``STAGE``, ``STAGE:IMAGES``, or ``IMAGES`` of a run of one stage. Raises ValueError for what the run lacks."""
     stage, _, number = text.rpartition(":")
     if not stage:
@@ -38,15 +38,15 @@ def parse_stop(text: str, config: RunConfig) -> Stop:
     if stage not in config.stages:
         raise ValueError(f"--stop-after: no stage '{stage}'; there are {', '.join(config.stages)}")
     if not number:
-        return Stop(stage, None)
+        return StopAfter(stage, None)
     images = int(number) if number.isdigit() else 0
     budget = config.stages[stage].images
     if not 0 < images <= budget:
         raise ValueError(f"--stop-after: {number} images of stage {stage}; allowed are 1 to {budget:,}, its budget")
-    return Stop(stage, images)
+    return StopAfter(stage, images)
 
 
-def with_init(config: RunConfig, texts: Iterable[str]) -> RunConfig:
+def apply_init_from(config: RunConfig, texts: Iterable[str]) -> RunConfig:
     """The config with ``[STAGE=]EXPORT`` of each text as a stage's `init_from`.
 
     Without a stage it is the one that trains the export's system. Raises ValueError where there is none, or more.

@@ -15,7 +15,14 @@ from t2idist import storage
 from t2idist.config import RunConfig
 from t2idist.contract import System
 from t2idist.engine.checkpoint import export
-from t2idist.engine.checkpoint.format import COMMIT, Broken, images_of, list_committed, list_folders, read_marker
+from t2idist.engine.checkpoint.format import (
+    COMMIT,
+    CorruptCheckpoint,
+    images_of,
+    list_committed,
+    list_folders,
+    read_marker,
+)
 from t2idist.engine.metrics import now
 from t2idist.training import stages
 
@@ -25,7 +32,7 @@ NOTE = "resumed_from.json"
 
 
 @dataclass(frozen=True)
-class Source:
+class ResumePoint:
     """A checkpoint to go on from. own: it is one of the stage's own. exports: of earlier stages, to bring along."""
 
     url: str
@@ -36,7 +43,7 @@ class Source:
     exports: tuple[tuple[str, str], ...]
 
 
-def find(config: RunConfig, text: str) -> Source | None:
+def find(config: RunConfig, text: str) -> ResumePoint | None:
     """The checkpoint that ``--resume-from`` names: images seen, in this run, or the folder of any run's checkpoint.
 
     None where the run has gone on from it before. Raises ValueError for one that is not there or cannot be used.
@@ -58,7 +65,7 @@ def find(config: RunConfig, text: str) -> Source | None:
             )
     try:
         marker = read_marker(url)
-    except Broken as error:
+    except CorruptCheckpoint as error:
         raise ValueError(f"--resume-from: {error}") from None
     if not {"images", "config", "vocabulary"} <= marker.keys():
         raise ValueError(f"--resume-from: {storage.redact(url)}: not the checkpoint of a run")
@@ -71,7 +78,7 @@ def find(config: RunConfig, text: str) -> Source | None:
             f"--resume-from: stage {stage} of {config.name} has checkpoints of its own; give name=ANOTHER for a new run"
         )
     theirs = url.rsplit("/", 3)[0]
-    return Source(url, stage, marker["images"], marker, own, tuple(_earlier(config, stage, theirs)))
+    return ResumePoint(url, stage, marker["images"], marker, own, tuple(_earlier(config, stage, theirs)))
 
 
 def _present_stage(config: RunConfig, text: str) -> str:
@@ -109,7 +116,7 @@ def _earlier(config: RunConfig, stage: str, theirs: str) -> Iterator[tuple[str, 
         yield there, here
 
 
-def check(config: RunConfig, source: Source, system: System, vocabulary: list[str]) -> None:
+def check(config: RunConfig, source: ResumePoint, system: System, vocabulary: list[str]) -> None:
     """Whether a checkpoint fits the stage, whose system and vocabulary are these. Raises ValueError, one sentence."""
     where, marker, stage = storage.redact(source.url), source.marker, config.stages[source.stage]
     try:
@@ -143,7 +150,7 @@ def check(config: RunConfig, source: Source, system: System, vocabulary: list[st
         )
 
 
-def prepare(config: RunConfig, text: str, source: Source) -> None:
+def prepare(config: RunConfig, text: str, source: ResumePoint) -> None:
     """Make the checkpoint the newest of its stage. Of the run's own, those that came after it are removed."""
     checkpoints = storage.join(stages.stage_url(config, source.stage), "checkpoints")
     storage.remove(storage.join(stages.run_url(config), stages.RUN_ID))  # so that no copy in memory is newer

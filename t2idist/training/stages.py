@@ -9,7 +9,7 @@ from typing import Any
 from t2idist import storage, systems
 from t2idist.config import DataConfig, RunConfig
 from t2idist.config.strict import from_dict, to_dict
-from t2idist.contract import Extent, Plan, System
+from t2idist.contract import BuildInfo, DataInfo, System
 from t2idist.data.tokenizer import Vocabulary
 from t2idist.engine.checkpoint import export
 
@@ -17,7 +17,7 @@ RUN_ID = "run_id.json"
 """Tells a run folder from all others, an earlier one of the same name too."""
 
 
-def anchored(config: RunConfig) -> RunConfig:
+def with_absolute_paths(config: RunConfig) -> RunConfig:
     """The config with relative local paths made absolute, as workers elsewhere need them."""
     made = {}
     for name, stage in config.stages.items():
@@ -76,14 +76,14 @@ def check_uses(config: RunConfig) -> None:
         before.append(name)
 
 
-def plan(config: RunConfig, stage: str, extent: Extent) -> Plan:
+def plan(config: RunConfig, stage: str, extent: DataInfo) -> BuildInfo:
     """What the stage's system is built from; an export that is not there yet is described by its stage."""
     settings = config.stages[stage]
     sources = {slot: _source(config, source, extent) for slot, source in settings.uses.items()}
-    return Plan(settings.group_size, config.stage_data(stage).max_words, extent, sources)
+    return BuildInfo(settings.group_size, config.stage_data(stage).max_words, extent, sources)
 
 
-def _source(config: RunConfig, source: str, extent: Extent) -> Mapping[str, Any]:
+def _source(config: RunConfig, source: str, extent: DataInfo) -> Mapping[str, Any]:
     url = source_url(config, source)
     if source in config.stages and not export.exists(url):
         made = plan(config, source, extent)
@@ -93,7 +93,7 @@ def _source(config: RunConfig, source: str, extent: Extent) -> Mapping[str, Any]
     return {key: index[key] for key in ("system", "config", "plan")}
 
 
-def build(config: RunConfig, stage: str, made: Plan) -> System:
+def build(config: RunConfig, stage: str, made: BuildInfo) -> System:
     """The stage's system; initial weights from torch's global generator. Raises ValueError that names the stage."""
     settings = model_config(config, stage)
     try:
@@ -112,7 +112,7 @@ def vocabularies(config: RunConfig, stage: str) -> dict[str, list[str]]:
     }
 
 
-def vocabulary_of(data: Vocabulary, sources: Mapping[str, list[str]]) -> Vocabulary:
+def stage_vocabulary(data: Vocabulary, sources: Mapping[str, list[str]]) -> Vocabulary:
     """The vocabulary that a stage's captions are numbered with: its encoder's where it uses one, else the data's.
 
     Raises ValueError where an encoder does not know words of the data, or two number them in different ways.

@@ -19,31 +19,31 @@ from torch import nn
 from t2idist import storage
 from t2idist.config import RunConfig
 from t2idist.config.strict import to_dict, to_yaml
-from t2idist.contract import Plan, System
-from t2idist.data.mixing import extent_of, open_turns
+from t2idist.contract import BuildInfo, System
+from t2idist.data.mixing import data_info, open_mixed_loader
 from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_datasets
 from t2idist.engine import loop
-from t2idist.engine.batches import Intake, write_ledger
+from t2idist.engine.batches import TrackedBatches, write_ledger
 from t2idist.engine.checkpoint import export, pretrained
-from t2idist.engine.checkpoint.manager import Checkpoints, Found
-from t2idist.engine.checkpoint.replica_protocol import Keepers
-from t2idist.engine.checkpoint.replicas import Memory
+from t2idist.engine.checkpoint.manager import CheckpointManager, CommittedCheckpoint
+from t2idist.engine.checkpoint.replica_protocol import ReplicaStore
+from t2idist.engine.checkpoint.replicas import ReplicaManager
 from t2idist.engine.guard import Diverged
-from t2idist.engine.metrics import Log, add_lines, now
+from t2idist.engine.metrics import MetricLogger, add_lines, now
 from t2idist.engine.noise import key
-from t2idist.engine.preemption import Ask, Notices
+from t2idist.engine.preemption import Poll, PreemptionHandler
 from t2idist.engine.strategy import Precision
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import Share, World
-from t2idist.evaluate.in_training import Watcher
-from t2idist.nn.fast.layers import keep_heap
-from t2idist.observability.environment import versions
-from t2idist.observability.logs import Place, hide
+from t2idist.evaluate.in_training import InTrainingEvaluator
+from t2idist.nn.fast.layers import keep_freed_memory
+from t2idist.observability.environment import environment_info
+from t2idist.observability.logs import LogContext, redact_secrets
 from t2idist.report import report
 from t2idist.training import stages
-from t2idist.training.lifecycle import Watch, read_fatal, write_fatal
-from t2idist.training.options import Stop
+from t2idist.training.lifecycle import OnProgress, read_fatal, write_fatal
+from t2idist.training.options import StopAfter
 
 logger = logging.getLogger(__name__)
 
@@ -51,30 +51,30 @@ ATTEMPTS = "attempts.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Around:
+class WorkerContext:
     """What a worker's surroundings give it, where they do.
 
     watch: gets the progress messages of the first worker. keepers: hold copies of the state outside this process. ask:
     whether the end of this worker, or of one beside it, is announced; look_seconds: how often to ask (0: after every
-    step). stand: what a worker calls that stands still to be replaced (see `Notices`). stop: where this submission ends
+    step). stand: what a worker calls that stands still to be replaced (see `PreemptionHandler`). stop: where this submission ends
     before the run does. place: where this process is, for its log.
     """
 
-    watch: Watch | None = None
-    keepers: Keepers | None = None
-    ask: Ask | None = None
+    watch: OnProgress | None = None
+    keepers: ReplicaStore | None = None
+    ask: Poll | None = None
     look_seconds: float = 0.0
     stand: Callable[[], None] | None = None
-    stop: Stop | None = None
-    place: Place = dataclasses.field(default_factory=Place)
+    stop: StopAfter | None = None
+    place: LogContext = dataclasses.field(default_factory=LogContext)
 
 
-def main(config: RunConfig, device: torch.device, around: Around) -> None:
+def main(config: RunConfig, device: torch.device, around: WorkerContext) -> None:
     """Run all stages that have no export yet. Raises `Left` where it was asked to end."""
     world = _world(device)
-    keep_heap()
+    keep_freed_memory()
     around.place.run, around.place.rank = config.name, world.rank
-    if world.from_first(read_fatal(config)) is not None:
+    if world.broadcast_object(read_fatal(config)) is not None:
         return
     try:
         _run(config, world, around)
@@ -85,21 +85,21 @@ def main(config: RunConfig, device: torch.device, around: Around) -> None:
         raise
 
 
-def _run(config: RunConfig, world: World, around: Around) -> None:
+def _run(config: RunConfig, world: World, around: WorkerContext) -> None:
     url = stages.run_url(config)
     messages = _Messages()
     logging.getLogger("t2idist").addHandler(messages)
-    ran_on = versions(world)
+    ran_on = environment_info(world)
     restarts = 0
-    if world.first:
+    if world.is_main:
         storage.write_bytes(storage.join(url, "config.yaml"), to_yaml(config).encode())
         storage.write_json(storage.join(url, "versions.json"), ran_on)
         restarts = _count_attempt(url, world)
-    restarts = world.from_first(restarts)
+    restarts = world.broadcast_object(restarts)
     for index, name in enumerate(config.stages):
         if around.stop is not None and around.stop.stage in list(config.stages)[:index]:
             break
-        done = world.from_first(export.exists(stages.export_url(config, name)))
+        done = world.broadcast_object(export.exists(stages.export_url(config, name)))
         if done:
             continue
         around.place.stage = name
@@ -114,7 +114,7 @@ def _run(config: RunConfig, world: World, around: Around) -> None:
         }
         run = functools.partial(_run_stage, config, name, world, ran_on, facts, around)
         _run_guarded(run, name, world, config.guard.rollbacks)
-    if world.first:
+    if world.is_main:
         report.write(url)
     world.barrier()
 
@@ -127,7 +127,7 @@ class _Messages(logging.Handler):
         self.texts: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(hide(f"{record.levelname.lower()}: {record.getMessage()}"))
+        self.texts.append(redact_secrets(f"{record.levelname.lower()}: {record.getMessage()}"))
         del self.texts[:-20]
 
 
@@ -149,7 +149,7 @@ def _run_guarded(run: Callable[[int], None], name: str, world: World, rollbacks:
         except Diverged as diverged:
             if rollback == rollbacks:
                 raise ValueError(f"stage {name} diverged {rollback + 1} times: {diverged}") from None
-            if world.first:
+            if world.is_main:
                 logger.warning("stage %s goes back to its last checkpoint: %s", name, diverged)
 
 
@@ -159,33 +159,35 @@ def _run_stage(
     world: World,
     ran_on: dict[str, Any],
     facts: Mapping[str, Any],
-    around: Around,
+    around: WorkerContext,
     rollback: int,
 ) -> None:
     stage = config.stages[name]
     datasets = open_datasets(config.stage_data(name))
-    vocabulary = stages.vocabulary_of(datasets[0].vocabulary, stages.vocabularies(config, name))
+    vocabulary = stages.stage_vocabulary(datasets[0].vocabulary, stages.vocabularies(config, name))
     datasets = (dataclasses.replace(datasets[0], vocabulary=vocabulary), *datasets[1:])
-    plan = stages.plan(config, name, extent_of(datasets))
+    plan = stages.plan(config, name, data_info(datasets))
     system = _build(config, name, plan, vocabulary.words)
     trainer = _trainer(config, name, system, world, rollback)
     around.place.images = lambda: trainer.images
     meta = {"config": to_dict(config), "vocabulary": list(vocabulary.words), "versions": ran_on}
-    checkpoints = Checkpoints(
+    checkpoints = CheckpointManager(
         storage.join(stages.stage_url(config, name), "checkpoints"), world, config.checkpoint, meta
     )
     memory = None
     if around.keepers is not None and config.checkpoint.memory:
-        memory = Memory(around.keepers, f"{name}/{rollback}", world, config.checkpoint, checkpoints.attempt)
+        memory = ReplicaManager(around.keepers, f"{name}/{rollback}", world, config.checkpoint, checkpoints.attempt)
     found = _restore(trainer, checkpoints, memory, stages.stage_url(config, name))
-    if found is not None and world.first:
+    if found is not None and world.is_main:
         logger.info("stage %s goes on from %s images (%s)", name, found.images, found.url)
         _note_resumed(stages.run_url(config), name, found)
     index = functools.partial(_export_index, config, name, datasets, plan, ran_on)
     log, watcher = None, None
-    if world.first:
-        watcher = Watcher(system, datasets, config, name, stages.stage_url(config, name), world.device, index)
-        log = Log(
+    if world.is_main:
+        watcher = InTrainingEvaluator(
+            system, datasets, config, name, stages.stage_url(config, name), world.device, index
+        )
+        log = MetricLogger(
             stages.run_url(config),
             name,
             images=trainer.images,
@@ -199,7 +201,7 @@ def _run_stage(
     batches = _open_intake(config, name, datasets, plan.extent.epoch_images, system, trainer, checkpoints.attempt)
     try:
         look = watcher.look if watcher is not None else _no_look
-        notices = Notices(around.ask, around.look_seconds, world, around.stand)
+        notices = PreemptionHandler(around.ask, around.look_seconds, world, around.stand)
         loop.run(trainer, batches, stage, steps, checkpoints, memory, notices, log, look, config.guard)
     except Diverged:
         if memory is not None:
@@ -233,12 +235,14 @@ def _trainer(config: RunConfig, name: str, system: System, world: World, rollbac
     )
 
 
-def _restore(trainer: Trainer, checkpoints: Checkpoints, memory: Memory | None, stage_url: str) -> Found | None:
+def _restore(
+    trainer: Trainer, checkpoints: CheckpointManager, memory: ReplicaManager | None, stage_url: str
+) -> CommittedCheckpoint | None:
     """Go on from the newest state there is, in memory or in storage."""
     found = memory.restore(trainer, checkpoints.newest_images()) if memory is not None else None
     if memory is None or found is None:
         return checkpoints.restore(trainer)
-    if trainer.world.first:
+    if trainer.world.is_main:
         for rank, notes in enumerate(memory.notes):
             if notes["ledger"]:
                 write_ledger(stage_url, f"{checkpoints.attempt}m", rank, notes["ledger"])
@@ -256,9 +260,9 @@ def _open_intake(
     system: System,
     trainer: Trainer,
     attempt: str,
-) -> Intake:
+) -> TrackedBatches:
     data, seed = config.stage_data(name), config.stage_seed(name)
-    loader = open_turns(
+    loader = open_mixed_loader(
         datasets,
         "train",
         config=data,
@@ -269,7 +273,7 @@ def _open_intake(
         seeds=[key(seed, name, "data", *([domain] if domain else [])) for domain in range(len(datasets))],
         step0=trainer.step,
     )
-    return Intake(
+    return TrackedBatches(
         loader,
         trainer.world,
         trainer.share,
@@ -282,7 +286,7 @@ def _open_intake(
     )
 
 
-def _build(config: RunConfig, name: str, plan: Plan, vocabulary: Sequence[str]) -> System:
+def _build(config: RunConfig, name: str, plan: BuildInfo, vocabulary: Sequence[str]) -> System:
     """The stage's system with its initial weights, those of earlier exports, from files and of what it fine-tunes."""
     torch.manual_seed(key(config.stage_seed(name), name))
     system = stages.build(config, name, plan)
@@ -305,10 +309,10 @@ def _no_look(nets: Mapping[str, nn.Module], images_seen: int, *, pictures: bool,
 
 
 def _finish(
-    config: RunConfig, name: str, trainer: Trainer, index: Callable[[int], dict[str, Any]], log: Log | None
+    config: RunConfig, name: str, trainer: Trainer, index: Callable[[int], dict[str, Any]], log: MetricLogger | None
 ) -> None:
     nets = trainer.evaluation_nets()
-    if trainer.world.first:
+    if trainer.world.is_main:
         export.write(stages.export_url(config, name), nets, index(trainer.images))
         assert log is not None
         log.tell("done")
@@ -316,7 +320,7 @@ def _finish(
 
 
 def _export_index(
-    config: RunConfig, name: str, datasets: Sequence[Dataset], plan: Plan, ran_on: dict[str, Any], images: int
+    config: RunConfig, name: str, datasets: Sequence[Dataset], plan: BuildInfo, ran_on: dict[str, Any], images: int
 ) -> dict[str, Any]:
     return {
         "system": config.stages[name].system,
@@ -344,7 +348,7 @@ def _count_attempt(url: str, world: World) -> int:
     return len(attempts)
 
 
-def _note_resumed(url: str, name: str, found: Found) -> None:
+def _note_resumed(url: str, name: str, found: CommittedCheckpoint) -> None:
     """Note with this attempt where a stage went on."""
     where = storage.join(url, ATTEMPTS)
     attempts = storage.read_json(where)

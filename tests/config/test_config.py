@@ -11,14 +11,14 @@ from t2idist import config as configuration
 from t2idist import run
 from t2idist.config import RunConfig, load
 from t2idist.config.strict import from_dict, parse_yaml, to_dict, to_yaml
-from t2idist.contract import Extent, Schedule
+from t2idist.contract import DataInfo, Schedule
 from t2idist.data.tokenizer import Vocabulary
 from t2idist.engine.schedule import ema_decay, factor
 from t2idist.preflight import dry_run
 from t2idist.training import stages
 
 MINIMAL = {"name": "x", "stages": {"a": {"system": "damsm", "group_size": 4, "groups": 2, "images": 16}}}
-EXTENT = Extent(("",) * 100, 1000, vector_dim=1024, attributes=())
+EXTENT = DataInfo(("",) * 100, 1000, vector_dim=1024, attributes=())
 RECIPES = [(recipe, preset) for recipe, presets in configuration.recipes().items() for preset in presets]
 
 
@@ -110,10 +110,10 @@ def test_a_key_that_stands_twice_is_an_error() -> None:
 
 def test_encoders_that_number_words_in_two_ways_are_refused() -> None:
     data, one, other = Vocabulary(["<end>", "a"]), ["<end>", "a", "b"], ["<end>", "b", "a"]
-    assert stages.vocabulary_of(data, {"damsm": one, "captioner": one}).words == tuple(one)
-    assert stages.vocabulary_of(data, {}) == data
+    assert stages.stage_vocabulary(data, {"damsm": one, "captioner": one}).words == tuple(one)
+    assert stages.stage_vocabulary(data, {}) == data
     with pytest.raises(ValueError, match=r"uses.captioner: its vocabulary is not that of uses.damsm"):
-        stages.vocabulary_of(data, {"damsm": one, "captioner": other})
+        stages.stage_vocabulary(data, {"damsm": one, "captioner": other})
 
 
 def test_every_recipe_can_be_built_and_names_its_preset(tmp_path: Path) -> None:
@@ -154,31 +154,33 @@ def test_the_bare_command_says_that_it_is_the_demo(capsys: pytest.CaptureFixture
 
 
 def test_a_run_is_not_taken_up_with_other_mathematics(tmp_path: Path) -> None:
-    config = stages.anchored(load("attngan", [f"storage={tmp_path}", "data.source=emoji"]))
+    config = stages.with_absolute_paths(load("attngan", [f"storage={tmp_path}", "data.source=emoji"]))
     folder = tmp_path / config.name
     folder.mkdir()
     (folder / "config.yaml").write_text(to_yaml(config))
     words = [f"storage={tmp_path}", "data.source=emoji"]
     for same in ("cluster.workers=[1,1]", "stages.attngan.images=99", "data.threads=1", "checkpoint.keep=3"):
-        dry_run.check(stages.anchored(load("attngan", [*words, same])), None)
+        dry_run.check(stages.with_absolute_paths(load("attngan", [*words, same])), None)
     for other in ("seed=9", "stages.attngan.group_size=9", "stages.attngan.model.z_dim=9", "data.max_words=9"):
         with pytest.raises(ValueError, match="was started with .*; give name=ANOTHER for a new run"):
-            dry_run.check(stages.anchored(load("attngan", [*words, other])), None)
+            dry_run.check(stages.with_absolute_paths(load("attngan", [*words, other])), None)
 
 
 def test_storage_that_cannot_be_written_is_found_first(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="storage: cannot write to"):
-        dry_run.check(stages.anchored(load("attngan", [f"storage={tmp_path}/file/below", "data.source=emoji"])), None)
+        dry_run.check(
+            stages.with_absolute_paths(load("attngan", [f"storage={tmp_path}/file/below", "data.source=emoji"])), None
+        )
 
 
 def test_inception_weights_are_asked_for_with_their_hash(tmp_path: Path) -> None:
     words = ["preset=cub", "data.source=emoji", f"storage={tmp_path}"]
     with pytest.raises(ValueError, match=r"stages.damsm.model.trunk_weights: missing; give the path or URL"):
-        dry_run.check(stages.anchored(load("attngan", words)), None)
+        dry_run.check(stages.with_absolute_paths(load("attngan", words)), None)
     words.append(f"stages.damsm.model.trunk_weights={tmp_path}/x.safetensors")
     with pytest.raises(ValueError, match="has no sha256 of 64 digits beside it"):
-        dry_run.check(stages.anchored(load("attngan", words)), None)
+        dry_run.check(stages.with_absolute_paths(load("attngan", words)), None)
 
 
 def test_schedules() -> None:

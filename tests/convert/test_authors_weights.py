@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from t2idist import systems
-from t2idist.contract import Captions, Extent, Plan
+from t2idist.contract import BuildInfo, Captions, DataInfo
 from t2idist.convert.authors import captions, checkpoints
 from t2idist.convert.authors.checkpoints import Checkpoint
 from t2idist.convert.authors.importing import Imported, Options, import_weights, prepare
@@ -151,13 +151,13 @@ def test_stackgan_pp_trains_on_vectors_that_come_with_the_data() -> None:
     def losses(scale: float, unit_text: bool) -> Mapping[str, float]:
         torch.manual_seed(0)
         config = module.Config(**shape, condition_dim=8, unit_text=unit_text)
-        system = module.build(config, Plan(8, 5, Extent(("<end>",), 100, vector_dim=12)))
+        system = module.build(config, BuildInfo(8, 5, DataInfo(("<end>",), 100, vector_dim=12)))
         assert not system.frozen and system.exports == ("generator",)
         batch = colour_batch(system.sizes, 0)
         vectors = scale * torch.randn(8, 12, generator=torch.Generator().manual_seed(1))
         run = trainer(system, 8)
         run.run_step(replace(batch, captions=replace(batch.captions, vectors=vectors)))
-        return run.take_reports()
+        return run.reduce_reports()
 
     assert losses(1.0, True) == pytest.approx(losses(3.0, True), rel=1e-4)
     assert losses(1.0, False)["generator/kl"] != pytest.approx(losses(3.0, False)["generator/kl"], rel=1e-2)
@@ -174,7 +174,7 @@ def test_attndcgan_has_one_picture_and_one_judge_of_pairs() -> None:
     run = trainer(tiny, 8)
     for step in range(2):
         run.run_step(colour_batch(tiny.sizes, step))
-    reports = run.take_reports()
+    reports = run.reduce_reports()
     assert {"discriminator_32/real", "discriminator_32/wrong", "generator/adversarial_32"} <= reports.keys()
     assert "discriminator_32/real_alone" not in reports
 

@@ -15,7 +15,7 @@ from t2idist.config import DataConfig
 from t2idist.data import cache as caching
 from t2idist.data.cache import ShardCache
 from t2idist.data.loader import open_loader
-from t2idist.data.order import Run
+from t2idist.data.order import SampleRange
 from t2idist.data.reader import Bad, Encoded, ShardReader
 from t2idist.data.shards import Dataset, Shard
 from tests.data.test_loader import sample, write
@@ -104,7 +104,7 @@ def test_a_rotten_copy_is_dropped_and_its_bytes_come_from_the_store(
     rotten[len(rotten) // 2] ^= 1
     (tmp_path / shard.sha256).write_bytes(rotten)
     with caplog.at_level(logging.WARNING):
-        read = ShardReader(dataset, "train", cache).read(Run(0, 0, 17))
+        read = ShardReader(dataset, "train", cache).read(SampleRange(0, 0, 17))
     assert all(isinstance(found, Encoded) for found in read)
     assert "wrong bytes of 1 samples" in caplog.text
     assert kept(tmp_path) == set()
@@ -118,7 +118,7 @@ def test_a_shard_that_is_wrong_in_the_store_is_not_kept_and_its_samples_are_name
     data = bytearray(storage.read_bytes(url))
     data[int(dataset.split("train").offsets[5]) + 700] ^= 1
     storage.write_bytes(url, bytes(data))
-    read = ShardReader(dataset, "train", cache_of(dataset, tmp_path)).read(Run(0, 0, 17))
+    read = ShardReader(dataset, "train", cache_of(dataset, tmp_path)).read(SampleRange(0, 0, 17))
     assert [i for i, found in enumerate(read) if isinstance(found, Bad)] == [5]
     assert kept(tmp_path) == set()
 

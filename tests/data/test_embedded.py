@@ -12,7 +12,7 @@ from t2idist.config import DataConfig
 from t2idist.data.embedded import avatar_cache
 from t2idist.data.embedded.avatars import face, painter
 from t2idist.data.loader import load_split
-from t2idist.data.order import Run
+from t2idist.data.order import SampleRange
 from t2idist.data.reader import Encoded, ShardReader
 from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_dataset
@@ -53,7 +53,7 @@ def test_avatars_are_a_function_of_their_number(avatars: Dataset, tmp_path: Path
     ]
     train = avatars.split("train")
     number = int(train.keys[0].removeprefix("avatar_"))
-    (stored,) = ShardReader(avatars, "train").read(Run(0, 0, 1))
+    (stored,) = ShardReader(avatars, "train").read(SampleRange(0, 0, 1))
     assert isinstance(stored, Encoded) and stored.data == painter(48)(number)
     assert train.captions(0) == list(face(number).captions)
 

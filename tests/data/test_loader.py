@@ -23,14 +23,14 @@ from t2idist.config import DataConfig
 from t2idist.contract import Batch
 from t2idist.data import sample_format
 from t2idist.data.loader import Loader, load_split, open_loader
-from t2idist.data.order import Order, Run, draws
+from t2idist.data.order import Order, SampleRange, draws
 from t2idist.data.reader import Bad, Encoded, ShardReader
 from t2idist.data.sample_format import SampleRecord, header
 from t2idist.data.shard_writer import write_shards
 from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_dataset
 from t2idist.data.tokenizer import Vocabulary, tokenise
-from t2idist.data.transforms import Picture, crop_and_flip, decode, fill_pyramid, shorter_side
+from t2idist.data.transforms import DecodedImage, crop_and_flip, decode, fill_pyramid, shorter_side
 
 WORDS = ["red", "green", "blue", "round", "square", "small", "large", "happy", "sad", "old", "new"]
 
@@ -139,7 +139,7 @@ def test_what_is_written_is_read(tmp_path: Path, compress: bool, place: str):
     assert split.class_ids.tolist() == list(range(40))
     assert dataset.vocabulary.words[0] == "<end>" and set(dataset.vocabulary.words[1:]) == set(WORDS)
     reader = ShardReader(dataset, "train")
-    assert [e.data for e in reader.read(Run(1, 3, 9))] == [s.image for s in samples[20:29]]
+    assert [e.data for e in reader.read(SampleRange(1, 3, 9))] == [s.image for s in samples[20:29]]
 
 
 def test_writer_refuses_what_would_go_wrong(tmp_path: Path):
@@ -233,7 +233,7 @@ def test_a_hostile_member_spoils_only_its_own_sample(
     renamed = {"s0002.png": name}
     monkeypatch.setattr(sample_format, "member", lambda n, data: real(renamed.get(n, n), data))
     dataset = write(tmp_path / "set", [sample(n) for n in range(5)])
-    read = ShardReader(dataset, "train").read(Run(0, 0, 5))
+    read = ShardReader(dataset, "train").read(SampleRange(0, 0, 5))
     assert [isinstance(found, Bad) for found in read] == [False, False, True, False, False]
     assert isinstance(read[2], Bad) and says in read[2].reason
 
@@ -243,12 +243,12 @@ def test_a_gzip_bomb_is_not_unpacked(tmp_path: Path):
     shard = tmp_path / "set" / dataset.split("train").shards[0].name
     shard.write_bytes(gzip.compress(bytes(50_000_000)))
     with pytest.raises(ValueError, match=r"unpacks to .* bytes or more"):
-        ShardReader(dataset, "train").read(Run(0, 0, 5))
+        ShardReader(dataset, "train").read(SampleRange(0, 0, 5))
 
 
 # ------------------------------------------------------------------------------------------------ pictures
-def whole_size(image: Image.Image) -> Picture:
-    return Picture(image, image.size)
+def whole_size(image: Image.Image) -> DecodedImage:
+    return DecodedImage(image, image.size)
 
 
 def photo(width: int, height: int) -> Image.Image:
@@ -442,7 +442,7 @@ def test_threads_beside_the_training_take_a_core_each(small: Dataset, monkeypatc
         asked.append(torch.get_num_threads())
         fill_pyramid(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("t2idist.data.rows.fill_pyramid", spied)
+    monkeypatch.setattr("t2idist.data.collate.fill_pyramid", spied)
     torch.set_num_threads(2)
     try:
         with loader(small, [0]) as stream:

@@ -16,7 +16,7 @@ from t2idist import run
 from t2idist.config import DataConfig, RunConfig
 from t2idist.config.strict import from_dict, to_dict
 from t2idist.contract import Batch
-from t2idist.data.mixing import Turns, extent_of, open_turns, steps_of
+from t2idist.data.mixing import MixedLoader, data_info, open_mixed_loader, steps_of_domain
 from t2idist.data.sample_format import SampleRecord
 from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_datasets
@@ -56,12 +56,12 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, ...]:
     )
 
 
-def turns(datasets: tuple[Dataset, ...], groups: list[int], step0: int = 0, **changed: Any) -> Turns:
+def turns(datasets: tuple[Dataset, ...], groups: list[int], step0: int = 0, **changed: Any) -> MixedLoader:
     settings: dict[str, Any] = {"total_groups": 4, "group_size": 6, "sizes": (8, 16), "config": CONFIG, **changed}
-    return open_turns(datasets, "train", groups=groups, seeds=SEEDS[: len(datasets)], step0=step0, **settings)
+    return open_mixed_loader(datasets, "train", groups=groups, seeds=SEEDS[: len(datasets)], step0=step0, **settings)
 
 
-def some(stream: Turns, count: int) -> list[Batch]:
+def some(stream: MixedLoader, count: int) -> list[Batch]:
     try:
         return [next(stream) for _ in range(count)]
     finally:
@@ -72,7 +72,7 @@ def test_turns_are_counted() -> None:
     for domains in (1, 2, 3, 5):
         for step in range(17):
             for domain in range(domains):
-                assert steps_of(domain, domains, step) == sum(s % domains == domain for s in range(step))
+                assert steps_of_domain(domain, domains, step) == sum(s % domains == domain for s in range(step))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -114,10 +114,10 @@ def test_bad_samples_are_named_with_their_set(tmp_path: Path, sets: tuple[Datase
 
 
 def test_what_is_known_of_all(sets: tuple[Dataset, ...]) -> None:
-    known = extent_of(sets[:2])
+    known = data_info(sets[:2])
     assert known.words == sets[0].extent.words and known.epoch_images == 85
     assert known.attributes == (("Black_Hair", "Male"), EXPRESSIONS)
-    assert extent_of(sets[:1]) == sets[0].extent
+    assert data_info(sets[:1]) == sets[0].extent
 
 
 # ------------------------------------------------------------------------------------------------ configuration
@@ -167,13 +167,13 @@ def test_relative_folders_are_anchored(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     stage = {"system": "stargan", "group_size": 4, "groups": 1, "images": 4, "data": {"beside": ["./b", "emoji"]}}
     made = from_dict(RunConfig, {"name": "x", "data": {"source": "./a"}, "stages": {"s": stage}})
-    anchored = stages.anchored(made)
+    anchored = stages.with_absolute_paths(made)
     assert anchored.data.source == f"{tmp_path}/a"
     assert anchored.stages["s"].data == {"beside": [f"{tmp_path}/b", "emoji"]}
 
 
 def test_a_run_of_a_version_without_the_key_goes_on(tmp_path: Path, sets: tuple[Dataset, ...]) -> None:
-    made = stages.anchored(configuration.load(str(recipe(tmp_path, sets))))
+    made = stages.with_absolute_paths(configuration.load(str(recipe(tmp_path, sets))))
     alone = dataclasses.replace(made, data=dataclasses.replace(made.data, beside=()))
     one = {**small_systems.MODELS["stargan"], "domains": []}
     alone = dataclasses.replace(alone, stages={"stargan": dataclasses.replace(made.stages["stargan"], model=one)})

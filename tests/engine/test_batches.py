@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from t2idist.contract import Batch, Captions
-from t2idist.engine.batches import QUARANTINE, Intake, read_ledger
+from t2idist.engine.batches import QUARANTINE, TrackedBatches, read_ledger
 from t2idist.engine.world import Share, World
 
 
@@ -36,9 +36,9 @@ class Stream:
         return Batch((), captions, ones, torch.zeros(4, 0), tuple(f"s{n}" for n in numbers), 2)
 
 
-def intake(folder: Path, stream: Stream, step: int = 0, attempt: str = "a", epoch_images: int = 100) -> Intake:
+def intake(folder: Path, stream: Stream, step: int = 0, attempt: str = "a", epoch_images: int = 100) -> TrackedBatches:
     share = Share(range(2), 2, 1)
-    return Intake(
+    return TrackedBatches(
         stream, World(), share, str(folder), step=step, attempt=attempt, max_bad=0.01, epoch_images=epoch_images,
         ledger=True,
     )  # fmt: skip

@@ -32,7 +32,7 @@ def test_two_steps_are_those_of_the_cpu(system: str) -> None:
         torch.manual_seed(1)
         way = bench_step.make_way("best", words)
         way.timed_steps(2)
-        reports.append(way.trainer.take_reports())
+        reports.append(way.trainer.reduce_reports())
     theirs, ours = reports
     assert theirs.keys() == ours.keys()
     for name, value in theirs.items():

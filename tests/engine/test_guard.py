@@ -61,7 +61,7 @@ def poisoned(world: World, how: str) -> tuple[dict[str, Tensor], dict[str, Tenso
     after = snapshot(made)
     in_a_row = made.guard.in_a_row
     step(made, 3)
-    values = made.take_reports()
+    values = made.reduce_reports()
     return before, after, in_a_row, made.guard.in_a_row, made.first_bad, values | {"skipped": made.guard.skipped}
 
 

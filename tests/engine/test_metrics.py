@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from t2idist.engine.metrics import Log, add_lines, read_metrics
+from t2idist.engine.metrics import MetricLogger, add_lines, read_metrics
 
 
-def log(folder: Path, images: int = 0) -> Log:
+def log(folder: Path, images: int = 0) -> MetricLogger:
     facts = {"restarts": 0, "run": "x", "stage": "gan"}
-    return Log(str(folder), "gan", images=images, step=images, budget_images=10, facts=facts, watch=None)
+    return MetricLogger(str(folder), "gan", images=images, step=images, budget_images=10, facts=facts, watch=None)
 
 
 def test_events_that_cannot_be_written_are_a_warning(

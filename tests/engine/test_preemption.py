@@ -15,12 +15,12 @@ import pytest
 from t2idist.config import CheckpointConfig, GuardConfig, StageConfig
 from t2idist.contract import Batch
 from t2idist.engine import loop, preemption
-from t2idist.engine.batches import Intake, read_ledger
+from t2idist.engine.batches import TrackedBatches, read_ledger
 from t2idist.engine.checkpoint import export
 from t2idist.engine.checkpoint.format import list_folders
-from t2idist.engine.checkpoint.manager import Checkpoints
-from t2idist.engine.checkpoint.replicas import Memory
-from t2idist.engine.preemption import Left, Notice, Notices
+from t2idist.engine.checkpoint.manager import CheckpointManager
+from t2idist.engine.checkpoint.replicas import ReplicaManager
+from t2idist.engine.preemption import PreemptionHandler, PreemptionNotice, StopRequested
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import Share, World
 from tests.engine.test_replicas import FolderKeepers
@@ -45,24 +45,24 @@ class Goes:
     keep: Callable[[], None] = never
 
 
-def saves(world: World, folder: Path, said: list[Notice | None]) -> list[int]:
+def saves(world: World, folder: Path, said: list[PreemptionNotice | None]) -> list[int]:
     """Steps that are saved where a run hears these answers, one a look."""
     answers = iter(said)
     made = trainer(world)
-    checkpoints = Checkpoints(str(folder), world, CheckpointConfig(keep=100), {})
-    notices = Notices(lambda: next(answers), 0.0, world)
+    checkpoints = CheckpointManager(str(folder), world, CheckpointConfig(keep=100), {})
+    notices = PreemptionHandler(lambda: next(answers), 0.0, world)
     try:
         for _ in range(len(said)):
             step(made, 1)
-            notices.heed(made, Goes(lambda: checkpoints.save(made), checkpoints.finish))
+            notices.check(made, Goes(lambda: checkpoints.save(made), checkpoints.finish))
     finally:
         checkpoints.finish()
     return sorted(int(name[:12]) // IMAGES for name in list_folders(str(folder)))
 
 
 def test_the_first_notice_saves_and_training_goes_on(tmp_path: Path) -> None:
-    soon, gone = Notice(100.0), None
-    assert saves(ALONE, tmp_path, [gone, soon, soon, Notice(math.inf), gone, soon, gone]) == [2, 6]
+    soon, gone = PreemptionNotice(100.0), None
+    assert saves(ALONE, tmp_path, [gone, soon, soon, PreemptionNotice(math.inf), gone, soon, gone]) == [2, 6]
 
 
 def test_shortly_before_the_machine_goes_the_workers_wait(
@@ -70,17 +70,19 @@ def test_shortly_before_the_machine_goes_the_workers_wait(
 ) -> None:
     waited: list[float] = []
     monkeypatch.setattr(preemption.time, "sleep", waited.append)
-    assert saves(ALONE, tmp_path / "alone", [Notice(100.0), Notice(50.0), Notice(3.0)]) == [1, 3]
+    assert saves(
+        ALONE, tmp_path / "alone", [PreemptionNotice(100.0), PreemptionNotice(50.0), PreemptionNotice(3.0)]
+    ) == [1, 3]
     assert 60 <= waited[-1] <= 63
-    went_on = [Notice(3.0), Notice(0.1), Notice(0.1), None, Notice(2.0)]
+    went_on = [PreemptionNotice(3.0), PreemptionNotice(0.1), PreemptionNotice(0.1), None, PreemptionNotice(2.0)]
     assert saves(ALONE, tmp_path / "stayed", went_on) == [1, 5] and len(waited) == 3
-    for saved in workers.run(2, saves, tmp_path / "two", [None, Notice(100.0), None]):
+    for saved in workers.run(2, saves, tmp_path / "two", [None, PreemptionNotice(100.0), None]):
         assert saved == [2]
 
 
 def test_one_that_is_to_end_saves_and_leaves(tmp_path: Path) -> None:
-    with pytest.raises(Left, match=f"saved at {2 * IMAGES} images"):
-        saves(ALONE, tmp_path, [None, Notice(0.0), None])
+    with pytest.raises(StopRequested, match=f"saved at {2 * IMAGES} images"):
+        saves(ALONE, tmp_path, [None, PreemptionNotice(0.0), None])
     assert [int(name[:12]) for name in list_folders(str(tmp_path))] == [2 * IMAGES]
 
 
@@ -102,17 +104,17 @@ class Toys:
 
 def test_what_was_trained_on_is_on_record_before_a_save_that_a_notice_causes(tmp_path: Path) -> None:
     made, url = trainer(ALONE), str(tmp_path)
-    notices = Notices(lambda: Notice(0.0) if made.step == 4 else None, 0.0, ALONE)
-    with pytest.raises(Left):
+    notices = PreemptionHandler(lambda: PreemptionNotice(0.0) if made.step == 4 else None, 0.0, ALONE)
+    with pytest.raises(StopRequested):
         train(made, url, notices, None)
     assert list(read_ledger(url)) == [(number, group) for number in range(4) for group in range(GROUPS)]
 
 
-def train(made: Trainer, url: str, notices: Notices, memory: Memory | None) -> None:
+def train(made: Trainer, url: str, notices: PreemptionHandler, memory: ReplicaManager | None) -> None:
     stage = StageConfig("toy", GROUP_SIZE, GROUPS, images=300 * 10 * IMAGES)  # a report, and its ledger, every 10 steps
-    checkpoints = Checkpoints(url, ALONE, CheckpointConfig(), {})
+    checkpoints = CheckpointManager(url, ALONE, CheckpointConfig(), {})
     share = Share.of(ALONE, GROUPS)
-    batches = Intake(Toys(), ALONE, share, url, step=0, attempt="a", max_bad=1.0, epoch_images=99, ledger=True)
+    batches = TrackedBatches(Toys(), ALONE, share, url, step=0, attempt="a", max_bad=1.0, epoch_images=99, ledger=True)
     loop.run(
         made, batches, stage, stage.steps, checkpoints, memory, notices, None, lambda nets, images: {}, GuardConfig()
     )
@@ -131,15 +133,19 @@ def test_workers_that_are_to_be_replaced_keep_their_state_and_stand(tmp_path: Pa
     (tmp_path / "held").mkdir()
     made, keepers = trainer(ALONE), FolderKeepers(tmp_path / ("nowhere" if "no keeper" in kept_in else "held"))
     memory = (
-        None if kept_in == "storage" else Memory(keepers, "toy/0", ALONE, CheckpointConfig(memory_every_steps=3), "a")
+        None
+        if kept_in == "storage"
+        else ReplicaManager(keepers, "toy/0", ALONE, CheckpointConfig(memory_every_steps=3), "a")
     )
-    notices = Notices(lambda: Notice(math.inf, regroup=True) if made.step == 4 else None, 0.0, ALONE, replaced)
+    notices = PreemptionHandler(
+        lambda: PreemptionNotice(math.inf, regroup=True) if made.step == 4 else None, 0.0, ALONE, replaced
+    )
     with pytest.raises(Replaced):
         train(made, str(tmp_path), notices, memory)
-    taken, checkpoints = trainer(ALONE), Checkpoints(str(tmp_path), ALONE, CheckpointConfig(), {})
+    taken, checkpoints = trainer(ALONE), CheckpointManager(str(tmp_path), ALONE, CheckpointConfig(), {})
     if kept_in == "memory":
         assert checkpoints.newest_images() <= 0
-        found = Memory(keepers, "toy/0", ALONE, CheckpointConfig(), "b")
+        found = ReplicaManager(keepers, "toy/0", ALONE, CheckpointConfig(), "b")
         assert found.restore(taken, -1) is not None and len(found.notes[0]["ledger"]) == 4 * GROUPS
     else:
         assert checkpoints.restore(taken) is not None
@@ -148,11 +154,11 @@ def test_workers_that_are_to_be_replaced_keep_their_state_and_stand(tmp_path: Pa
 
 def test_workers_that_were_to_be_replaced_and_were_not_go_on() -> None:
     made, done = trainer(ALONE), []
-    answers = iter([Notice(math.inf, regroup=True), None, Notice(math.inf, regroup=True)])
-    notices = Notices(lambda: next(answers), 0.0, ALONE, lambda: done.append(("stood", made.step)))
+    answers = iter([PreemptionNotice(math.inf, regroup=True), None, PreemptionNotice(math.inf, regroup=True)])
+    notices = PreemptionHandler(lambda: next(answers), 0.0, ALONE, lambda: done.append(("stood", made.step)))
     for _ in range(3):
         step(made, 1)
-        notices.heed(made, Goes(keep=lambda: done.append(("kept", made.step))))
+        notices.check(made, Goes(keep=lambda: done.append(("kept", made.step))))
     assert done == [("kept", 1), ("stood", 1), ("kept", 3), ("stood", 3)]
 
 
@@ -163,28 +169,28 @@ def test_looks_keep_to_their_pace() -> None:
     def ask() -> None:
         asked.append(made.step)
 
-    notices = Notices(ask, 2.0, ALONE)
+    notices = PreemptionHandler(ask, 2.0, ALONE)
     notices.pace(1.0)
     for _ in range(6):
         step(made, 1)
-        notices.heed(made, Goes())
+        notices.check(made, Goes())
     assert asked == [2, 4, 6]
     for step_seconds in (0.4, 0.67, 0.5, 0.67, 0.5):  # no step is a multiple of what is right at its moment
         notices.pace(step_seconds)
         step(made, 1)
-        notices.heed(made, Goes())
+        notices.check(made, Goes())
     assert asked == [2, 4, 6, 10]
 
 
 def test_slow_steps_are_held_at_the_last_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
     monkeypatch.setattr(preemption.time, "sleep", waited.append)
-    made, checkpoints = trainer(ALONE), Checkpoints(str(tmp_path), ALONE, CheckpointConfig(), {})
-    notices = Notices(lambda: Notice(30.0), 2.0, ALONE)
+    made, checkpoints = trainer(ALONE), CheckpointManager(str(tmp_path), ALONE, CheckpointConfig(), {})
+    notices = PreemptionHandler(lambda: PreemptionNotice(30.0), 2.0, ALONE)
     for step_seconds, held in ((10.0, 0), (20.0, 1)):
         notices.pace(step_seconds)
         step(made, 1)
-        notices.heed(made, Goes(lambda: checkpoints.save(made), checkpoints.finish))
+        notices.check(made, Goes(lambda: checkpoints.save(made), checkpoints.finish))
         assert len(waited) == held
     checkpoints.finish()
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from t2idist.config import CheckpointConfig
-from t2idist.engine.checkpoint.manager import Checkpoints, Found
-from t2idist.engine.checkpoint.replica_protocol import Held
-from t2idist.engine.checkpoint.replicas import Memory
+from t2idist.engine.checkpoint.manager import CheckpointManager, CommittedCheckpoint
+from t2idist.engine.checkpoint.replica_protocol import ReplicaInfo
+from t2idist.engine.checkpoint.replicas import ReplicaManager
 from t2idist.engine.world import World
 from tests.engine.test_trainer import ALONE, GROUP_SIZE, GROUPS, apart, saved, snapshot, step, trainer
 from tests.helpers.worker_processes import Workers
@@ -29,14 +29,14 @@ class FolderKeepers:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def put(self, key: str, held: Held, data: memoryview) -> None:
+    def put(self, key: str, held: ReplicaInfo, data: memoryview) -> None:
         name = f"{key.replace('/', '_')}-{held.rank}-{held.step:04d}-{held.attempt}"
         (self._folder / name).write_bytes(pickle.dumps((held, bytes(data))))
 
-    def list_held(self, key: str) -> list[Held]:
+    def list_held(self, key: str) -> list[ReplicaInfo]:
         return [pickle.loads(file.read_bytes())[0] for file in self._files(key)]
 
-    def get(self, key: str, held: Held) -> bytes:
+    def get(self, key: str, held: ReplicaInfo) -> bytes:
         for file in self._files(key):
             found, data = pickle.loads(file.read_bytes())
             if (found.rank, found.step, found.attempt) == (held.rank, held.step, held.attempt):
@@ -53,7 +53,7 @@ class FolderKeepers:
 
 def train_and_keep(world: World, folder: Path, steps: int) -> dict[str, Tensor]:
     made = trainer(world)
-    memory = Memory(FolderKeepers(folder), "gan/0", world, EVERY, "a")
+    memory = ReplicaManager(FolderKeepers(folder), "gan/0", world, EVERY, "a")
     for _ in range(steps):
         step(made, 1)
         memory.take(made, {"rank": world.rank})
@@ -61,9 +61,11 @@ def train_and_keep(world: World, folder: Path, steps: int) -> dict[str, Tensor]:
     return snapshot(made)
 
 
-def restored(world: World, folder: Path, newer_than: int = -1) -> tuple[Found | None, list[Any], dict[str, Tensor]]:
+def restored(
+    world: World, folder: Path, newer_than: int = -1
+) -> tuple[CommittedCheckpoint | None, list[Any], dict[str, Tensor]]:
     made = trainer(world)
-    memory = Memory(FolderKeepers(folder), "gan/0", world, EVERY, "b")
+    memory = ReplicaManager(FolderKeepers(folder), "gan/0", world, EVERY, "b")
     found = memory.restore(made, newer_than)
     return found, memory.notes, snapshot(made)
 
@@ -97,7 +99,7 @@ def test_a_newer_checkpoint_in_storage_comes_first(tmp_path: Path) -> None:
     train_and_keep(ALONE, tmp_path, 2)
     made = trainer(ALONE)
     step(made, 3)
-    checkpoints = Checkpoints(str(tmp_path / "checkpoints"), ALONE, CheckpointConfig(), {})
+    checkpoints = CheckpointManager(str(tmp_path / "checkpoints"), ALONE, CheckpointConfig(), {})
     assert checkpoints.newest_images() == -1
     saved(checkpoints, made)
     assert checkpoints.newest_images() == made.images
@@ -116,11 +118,11 @@ def test_a_part_that_is_gone_or_damaged_is_no_copy(tmp_path: Path, caplog: pytes
 
 def test_copies_keep_to_a_hundredth_of_the_time(tmp_path: Path) -> None:
     class Slow(FolderKeepers):
-        def put(self, key: str, held: Held, data: memoryview) -> None:
+        def put(self, key: str, held: ReplicaInfo, data: memoryview) -> None:
             time.sleep(0.02)
 
     made = trainer(ALONE)
-    memory = Memory(Slow(tmp_path), "gan/0", ALONE, CheckpointConfig(), "a")
+    memory = ReplicaManager(Slow(tmp_path), "gan/0", ALONE, CheckpointConfig(), "a")
     for _ in range(5):
         step(made, 1)
         memory.take(made, None)
@@ -131,11 +133,11 @@ def test_copies_keep_to_a_hundredth_of_the_time(tmp_path: Path) -> None:
 
 def test_keepers_that_fail_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Gone(FolderKeepers):
-        def put(self, key: str, held: Held, data: memoryview) -> None:
+        def put(self, key: str, held: ReplicaInfo, data: memoryview) -> None:
             raise OSError("no keeper answers")
 
     made = trainer(ALONE)
-    memory = Memory(Gone(tmp_path), "gan/0", ALONE, EVERY, "a")
+    memory = ReplicaManager(Gone(tmp_path), "gan/0", ALONE, EVERY, "a")
     for _ in range(3):
         step(made, 1)
         memory.take(made, None)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from t2idist import storage
 from t2idist.config import CheckpointConfig, StageConfig
-from t2idist.contract import Plan, Role
+from t2idist.contract import BuildInfo, Role
 from t2idist.engine import loop
 from t2idist.engine.checkpoint import export, sharded
-from t2idist.engine.checkpoint.format import COMMIT, Broken, list_folders, milestones_of, read_marker
-from t2idist.engine.checkpoint.manager import Checkpoints
+from t2idist.engine.checkpoint.format import COMMIT, CorruptCheckpoint, list_folders, milestones_of, read_marker
+from t2idist.engine.checkpoint.manager import CheckpointManager
 from t2idist.engine.groups import GroupedBatchNorm, convert
 from t2idist.engine.noise import Noise
 from t2idist.engine.strategy import Precision
@@ -26,7 +26,7 @@ from tests.helpers import toy_gan
 from tests.helpers.worker_processes import Workers
 
 GROUPS, GROUP_SIZE = 4, 3
-PLAN = Plan(GROUP_SIZE, 5, toy_gan.EXTENT)
+PLAN = BuildInfo(GROUP_SIZE, 5, toy_gan.EXTENT)
 ALONE = World()
 
 
@@ -53,7 +53,7 @@ def snapshot(made: Trainer) -> dict[str, Tensor]:
     return {k: v.detach().clone() for k, v in (made.state() | made.settled_buffers()).items()}
 
 
-def saved(checkpoints: Checkpoints, made: Trainer) -> Path:
+def saved(checkpoints: CheckpointManager, made: Trainer) -> Path:
     folder = checkpoints.save(made)
     checkpoints.finish()
     assert folder is not None
@@ -69,7 +69,7 @@ def after(world: World, count: int, precision: str) -> dict[str, Tensor]:
 def resumed(world: World, url: str, count: int, save: bool) -> dict[str, Tensor]:
     """Train, save after `count` steps or resume from there, and go on to twice as many."""
     made = trainer(world)
-    checkpoints = Checkpoints(url, world, CheckpointConfig(), {"note": "x"})
+    checkpoints = CheckpointManager(url, world, CheckpointConfig(), {"note": "x"})
     if save:
         step(made, count)
         saved(checkpoints, made)
@@ -127,7 +127,7 @@ def test_a_broken_checkpoint_is_found_and_the_previous_one_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str
 ) -> None:
     made = trainer(ALONE)
-    checkpoints = Checkpoints(str(tmp_path), ALONE, CheckpointConfig(), {})
+    checkpoints = CheckpointManager(str(tmp_path), ALONE, CheckpointConfig(), {})
     step(made, 1)
     saved(checkpoints, made)
     kept = snapshot(made)
@@ -153,7 +153,7 @@ def test_a_broken_checkpoint_is_found_and_the_previous_one_used(
 
 def test_where_every_checkpoint_is_broken_the_run_stops(tmp_path: Path) -> None:
     made = trainer(ALONE)
-    checkpoints = Checkpoints(str(tmp_path), ALONE, CheckpointConfig(), {})
+    checkpoints = CheckpointManager(str(tmp_path), ALONE, CheckpointConfig(), {})
     step(made, 1)
     (saved(checkpoints, made) / COMMIT).unlink()
     with pytest.raises(ValueError, match="no checkpoint can be used.*commit.json: missing"):
@@ -161,12 +161,12 @@ def test_where_every_checkpoint_is_broken_the_run_stops(tmp_path: Path) -> None:
 
 
 def test_no_checkpoint_is_a_fresh_start(tmp_path: Path) -> None:
-    assert Checkpoints(str(tmp_path / "none"), ALONE, CheckpointConfig(), {}).restore(trainer(ALONE)) is None
+    assert CheckpointManager(str(tmp_path / "none"), ALONE, CheckpointConfig(), {}).restore(trainer(ALONE)) is None
 
 
 def test_old_checkpoints_go_and_another_scale_is_refused(tmp_path: Path) -> None:
     made = trainer(ALONE)
-    checkpoints = Checkpoints(str(tmp_path), ALONE, CheckpointConfig(), {})
+    checkpoints = CheckpointManager(str(tmp_path), ALONE, CheckpointConfig(), {})
     for _ in range(4):
         step(made, 1)
         saved(checkpoints, made)
@@ -187,8 +187,8 @@ def test_old_checkpoints_go_and_another_scale_is_refused(tmp_path: Path) -> None
 def test_a_checkpoint_of_another_system_names_what_is_missing(tmp_path: Path) -> None:
     made = trainer(ALONE)
     step(made, 1)
-    url = str(saved(Checkpoints(str(tmp_path), ALONE, CheckpointConfig(), {}), made))
-    with pytest.raises(Broken, match="has no 'x'"):
+    url = str(saved(CheckpointManager(str(tmp_path), ALONE, CheckpointConfig(), {}), made))
+    with pytest.raises(CorruptCheckpoint, match="has no 'x'"):
         sharded.load({"x": torch.zeros(1)}, url, read_marker(url), None)
 
 
@@ -333,7 +333,7 @@ def test_a_save_cut_after_any_write_leaves_a_complete_state(workers: Workers, tm
 def cut_save(world: World, url: str, writes: int) -> tuple[int, bool]:
     """Save after step 1, then after step 2 with a store that fails after so many writes; what a fresh trainer finds."""
     made = trainer(world)
-    checkpoints = Checkpoints(url, world, CheckpointConfig(), {})
+    checkpoints = CheckpointManager(url, world, CheckpointConfig(), {})
     step(made, 1)
     saved(checkpoints, made)
     step(made, 1)
@@ -356,7 +356,7 @@ def cut_save(world: World, url: str, writes: int) -> tuple[int, bool]:
     finally:
         storage.write_bytes = write
     fresh = trainer(world, seed=9)
-    found = Checkpoints(url, world, CheckpointConfig(), {}).restore(fresh)
+    found = CheckpointManager(url, world, CheckpointConfig(), {}).restore(fresh)
     assert found is not None
     if not cut:
         assert apart(snapshot(fresh), whole) == 0
@@ -374,7 +374,7 @@ def test_the_training_goes_on_while_a_save_is_written(tmp_path: Path, monkeypatc
     monkeypatch.setattr(storage, "write_bytes", slow)
     step(made, 1)
     then = snapshot(made)
-    checkpoints = Checkpoints(str(tmp_path), ALONE, CheckpointConfig(when_busy="skip"), {})
+    checkpoints = CheckpointManager(str(tmp_path), ALONE, CheckpointConfig(when_busy="skip"), {})
     assert checkpoints.save(made) is not None
     step(made, 3)
     assert checkpoints.busy and checkpoints.save(made) is None

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from t2idist.config import CheckpointConfig, RunConfig
 from t2idist.config.strict import from_dict
-from t2idist.contract import Batch, Plan, Role, Train
-from t2idist.engine.checkpoint.manager import Checkpoints
+from t2idist.contract import Batch, BuildInfo, Role, Train
+from t2idist.engine.checkpoint.manager import CheckpointManager
 from t2idist.engine.strategy import Precision
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import Share, World
@@ -28,7 +28,7 @@ from tests.test_run import check_finished, recipe, run, train_with_a_kill
 from tools.bench import bench_zero
 
 GROUPS, GROUP_SIZE, STEPS = 4, 3, 10
-PLAN = Plan(GROUP_SIZE, 5, toy_gan.EXTENT)
+PLAN = BuildInfo(GROUP_SIZE, 5, toy_gan.EXTENT)
 
 WHOLE_SYSTEMS = [
     pytest.param(name, marks=pytest.mark.whole if name in small_systems.QUICK else pytest.mark.slow)
@@ -39,7 +39,7 @@ WHOLE_SYSTEMS = [
 class Clipped(toy_gan.ToyGan):
     """Gradients of one part are cut far down, so that every update feels it."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: BuildInfo) -> None:
         super().__init__(plan)
         self.roles["discriminator"].clip_norm = 0.02
 
@@ -158,7 +158,7 @@ def test_a_bad_update_changes_nothing_on_any_worker(workers: Workers, how: str, 
 def leg(world: World, system: str, zero: int, url: str, go_on: bool, count: int) -> dict[str, Tensor]:
     """So many steps from the start or from the newest checkpoint, and a checkpoint of them."""
     made = trainer(world, system, zero)
-    checkpoints = Checkpoints(url, world, CheckpointConfig(), {})
+    checkpoints = CheckpointManager(url, world, CheckpointConfig(), {})
     assert (checkpoints.restore(made) is not None) is go_on
     steps(made, count)
     checkpoints.save(made)
@@ -198,7 +198,7 @@ def uneven(world: World, zero: int) -> None:
     made = trainer(world, "toy", zero)
     state = made.state()
     state["generator/adam/out.bias/step"].fill_(2)
-    made.adopt(state)
+    made.finish_load(state)
 
 
 def test_steps_that_differ_by_parameter_are_refused(workers: Workers) -> None:
@@ -281,7 +281,7 @@ class Headless(toy_gan.ToyGan):
 
 
 class Scalar(toy_gan.ToyGan):
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: BuildInfo) -> None:
         super().__init__(plan)
         self.roles = {"scale": Role(nn.ParameterDict({"weight": nn.Parameter(torch.tensor(1.0))}))}
 

@@ -17,8 +17,8 @@ from t2idist.data.sources import open_dataset
 from t2idist.data.tokenizer import Vocabulary
 from t2idist.engine.checkpoint import export
 from t2idist.evaluate import background_scorer
-from t2idist.evaluate.background_scorer import Pace, Scorer, read_best, read_lines
-from t2idist.evaluate.in_training import Watcher
+from t2idist.evaluate.background_scorer import BackgroundScorer, TimeShare, read_best, read_lines
+from t2idist.evaluate.in_training import InTrainingEvaluator
 from t2idist.sampling.loading import network
 from tests.helpers import small_systems
 
@@ -38,7 +38,7 @@ class Clock:
 @pytest.mark.parametrize("measured", [True, False])
 def test_pieces_of_work_take_their_share_of_the_time(measured: bool) -> None:
     clock = Clock()
-    pace = Pace(0.02, (lambda: clock.worked) if measured else None, lambda: clock.now, clock.sleep)
+    pace = TimeShare(0.02, (lambda: clock.worked) if measured else None, lambda: clock.now, clock.sleep)
     for _ in range(20):
         pace()
         clock.work(3.0)
@@ -66,7 +66,7 @@ def nets() -> dict[str, Any]:
     return {dotted.rpartition(".")[2]: network(made, dotted) for dotted in made.exports}
 
 
-def wait_for(folder: Path, count: int, scorer: Scorer) -> None:
+def wait_for(folder: Path, count: int, scorer: BackgroundScorer) -> None:
     deadline = time.monotonic() + 120
     while len(read_lines(str(folder))) < count:
         assert time.monotonic() < deadline and scorer._process.poll() is None
@@ -76,7 +76,7 @@ def wait_for(folder: Path, count: int, scorer: Scorer) -> None:
 @pytest.mark.whole
 def test_the_newest_weights_are_scored_and_the_best_stay(tmp_path: Path, index: dict[str, Any]) -> None:
     config = ScoresConfig(metrics=("kid",), n=24, real=24, share=1.0)
-    scorer = Scorer(config, str(tmp_path), lambda images: {**index, "images": images})
+    scorer = BackgroundScorer(config, str(tmp_path), lambda images: {**index, "images": images})
     networks = nets()
     scorer.offer(networks, 100, last=False)
     scorer.offer(networks, 150, last=False)
@@ -100,7 +100,7 @@ def test_the_newest_weights_are_scored_and_the_best_stay(tmp_path: Path, index: 
     assert folders == [best["export"].rpartition("/")[2]], "of all that was offered the best one stays"
     assert export.read(str(tmp_path / best["export"])).images == best["images"]
 
-    again = Scorer(config, str(tmp_path), lambda images: {**index, "images": images})
+    again = BackgroundScorer(config, str(tmp_path), lambda images: {**index, "images": images})
     again.offer(networks, 200, last=False)  # a run that goes on from a checkpoint comes by again
     assert not (tmp_path / "scored/000000000200").exists() or best["images"] == 200
     again.close(finished=False)
@@ -110,7 +110,7 @@ def test_the_newest_weights_are_scored_and_the_best_stay(tmp_path: Path, index: 
 @pytest.mark.whole
 def test_the_process_ends_with_its_worker(tmp_path: Path, index: dict[str, Any]) -> None:
     config = ScoresConfig(n=24, real=24, share=1e-6)  # it would wait for weeks
-    scorer = Scorer(config, str(tmp_path), lambda images: {**index, "images": images})
+    scorer = BackgroundScorer(config, str(tmp_path), lambda images: {**index, "images": images})
     scorer.offer(nets(), 100, last=False)
     assert scorer._process.stdin is not None
     scorer._process.stdin.close()  # what a killed worker leaves
@@ -128,7 +128,7 @@ def test_a_stage_is_looked_at_and_scored(tmp_path: Path, index: dict[str, Any]) 
     folder = tmp_path / "run/attngan"
     dataset = replace(open_dataset(data), vocabulary=Vocabulary(index["vocabulary"]))
     place = (str(folder), torch.device("cpu"), lambda images: index)
-    watcher = Watcher(small_systems.build("attngan"), [dataset], config, "attngan", *place)
+    watcher = InTrainingEvaluator(small_systems.build("attngan"), [dataset], config, "attngan", *place)
     seen = watcher.look(nets(), 12, pictures=True, scores=True)
     assert seen["val/diversity"] > 0 and (folder / "pictures/images_000000012.png").exists()
     assert watcher.look(nets(), 24, pictures=False, scores=False) == {}
@@ -138,14 +138,14 @@ def test_a_stage_is_looked_at_and_scored(tmp_path: Path, index: dict[str, Any]) 
     assert [line["images"] for line in read_lines(str(folder))] == [12]
     damsm = from_dict(RunConfig, {**values, "stages": {"damsm": {**stage, "system": "damsm"}}})
     with pytest.raises(ValueError, match="scores_every_images: damsm draws no pictures from captions"):
-        Watcher(small_systems.build("damsm"), [dataset], damsm, "damsm", *place)
+        InTrainingEvaluator(small_systems.build("damsm"), [dataset], damsm, "damsm", *place)
 
 
 def test_what_cannot_be_scored_is_said_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="extractor 'vgg': there are"):
-        Scorer(ScoresConfig(extractor="vgg"), str(tmp_path), lambda images: {})
+        BackgroundScorer(ScoresConfig(extractor="vgg"), str(tmp_path), lambda images: {})
     with pytest.raises(ValueError, match="damsm_r: give a DAMSM"):
-        Scorer(ScoresConfig(metrics=("damsm_r",)), str(tmp_path), lambda images: {})
+        BackgroundScorer(ScoresConfig(metrics=("damsm_r",)), str(tmp_path), lambda images: {})
     with pytest.raises(ValueError, match="scores.metrics: 'fidd'; there are fid, kid"):
         ScoresConfig(metrics=("fidd",))
     with pytest.raises(ValueError, match="scores.share: 2"):

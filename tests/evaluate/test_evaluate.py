@@ -18,8 +18,8 @@ from torch import Tensor
 
 from t2idist.contract import Batch
 from t2idist.data.tokenizer import Vocabulary
-from t2idist.evaluate.attribute_classifier import ABSENT, TRAITS, answers, balanced_accuracy, decide, train_judge
-from t2idist.evaluate.monitor import ROWS, Monitor, score_matching
+from t2idist.evaluate.attribute_classifier import ABSENT, TRAITS, answers, balanced_accuracy, classify, train_classifier
+from t2idist.evaluate.monitor import ROWS, SampleGrid, score_matching
 from t2idist.evaluate.r_precision import r_precision
 from t2idist.observability.progress import ProgressPrinter, duration, line
 from t2idist.report import charts, report
@@ -142,9 +142,9 @@ def test_judge_learns_from_real_pictures_what_they_show() -> None:
     for t in range(len(TRAITS)):
         images[wanted[:, t] == 1, :, 3 * t : 3 * t + 3] += 120
     state = torch.random.get_rng_state()
-    judge = train_judge(images[:256], wanted[:256], seed=0, epochs=8, batch_size=32)
+    judge = train_classifier(images[:256], wanted[:256], seed=0, epochs=8, batch_size=32)
     assert torch.equal(state, torch.random.get_rng_state())
-    decided = decide(judge, images[256:])
+    decided = classify(judge, images[256:])
     assert min(balanced_accuracy(decided[:, t], wanted[256:, t])[0] for t in range(len(TRAITS))) > 0.9
 
 
@@ -163,8 +163,8 @@ def test_monitor_draws_the_same_pictures_of_the_same_networks(exports: dict[str,
     loaded = load(exports["attngan"], CPU)
     captions = ["a red heart", "a blue face"]
 
-    def monitor(folder: str) -> Monitor:
-        return Monitor(
+    def monitor(folder: str) -> SampleGrid:
+        return SampleGrid(
             loaded.system, loaded.vocabulary, captions, max_words=6, draws=2, seed=0, folder=folder, device=CPU
         )
 
@@ -180,7 +180,7 @@ def test_monitor_draws_the_same_pictures_of_the_same_networks(exports: dict[str,
 
 def test_monitor_draws_other_noise_in_every_row_without_captions(exports: dict[str, str], tmp_path: Path) -> None:
     loaded = load(exports["dcgan"], CPU)
-    monitor = Monitor(
+    monitor = SampleGrid(
         loaded.system, loaded.vocabulary, [], max_words=6, draws=2, seed=0, folder=str(tmp_path), device=CPU
     )
     sample = monitor.draw(loaded.nets)

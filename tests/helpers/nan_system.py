@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2idist.contract import Batch, Plan, System, Train
+from t2idist.contract import Batch, BuildInfo, System, Train
 from t2idist.systems import attngan
 
 
@@ -22,7 +22,7 @@ class Config(attngan.Config):
 
 
 class Poisoned(attngan.AttnGan):
-    def __init__(self, config: Config, plan: Plan) -> None:
+    def __init__(self, config: Config, plan: BuildInfo) -> None:
         super().__init__(config, plan)
         self.nan_samples = dict(zip(config.nan_steps, config.nan_samples, strict=True))
 
@@ -44,6 +44,6 @@ class _Poisoning:
         self._train.apply(role, loss * torch.nan)
 
 
-def build(config: Config, plan: Plan) -> System:
+def build(config: Config, plan: BuildInfo) -> System:
     attngan.build(config, plan)  # its checks
     return Poisoned(config, plan)

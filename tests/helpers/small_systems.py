@@ -11,7 +11,7 @@ from torch import nn
 
 from t2idist.config import RunConfig
 from t2idist.config.strict import from_dict, to_dict
-from t2idist.contract import Extent, System
+from t2idist.contract import DataInfo, System
 from t2idist.engine.checkpoint import export
 from t2idist.engine.strategy import Precision
 from t2idist.engine.trainer import Trainer
@@ -146,7 +146,7 @@ def build_smooth(label: str) -> System:
 WITHOUT_VECTORS = replace(toy_gan.EXTENT, vector_dim=0)
 
 
-def write_export(system: str, url: str, words: Sequence[str], extent: Extent = WITHOUT_VECTORS) -> None:
+def write_export(system: str, url: str, words: Sequence[str], extent: DataInfo = WITHOUT_VECTORS) -> None:
     """The export of the system as `build` makes it, from a stage whose data is like `extent`, with this vocabulary."""
     run, made = config(system), build(system)
     plan = stages.plan(run, system, extent)

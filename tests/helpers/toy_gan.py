@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from t2idist.contract import Adam, Batch, Captions, Extent, Frozen, Plan, Role, Schedule, Train
+from t2idist.contract import Adam, Batch, BuildInfo, Captions, DataInfo, Frozen, Role, Schedule, Train
 
 VOCABULARY_SIZE = 40
-EXTENT = Extent(
+EXTENT = DataInfo(
     words=tuple(f"word{i}" for i in range(VOCABULARY_SIZE)),
     epoch_images=50,
     vector_dim=12,
@@ -49,7 +49,7 @@ class Discriminator(nn.Module):
 class ToyGan:
     """Two roles, EMA, clipping, a schedule, a gradient penalty, G every second step, mismatched pairs in the group."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: BuildInfo) -> None:
         schedule = Schedule("linear", start_images=100, end_images=400, floor=0.1)
         self.roles = {
             "generator": Role(Generator(), Adam(lr=1e-3), ema_half_life_images=200.0),
@@ -90,7 +90,7 @@ def batch(
     group_size: int,
     sizes: tuple[int, ...] = (8,),
     max_words: int = 5,
-    extent: Extent = EXTENT,
+    extent: DataInfo = EXTENT,
 ) -> Batch:
     """What lanes of data sets would give: sample (step, lane, place) is the same on any number of workers."""
     domain = step % len(extent.attributes)

@@ -240,9 +240,9 @@ def test_usual_names_are_safe():
 
 
 def test_lines_of_any_length_in_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("t2idist.data.ingest.files.MAX_LINE_BYTES", 40)
+    monkeypatch.setattr("t2idist.ingest.files.MAX_LINE_BYTES", 40)
     for block in (1, 7, 1000):
-        monkeypatch.setattr("t2idist.data.ingest.files._BLOCK_BYTES", block)
+        monkeypatch.setattr("t2idist.ingest.files._BLOCK_BYTES", block)
         (tmp_path / "x").write_bytes(b"\xef\xbb\xbfone\r\n\n" + b"y" * 95 + b"\nlast")
         found = [line for _, line in lines(str(tmp_path / "x"))]
         assert found == [b"one\r\n", b"\n", b"y" * 40 + b"\0\n", b"last"]

@@ -465,7 +465,7 @@ def test_a_system_is_trained_on_vectors_and_drawn_from_by_their_encoder(
     data = {"source": str(tmp_path / "set"), "max_words": 6, "vectors_mean_of": 2}
     stage = {"system": "gan_cls", "group_size": 4, "groups": 2, "images": 16, "model": small_systems.MODELS["gan_cls"]}
     given = {"name": "run", "storage": str(tmp_path), "precision": "float32", "data": data, "stages": {"gan": stage}}
-    worker.main(from_dict(RunConfig, {**given, "report": {"captions": ["a red heart"]}}), CPU, worker.Around())
+    worker.main(from_dict(RunConfig, {**given, "report": {"captions": ["a red heart"]}}), CPU, worker.WorkerContext())
     assert "reads the data's sentence vectors, and these captions have none" in caplog.text
     assert (tmp_path / "run/gan/pictures/images_000000016.png").exists()
     url = str(tmp_path / "run/gan/export")

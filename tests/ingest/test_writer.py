@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from t2idist import storage
-from t2idist.data.order import Run
+from t2idist.data.order import SampleRange
 from t2idist.data.reader import Encoded, ShardReader
-from t2idist.data.sample_format import Packed
+from t2idist.data.sample_format import PackedSample
 from t2idist.data.shards import Dataset
 from t2idist.ingest.folder import FolderOptions, list_folder
 from t2idist.ingest.image import PictureOptions
@@ -79,7 +79,7 @@ def test_a_set_is_whole(mine: Path, done: dict[str, bytes], tmp_path: Path):
     numbers = [int(key[1:]) for key in train.keys]
     assert numbers != sorted(numbers) and sum(a > b for a, b in pairwise(numbers)) > 300
     assert train.captions(5)[0] == f"picture number {numbers[5]}"
-    found = ShardReader(dataset, "train").read(Run(1, 0, 256))
+    found = ShardReader(dataset, "train").read(SampleRange(1, 0, 256))
     assert all(isinstance(sample, Encoded) for sample in found)
     description = json.loads(done["dataset.json"])
     assert description["rejected"] == {
@@ -210,7 +210,7 @@ def test_shards_of_large_pictures_hold_fewer(sample_bytes: int, wanted: int, cho
         def __len__(self) -> int:
             return sample_bytes
 
-    outcomes = (Outcome(Packed(Long(), {"n": n}), ()) for n in range(400))
+    outcomes = (Outcome(PackedSample(Long(), {"n": n}), ()) for n in range(400))
     found, again = _choose_shard_samples(outcomes, wanted)
     assert found == chosen
     assert [o.packed.row["n"] for o in again if o.packed] == list(range(400))

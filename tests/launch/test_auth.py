@@ -22,28 +22,28 @@ TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
     ],
 )
 def test_what_a_run_joins(address: str, environment: dict[str, str], expected: str) -> None:
-    assert auth.joined(address, environment) == expected
+    assert auth.cluster_address(address, environment) == expected
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:6379", "localhost:6379", "[::1]:6379", "ray://127.3.2.1:10001", ""])
 def test_this_machine_needs_no_token(address: str, tmp_path: Path) -> None:
-    auth.check(address, {}, tmp_path)
+    auth.require_token(address, {}, tmp_path)
 
 
 @pytest.mark.parametrize("address", ["10.0.0.5:6379", "head:6379", "ray://head:10001", "localhost.example.com:6379"])
 def test_another_machine_needs_one(address: str, tmp_path: Path) -> None:
     for mode in ({}, {"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "0" * 64}):
         with pytest.raises(ValueError, match=r"is off this machine and RAY_AUTH_MODE is .*--insecure-cluster"):
-            auth.check(address, mode, tmp_path)
-    auth.check(address, TOKEN, tmp_path)
+            auth.require_token(address, mode, tmp_path)
+    auth.require_token(address, TOKEN, tmp_path)
     with pytest.raises(ValueError, match=r"auth_token: No such file.*set RAY_AUTH_TOKEN"):
-        auth.check(address, {"RAY_AUTH_MODE": "token"}, tmp_path)
+        auth.require_token(address, {"RAY_AUTH_MODE": "token"}, tmp_path)
     (tmp_path / "token").write_text(" \n")
     environment = {"RAY_AUTH_MODE": "Token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
     with pytest.raises(ValueError, match="token: is empty"):
-        auth.check(address, environment, tmp_path)
+        auth.require_token(address, environment, tmp_path)
     (tmp_path / "token").write_text("0" * 64)
-    auth.check(address, environment, tmp_path)
+    auth.require_token(address, environment, tmp_path)
 
 
 def test_the_command_refuses_before_it_touches_anything(

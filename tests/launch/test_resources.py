@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import sys, ray
 from ray.util.placement_group import placement_group
-from t2idist.nodes import own_placement_groups, remove_placement_groups
+from t2idist.launch.ray_trainer import own_placement_groups, remove_placement_groups
 ray.init(address="local", num_cpus=2, include_dashboard=False, _temp_dir=sys.argv[1])
 kept = placement_group([{"CPU": 1}]); assert kept.wait(60)
 others = own_placement_groups()
@@ -81,11 +81,11 @@ def test_a_run_waits_until_machines_have_room_for_its_workers(tmp_path_factory: 
 def test_no_actor_is_started_that_has_nothing_to_do(own: bool, tmp_path: Path) -> None:
     """Each takes seconds before the first step (tools/bench/bench_ray.py)."""
     settings = config.load("dcgan", ["preset=demo", f"storage={tmp_path}"])
-    trainer = submit._trainer(settings, str(tmp_path), own, None, callbacks.Leave())
+    trainer = submit._trainer(settings, str(tmp_path), own, None, callbacks.StopOnSigterm())
     kinds = [type(each) for each in trainer._create_default_callbacks()]
     assert ray_trainer.DatasetsCallback not in kinds
     assert (ray_trainer.PlacementGroupCleanerCallback in kinds) is not own
-    assert {ray_trainer.WaitUntilKnown, ray_trainer.StartWatch} <= set(kinds)
+    assert {ray_trainer.WaitForNodeLiveness, ray_trainer.StartTimeout} <= set(kinds)
 
 
 class _Interrupted(Exception):
@@ -106,11 +106,11 @@ def test_workers_are_asked_to_leave_and_those_that_take_their_place_too(monkeypa
         return SimpleNamespace(get_workers=lambda: workers)
 
     before = signal.signal(signal.SIGTERM, outside)
-    leaving = callbacks.Leave()
+    leaving = callbacks.StopOnSigterm()
     try:
         with leaving.on_sigterm(), pytest.raises(_Interrupted):
             terminate()  # none train yet: nothing to be saved
-        leaving = callbacks.Leave()
+        leaving = callbacks.StopOnSigterm()
         with leaving.on_sigterm():
             leaving.after_worker_group_training_start(group("a", "b"))
             terminate()

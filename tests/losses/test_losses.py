@@ -10,17 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from t2idist.losses.adversarial import (
-    Verdict,
-    authors_joint,
-    balanced_joint,
-    conditional_only,
-    halves_and_thirds,
-    judge_alone,
-    judge_pairs,
-    judge_three,
-    says_fake,
-    says_fake_where,
-    says_real,
+    JointLosses,
+    attngan_discriminator_loss,
+    bce_fake,
+    bce_real,
+    joint_losses,
+    masked_bce_fake,
+    matching_aware_loss,
+    matching_aware_losses,
+    stackgan_pp_discriminator_loss,
+    stackgan_v2_released_loss,
+    unconditional_losses,
 )
 from t2idist.losses.image import colour_consistency, kl_divergence
 from t2idist.losses.matching import Gammas, WrongPairs, sentence_losses, word_losses, word_similarity, wrong_pairs
@@ -137,8 +137,8 @@ def test_kept_terms_are_averaged_in_each_group() -> None:
     keep = torch.tensor([True, False, True, True, False, False])
     terms = F.softplus(logits)
     expected = ((terms[0]) + (terms[2] + terms[3]) / 2 + 0) / 3
-    torch.testing.assert_close(says_fake_where(logits, keep, groups=3), expected)
-    torch.testing.assert_close(says_fake_where(logits, torch.ones(6, dtype=torch.bool), 2), says_fake(logits))
+    torch.testing.assert_close(masked_bce_fake(logits, keep, groups=3), expected)
+    torch.testing.assert_close(masked_bce_fake(logits, torch.ones(6, dtype=torch.bool), 2), bce_fake(logits))
 
 
 ACCURACIES = ("accuracy_real", "accuracy_wrong", "accuracy_fake", "accuracy_matching")
@@ -162,46 +162,46 @@ def test_a_verdict_counts_who_is_judged_rightly() -> None:
     fake = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0], [-1.0, -1.0]])
     condition = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
     pairs = WrongPairs(caption=torch.tensor([2, 3, 0, 1]), keep=torch.tensor([True, True, True, False]))
-    verdict = judge_pairs(Logits(), real, fake, condition, pairs, groups=1)
+    verdict = joint_losses(Logits(), real, fake, condition, pairs, groups=1)
     assert verdict.accuracy_real == 0.5  # 2, -1, 3, -1
     assert verdict.accuracy_wrong == 0.0  # 0, 0, 0, and one that does not count: at 0 nothing is decided
     assert verdict.accuracy_fake == 0.25  # 1, -1, 0, 1
     assert verdict.accuracy_matching == pytest.approx(2 / 3)  # 2 > 0, -1 > 0, 3 > 0
-    same = judge_three(Logits(), real, fake, condition, pairs, groups=1)
+    same = matching_aware_losses(Logits(), real, fake, condition, pairs, groups=1)
     assert all(value == getattr(verdict, name) for name, value in vars(same).items())
     none = WrongPairs(caption=pairs.caption, keep=torch.zeros(4, dtype=torch.bool))
-    assert judge_three(Logits(), real, fake, condition, none, groups=1).accuracy_matching == 0.0
-    alone = judge_alone(torch.tensor([1.0, -1.0]), torch.tensor([-2.0, -1.0]))
+    assert matching_aware_losses(Logits(), real, fake, condition, none, groups=1).accuracy_matching == 0.0
+    alone = unconditional_losses(torch.tensor([1.0, -1.0]), torch.tensor([-2.0, -1.0]))
     assert (alone.accuracy_real, alone.accuracy_fake) == (0.5, 1.0)
 
 
 def test_discriminator_losses_have_the_published_values() -> None:
     torch.manual_seed(0)
     real, fake, wrong, real_alone, fake_alone = torch.randn(5, 4)
-    verdict = Verdict(
-        real=says_real(real),
-        wrong=says_fake(wrong[:3]),
-        fake=says_fake(fake),
-        real_alone=says_real(real_alone),
-        fake_alone=says_fake(fake_alone),
+    verdict = JointLosses(
+        real=bce_real(real),
+        wrong=bce_fake(wrong[:3]),
+        fake=bce_fake(fake),
+        real_alone=bce_real(real_alone),
+        fake_alone=bce_fake(fake_alone),
         **dict.fromkeys(ACCURACIES, torch.ones(())),
     )
-    assert halves_and_thirds(verdict).item() == pytest.approx(1.9574025, abs=1e-6)
-    assert conditional_only(verdict.real, verdict.wrong, verdict.fake).item() == pytest.approx(2.1567173, abs=1e-6)
+    assert attngan_discriminator_loss(verdict).item() == pytest.approx(1.9574025, abs=1e-6)
+    assert matching_aware_loss(verdict.real, verdict.wrong, verdict.fake).item() == pytest.approx(2.1567173, abs=1e-6)
 
 
 def test_stackgan_losses_weigh_their_terms() -> None:
     parts = ("real", "wrong", "fake", "real_alone", "fake_alone")
     values = {name: torch.tensor(float(10**i)) for i, name in enumerate(parts)}
-    verdict = Verdict(**values, **dict.fromkeys(ACCURACIES, torch.ones(())))
-    assert balanced_joint(verdict).item() == 1 + (10 + 100) / 2 + 1000 + 10000
-    assert authors_joint(verdict).item() == 1 + 10 + 100 + 2 * 1000 + 10000
+    verdict = JointLosses(**values, **dict.fromkeys(ACCURACIES, torch.ones(())))
+    assert stackgan_pp_discriminator_loss(verdict).item() == 1 + (10 + 100) / 2 + 1000 + 10000
+    assert stackgan_v2_released_loss(verdict).item() == 1 + 10 + 100 + 2 * 1000 + 10000
 
 
 def test_cross_entropy_is_full_precision_and_stable() -> None:
-    assert says_real(torch.tensor([-200.0])).item() == pytest.approx(200.0)
-    assert says_fake(torch.tensor([-200.0])).item() == pytest.approx(0.0)
-    assert says_real(torch.zeros(3, dtype=torch.bfloat16)).item() == pytest.approx(math.log(2), abs=1e-7)
+    assert bce_real(torch.tensor([-200.0])).item() == pytest.approx(200.0)
+    assert bce_fake(torch.tensor([-200.0])).item() == pytest.approx(0.0)
+    assert bce_real(torch.zeros(3, dtype=torch.bfloat16)).item() == pytest.approx(math.log(2), abs=1e-7)
 
 
 def test_kl_value() -> None:

@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from t2idist.contract import Adam
-from t2idist.engine.strategy import adam_step, begin_state, make_adam
+from t2idist.engine.strategy import adam_step, init_optimizer_state, make_adam
 from t2idist.losses.penalties import gradient_penalty
 from t2idist.nn.blocks import GLU, GatedRows, JointConv2d
 from t2idist.nn.fast import layers
-from t2idist.nn.fast.layers import CastOnce, QuickConv2d, forget_casts, quicken
+from t2idist.nn.fast.layers import CachedCast, FastConv2d, clear_cached_casts, use_fast_layers
 from t2idist.nn.stargan import PatchDiscriminator
 
 
@@ -32,8 +32,8 @@ def test_a_product_of_matrices_is_the_convolution(
     monkeypatch.setattr(layers, "SMALLEST_MATRIX", 1)
     torch.manual_seed(0)
     plain = nn.Conv2d(6, 9, side, stride, padding).double()
-    quick = quicken(copy.deepcopy(plain))
-    assert isinstance(quick, QuickConv2d) and list(quick.state_dict()) == list(plain.state_dict())
+    quick = use_fast_layers(copy.deepcopy(plain))
+    assert isinstance(quick, FastConv2d) and list(quick.state_dict()) == list(plain.state_dict())
     images = torch.randn(2, 6, size, size, dtype=torch.float64, requires_grad=True)
 
     def slopes(net: nn.Module) -> list[Tensor]:
@@ -50,7 +50,7 @@ def test_a_product_of_matrices_is_the_convolution(
 
 def test_a_large_input_goes_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
     used = _count_calls(monkeypatch, F, "linear")
-    net = quicken(nn.Conv2d(64, 128, 3))
+    net = use_fast_layers(nn.Conv2d(64, 128, 3))
     net(torch.randn(1, 64, 16, 16))
     assert not used, "73,728 weights are few"
 
@@ -59,15 +59,15 @@ def test_a_large_input_goes_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> No
     "module", [nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, dilation=2), nn.Conv2d(4, 4, (1, 3))]
 )
 def test_other_convolutions_are_left(module: nn.Conv2d) -> None:
-    assert type(quicken(module)) is nn.Conv2d
+    assert type(use_fast_layers(module)) is nn.Conv2d
 
 
 def test_a_joint_convolution_keeps_its_cast_and_stays_what_it_is() -> None:
     torch.manual_seed(0)
     plain = JointConv2d(6, 3, 8)
-    quick = quicken(copy.deepcopy(plain))
-    assert isinstance(quick, CastOnce) and isinstance(quick, JointConv2d)
-    assert quicken(quick) is quick and type(quick).__mro__.count(CastOnce) == 1
+    quick = use_fast_layers(copy.deepcopy(plain))
+    assert isinstance(quick, CachedCast) and isinstance(quick, JointConv2d)
+    assert use_fast_layers(quick) is quick and type(quick).__mro__.count(CachedCast) == 1
     features, conditions = torch.randn(2, 6, 4, 4), torch.randn(2, 2, 3)
     with torch.autocast("cpu", torch.bfloat16):
         each = quick(features, *conditions)
@@ -83,9 +83,9 @@ def test_a_joint_convolution_keeps_its_cast_and_stays_what_it_is() -> None:
 
 def test_a_weight_is_cast_once_an_update_and_never_stale() -> None:
     torch.manual_seed(0)
-    net = quicken(nn.Sequential(nn.Conv2d(3, 8, 3)))
+    net = use_fast_layers(nn.Sequential(nn.Conv2d(3, 8, 3)))
     conv = net[0]  # type: ignore[index]
-    assert isinstance(conv, QuickConv2d)
+    assert isinstance(conv, FastConv2d)
     images = torch.randn(2, 3, 8, 8)
 
     def run() -> Tensor:
@@ -107,13 +107,13 @@ def test_a_weight_is_cast_once_an_update_and_never_stale() -> None:
         conv.weight.add_(1)
     torch.testing.assert_close(run(), expected())
     conv.weight.data.add_(1)  # what no version tells
-    forget_casts(net)
+    clear_cached_casts(net)
     torch.testing.assert_close(run(), expected())
     conv.weight.requires_grad_(False)
     with torch.autocast("cpu", torch.bfloat16):
         assert not conv.cast_weight().requires_grad
     with torch.inference_mode():
-        forget_casts(net)
+        clear_cached_casts(net)
         run()
     conv.weight.requires_grad_(True)
     run().float().sum().backward()
@@ -126,7 +126,7 @@ def test_a_weight_is_cast_once_an_update_and_never_stale() -> None:
 def test_gradients_of_two_passes_are_those_of_autocast() -> None:
     torch.manual_seed(0)
     plain = nn.Conv2d(8, 16, 3)
-    quick = quicken(copy.deepcopy(plain))
+    quick = use_fast_layers(copy.deepcopy(plain))
     first, second = torch.randn(2, 2, 8, 8, 8)
     for net in (plain, quick):
         with torch.autocast("cpu", torch.bfloat16):
@@ -155,7 +155,7 @@ def test_a_penalty_on_a_slope_is_torchs_for_less(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(layers, "SMALLEST_MATRIX", smallest)
     torch.manual_seed(0)
     plain = PatchDiscriminator(4, 16, 3, 3).double()
-    quick = quicken(copy.deepcopy(plain))
+    quick = use_fast_layers(copy.deepcopy(plain))
     real, fake = torch.randn(2, 2, 3, 16, 16, dtype=torch.float64)
     flops = []
     for net in (plain, quick):
@@ -170,7 +170,7 @@ def test_a_penalty_on_a_slope_is_torchs_for_less(monkeypatch: pytest.MonkeyPatch
 
 def test_leaky_relu_is_torchs() -> None:
     torch.manual_seed(0)
-    leak = quicken(nn.LeakyReLU(0.3, inplace=True))
+    leak = use_fast_layers(nn.LeakyReLU(0.3, inplace=True))
     x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(leak, x) and torch.autograd.gradgradcheck(leak, x)
     assert torch.equal(leak(x), F.leaky_relu(x, 0.3)) and torch.equal(leak(x.detach().clone()), leak(x))
@@ -207,7 +207,7 @@ def test_adam_is_torchs_whatever_the_layout() -> None:
     net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     other = copy.deepcopy(net)
     ours = make_adam(net.parameters(), Adam(lr=0.01))
-    begin_state(ours)
+    init_optimizer_state(ours)
     theirs = torch.optim.Adam(other.parameters(), lr=0.01, betas=(0.5, 0.999), foreach=False)
     for step in range(3):
         for p, q in zip(net.parameters(), other.parameters(), strict=True):
@@ -227,7 +227,7 @@ def test_adam_is_torchs_whatever_the_layout() -> None:
 def test_the_heap_is_kept() -> None:
     """Large tensors take no new pages when they are made again. In a process of its own, for it lasts."""
     code = (
-        "import resource, torch; from t2idist.engine.kernels import keep_heap; torch.set_num_threads(1); keep_heap()\n"
+        "import resource, torch; from t2idist.nn.fast.layers import keep_freed_memory; torch.set_num_threads(1); keep_freed_memory()\n"
         "def faults():\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    torch.empty(1 << 26).fill_(1)\n"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from t2idist.engine.metrics import Log
+from t2idist.engine.metrics import MetricLogger
 from t2idist.observability import logs, prometheus
 from t2idist.observability.progress import ProgressPrinter
 
@@ -34,7 +34,7 @@ def message(folder: Path, **more: Any) -> dict[str, Any]:
     told: list[dict[str, Any]] = []
     facts = {"run": "x", "stage": "gan", "stage_index": 0, "stages": 1, "restarts": 2, "workers": 3, "messages": []}
     facts["checkpoint"] = {"images": 8, "time": "2026-11-22T05:00:00+00:00", "stall_seconds": 0.25}
-    log = Log(str(folder), "gan", images=0, step=0, budget_images=80, facts=facts, watch=told.append)
+    log = MetricLogger(str(folder), "gan", images=0, step=0, budget_images=80, facts=facts, watch=told.append)
     log.stepped(16)
     others = {"data/wait_share": 0.25, "data/bad_samples": 1.0, "data/quarantined": 4.0, "guard/skipped_steps": 5.0}
     others |= {"time/step": 2.0, "time/data": 0.5, "time/pictures": 0.25, "time/checkpoint": 0.25}
@@ -95,9 +95,9 @@ def test_goodput_counts_the_seconds_of_steps_that_were_kept() -> None:
 
 
 def test_log_lines_say_where_they_come_from() -> None:
-    place = logs.Place("run-1", rank=3, stage="gan", images=lambda: 640)
+    place = logs.LogContext("run-1", rank=3, stage="gan", images=lambda: 640)
     record = logging.LogRecord("t2idist.x", logging.WARNING, "", 0, "%d bad samples", (3,), None)
-    line = json.loads(logs.Lines(place).format(record))
+    line = json.loads(logs.JsonFormatter(place).format(record))
     assert datetime.datetime.fromisoformat(line.pop("time")).tzinfo is not None
     assert line == {
         "level": "warning",
@@ -108,13 +108,13 @@ def test_log_lines_say_where_they_come_from() -> None:
         "rank": 3,
         "images": 640,
     }
-    assert logs.Lines().format(record) == "WARNING 3 bad samples"
+    assert logs.JsonFormatter().format(record) == "WARNING 3 bad samples"
 
 
 def test_log_lines_hold_no_secrets(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/home/someone/token")
-    logs.set_up(logging.WARNING)
+    logs.configure(logging.WARNING)
     logging.getLogger("t2idist.x").warning("refused: %s of %s", "wJalrXUtnFEMI", "/home/someone/token")
     assert caplog.messages == ["refused: *** of /home/someone/token"]
 

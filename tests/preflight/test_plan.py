@@ -50,8 +50,8 @@ def test_roles_that_are_updated_now_and_then_are_counted_so() -> None:
     assert cost.gradients == pytest.approx(sizes["discriminator"] + sizes["generator"] / steps)
 
 
-def plan(text: str, *words: str) -> str:
-    return plan.page(stages.anchored(load("attngan", ["preset=coco", *words])), text)
+def plan_page(text: str, *words: str) -> str:
+    return plan.page(stages.with_absolute_paths(load("attngan", ["preset=coco", *words])), text)
 
 
 SCALE = ("stages.damsm.groups=8", "stages.attngan.groups=8")
@@ -59,16 +59,16 @@ SCALE = ("stages.damsm.groups=8", "stages.attngan.groups=8")
 
 @pytest.mark.whole
 def test_the_papers_run_on_eight_gpus() -> None:
-    page = plan("8xa100-80,efficiency=0.15", *SCALE)
+    page = plan_page("8xa100-80,efficiency=0.15", *SCALE)
     assert "compute 278.8 GFLOP an image, 83.4 ms a step" in page  # 304 without what is shared
     assert "network 1,615 MB sent a step and worker inside the machine" in page  # 2 x 7/8 of 923 MB
     assert "speed 1,343 images/s" in page and "2.1 hours for 9,933,960 images" in page
     assert "assumed, not measured" in page
-    slow = plan("16xa100-80,gbit=25", *(word.replace("8", "16") for word in SCALE))
+    slow = plan_page("16xa100-80,gbit=25", *(word.replace("8", "16") for word in SCALE))
     assert "sent a step and worker between machines: 553.7 ms, 498.1 of them not hidden" in slow
     sentence = r"stage attngan needs .* GiB a worker .* and the a10g has 22; give more GPUs or fewer groups"
     with pytest.raises(ValueError, match=sentence):
-        plan("1xa10g", *SCALE)
+        plan_page("1xa10g", *SCALE)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_the_papers_run_on_eight_gpus() -> None:
 )
 def test_what_cannot_be_is_a_sentence(text: str, words: tuple[str, ...], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        plan(text, *words)
+        plan_page(text, *words)
 
 
 def test_the_command_prints_it_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,4 +99,4 @@ def test_the_command_prints_it_and_leaves_nothing(tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize("recipe", configuration.recipes())
 def test_every_recipe_can_be_planned(recipe: str) -> None:
     for preset in configuration.recipes()[recipe]:
-        assert "in all" in plan.page(stages.anchored(load(recipe, [f"preset={preset}"])), "1xh200")
+        assert "in all" in plan.page(stages.with_absolute_paths(load(recipe, [f"preset={preset}"])), "1xh200")

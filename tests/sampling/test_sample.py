@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from t2idist.contract import Captions, Draw, Sample
+from t2idist.contract import Captions, NoiseFn, Sample
 from t2idist.engine.checkpoint import export
 from t2idist.evaluate.monitor import reads_text
 from t2idist.sampling import axes, figures, sample
@@ -192,7 +192,7 @@ class Inverting:
 
     sizes = (4,)
 
-    def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: Draw) -> Sample:
+    def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: NoiseFn) -> Sample:
         shown = torch.cat([draw(24), draw(24)], 1).view(-1, 3, 4, 4)
         return Sample((shown,))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from t2idist import systems
-from t2idist.contract import Extent, Plan, System
+from t2idist.contract import BuildInfo, DataInfo, System
 from t2idist.engine.checkpoint import export
 from t2idist.losses.matching import joint_embedding_losses
 from t2idist.nn.char_encoder import ALPHABET, WORD_CHARACTERS, CharEncoder, spell, spellings
@@ -24,8 +24,8 @@ TINY = {"embedding_dim": 16, "characters": 60, "widths": (16, 16, 16), "trunk": 
         "image_size": 32}  # fmt: skip
 
 
-def plan_for(words: tuple[str, ...], group_size: int = 8) -> Plan:
-    return Plan(group_size, 5, Extent(words, 1000))
+def plan_for(words: tuple[str, ...], group_size: int = 8) -> BuildInfo:
+    return BuildInfo(group_size, 5, DataInfo(words, 1000))
 
 
 def made(group_size: int = 8, words: tuple[str, ...] = WORDS, **settings: Any) -> System:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from t2idist import systems
-from t2idist.contract import Batch, Captions, Extent, Plan, System
+from t2idist.contract import Batch, BuildInfo, Captions, DataInfo, System
 from t2idist.engine.trainer import Trainer
-from t2idist.losses.adversarial import judge_three
+from t2idist.losses.adversarial import matching_aware_losses
 from t2idist.losses.matching import WrongPairs
 from t2idist.nn.discriminators import PairDiscriminator
 from t2idist.nn.text_encoders import unit_scale
@@ -24,22 +24,22 @@ TINY: dict[str, Any] = {"image_size": 16, "generator_width": 16, "discriminator_
 TINY_TEXT = {**TINY, "condition_dim": 8}
 
 
-def plan_of(vector_dim: int = 1024, group_size: int = 64, sources: Any = None) -> Plan:
-    return Plan(group_size, 5, Extent(("",) * 15, 8855, vector_dim), sources or {})
+def plan_of(vector_dim: int = 1024, group_size: int = 64, sources: Any = None) -> BuildInfo:
+    return BuildInfo(group_size, 5, DataInfo(("",) * 15, 8855, vector_dim), sources or {})
 
 
-def made(name: str, plan: Plan, **settings: Any) -> System:
+def made(name: str, plan: BuildInfo, **settings: Any) -> System:
     module = systems.load(name)
     return module.build(module.Config(**settings), plan)
 
 
-def source(system: str, plan: Plan, **settings: Any) -> dict[str, Any]:
+def source(system: str, plan: BuildInfo, **settings: Any) -> dict[str, Any]:
     """The index of an export of `system`."""
     config = asdict(systems.load(system).Config(**settings))
     return {"system": system, "config": config, "plan": plan.describe()}
 
 
-def on_meta(name: str, plan: Plan, **settings: Any) -> System:
+def on_meta(name: str, plan: BuildInfo, **settings: Any) -> System:
     with torch.device("meta"):
         return made(name, plan, **settings)
 
@@ -152,7 +152,7 @@ def test_three_kinds_of_pairs_by_hand() -> None:
     real, fake = (torch.tensor(v).view(3, 1, 1, 1).expand(3, 3, 2, 2) for v in ([1.0, 0.0, 2.0], [0.5, -1.0, 0.0]))
     condition = torch.tensor([[3.0], [2.0], [1.0]])
     pairs = WrongPairs(torch.tensor([1, 2, 0]), torch.tensor([False, True, True]))
-    verdict = judge_three(Meets(), real, fake, condition, pairs, 1)
+    verdict = matching_aware_losses(Meets(), real, fake, condition, pairs, 1)
     softplus = nn.functional.softplus
     torch.testing.assert_close(verdict.real, softplus(-torch.tensor([4.0, 2.0, 3.0])).mean())
     torch.testing.assert_close(verdict.wrong, softplus(torch.tensor([1.0, 5.0])).mean())
@@ -208,7 +208,7 @@ def test_a_step_of_gan_cls_by_hand(settings: dict[str, Any]) -> None:
     of_generator = torch.autograd.grad(loss, [p for p in generator.parameters() if p.requires_grad])
 
     run.run_step(batch)
-    reports = run.take_reports()
+    reports = run.reduce_reports()
     expected = {"discriminator/real": real, "discriminator/wrong": wrong, "discriminator/fake": fake}
     expected["generator/adversarial"] = plain
     if settings["interpolate"]:
@@ -276,7 +276,7 @@ def test_a_bias_before_batch_norm_is_not_trained() -> None:
         ),
     ],
 )
-def test_what_cannot_be_built_is_named(name: str, plan: Plan, settings: dict[str, Any], sentence: str) -> None:
+def test_what_cannot_be_built_is_named(name: str, plan: BuildInfo, settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         on_meta(name, plan, **settings)
 
@@ -322,8 +322,8 @@ def test_pictures_follow_their_captions(name: str, settings: dict[str, Any]) -> 
     for step in range(100):
         run.run_step(text_batch(step, repeats=2))
         if step == 50:
-            run.take_reports()
+            run.reduce_reports()
     assert follows(run) > 0.5
-    reports = run.take_reports()
+    reports = run.reduce_reports()
     if settings.get("matching_aware", name == "gan_cls"):
         assert reports["discriminator/accuracy_matching"] > 0.8

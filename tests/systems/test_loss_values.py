@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from t2idist import systems
-from t2idist.contract import Batch, Captions, Extent, Plan, System
+from t2idist.contract import Batch, BuildInfo, Captions, DataInfo, System
 from t2idist.engine.strategy import Precision
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import Share, World
@@ -27,8 +27,8 @@ COLOURS = torch.tensor(
 SLOT = {"attngan": "damsm", "stackgan_pp": "text"}
 
 
-def plan_for(group_size: int, vocabulary_size: int, damsm: Any = None, slot: str = "damsm") -> Plan:
-    plan = Plan(group_size, 5, Extent(("",) * vocabulary_size, 1000))
+def plan_for(group_size: int, vocabulary_size: int, damsm: Any = None, slot: str = "damsm") -> BuildInfo:
+    plan = BuildInfo(group_size, 5, DataInfo(("",) * vocabulary_size, 1000))
     if damsm is None:
         return plan
     source = {"system": "damsm", "config": asdict(damsm), "plan": plan.describe()}
@@ -108,7 +108,7 @@ def test_what_cannot_be_built_is_named(name: str) -> None:
     module = systems.load(name)
     plan = plan_for(20, 30, damsm, SLOT[name])
     with pytest.raises(ValueError, match="its vocabulary has 30 words and this data's has 31"):
-        module.build(module.Config(**SMALL), replace(plan, extent=Extent(("",) * 31, 1000)))
+        module.build(module.Config(**SMALL), replace(plan, extent=DataInfo(("",) * 31, 1000)))
     other = {SLOT[name]: {**plan.sources[SLOT[name]], "system": "stream"}}
     with pytest.raises(ValueError, match="of system 'stream'; it must be of 'damsm'"):
         module.build(module.Config(**SMALL), replace(plan, sources=other))
@@ -165,8 +165,8 @@ def trained_damsm() -> Trainer:
     for step in range(60):
         run.run_step(colour_batch((32,), step))
         if step == 0:
-            first = run.take_reports()
-    last = run.take_reports()
+            first = run.reduce_reports()
+    last = run.reduce_reports()
     assert all(last[name] < 0.75 * first[name] for name in first)
     return run
 

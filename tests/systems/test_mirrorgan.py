@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from t2idist import systems
-from t2idist.contract import Extent, Plan, System
+from t2idist.contract import BuildInfo, DataInfo, System
 from t2idist.engine.trainer import Trainer
 from t2idist.losses.captions import word_cross_entropy
 from t2idist.nn.attention import GlobalLocalAttention
@@ -28,9 +28,9 @@ def captioner_config(**settings: Any) -> Any:
     return systems.load("captioner").Config(**settings)
 
 
-def plan(group_size: int = 16, words: int = 15, damsm: Any = None, captioner: Any = None) -> Plan:
+def plan(group_size: int = 16, words: int = 15, damsm: Any = None, captioner: Any = None) -> BuildInfo:
     """The plan of a stage after a damsm and a captioner with these configs."""
-    given = Plan(group_size, 5, Extent(("",) * words, 1000))
+    given = BuildInfo(group_size, 5, DataInfo(("",) * words, 1000))
     sources = {
         name: {"system": name, "config": asdict(config), "plan": given.describe()}
         for name, config in (("damsm", damsm), ("captioner", captioner))
@@ -39,11 +39,11 @@ def plan(group_size: int = 16, words: int = 15, damsm: Any = None, captioner: An
     return replace(given, sources=sources)
 
 
-def tiny_plan() -> Plan:
+def tiny_plan() -> BuildInfo:
     return plan(damsm=damsm_config(**TINY_DAMSM), captioner=captioner_config(**TINY_CAPTIONER))
 
 
-def made(name: str, given: Plan, **settings: Any) -> System:
+def made(name: str, given: BuildInfo, **settings: Any) -> System:
     module = systems.load(name)
     return module.build(module.Config(**settings), given)
 
@@ -214,7 +214,7 @@ def test_what_cannot_be_built_is_named() -> None:
         (right, {"base_size": 48}, "base_size is 48"),
         (replace(right, sources={**sources, "captioner": other}), {}, "of system 'damsm'; it must be of 'captioner'"),
         (
-            replace(right, extent=Extent(("",) * 16, 1000)),
+            replace(right, extent=DataInfo(("",) * 16, 1000)),
             {},
             r"uses\.captioner: its vocabulary has 15 words and this data's has 16",
         ),
@@ -258,7 +258,7 @@ def test_the_matching_loss_is_a_switch() -> None:
     run = trainer(made("mirrorgan", tiny_plan(), **SMALL, **given), 16)
     assert "image" in run.system.frozen and run.system.exports == without.exports == ("generator", "text")
     run.run_step(colour_batch(run.system.sizes, 0, repeats=2))
-    assert run.take_reports()["generator/damsm"] > 0
+    assert run.reduce_reports()["generator/damsm"] > 0
 
 
 @pytest.mark.whole
@@ -275,8 +275,8 @@ def test_pictures_learn_to_follow_captions(trained_captioner: Trainer) -> None:
     first: dict[str, float] = {}
     for step in range(120):
         run.run_step(colour_batch(system.sizes, step, repeats=2))
-        first = first or run.take_reports()
-    last = run.take_reports()
+        first = first or run.reduce_reports()
+    last = run.reduce_reports()
     assert follows(run) > 0.35
     assert last["generator/stream"] < first["generator/stream"]
     after = {k: v for name in ("cnn", "rnn") for k, v in system.frozen[name].net.state_dict().items()}

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from t2idist import systems
-from t2idist.contract import Batch, Extent, Plan, System
+from t2idist.contract import Batch, BuildInfo, DataInfo, System
 from t2idist.engine.strategy import Precision
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import Share, World
-from t2idist.losses.adversarial import judge_pairs, judge_three, passes_as_real, says_real
+from t2idist.losses.adversarial import bce_real, generator_loss, joint_losses, matching_aware_losses
 from t2idist.losses.matching import wrong_pairs
 from t2idist.nn.conditioning import LinearConditioning
 from t2idist.nn.discriminators import StageDiscriminator
@@ -27,16 +27,16 @@ VECTOR_DIM = 12
 TINY = {"generator_width": 16, "discriminator_width": 8, "z_dim": 4, "condition_dim": 8}
 
 
-def plan(vector_dim: int = VECTOR_DIM, group_size: int = 16, **sources: Any) -> Plan:
-    return Plan(group_size, 5, Extent(("",) * 15, 1000, vector_dim), sources)
+def plan(vector_dim: int = VECTOR_DIM, group_size: int = 16, **sources: Any) -> BuildInfo:
+    return BuildInfo(group_size, 5, DataInfo(("",) * 15, 1000, vector_dim), sources)
 
 
-def made(given: Plan, **settings: Any) -> System:
+def made(given: BuildInfo, **settings: Any) -> System:
     module = systems.load("stackgan")
     return module.build(module.Config(**settings), given)
 
 
-def exported(system: System, given: Plan) -> dict[str, Any]:
+def exported(system: System, given: BuildInfo) -> dict[str, Any]:
     """What another stage sees of a stackgan stage's export."""
     held: Any = system
     return {"system": "stackgan", "config": asdict(held.config), "plan": given.describe()}
@@ -105,13 +105,13 @@ def test_losses_of_the_discriminator_with_one_head_are_those_of_two() -> None:
     net = fill(StageDiscriminator(4, 16, 3, unconditional=True))
     real, fake, condition = torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16), torch.randn(4, 3)
     pairs = wrong_pairs(torch.tensor([0, 1, 1, 2]), 2)
-    verdict = judge_pairs(net, real, fake, condition, pairs, 2)
-    ours = judge_three(net, real, fake, condition, pairs, 2)
+    verdict = joint_losses(net, real, fake, condition, pairs, 2)
+    ours = matching_aware_losses(net, real, fake, condition, pairs, 2)
     for name in ("real", "wrong", "fake"):
         torch.testing.assert_close(getattr(ours, name), getattr(verdict, name))
     features = net.features(fake)
-    both = says_real(net.conditional(features, condition)) + says_real(net.unconditional(features))
-    torch.testing.assert_close(passes_as_real(net, fake, condition), both)
+    both = bce_real(net.conditional(features, condition)) + bce_real(net.unconditional(features))
+    torch.testing.assert_close(generator_loss(net, fake, condition), both)
 
 
 def test_batch_statistics_are_those_of_train_mode_and_leave_no_trace() -> None:

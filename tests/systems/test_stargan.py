@@ -15,7 +15,8 @@ from torch import Tensor
 
 from t2idist import config as configuration
 from t2idist import systems
-from t2idist.contract import Batch, Captions, Extent, Plan
+from t2idist.config.strict import from_dict
+from t2idist.contract import Batch, BuildInfo, Captions, DataInfo
 from t2idist.engine.schedule import factor
 from t2idist.engine.strategy import Precision
 from t2idist.engine.trainer import Trainer
@@ -31,8 +32,8 @@ CELEBA = (*HAIR, "Male", "Young")
 RAFD = ("angry", "contemptuous", "disgusted", "fearful", "happy", "neutral", "sad", "surprised")
 
 
-def plan(*attributes: tuple[str, ...]) -> Plan:
-    return Plan(16, 5, Extent(("",), 100, attributes=attributes))
+def plan(*attributes: tuple[str, ...]) -> BuildInfo:
+    return BuildInfo(16, 5, DataInfo(("",), 100, attributes=attributes))
 
 
 # ------------------------------------------------------------------------------------------ the authors' networks
@@ -269,7 +270,7 @@ def test_the_generators_turn_comes_for_each_set(every: int) -> None:
     trained = []
     for step in range(6 * every):
         before = {name: [p.clone() for p in net.parameters()] for name, net in weights.items()}
-        extent = Extent(("",), 1, attributes=(CELEBA, RAFD))
+        extent = DataInfo(("",), 1, attributes=(CELEBA, RAFD))
         run.run_step(
             toy_gan.batch(
                 step,
@@ -296,7 +297,7 @@ def test_every_presets_rate_falls_to_nothing(preset: str) -> None:
     run = configuration.load("stargan", [f"preset={preset}"])
     stage = run.stages["stargan"]
     module = systems.load("stargan")
-    settings = configuration.from_dict(module.Config, stage.model)
+    settings = from_dict(module.Config, stage.model)
     names = tuple(domain.attributes for domain in settings.domains)
     with torch.device("meta"):
         system = build(settings, plan(*names))

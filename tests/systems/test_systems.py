@@ -12,7 +12,7 @@ from torch import Tensor
 from t2idist import systems
 from t2idist.config import CheckpointConfig
 from t2idist.engine.checkpoint import export
-from t2idist.engine.checkpoint.manager import Checkpoints
+from t2idist.engine.checkpoint.manager import CheckpointManager
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import World
 from tests.helpers import small_systems, toy_gan
@@ -49,7 +49,7 @@ def after(world: World, system: str, precision: str, steps: int) -> dict[str, Te
 def resumed(world: World, system: str, url: str) -> dict[str, Tensor]:
     """Step 3 of a run that another world saved at, taken up here, and on to step 6."""
     made = small_systems.trainer(world, system, "float64")
-    found = Checkpoints(url, world, CheckpointConfig(), {}).restore(made)
+    found = CheckpointManager(url, world, CheckpointConfig(), {}).restore(made)
     assert found is not None and made.step == 3
     small_systems.run_steps(made, 3)
     return snapshot(made)
@@ -58,7 +58,7 @@ def resumed(world: World, system: str, url: str) -> dict[str, Tensor]:
 def saved(world: World, system: str, url: str) -> dict[str, Tensor]:
     made = small_systems.trainer(world, system, "float64")
     small_systems.run_steps(made, 3)
-    checkpoints = Checkpoints(url, world, CheckpointConfig(), {})
+    checkpoints = CheckpointManager(url, world, CheckpointConfig(), {})
     checkpoints.save(made)
     checkpoints.finish()
     small_systems.run_steps(made, 3)
@@ -110,7 +110,7 @@ def test_bfloat16_trains_with_finite_numbers(system: str) -> None:
     made = small_systems.trainer(ALONE, system, "bfloat16", groups=2)
     small_systems.run_steps(made, 2)
     assert all(bool(torch.isfinite(v).all()) for v in snapshot(made).values())
-    assert all(v == v for v in made.take_reports().values())
+    assert all(v == v for v in made.reduce_reports().values())
 
 
 @pytest.mark.parametrize("system", labels())

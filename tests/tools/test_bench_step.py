@@ -74,7 +74,7 @@ def test_the_authors_way_gives_the_same_numbers(recipe: str) -> None:
         torch.manual_seed(1)
         way = bench_step.make_way(name, words)
         way.timed_steps(2)
-        found = way.trainer.take_reports()
+        found = way.trainer.reduce_reports()
         reports.append({name: value for name, value in found.items() if "accuracy" not in name and "norm/" not in name})
     authors, ours = reports
     assert authors.keys() == ours.keys() and len(ours) >= 2

@@ -20,7 +20,7 @@ from t2idist import run, storage
 from t2idist.config import RunConfig, load
 from t2idist.engine.checkpoint import export
 from t2idist.engine.checkpoint.format import images_of, list_committed
-from t2idist.engine.preemption import Left
+from t2idist.engine.preemption import StopRequested
 from t2idist.engine.world import World
 from t2idist.observability import environment, hook
 from t2idist.preflight import dry_run
@@ -33,16 +33,16 @@ from tools import notify_webhook
 
 
 def config(folder: Path, *words: str) -> RunConfig:
-    return stages.anchored(load(str(recipe(folder)), words))
+    return stages.with_absolute_paths(load(str(recipe(folder)), words))
 
 
 # ------------------------------------------------------------ where it stops
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("damsm", options.Stop("damsm", None)), ("attngan:40", options.Stop("attngan", 40))],
+    [("damsm", options.StopAfter("damsm", None)), ("attngan:40", options.StopAfter("attngan", 40))],
 )
-def test_stops_that_are_understood(text: str, expected: options.Stop, tmp_path: Path) -> None:
-    assert options.parse_stop(text, config(tmp_path)) == expected
+def test_stops_that_are_understood(text: str, expected: options.StopAfter, tmp_path: Path) -> None:
+    assert options.parse_stop_after(text, config(tmp_path)) == expected
 
 
 @pytest.mark.parametrize(
@@ -61,16 +61,16 @@ def test_stops_that_are_understood(text: str, expected: options.Stop, tmp_path: 
 )
 def test_stops_that_are_not(text: str, sentence: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=sentence):
-        options.parse_stop(text, config(tmp_path))
+        options.parse_stop_after(text, config(tmp_path))
 
 
 def test_a_stop_is_at_the_first_step_that_reaches_it(tmp_path: Path) -> None:
     made = config(tmp_path)
     one = replace(made, stages={"damsm": made.stages["damsm"]})
-    assert options.parse_stop("17", one) == options.Stop("damsm", 17)
-    stop = options.Stop("damsm", 17)
+    assert options.parse_stop_after("17", one) == options.StopAfter("damsm", 17)
+    stop = options.StopAfter("damsm", 17)
     assert stop.steps("damsm", made.stages["damsm"]) == 3 and stop.steps("attngan", made.stages["attngan"]) == 8
-    assert options.Stop("damsm", None).steps("damsm", made.stages["damsm"]) == 8
+    assert options.StopAfter("damsm", None).steps("damsm", made.stages["damsm"]) == 8
 
 
 # ------------------------------------------------------------ who hears of it
@@ -92,7 +92,7 @@ def heard(listener: Path) -> list[dict[str, Any]]:
 def test_the_hook_hears_start_restart_and_end_and_no_secret(listener: Path, tmp_path: Path) -> None:
     made = config(tmp_path)
     message = {"stage": "damsm", "images": 8, "budget_images": 64, "restarts": 0, "losses": {"a": 1.0}, "run": "tiny"}
-    with lifecycle.told(made, hook.Hook([str(listener)]), stops=False) as telling:
+    with lifecycle.run_lifecycle(made, hook.Hook([str(listener)]), stops=False) as telling:
         telling.follow(message)
         telling.follow({**message, "images": 16, "restarts": 1})
         telling.follow({**message, "images": 24, "restarts": 1})
@@ -108,7 +108,7 @@ def test_the_hook_hears_start_restart_and_end_and_no_secret(listener: Path, tmp_
     ("fault", "state", "last"),
     [
         (RuntimeError("the store said: a secret of the environment"), "failed", "failure"),
-        (Left("saved at 8 images"), "stopped", "end"),
+        (StopRequested("saved at 8 images"), "stopped", "end"),
         (KeyboardInterrupt(), "interrupted", "end"),
     ],
 )
@@ -116,7 +116,7 @@ def test_how_it_ended_is_told_and_kept(
     fault: BaseException, state: str, last: str, listener: Path, tmp_path: Path
 ) -> None:
     made = config(tmp_path)
-    with pytest.raises(type(fault)), lifecycle.told(made, hook.Hook([str(listener)]), stops=False):
+    with pytest.raises(type(fault)), lifecycle.run_lifecycle(made, hook.Hook([str(listener)]), stops=False):
         raise fault
     kept = storage.read_json(storage.join(stages.run_url(made), lifecycle.OUTCOME))
     assert kept["state"] == state and heard(listener)[-1]["event"] == last
@@ -184,8 +184,8 @@ def test_an_export_to_fine_tune_goes_to_the_stage_of_its_system(tmp_path: Path) 
     made = config(tmp_path)
     small_systems.write_export("attngan", str(tmp_path / "attngan"), ["", "a"])
     url = str(tmp_path / "attngan")
-    assert options.with_init(made, [url]).stages["attngan"].init_from == url
-    assert options.with_init(made, [f"attngan={url}"]).stages["attngan"].init_from == url
+    assert options.apply_init_from(made, [url]).stages["attngan"].init_from == url
+    assert options.apply_init_from(made, [f"attngan={url}"]).stages["attngan"].init_from == url
     twice = replace(made, stages={**made.stages, "second": made.stages["attngan"]})
     for other, text, sentence in (
         (twice, url, "is of system attngan, and attngan, second do train that; give STAGE=EXPORT"),
@@ -194,7 +194,7 @@ def test_an_export_to_fine_tune_goes_to_the_stage_of_its_system(tmp_path: Path) 
         (made, str(tmp_path / "nothing"), "no export here"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            options.with_init(other, [text])
+            options.apply_init_from(other, [text])
 
 
 def test_what_does_not_fit_is_said_in_a_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -370,8 +370,8 @@ def test_reading_needs_no_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_the_commit_is_known_without_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(environment.versions(World())["git"]) <= set("0123456789abcdef+")
+    assert set(environment.environment_info(World())["git"]) <= set("0123456789abcdef+")
     monkeypatch.setattr(environment.t2idist, "__file__", str(tmp_path / "t2idist/__init__.py"))
-    assert environment.versions(World())["git"] == "unknown"
+    assert environment.environment_info(World())["git"] == "unknown"
     monkeypatch.setenv("T2IDIST_GIT", "5707fd98dd7d+")
-    assert environment.versions(World())["git"] == "5707fd98dd7d+"
+    assert environment.environment_info(World())["git"] == "5707fd98dd7d+"

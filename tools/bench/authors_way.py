@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from t2idist.contract import Role
 from t2idist.engine.schedule import ema_decay, factor
-from t2idist.engine.strategy import Precision, Replicated, state_bytes
+from t2idist.engine.strategy import DDPStrategy, Precision, state_bytes
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import World
 from t2idist.losses import adversarial, matching
-from t2idist.losses.adversarial import Judge, PairJudge, PairVerdict, Verdict
+from t2idist.losses.adversarial import ConditionalDiscriminator, JointDiscriminator, JointLosses, PairLosses
 from t2idist.losses.matching import Gammas, WrongPairs
 from t2idist.losses.penalties import gradient_penalty
 from t2idist.nn import blocks
@@ -35,7 +35,7 @@ from t2idist.systems import gan_cls, stackgan_pp, stargan
 FULL = Precision("float32")
 
 
-class Plain(Replicated):
+class Plain(DDPStrategy):
     """The bare network on one worker, with Adam as `torch.optim.Adam` has it when it is not asked for more."""
 
     def __init__(self, name: str, role: Role, world: World) -> None:
@@ -132,19 +132,21 @@ def word_similarity(regions: Tensor, words: Tensor, lengths: Tensor, gammas: Gam
     return torch.stack(of_groups)
 
 
-def judge_pairs(net: Judge, real: Tensor, fake: Tensor, condition: Tensor, pairs: WrongPairs, groups: int) -> Verdict:
+def judge_pairs(
+    net: JointDiscriminator, real: Tensor, fake: Tensor, condition: Tensor, pairs: WrongPairs, groups: int
+) -> JointLosses:
     """`adversarial.judge_pairs` with a pass of the trunk for each pair; accuracies are not taken."""
     own, other, drawn = net.features(real), net.features(real), net.features(fake)
-    return Verdict(
+    return JointLosses(
         **vars(_pair_verdict(net, own, other, drawn, condition, pairs, groups)),
-        real_alone=adversarial.says_real(net.unconditional(own)),
-        fake_alone=adversarial.says_fake(net.unconditional(drawn)),
+        real_alone=adversarial.bce_real(net.unconditional(own)),
+        fake_alone=adversarial.bce_fake(net.unconditional(drawn)),
     )
 
 
 def judge_three(
-    net: PairJudge, real: Tensor, fake: Tensor, condition: Tensor, pairs: WrongPairs, groups: int
-) -> PairVerdict:
+    net: ConditionalDiscriminator, real: Tensor, fake: Tensor, condition: Tensor, pairs: WrongPairs, groups: int
+) -> PairLosses:
     """`adversarial.judge_three`, likewise."""
     own, other, drawn = net.features(real), net.features(real), net.features(fake)
     return _pair_verdict(net, own, other, drawn, condition, pairs, groups)
@@ -166,13 +168,19 @@ def stargan_verdict(
 
 
 def _pair_verdict(
-    net: PairJudge, own: Tensor, other: Tensor, drawn: Tensor, condition: Tensor, pairs: WrongPairs, groups: int
-) -> PairVerdict:
+    net: ConditionalDiscriminator,
+    own: Tensor,
+    other: Tensor,
+    drawn: Tensor,
+    condition: Tensor,
+    pairs: WrongPairs,
+    groups: int,
+) -> PairLosses:
     zero = condition.new_zeros(())
-    return PairVerdict(
-        real=adversarial.says_real(net.conditional(own, condition)),
-        wrong=adversarial.says_fake_where(net.conditional(other, condition[pairs.caption]), pairs.keep, groups),
-        fake=adversarial.says_fake(net.conditional(drawn, condition)),
+    return PairLosses(
+        real=adversarial.bce_real(net.conditional(own, condition)),
+        wrong=adversarial.masked_bce_fake(net.conditional(other, condition[pairs.caption]), pairs.keep, groups),
+        fake=adversarial.bce_fake(net.conditional(drawn, condition)),
         accuracy_real=zero,
         accuracy_wrong=zero,
         accuracy_fake=zero,

@@ -23,7 +23,7 @@ from torch import Tensor
 from t2idist import config as configuration
 from t2idist import storage
 from t2idist.config import CheckpointConfig
-from t2idist.engine.checkpoint.manager import Checkpoints
+from t2idist.engine.checkpoint.manager import CheckpointManager
 from t2idist.engine.strategy import Precision
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import World
@@ -45,7 +45,7 @@ def measure(trainer: Trainer, url: str, repeats: int) -> dict[str, float]:
     raw = torch.empty(size, dtype=torch.uint8)
     raw.random_(0, 256)
     local = storage.local_path(url)
-    checkpoints = Checkpoints(storage.join(url, "ours"), World(), CheckpointConfig(keep=1), {})
+    checkpoints = CheckpointManager(storage.join(url, "ours"), World(), CheckpointConfig(keep=1), {})
     best: dict[str, float] = {}
 
     def take(name: str, value: float) -> None:

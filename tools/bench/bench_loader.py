@@ -147,12 +147,12 @@ def time_ours(url: str, samples: int) -> float:
 
 
 def time_bare(url: str, samples: int) -> float:
-    from t2idist.data.order import Run
+    from t2idist.data.order import SampleRange
     from t2idist.data.reader import Encoded, ShardReader
 
     dataset = Dataset.open(url)
     count = min(samples, 1024, dataset.split("train").shards[0].samples)
-    read = ShardReader(dataset, "train").read(Run(0, 0, count))
+    read = ShardReader(dataset, "train").read(SampleRange(0, 0, count))
     pictures = [sample.data for sample in read if isinstance(sample, Encoded)]
     rng = np.random.default_rng(0)
     best = 0.0

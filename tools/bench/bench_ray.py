@@ -60,7 +60,7 @@ def under_torchrun(words: argparse.Namespace, folder: Path) -> None:
     """What each process of torchrun does."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    worker.main(load(words, folder, words.workers), torch.device("cpu"), worker.Around())
+    worker.main(load(words, folder, words.workers), torch.device("cpu"), worker.WorkerContext())
     dist.destroy_process_group()
 
 

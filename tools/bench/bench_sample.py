@@ -20,9 +20,9 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from t2idist.contract import Draws, Plan, Sample, System
+from t2idist.contract import BuildInfo, Sample, SupportsSample, System
 from t2idist.evaluate.monitor import can_draw
-from t2idist.nn.fast.layers import keep_heap
+from t2idist.nn.fast.layers import keep_freed_memory
 from t2idist.sampling.generate import NormalDraw, generate
 from t2idist.sampling.loading import network
 from tools.bench import authors_way, bench_step
@@ -30,7 +30,7 @@ from tools.bench import authors_way, bench_step
 WAYS = ("authors", "float32", "bfloat16")
 
 
-def drawing_system(words: argparse.Namespace) -> tuple[System, Plan]:
+def drawing_system(words: argparse.Namespace) -> tuple[System, BuildInfo]:
     """With newly drawn weights. Raises ValueError for what draws no pictures."""
     run, stage = bench_step.chosen_stage(words)
     system, plan = bench_step.system_of(run, stage, words.vocabulary_size)
@@ -52,11 +52,13 @@ def ways(words: argparse.Namespace) -> dict[str, Callable[[], Sample]]:
 
     def theirs() -> Sample:
         with torch.inference_mode(), authors_way.losses():
-            return cast(Draws, system).sample(nets, batch.captions.to(device), NormalDraw(0, range(count), device))
+            return cast(SupportsSample, system).sample(
+                nets, batch.captions.to(device), NormalDraw(0, range(count), device)
+            )
 
     def ours(precision: str) -> Callable[[], Sample]:
         return lambda: generate(
-            cast(Draws, system),
+            cast(SupportsSample, system),
             quick,
             batch.captions,
             NormalDraw(0, range(count), device),
@@ -82,7 +84,7 @@ class Drawing:
 
 def make_way(name: str, words: argparse.Namespace) -> Drawing:
     if name != "authors":
-        keep_heap()
+        keep_freed_memory()
     return Drawing(ways(words)[name], torch.device(words.device))
 
 

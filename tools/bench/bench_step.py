@@ -34,11 +34,11 @@ sys.path.insert(0, str(ROOT))
 
 from t2idist import config as configuration
 from t2idist.config import RunConfig
-from t2idist.contract import Batch, Captions, Extent, Plan, System
+from t2idist.contract import Batch, BuildInfo, Captions, DataInfo, System
 from t2idist.engine.strategy import Precision
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import Share, World
-from t2idist.nn.fast.layers import keep_heap
+from t2idist.nn.fast.layers import keep_freed_memory
 from t2idist.preflight.cost import cost_of
 from t2idist.training import stages
 from tools.bench import authors_way
@@ -201,7 +201,7 @@ def synchronise(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def synthetic_batch(sizes: tuple[int, ...], plan: Plan, count: int = 0) -> Batch:
+def synthetic_batch(sizes: tuple[int, ...], plan: BuildInfo, count: int = 0) -> Batch:
     """A batch of one group, or of so many samples."""
     count = count or plan.group_size
     lengths = torch.randint(min(4, plan.max_words), plan.max_words + 1, (count,))
@@ -217,18 +217,18 @@ def synthetic_batch(sizes: tuple[int, ...], plan: Plan, count: int = 0) -> Batch
     )
 
 
-def system_of(run: RunConfig, stage: str, vocabulary_size: int) -> tuple[System, Plan]:
+def system_of(run: RunConfig, stage: str, vocabulary_size: int) -> tuple[System, BuildInfo]:
     """A stage's system on data that is not there: its attributes are those that the recipe names."""
     domains = run.stages[stage].model.get("domains") or [{}]
     attributes = tuple(tuple(domain.get("attributes", ())) for domain in domains)
-    extent = Extent(("",) * vocabulary_size, EPOCH_IMAGES, vector_dim=1024, attributes=attributes)
+    extent = DataInfo(("",) * vocabulary_size, EPOCH_IMAGES, vector_dim=1024, attributes=attributes)
     plan = stages.plan(run, stage, extent)
     torch.manual_seed(0)
     return stages.build(run, stage, plan), plan
 
 
 def stopwatch(
-    system: System, plan: Plan, precision: Precision, device: torch.device, kind: type[Stopwatch] = Stopwatch
+    system: System, plan: BuildInfo, precision: Precision, device: torch.device, kind: type[Stopwatch] = Stopwatch
 ) -> Stopwatch:
     world = World(device=device)
     return kind(
@@ -250,7 +250,7 @@ def make_way(name: str, words: argparse.Namespace) -> Local:
     if name == "authors":
         trainer = stopwatch(system, plan, Precision(words.precision or authors_way.FULL.name), device, AuthorsStopwatch)
     else:
-        keep_heap()
+        keep_freed_memory()
         trainer = stopwatch(system, plan, Precision(words.precision or run.precision), device)
     return Local(trainer, synthetic_batch(system.sizes, plan))
 
@@ -288,7 +288,7 @@ def peak_flops(device: torch.device, seconds: float = 1.0) -> float:
     return 2 * MATRIX**3 / best
 
 
-def flops_per_image(system: System, plan: Plan) -> float:
+def flops_per_image(system: System, plan: BuildInfo) -> float:
     """Of a step of ours, forward and backward. The system's networks are on the meta device."""
     vectors, attributes = plan.extent.vector_dim, plan.extent.attributes
     return cost_of(system, plan.group_size, plan.max_words, vectors, attributes).flops / plan.group_size

@@ -10,10 +10,10 @@ from torch import nn
 
 from t2idist import storage
 from t2idist.config.strict import from_dict, to_dict
-from t2idist.contract import Extent, Plan, System
+from t2idist.contract import BuildInfo, DataInfo, System
 from t2idist.convert.authors import checkpoints
 from t2idist.convert.authors.checkpoints import Checkpoint
-from t2idist.convert.authors.recipes import RECIPES, Fit, Part, Recipe, of_system
+from t2idist.convert.authors.recipes import RECIPES, Fit, Part, WeightsLayout, of_system
 from t2idist.data.tokenizer import END, Vocabulary
 from t2idist.engine.checkpoint import export
 from t2idist.nn.init import shapes_only
@@ -77,7 +77,7 @@ def prepare(system: str, files: Sequence[Checkpoint], options: Options = Options
 
 
 # ------------------------------------------------------------------------------------------------ which file is what
-def _sort(recipes: Sequence[Recipe], files: Sequence[Checkpoint]) -> tuple[Recipe, Sorted]:
+def _sort(recipes: Sequence[WeightsLayout], files: Sequence[Checkpoint]) -> tuple[WeightsLayout, Sorted]:
     """The first of a system's recipes that has a place for every file, and the files in their places."""
     for recipe in recipes:
         found: Sorted = {recipe.name: {}}
@@ -93,13 +93,13 @@ def _sort(recipes: Sequence[Recipe], files: Sequence[Checkpoint]) -> tuple[Recip
     raise ValueError(f"{recipes[0].system}: none of the files holds its generator")
 
 
-def _parts(recipe: Recipe) -> list[tuple[str, Part]]:
+def _parts(recipe: WeightsLayout) -> list[tuple[str, Part]]:
     """All kinds of files that a recipe takes, each with the recipe that it is of."""
     own = [(recipe.name, part) for part in recipe.parts]
     return own + [(name, part) for name in recipe.uses.values() for part in RECIPES[name].parts]
 
 
-def _place(recipe: Recipe, file: Checkpoint, found: Sorted) -> bool:
+def _place(recipe: WeightsLayout, file: Checkpoint, found: Sorted) -> bool:
     part_of = next(((name, part) for name, part in _parts(recipe) if part.fits(file)), None)
     if part_of is None:
         return False
@@ -140,7 +140,7 @@ class Maker:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: WeightsLayout,
         files: Mapping[str, Checkpoint],
         words: tuple[str, ...],
         options: Options,
@@ -157,9 +157,11 @@ class Maker:
             raise ValueError(f"{recipe.system}: its {lacking.args[0]} too must be given, with --from FILE") from None
         self.settings = fit.config
         self.config = from_dict(module.Config, fit.config, recipe.system)
-        extent = Extent(words, 1, fit.vector_dim, _attributes(fit, options.attributes))  # how much data, no file tells
+        extent = DataInfo(
+            words, 1, fit.vector_dim, _attributes(fit, options.attributes)
+        )  # how much data, no file tells
         described = {slot: maker.describe() for slot, maker in self.sources.items()}
-        self.plan = Plan(recipe.group_size, options.max_words, extent, described)
+        self.plan = BuildInfo(recipe.group_size, options.max_words, extent, described)
         try:
             with shapes_only():
                 self.system: System = module.build(self.config, self.plan)

@@ -53,7 +53,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class WeightsLayout:
     """How the files of a published system become an export.
 
     fit: the settings by its files, of which some may not be there. uses: by slot, the recipe whose export the system
@@ -231,7 +231,7 @@ TEXT = Part("text", ("encoder.weight", "rnn.weight_hh_l0"), numbered="encoder.we
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe(
+        WeightsLayout(
             name="damsm",
             system="damsm",
             parts=(TEXT, Part("image", ("emb_features.weight", "emb_cnn_code.weight"))),
@@ -239,7 +239,7 @@ RECIPES = {
             group_size=48,
             weights=f"{AS_TRAINED}; Inception's running statistics drifted with the pictures that it was trained on",
         ),
-        Recipe(
+        WeightsLayout(
             name="attngan",
             system="attngan",
             parts=(
@@ -251,7 +251,7 @@ RECIPES = {
             weights=AVERAGED,
             uses={"damsm": "damsm"},
         ),
-        Recipe(
+        WeightsLayout(
             name="stackgan_pp",
             system="stackgan_pp",
             parts=(
@@ -262,7 +262,7 @@ RECIPES = {
             group_size=24,
             weights=AVERAGED,
         ),
-        Recipe(
+        WeightsLayout(
             name="mirrorgan",
             system="mirrorgan",
             parts=(
@@ -274,7 +274,7 @@ RECIPES = {
             weights=AVERAGED,
             uses={"damsm": "damsm", "captioner": "captioner"},
         ),
-        Recipe(
+        WeightsLayout(
             name="captioner",
             system="captioner",
             parts=(
@@ -285,7 +285,7 @@ RECIPES = {
             group_size=12,
             weights=AS_TRAINED,
         ),
-        Recipe(
+        WeightsLayout(
             name="stackgan_1",
             system="stackgan",
             parts=(
@@ -296,7 +296,7 @@ RECIPES = {
             group_size=128,
             weights=AS_TRAINED,
         ),
-        Recipe(
+        WeightsLayout(
             name="stackgan_2",
             system="stackgan",
             parts=(
@@ -312,7 +312,7 @@ RECIPES = {
             weights=f"{AS_TRAINED}; stage 1's running statistics drifted while stage 2 was trained",
             uses={"stage1": "stackgan_1"},
         ),
-        Recipe(
+        WeightsLayout(
             name="gan_cls",
             system="gan_cls",
             parts=(
@@ -323,7 +323,7 @@ RECIPES = {
             group_size=64,
             weights=f"{AS_TRAINED}; the PyTorch port's, not those of the paper",
         ),
-        Recipe(
+        WeightsLayout(
             name="stargan",
             system="stargan",
             parts=(
@@ -338,7 +338,7 @@ RECIPES = {
 }
 
 
-def of_system(system: str) -> list[Recipe]:
+def of_system(system: str) -> list[WeightsLayout]:
     """The recipes of a system. Raises ValueError where there is none."""
     made = [recipe for recipe in RECIPES.values() if recipe.system == system]
     if not made:

@@ -28,7 +28,7 @@ TYPES = {
 _DIGITS = 12
 
 
-class Broken(ValueError):
+class CorruptCheckpoint(ValueError):
     """A checkpoint that is torn, rotten, or not one of ours; the message names the file."""
 
 
@@ -65,34 +65,34 @@ def milestones_of(images: Sequence[int], every_images: int) -> set[int]:
 
 
 def read_marker(url: str) -> dict[str, Any]:
-    """The commit marker of a checkpoint. Raises `Broken`."""
+    """The commit marker of a checkpoint. Raises `CorruptCheckpoint`."""
     where = storage.join(url, COMMIT)
     try:
         marker = storage.read_json(where)
         if marker["format"] != FORMAT:
-            raise Broken(f"{where}: format {marker['format']}; this version reads {FORMAT}")
+            raise CorruptCheckpoint(f"{where}: format {marker['format']}; this version reads {FORMAT}")
         if not all(
             tensor["dtype"] in TYPES and tensor["file"] in marker["files"] for tensor in marker["tensors"].values()
         ):
-            raise Broken(f"{where}: names a tensor type or a file that it does not describe")
-    except Broken:
+            raise CorruptCheckpoint(f"{where}: names a tensor type or a file that it does not describe")
+    except CorruptCheckpoint:
         raise
     except FileNotFoundError:
-        raise Broken(f"{where}: missing; the checkpoint was never completed") from None
+        raise CorruptCheckpoint(f"{where}: missing; the checkpoint was never completed") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Broken(f"{where}: not a commit marker: {error}") from None
+        raise CorruptCheckpoint(f"{where}: not a commit marker: {error}") from None
     return dict(marker)
 
 
 def read_part(url: str, name: str, expected: dict[str, Any]) -> bytes:
-    """The bytes of one file, checked against size and hash. Raises `Broken`."""
+    """The bytes of one file, checked against size and hash. Raises `CorruptCheckpoint`."""
     where = storage.join(url, name)
     try:
         data = storage.read_bytes(where)
     except FileNotFoundError:
-        raise Broken(f"{where}: missing") from None
+        raise CorruptCheckpoint(f"{where}: missing") from None
     if len(data) != expected["bytes"]:
-        raise Broken(f"{where}: {len(data)} bytes; {expected['bytes']} were written")
+        raise CorruptCheckpoint(f"{where}: {len(data)} bytes; {expected['bytes']} were written")
     if storage.sha256(data) != expected["sha256"]:
-        raise Broken(f"{where}: its bytes changed since they were written (sha256 differs)")
+        raise CorruptCheckpoint(f"{where}: its bytes changed since they were written (sha256 differs)")
     return data

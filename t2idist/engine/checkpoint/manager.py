@@ -15,7 +15,7 @@ from t2idist import storage
 from t2idist.config import CheckpointConfig
 from t2idist.engine.checkpoint import sharded
 from t2idist.engine.checkpoint.format import (
-    Broken,
+    CorruptCheckpoint,
     folder_name,
     images_of,
     is_committed,
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Found:
+class CommittedCheckpoint:
     """A committed checkpoint."""
 
     url: str
@@ -39,7 +39,7 @@ class Found:
     marker: dict[str, Any]
 
 
-class Checkpoints:
+class CheckpointManager:
     """The checkpoints under `url` (a folder a save, named by images seen and by the attempt that wrote it).
 
     Saving stalls the training for the copy into host memory; a thread writes it out, one save at a time. meta: plain
@@ -49,7 +49,7 @@ class Checkpoints:
 
     def __init__(self, url: str, world: World, config: CheckpointConfig, meta: dict[str, Any]) -> None:
         self.url, self.world, self.config, self.meta = url, world, config, meta
-        self.attempt = world.from_first(uuid.uuid4().hex[:8])
+        self.attempt = world.broadcast_object(uuid.uuid4().hex[:8])
         self.newest: dict[str, Any] = {}
         self._placement: sharded.Placement | None = None
         self._part: sharded.Part | None = None
@@ -62,7 +62,7 @@ class Checkpoints:
         Gives the folder's URL, or None where the save before is still being written and the config says to skip. A
         save that cannot be written is a warning, and the training goes on: the next one may be.
         """
-        if self.config.when_busy == "skip" and any(self.world.gather(self.busy)):
+        if self.config.when_busy == "skip" and any(self.world.all_gather_object(self.busy)):
             return None
         began = time.monotonic()
         self._join()
@@ -82,7 +82,7 @@ class Checkpoints:
     def finish(self) -> None:
         """Wait until the last save is committed. A collective; raises OSError on every worker where it was not."""
         self._join()
-        faults = [fault for fault in self.world.gather(self._fault) if fault is not None]
+        faults = [fault for fault in self.world.all_gather_object(self._fault) if fault is not None]
         if faults:
             raise OSError(faults[0])
 
@@ -105,9 +105,9 @@ class Checkpoints:
                 facts = sharded.write_part(folder, sharded.part_name(self.world.rank), self._part)
         except Exception as error:
             fault = f"checkpoint {storage.redact(folder)}: part {self.world.rank} is not written: {error}"
-        parts = self.world.gather_aside((self._placement.mine, facts, fault))
+        parts = self.world.all_gather_object_side_group((self._placement.mine, facts, fault))
         self._fault = next((part[2] for part in parts if part[2] is not None), None)
-        if not self.world.first:
+        if not self.world.is_main:
             return
         try:
             if self._fault is None:
@@ -120,22 +120,22 @@ class Checkpoints:
         if self._fault is not None:
             logger.warning("%s; the training goes on, and the checkpoints before stay", self._fault)
 
-    def restore(self, trainer: Trainer) -> Found | None:
+    def restore(self, trainer: Trainer) -> CommittedCheckpoint | None:
         """Load the newest good checkpoint into the trainer; None where there is none at all. A collective.
 
         A torn or rotten one is passed over with a warning that names the file. Raises ValueError where checkpoints
         exist but none can be used, or where the newest was made with another group size or number of groups.
         """
         faults = []
-        for folder in self.world.from_first(list_folders(self.url)):
+        for folder in self.world.broadcast_object(list_folders(self.url)):
             url = storage.join(self.url, folder)
             try:
                 found = load_into(trainer, url, read_marker(url))
                 self.newest.update(images=found.images, time=found.marker.get("time"))
                 return found
-            except Broken as error:
+            except CorruptCheckpoint as error:
                 faults.append(str(error))
-                if self.world.first:
+                if self.world.is_main:
                     logger.warning("checkpoint passed over: %s", error)
         if faults:
             raise ValueError(f"{self.url}: no checkpoint can be used: {faults[0]}")
@@ -144,10 +144,10 @@ class Checkpoints:
     def newest_images(self) -> int:
         """Images seen at the newest committed checkpoint; -1 where there is none. A collective."""
         images = -1
-        if self.world.first:
+        if self.world.is_main:
             committed = (name for name in list_folders(self.url) if is_committed(self.url, name))
             images = next((images_of(name) for name in committed), -1)
-        return self.world.from_first(images)
+        return self.world.broadcast_object(images)
 
     def _prune(self) -> None:
         committed: list[str] = []
@@ -177,8 +177,10 @@ def facts_of(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def load_into(trainer: Trainer, url: str, marker: dict[str, Any], read: sharded.Read | None = None) -> Found:
-    """Put a checkpoint into the trainer. A collective; raises `Broken`, or ValueError for one of another scale.
+def load_into(
+    trainer: Trainer, url: str, marker: dict[str, Any], read: sharded.Read | None = None
+) -> CommittedCheckpoint:
+    """Put a checkpoint into the trainer. A collective; raises `CorruptCheckpoint`, or ValueError for one of another scale.
 
     read: gives its parts; None: they are the files under `url`.
     """
@@ -189,9 +191,9 @@ def load_into(trainer: Trainer, url: str, marker: dict[str, Any], read: sharded.
         own = {key.split("/", 2)[2]: key for key in trainer.own_buffers()}
         places = {own.get(key, key): value for key, value in state.items()}
     sharded.load(places, url, marker, trainer.world.group, read)
-    trainer.adopt(state)
+    trainer.finish_load(state)
     trainer.step = marker["step"]
-    return Found(url, marker["images"], marker)
+    return CommittedCheckpoint(url, marker["images"], marker)
 
 
 def _check_scale(url: str, marker: dict[str, Any], trainer: Trainer) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
-class Held:
+class ReplicaInfo:
     """What a keeper knows of one worker's part of one copy.
 
     attempt: of the workers that made it together. images, step: the training's. rank, workers: whose part, of how many.
@@ -23,16 +23,16 @@ class Held:
     facts: Mapping[str, Any]
 
 
-class Keepers(Protocol):
+class ReplicaStore(Protocol):
     """Other processes that hold parts by key. All raise OSError where they cannot be reached."""
 
-    def put(self, key: str, held: Held, data: memoryview) -> None:
+    def put(self, key: str, held: ReplicaInfo, data: memoryview) -> None:
         """Give a part to keepers on two machines, where there are two; of each worker they hold the last two."""
 
-    def list_held(self, key: str) -> list[Held]:
+    def list_held(self, key: str) -> list[ReplicaInfo]:
         """What all keepers that still live hold."""
 
-    def get(self, key: str, held: Held) -> bytes:
+    def get(self, key: str, held: ReplicaInfo) -> bytes:
         """The bytes of a part."""
 
     def forget(self, prefix: str) -> None:

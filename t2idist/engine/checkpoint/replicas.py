@@ -1,7 +1,7 @@
 """Copies of the state in the memory of other processes, every few steps: a restart loses seconds, not minutes.
 
 Each worker gives its part (that of the sharded checkpoint) to keepers that outlive it, on two machines where there are
-two. Where the parts lie is `Keepers`' business; how often, and which copy is whole, is decided here.
+two. Where the parts lie is `ReplicaStore`' business; how often, and which copy is whole, is decided here.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 from t2idist.config import CheckpointConfig
 from t2idist.engine.checkpoint import sharded
-from t2idist.engine.checkpoint.format import Broken
-from t2idist.engine.checkpoint.manager import Found, facts_of, load_into, state_of
-from t2idist.engine.checkpoint.replica_protocol import Held, Keepers
+from t2idist.engine.checkpoint.format import CorruptCheckpoint
+from t2idist.engine.checkpoint.manager import CommittedCheckpoint, facts_of, load_into, state_of
+from t2idist.engine.checkpoint.replica_protocol import ReplicaInfo, ReplicaStore
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import World
 
@@ -28,20 +28,20 @@ MOST_SHARE = 0.01
 
 
 @dataclass(frozen=True)
-class Copy:
+class Replica:
     """A whole copy. parts: by rank. marker: as a checkpoint's commit marker."""
 
-    parts: tuple[Held, ...]
+    parts: tuple[ReplicaInfo, ...]
     marker: dict[str, Any]
 
 
-class Memory:
+class ReplicaManager:
     """Takes copies of a stage's state, one at a time, beside the training.
 
     key: of the stage. every_steps of the config: fixed, or 0: as often as it costs less than a hundredth of the time.
     """
 
-    def __init__(self, keepers: Keepers, key: str, world: World, config: CheckpointConfig, attempt: str) -> None:
+    def __init__(self, keepers: ReplicaStore, key: str, world: World, config: CheckpointConfig, attempt: str) -> None:
         self._keepers, self._key, self._world, self._attempt = keepers, key, world, attempt
         self._fixed = config.memory_every_steps
         self.every_steps = self._fixed or 1
@@ -66,14 +66,14 @@ class Memory:
         if self._placement is None or self._part is None:
             self._placement = sharded.place(state, self._world)
             self._part = sharded.Part(state, self._placement.mine)
-            self._names = self._world.gather(self._placement.mine)
+            self._names = self._world.all_gather_object(self._placement.mine)
             began = time.monotonic()  # once in a stage, and no part of what a copy costs
         self._part.fill(state)
         facts: dict[str, Any] = {"notes": notes}
-        if self._world.first:
+        if self._world.is_main:
             assert self._placement.metadata is not None
             facts["marker"] = {**facts_of(trainer), "tensors": sharded.describe(self._placement.metadata, self._names)}
-        held = Held(self._attempt, trainer.step, trainer.images, self._world.rank, self._world.size, facts)
+        held = ReplicaInfo(self._attempt, trainer.step, trainer.images, self._world.rank, self._world.size, facts)
         self._sending = threading.Thread(target=self._send, args=(held, self._part), name="memory", daemon=True)
         self._sending.start()
         self._taken_step = trainer.step
@@ -85,14 +85,14 @@ class Memory:
         if self._taken_step != trainer.step:
             self.take(trainer, notes)
         self._join()
-        return not any(self._world.gather(self._fault is not None))
+        return not any(self._world.all_gather_object(self._fault is not None))
 
     def settle(self, step_seconds: float) -> dict[str, float]:
         """Choose how often to copy from what it has cost; values to log. A collective.
 
         step_seconds: what a step takes, the same on all workers.
         """
-        costs = [cost for cost in self._world.gather((self._cost_seconds, self._copies)) if cost[1]]
+        costs = [cost for cost in self._world.all_gather_object((self._cost_seconds, self._copies)) if cost[1]]
         if not self._fixed and costs:
             cost = max(seconds / copies for seconds, copies in costs)
             self.every_steps = max(1, round(cost / (MOST_SHARE * max(step_seconds, 1e-6)) + 0.5))
@@ -105,15 +105,15 @@ class Memory:
     def close(self, forget: bool) -> None:
         """Wait for what is under way. forget: the stage is done, so no copy of it is of use."""
         self._join()
-        if forget and self._world.first:
+        if forget and self._world.is_main:
             try:
                 self._keepers.forget(self._key)
             except OSError as error:
                 logger.warning("copies in memory: %s", error)
 
-    def restore(self, trainer: Trainer, newer_than_images: int) -> Found | None:
+    def restore(self, trainer: Trainer, newer_than_images: int) -> CommittedCheckpoint | None:
         """Put the newest whole copy into the trainer, if it is newer; its notes are in `notes`. A collective."""
-        copy = self._world.from_first(self._newest() if self._world.first else None)
+        copy = self._world.broadcast_object(self._newest() if self._world.is_main else None)
         if copy is None or copy.parts[0].images <= newer_than_images:
             return None
         by_name = {sharded.part_name(held.rank): held for held in copy.parts}
@@ -122,30 +122,30 @@ class Memory:
             try:
                 return self._keepers.get(self._key, by_name[name])
             except OSError as error:
-                raise Broken(f"{IN_MEMORY} at step {copy.parts[0].step}: {error}") from None
+                raise CorruptCheckpoint(f"{IN_MEMORY} at step {copy.parts[0].step}: {error}") from None
 
         try:
             found = load_into(trainer, IN_MEMORY, copy.marker, read)
-        except Broken as error:
-            if self._world.first:
+        except CorruptCheckpoint as error:
+            if self._world.is_main:
                 logger.warning("passed over: %s", error)
             return None
         self.notes = [held.facts["notes"] for held in copy.parts]
         return found
 
-    def _newest(self) -> Copy | None:
+    def _newest(self) -> Replica | None:
         try:
             found = self._keepers.list_held(self._key)
         except OSError as error:
             logger.warning("copies in memory: %s", error)
             return None
-        copies: dict[tuple[int, str], dict[int, Held]] = {}
+        copies: dict[tuple[int, str], dict[int, ReplicaInfo]] = {}
         for held in found:
             copies.setdefault((held.step, held.attempt), {})[held.rank] = held
         for _, parts in sorted(copies.items(), reverse=True):
             first = parts.get(0)
             if first is not None and set(parts) == set(range(first.workers)):
-                return Copy(tuple(parts[rank] for rank in range(first.workers)), dict(first.facts["marker"]))
+                return Replica(tuple(parts[rank] for rank in range(first.workers)), dict(first.facts["marker"]))
         return None
 
     def _join(self) -> None:
@@ -154,7 +154,7 @@ class Memory:
             self._sending = None
             self._cost_seconds += self._sent_seconds
 
-    def _send(self, held: Held, part: sharded.Part) -> None:
+    def _send(self, held: ReplicaInfo, part: sharded.Part) -> None:
         began = time.monotonic()
         try:
             self._keepers.put(self._key, held, part.data)

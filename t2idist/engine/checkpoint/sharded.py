@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from t2idist import storage
-from t2idist.engine.checkpoint.format import COMMIT, FORMAT, TYPES, Broken, read_part
+from t2idist.engine.checkpoint.format import COMMIT, FORMAT, TYPES, CorruptCheckpoint, read_part
 from t2idist.engine.world import World
 
 CODES = {getattr(torch, name): code for name, code in TYPES.items()}
@@ -58,10 +58,10 @@ class Placement:
 def place(state: Mapping[str, Tensor], world: World) -> Placement:
     """Plan a checkpoint of `state`; holds for every save of the same names and shapes. A collective."""
     planner = DefaultSavePlanner(flatten_state_dict=False)
-    planner.set_up_planner(dict(state), is_coordinator=world.first)
-    plans = world.gather(planner.create_local_plan())
-    made = planner.create_global_plan(plans) if world.first else None
-    plan = world.from_first(made[0] if made is not None else [])[world.rank]
+    planner.set_up_planner(dict(state), is_coordinator=world.is_main)
+    plans = world.all_gather_object(planner.create_local_plan())
+    made = planner.create_global_plan(plans) if world.is_main else None
+    plan = world.broadcast_object(made[0] if made is not None else [])[world.rank]
     return Placement(tuple(item.index.fqn for item in plan.items), made[1] if made is not None else None)
 
 
@@ -139,7 +139,7 @@ def describe(metadata: Metadata, names_by_rank: Sequence[Sequence[str]]) -> dict
 
 
 Read = Callable[[str], bytes]
-"""Gives the bytes of a part by its name; raises `Broken`."""
+"""Gives the bytes of a part by its name; raises `CorruptCheckpoint`."""
 
 
 class Reader(StorageReader):
@@ -192,7 +192,7 @@ def _tensors(name: str, data: bytes) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
-        raise Broken(f"{name}: not a safetensors file: {error}") from None
+        raise CorruptCheckpoint(f"{name}: not a safetensors file: {error}") from None
 
 
 @contextlib.contextmanager
@@ -210,7 +210,7 @@ def _quiet() -> Iterator[None]:
 
 
 def load(state: dict[str, Tensor], url: str, marker: dict[str, Any], group: Any, read: Read | None = None) -> None:
-    """Fill the tensors of `state` in place. Raises `Broken` on every worker where one finds a fault.
+    """Fill the tensors of `state` in place. Raises `CorruptCheckpoint` on every worker where one finds a fault.
 
     read: gives the parts by name; None: the files under `url`, checked against the marker.
     """
@@ -221,13 +221,15 @@ def load(state: dict[str, Tensor], url: str, marker: dict[str, Any], group: Any,
         with _quiet():
             load_state(state, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
     except CheckpointException as error:
-        raise Broken("; ".join(sorted({str(cause) for cause, _ in error.failures.values()}))) from None
+        raise CorruptCheckpoint("; ".join(sorted({str(cause) for cause, _ in error.failures.values()}))) from None
 
 
 def _check_names(state: dict[str, Tensor], url: str, marker: dict[str, Any]) -> None:
     for name, tensor in state.items():
         saved = marker["tensors"].get(name)
         if saved is None:
-            raise Broken(f"{url}: has no '{name}'; it was made by another system or configuration")
+            raise CorruptCheckpoint(f"{url}: has no '{name}'; it was made by another system or configuration")
         if list(tensor.shape) != saved["shape"]:
-            raise Broken(f"{url}: '{name}' is {saved['shape']} there and {list(tensor.shape)} in this configuration")
+            raise CorruptCheckpoint(
+                f"{url}: '{name}' is {saved['shape']} there and {list(tensor.shape)} in this configuration"
+            )

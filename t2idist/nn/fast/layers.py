@@ -25,7 +25,7 @@ Window = tuple[int, int, int]
 """Side, stride and padding of a square convolution."""
 
 
-def keep_heap() -> None:
+def keep_freed_memory() -> None:
     """Have the C library keep memory that is freed for what is asked for next, in this process.
 
     Else it gives large tensors back to the system at the end of their lives and gets new pages, filled with zeros, for
@@ -37,17 +37,17 @@ def keep_heap() -> None:
         mallopt(_M_TRIM_THRESHOLD, -1)
 
 
-def quicken(net: nn.Module) -> nn.Module:
+def use_fast_layers(net: nn.Module) -> nn.Module:
     """The network itself, on its device, with quick layers."""
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for module in net.modules():
         if type(module) is nn.Conv2d and _is_plain(module) and module.weight.device.type == "cpu":
-            module.__class__ = QuickConv2d
+            module.__class__ = FastConv2d
         elif type(module) is nn.LeakyReLU:
-            module.__class__ = QuickLeakyReLU
-        elif hasattr(module, "cast_weight") and not isinstance(module, CastOnce) and not module.weight.is_meta:
+            module.__class__ = FastLeakyReLU
+        elif hasattr(module, "cast_weight") and not isinstance(module, CachedCast) and not module.weight.is_meta:
             kind = type(module)
-            module.__class__ = type(f"Quick{kind.__name__}", (CastOnce, kind), {})
+            module.__class__ = type(f"Quick{kind.__name__}", (CachedCast, kind), {})
     return net
 
 
@@ -56,7 +56,7 @@ def _is_plain(conv: nn.Conv2d) -> bool:
     return square and conv.groups == 1 and set(conv.dilation) == {1} and conv.padding_mode == "zeros"
 
 
-class CastOnce(nn.Conv2d):
+class CachedCast(nn.Conv2d):
     """A convolution whose weight is cast to half precision once an update.
 
     Autocast casts it at every pass, and where it is frozen does not keep it for the next one.
@@ -86,7 +86,7 @@ class CastOnce(nn.Conv2d):
         return {key: value for key, value in self.__dict__.items() if key != "_half"}
 
 
-class QuickConv2d(CastOnce):
+class FastConv2d(CachedCast):
     """A square convolution, its cast kept; where the weight has more numbers than the input, a product of matrices."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -124,14 +124,14 @@ class Linked(torch.autograd.Function):
         return None if gradient is None else gradient.to(ctx.kind), None  # type: ignore[attr-defined]
 
 
-def forget_casts(net: nn.Module) -> None:
+def clear_cached_casts(net: nn.Module) -> None:
     """Cast anew: weights have changed, maybe in a way that their versions do not tell (DeepSpeed's)."""
     for module in net.modules():
-        if isinstance(module, CastOnce):
+        if isinstance(module, CachedCast):
             module._half = None
 
 
-class QuickLeakyReLU(nn.LeakyReLU):
+class FastLeakyReLU(nn.LeakyReLU):
     """LeakyReLU whose slope's slope, nought everywhere, is not computed.
 
     torch's own hands zeros to all layers before it where a penalty on a slope is differentiated, and each computes the

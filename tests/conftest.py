@@ -21,10 +21,10 @@ def workers() -> Iterator[Workers]:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the small recipe and its run, which is done; not to be changed."""
-    from tests.test_run import recipe, run
+    from tests.helpers.runs import run_command, write_recipe
 
     folder = tmp_path_factory.mktemp("finished")
-    done = run(str(recipe(folder)), "--local")
+    done = run_command(str(write_recipe(folder)), "--local")
     assert done.returncode == 0, done.stderr
     return folder
 

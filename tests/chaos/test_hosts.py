@@ -13,7 +13,7 @@ from torch import nn
 
 from t2idist import config as configuration
 from t2idist.engine.checkpoint import export
-from tests.test_run import recipe, run
+from tests.helpers.runs import run_command, write_recipe
 from tools.chaos import chaos, injuries, story
 from tools.chaos.hosts import Missing
 
@@ -86,8 +86,8 @@ def test_random_schedules_hold_every_kind_and_few_lost_clusters() -> None:
 
 @pytest.mark.whole
 def test_the_checks_find_what_is_wrong(tmp_path: Path) -> None:
-    file = recipe(tmp_path, report={"ledger": True})
-    assert run(str(file), "--local").returncode == 0
+    file = write_recipe(tmp_path, report={"ledger": True})
+    assert run_command(str(file), "--local").returncode == 0
     config, good, bad = configuration.load(str(file)), tmp_path / "runs/tiny", tmp_path / "bad"
     shutil.copytree(good, bad)
     story.check_ledger(str(good), config)

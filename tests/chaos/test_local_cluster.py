@@ -25,7 +25,7 @@ from PIL import Image
 
 from t2idist import storage
 from t2idist.engine.checkpoint import export
-from tests.test_run import ROOT, recipe
+from tests.helpers.runs import ROOT, write_recipe
 from tools import shard_folder
 from tools.chaos import hosts, local_cluster
 
@@ -108,7 +108,7 @@ def pictures(folder: Path, count: int) -> Path:
 def small_recipe(folder: Path, source: str, steps: int) -> Path:
     """On one to three workers of a group each."""
     folder.mkdir()
-    file = recipe(folder, cluster={"workers": [1, 3], "grow_after_seconds": 5}, storage="s3://bucket/runs")
+    file = write_recipe(folder, cluster={"workers": [1, 3], "grow_after_seconds": 5}, storage="s3://bucket/runs")
     values = yaml.safe_load(file.read_text())
     values["data"] = {**values["data"], "source": source}
     for stage in values["stages"].values():

@@ -26,7 +26,7 @@ from t2idist.data.sources import open_dataset
 from t2idist.engine.batches import read_ledger
 from t2idist.engine.noise import key
 from tests.helpers.object_store import SECRET, seaweedfs
-from tests.test_run import ROOT, command, environment, recipe, train_workers, weights
+from tests.helpers.runs import ROOT, command_environment, command_line, export_bytes, train_worker_pids, write_recipe
 
 REAL = os.environ.get("T2IDIST_COCO")
 """A folder in COCO's layout to use instead of drawn faces (several thousand photographs, say)."""
@@ -88,12 +88,12 @@ def test_from_pictures_in_a_folder_to_a_model_by_way_of_a_store_and_through_a_ki
     source = Path(REAL) if REAL else coco_folder(tmp_path)
     with seaweedfs() as reach:
         mark = f"{os.getpid()}-{time.time_ns()}"
-        env = {**environment(), **{k: v for k, v in reach.items() if k.startswith("AWS")}, "T2IDIST_MARK": mark}
+        env = {**command_environment(), **{k: v for k, v in reach.items() if k.startswith("AWS")}, "T2IDIST_MARK": mark}
         tool(env, "tools/shard_coco.py", "--coco", str(source), "--out", "s3://bucket/coco", "--size", "76")
         tool(env, "tools/check_shards.py", "s3://bucket/coco")
         words = ["data.source=s3://bucket/coco", "report.ledger=true", "cluster.workers=2", "cluster.cpus_per_worker=1"]
         if size == "small":
-            file = str(recipe(tmp_path))
+            file = str(write_recipe(tmp_path))
             words += ["stages.attngan.images=320", "stages.attngan.checkpoint_every_images=32"]
         else:
             file = "attngan"
@@ -103,14 +103,14 @@ def test_from_pictures_in_a_folder_to_a_model_by_way_of_a_store_and_through_a_ki
                 words += [f"stages.{stage}.{key}={value}" for key, value in scale.items()]
             words += [f"storage={tmp_path}/runs", "name=tiny", "stages.attngan.checkpoint_every_images=640"]
         process = subprocess.Popen(
-            command(file, *words), cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command_line(file, *words), cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         checkpoints = tmp_path / "runs/tiny/attngan/checkpoints"
         deadline = time.monotonic() + 280
         while not list(checkpoints.glob("*/commit.json")):
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()
             time.sleep(0.02)
-        os.kill(train_workers(mark)[-1], signal.SIGKILL)
+        os.kill(train_worker_pids(mark)[-1], signal.SIGKILL)
         out, err = process.communicate(timeout=280)
         assert process.returncode == 0, err + out
         assert "restarts 1" in out and SECRET not in out + err
@@ -126,21 +126,21 @@ def test_twenty_kills_at_random_moments_leave_the_same_model_and_a_whole_ledger(
         (tmp_path / name).mkdir()
     words = ["--local", "report.ledger=true", "stages.attngan.images=6400", "stages.attngan.checkpoint_every_images=64",
              "stages.attngan.pictures_every_images=6400"]  # fmt: skip
-    line = command(str(recipe(tmp_path / "whole")), *words)
-    subprocess.run(line, cwd=ROOT, env=environment(), check=True, stdout=subprocess.DEVNULL, timeout=600)
-    line = command(str(recipe(tmp_path / "killed")), *words)
+    line = command_line(str(write_recipe(tmp_path / "whole")), *words)
+    subprocess.run(line, cwd=ROOT, env=command_environment(), check=True, stdout=subprocess.DEVNULL, timeout=600)
+    line = command_line(str(write_recipe(tmp_path / "killed")), *words)
     draws = random.Random(3)
     moments = sorted(draws.sample(range(1, 5600), 20))
     folder = tmp_path / "killed/runs/tiny/attngan/checkpoints"
     for images in moments:
-        process = subprocess.Popen(line, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(line, cwd=ROOT, env=command_environment(), stdout=subprocess.DEVNULL)
         while not any(int(name.parent.name[:12]) >= images // 64 * 64 for name in folder.glob("*/commit.json")):
             assert process.poll() is None, "it ended before it was killed"
             time.sleep(0.01)
         time.sleep(draws.uniform(0, 0.3))
         process.send_signal(signal.SIGKILL)
         process.wait()
-    subprocess.run(line, cwd=ROOT, env=environment(), check=True, stdout=subprocess.DEVNULL, timeout=600)
+    subprocess.run(line, cwd=ROOT, env=command_environment(), check=True, stdout=subprocess.DEVNULL, timeout=600)
     for stage in ("damsm", "attngan"):
-        assert weights(tmp_path / "killed", stage) == weights(tmp_path / "whole", stage)
+        assert export_bytes(tmp_path / "killed", stage) == export_bytes(tmp_path / "whole", stage)
         check_ledger(tmp_path / "killed/runs/tiny", stage, open_dataset(DataConfig(source="emoji")))

@@ -14,8 +14,8 @@ from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import Share, World
 from tests.engine.test_trainer import GROUP_SIZE, GROUPS, PLAN, snapshot, step
 from tests.helpers import toy_gan
+from tests.helpers.runs import run_command, write_recipe
 from tests.helpers.worker_processes import Workers
-from tests.test_run import recipe, run
 
 
 class Poisoned(toy_gan.ToyGan):
@@ -90,7 +90,7 @@ def test_a_bad_update_changes_nothing_on_any_worker(
 @pytest.mark.whole
 def test_a_run_that_diverges_goes_back_and_then_ends_with_a_report_of_what_went_first(tmp_path: Path) -> None:
     words = ["stages.attngan.model.generator_lr=1e37", "guard.rollbacks=1", "guard.skips_in_a_row=3"]
-    failed = run(str(recipe(tmp_path)), "--local", *words)
+    failed = run_command(str(write_recipe(tmp_path)), "--local", *words)
     assert failed.returncode != 0
     assert "stage attngan diverged 2 times: " in failed.stderr and "steps in a row up to step" in failed.stderr
     assert "; first: " in failed.stderr

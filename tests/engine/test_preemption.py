@@ -26,8 +26,16 @@ from t2idist.engine.world import Share, World
 from tests.engine.test_replicas import FolderKeepers
 from tests.engine.test_trainer import ALONE, GROUP_SIZE, GROUPS, apart, snapshot, step, trainer
 from tests.helpers import toy_gan
+from tests.helpers.runs import (
+    ROOT,
+    command_environment,
+    command_line,
+    export_bytes,
+    images_in_progress,
+    run_command,
+    write_recipe,
+)
 from tests.helpers.worker_processes import Workers
-from tests.test_run import ROOT, command, environment, images_of, recipe, run, weights
 
 IMAGES = GROUPS * GROUP_SIZE
 
@@ -200,9 +208,9 @@ def test_sigterm_saves_leaves_and_the_same_command_goes_on(tmp_path: Path) -> No
     for name in ("whole", "ended"):
         (tmp_path / name).mkdir()
     longer = ["stages.damsm.images=160", "stages.damsm.checkpoint_every_images=160", "stages.attngan.images=8"]
-    assert run(str(recipe(tmp_path / "whole")), "--local", *longer).returncode == 0
-    words = command(str(recipe(tmp_path / "ended")), "--local", *longer)
-    process = subprocess.Popen(words, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    assert run_command(str(write_recipe(tmp_path / "whole")), "--local", *longer).returncode == 0
+    words = command_line(str(write_recipe(tmp_path / "ended")), "--local", *longer)
+    process = subprocess.Popen(words, cwd=ROOT, env=command_environment(), stderr=subprocess.PIPE, text=True)
     at = tmp_path / "ended/runs/tiny"
     while not (at / "versions.json").exists():
         assert process.poll() is None
@@ -210,9 +218,9 @@ def test_sigterm_saves_leaves_and_the_same_command_goes_on(tmp_path: Path) -> No
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 143 and "ended on request, saved at" in said
-    assert not export.exists(str(at / "damsm/export")) and 0 <= images_of(at, "damsm") < 160
+    assert not export.exists(str(at / "damsm/export")) and 0 <= images_in_progress(at, "damsm") < 160
     (saved,) = (at / "damsm/checkpoints").iterdir()
     assert 8 <= int(saved.name[:12]) < 160
-    again = run(str(recipe(tmp_path / "ended")), "--local", *longer)
+    again = run_command(str(write_recipe(tmp_path / "ended")), "--local", *longer)
     assert again.returncode == 0 and f"goes on from {int(saved.name[:12])} images" in again.stderr
-    assert weights(tmp_path / "ended", "damsm") == weights(tmp_path / "whole", "damsm")
+    assert export_bytes(tmp_path / "ended", "damsm") == export_bytes(tmp_path / "whole", "damsm")

@@ -23,8 +23,8 @@ from t2idist.engine.world import Share, World
 from tests.config.test_config import MINIMAL
 from tests.engine.test_guard import Poisoned
 from tests.helpers import small_systems, toy_gan
+from tests.helpers.runs import check_finished, run_command, train_with_killed_worker, write_recipe
 from tests.helpers.worker_processes import Workers
-from tests.test_run import check_finished, recipe, run, train_with_a_kill
 from tools.bench import bench_zero
 
 GROUPS, GROUP_SIZE, STEPS = 4, 3, 10
@@ -312,9 +312,9 @@ def test_a_parameter_that_deepspeed_cannot_take_is_named(workers: Workers) -> No
 def test_two_ray_workers_train_under_deepspeed_what_one_trains(tmp_path: Path, zero: int) -> None:
     for name in ("alone", "cluster"):
         (tmp_path / name).mkdir()
-    assert run(str(recipe(tmp_path / "alone")), "--local").returncode == 0
+    assert run_command(str(write_recipe(tmp_path / "alone")), "--local").returncode == 0
     cluster = {"workers": 2, "cpus_per_worker": 1}
-    done = run(str(recipe(tmp_path / "cluster", cluster=cluster, strategy="deepspeed", zero=zero)))
+    done = run_command(str(write_recipe(tmp_path / "cluster", cluster=cluster, strategy="deepspeed", zero=zero)))
     assert done.returncode == 0, done.stderr + done.stdout
     assert "workers 2" in done.stdout and "DeepSpeed" not in done.stdout + done.stderr
     check_finished(tmp_path / "cluster")
@@ -329,13 +329,15 @@ def test_two_ray_workers_train_under_deepspeed_what_one_trains(tmp_path: Path, z
 @pytest.mark.slow
 def test_a_run_under_deepspeed_does_take_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "abacus")  # nobody else reads it
-    failed = run(str(recipe(tmp_path, cluster={"workers": 2, "cpus_per_worker": 1}, strategy="deepspeed", zero=1)))
+    failed = run_command(
+        str(write_recipe(tmp_path, cluster={"workers": 2, "cpus_per_worker": 1}, strategy="deepspeed", zero=1))
+    )
     assert failed.returncode == 1 and "DS_ACCELERATOR" in failed.stderr
 
 
 @pytest.mark.slow
 def test_a_worker_killed_under_deepspeed_is_replaced_and_the_model_is_the_same(tmp_path: Path) -> None:
-    _, images, resumed = train_with_a_kill(tmp_path, strategy="deepspeed", zero=2)
+    _, images, resumed = train_with_killed_worker(tmp_path, strategy="deepspeed", zero=2)
     assert resumed["from"] == "copy in memory" and resumed["images"] >= images - 8
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from t2idist.observability import prometheus
-from tests.test_run import ROOT, check_finished, recipe
+from tests.helpers.runs import ROOT, check_finished, write_recipe
 
 RAY = str(Path(sys.executable).parent / "ray")
 
@@ -82,7 +82,7 @@ class Scraper(threading.Thread):
 @pytest.mark.whole
 def test_a_submitted_job_trains_on_the_cluster(head: tuple[str, str, dict[str, str]], tmp_path: Path) -> None:
     address, metrics, env = head
-    file = recipe(tmp_path, cluster={"workers": [1, 2], "cpus_per_worker": 1})
+    file = write_recipe(tmp_path, cluster={"workers": [1, 2], "cpus_per_worker": 1})
     submit = [RAY, "job", "submit", "--address", address, "--working-dir", str(ROOT), "--"]
     ask = [RAY, "job", "list", "--address", address]
     deadline = time.monotonic() + 90

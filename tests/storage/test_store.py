@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.object_store import SECRET, seaweedfs, store
-from tests.test_run import ROOT, command, environment, recipe
+from tests.helpers.runs import ROOT, command_environment, command_line, write_recipe
 
 
 @pytest.mark.whole
@@ -17,12 +17,12 @@ def test_a_run_lives_in_an_object_store_and_is_taken_up_from_it(tmp_path: Path) 
     with seaweedfs() as reach:
         remote = store(reach["AWS_ENDPOINT_URL"])
         remote.put(str(files("t2idist.data.embedded").joinpath("emoji")) + "/", "bucket/emoji/", recursive=True)
-        file = recipe(tmp_path, storage="s3://bucket/runs")
-        env = {**reach, **environment(), **{k: v for k, v in reach.items() if k.startswith("AWS")}}
+        file = write_recipe(tmp_path, storage="s3://bucket/runs")
+        env = {**reach, **command_environment(), **{k: v for k, v in reach.items() if k.startswith("AWS")}}
 
         def run(*words: str) -> subprocess.CompletedProcess[str]:
             data = ["data.source=s3://bucket/emoji", *words]
-            line = command(str(file), "--local", *data)
+            line = command_line(str(file), "--local", *data)
             return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False)
 
         half = run("stages.attngan.images=32")

@@ -13,7 +13,7 @@ from t2idist import systems
 from t2idist.engine.metrics import read_metrics
 from t2idist.sampling.loading import load
 from tests.helpers import nan_system
-from tests.test_run import recipe, run
+from tests.helpers.runs import run_command, write_recipe
 from tools.chaos.story import order_of
 
 
@@ -45,14 +45,14 @@ def test_a_module_that_is_no_system_is_named(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.whole
 def test_a_poisoned_step_is_skipped_and_the_export_loads_again(tmp_path: Path) -> None:
-    file = recipe(tmp_path)
+    file = write_recipe(tmp_path)
     order, keys = order_of(configuration.load(str(file)), "attngan")
     words = [
         "stages.attngan.system=tests.poisoned",
         "stages.attngan.model.nan_steps=[3]",
         f"stages.attngan.model.nan_samples=['{keys[order.sample_index(3, 1)[0]]}']",
     ]
-    done = run(str(file), "--local", *words)
+    done = run_command(str(file), "--local", *words)
     assert done.returncode == 0, done.stderr
     stage = tmp_path / "runs/tiny/attngan"
     assert [line["guard/skipped_steps"] for line in read_metrics(str(stage))] == [0, 0, 0, 1, 1, 1, 1, 1]

@@ -27,13 +27,12 @@ from t2idist.preflight import dry_run
 from t2idist.report import status
 from t2idist.training import lifecycle, options, resume, stages
 from tests.helpers import small_systems
-from tests.test_run import check_finished, copied, recipe, weights
-from tests.test_run import run as run_command
+from tests.helpers.runs import check_finished, copy_run, export_bytes, run_command, write_recipe
 from tools import notify_webhook
 
 
 def config(folder: Path, *words: str) -> RunConfig:
-    return stages.with_absolute_paths(load(str(recipe(folder)), words))
+    return stages.with_absolute_paths(load(str(write_recipe(folder)), words))
 
 
 # ------------------------------------------------------------ where it stops
@@ -198,7 +197,7 @@ def test_an_export_to_fine_tune_goes_to_the_stage_of_its_system(tmp_path: Path) 
 
 
 def test_what_does_not_fit_is_said_in_a_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = recipe(tmp_path)
+    file = write_recipe(tmp_path)
     small_systems.write_export("attngan", str(tmp_path / "attngan"), ["", "a"])
     small_systems.write_export("damsm", str(tmp_path / "damsm"), ["", "a"])
     small_systems.write_export("dcgan", str(tmp_path / "dcgan"), ["", "a"])
@@ -227,7 +226,7 @@ def refused(made: RunConfig, text: str, sentence: str) -> None:
 
 def without_last_stage(finished: Path, folder: Path) -> Path:
     """The small recipe in a folder, its run done up to the DAMSM."""
-    file = copied(finished, folder)
+    file = copy_run(finished, folder)
     shutil.rmtree(folder / "runs/tiny/attngan")
     return file
 
@@ -271,14 +270,14 @@ def test_a_run_that_was_stopped_and_rewound_gives_the_same_model(
     there = tmp_path / "runs/other"
     assert json.loads((there / "attngan/metrics.jsonl").read_text().splitlines()[0])["images"] == 24
     assert json.loads((there / "attempts.json").read_text())[0]["resumed"]["attngan"]["images"] == 16
-    assert weights(tmp_path, "damsm") == {file.name: file.read_bytes() for file in there.glob("damsm/export/*.s*")}
+    assert export_bytes(tmp_path, "damsm") == {file.name: file.read_bytes() for file in there.glob("damsm/export/*.s*")}
 
     # the run itself goes back, and on to its end; that is what an undisturbed one gives
     for _ in range(2):
         assert run.main([str(file), "--local", "checkpoint.keep=5", "--resume-from", "16"]) == 0
     assert json.loads((at / "attempts.json").read_text())[-2]["resumed"]["attngan"]["images"] == 16
     check_finished(tmp_path)
-    assert weights(tmp_path, "attngan") == weights(finished, "attngan")
+    assert export_bytes(tmp_path, "attngan") == export_bytes(finished, "attngan")
 
 
 @pytest.mark.whole
@@ -306,7 +305,7 @@ def test_nothing_that_a_run_leaves_or_says_holds_a_secret(tmp_path: Path, monkey
     for name, value in {**secrets, "RAY_AUTH_MODE": "token", "AWS_ACCESS_KEY_ID": "AKIAIOSFODNN7EXAMPLE"}.items():
         monkeypatch.setenv(name, value)
     words = ["report.json_logs=true", "report.ledger=true", "stages.attngan.images=16", "stages.damsm.images=16"]
-    file, listener = recipe(tmp_path), f"tee -a {tmp_path}/heard"
+    file, listener = write_recipe(tmp_path), f"tee -a {tmp_path}/heard"
     done = run_command(str(file), "--local", "--hook", listener, *words)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (done.stdout + done.stderr).splitlines()]
@@ -334,7 +333,7 @@ def test_nothing_that_a_run_leaves_or_says_holds_a_secret(tmp_path: Path, monkey
 def test_a_run_is_read_as_it_stands(tmp_path: Path) -> None:
     at = tmp_path / "runs/tiny"
     at.mkdir(parents=True)
-    shutil.copy(recipe(tmp_path), at / "config.yaml")
+    shutil.copy(write_recipe(tmp_path), at / "config.yaml")
     noon = datetime.datetime(2026, 11, 22, 12, tzinfo=datetime.UTC)
     assert status.read(str(at), noon).word == "new"
     told = {"stage": "damsm", "images": 8, "time": "2026-11-22T11:59:00+00:00", "workers": 2, "images_per_second": 5.0}

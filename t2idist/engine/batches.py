@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 QUARANTINE = "quarantine.json"
 LEDGER = "ledger"
-_NAMED = 20
+_MAX_LISTED = 20
 """Bad samples that a sentence names; the file names all of them."""
 
 
@@ -97,12 +97,12 @@ class TrackedBatches(Iterator[Batch]):
         if found and self._world.is_main:
             self._quarantine.update(found)
             storage.write_json(storage.join(self._url, QUARANTINE), dict(sorted(self._quarantine.items())))
-            logger.warning("%d bad samples were replaced, such as %s", len(found), _some(found))
+            logger.warning("%d bad samples were replaced, such as %s", len(found), _list_some(found))
         if bad > self._max_bad * max(read, self._epoch_images):
             listed = self._world.broadcast_object(self._quarantine)
             raise ValueError(
                 f"data.max_bad: {bad} of {read} samples were bad, more than {self._max_bad:.2%} of an epoch; "
-                f"{storage.redact(self._url)}/{QUARANTINE} lists all {len(listed)}: {_some(listed)}"
+                f"{storage.redact(self._url)}/{QUARANTINE} lists all {len(listed)}: {_list_some(listed)}"
             )
         return {
             "data/wait_share": max(part[3] for part in parts),
@@ -131,9 +131,9 @@ def write_ledger(stage_url: str, attempt: str, rank: int, lines: Sequence[dict[s
     storage.write_bytes(storage.join(stage_url, LEDGER, name), data)
 
 
-def _some(quarantine: dict[str, str]) -> str:
-    named = [f"{key} ({reason})" for key, reason in sorted(quarantine.items())[:_NAMED]]
-    return ", ".join(named) + (", ..." if len(quarantine) > _NAMED else "")
+def _list_some(quarantine: dict[str, str]) -> str:
+    named = [f"{key} ({reason})" for key, reason in sorted(quarantine.items())[:_MAX_LISTED]]
+    return ", ".join(named) + (", ..." if len(quarantine) > _MAX_LISTED else "")
 
 
 def read_ledger(stage_url: str) -> dict[tuple[int, int], list[str]]:

@@ -1,6 +1,6 @@
 """A group is a virtual worker: BatchNorm and dropout of a network written for one group, made right for several.
 
-A worker holds whole groups, one after the other on dimension 0. `convert` swaps the classes of the layers in place, so
+A worker holds whole groups, one after the other on dimension 0. `convert_layers` swaps the classes of the layers in place, so
 parameter names stay as they are.
 """
 
@@ -54,7 +54,7 @@ class GroupedBatchNorm(_BatchNorm):
 
 
 @contextlib.contextmanager
-def tracking(net: nn.Module, momentum: float) -> Iterator[None]:
+def track_statistics(net: nn.Module, momentum: float) -> Iterator[None]:
     """Inside, BatchNorm of `net` normalises each group by itself and its running statistics move by `momentum`."""
     norms = [module for module in net.modules() if isinstance(module, _BatchNorm)]
     before = [(norm.training, norm.momentum) for norm in norms]
@@ -89,7 +89,7 @@ class GroupedDropout(nn.Dropout):
         return input * keep.to(input.dtype) / (1 - self.p)
 
 
-def convert(net: nn.Module, group_size: int, noise: Noise) -> None:
+def convert_layers(net: nn.Module, group_size: int, noise: Noise) -> None:
     """Make every BatchNorm and Dropout of a trained network run in groups.
 
     Raises ValueError for layers that couple samples or draw in ways that are not known here.

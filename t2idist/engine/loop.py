@@ -20,7 +20,7 @@ from t2idist.engine.preemption import PreemptionHandler
 from t2idist.engine.trainer import Trainer
 
 
-class Look(Protocol):
+class Evaluate(Protocol):
     def __call__(
         self, nets: Mapping[str, nn.Module], images_seen: int, *, pictures: bool, scores: bool
     ) -> Mapping[str, float]:
@@ -37,7 +37,7 @@ def due(every_images: int, before: int, after: int) -> bool:
     return after // every_images > before // every_images
 
 
-def momentum(stage: StageConfig, step: int) -> float:
+def statistics_momentum(stage: StageConfig, step: int) -> float:
     """By how much the averaged networks' BatchNorm statistics move in a step (see `Trainer.run_step`).
 
     They are the mean over the last `STATISTICS_STEPS` before each look at the networks; what is averaged of weights
@@ -51,7 +51,7 @@ def momentum(stage: StageConfig, step: int) -> float:
     return 1 / (step - start + 1) if step >= start else 0.0
 
 
-def report_every(stage: StageConfig) -> int:
+def report_every_images(stage: StageConfig) -> int:
     """Images between two metric lines: about 300 lines a stage, and never more than one a step."""
     return max(stage.images_per_step, stage.images // 300)
 
@@ -65,7 +65,7 @@ def run(
     memory: ReplicaManager | None,
     notices: PreemptionHandler,
     log: MetricLogger | None,
-    look: Look,
+    look: Evaluate,
     guard: GuardConfig,
 ) -> None:
     """Train until so many steps of the stage are done: all, or fewer where it is to stop before its budget.
@@ -76,11 +76,11 @@ def run(
     pace, state = _Pace(trainer), _State(trainer, batches, checkpoints, memory, log)
     while trainer.step < steps:
         before = trainer.images
-        trainer.run_step(next(batches), momentum(stage, trainer.step))
+        trainer.run_step(next(batches), statistics_momentum(stage, trainer.step))
         images, last = trainer.images, trainer.step == steps
         if log is not None:
             log.stepped(images)
-        if last or due(report_every(stage), before, images):
+        if last or due(report_every_images(stage), before, images):
             losses, others = trainer.reduce_reports(), batches.settle()
             _check(trainer, guard)
             others["guard/skipped_steps"] = float(trainer.guard.skipped)

@@ -153,7 +153,7 @@ def read_metrics(stage_url: str) -> list[dict[str, Any]]:
     return lines
 
 
-def add_lines(stage_url: str, lines: Sequence[dict[str, Any]]) -> None:
+def append_lines(stage_url: str, lines: Sequence[dict[str, Any]]) -> None:
     """Store lines that come after those that are there; the rest are there already."""
     stored = read_metrics(stage_url)
     last = stored[-1]["images"] if stored else -1

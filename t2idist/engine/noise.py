@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def key(*parts: int | str) -> int:
+def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed from whole numbers and names, the same on every machine."""
     packed = b"".join(
         b"i" + struct.pack("<q", part) if isinstance(part, int) else b"s" + part.encode() + b"\0" for part in parts
@@ -46,6 +46,6 @@ class Noise:
         self.calls += 1
         parts = []
         for lane in self.lanes:
-            generator = torch.Generator().manual_seed(key(self.seed, self.stage, self.step, lane, self.calls))
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, self.stage, self.step, lane, self.calls))
             parts.append(draw(generator))
         return torch.cat(parts).to(self.device, self.dtype, non_blocking=True)

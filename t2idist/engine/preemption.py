@@ -98,7 +98,7 @@ class PreemptionHandler:
             self._stand()
             return
         if not self._heard and self._world.is_main:
-            logger.warning("a machine of this run is about to go%s; saving", _when(notice.seconds_left))
+            logger.warning("a machine of this run is about to go%s; saving", _time_left(notice.seconds_left))
         began = time.monotonic()
         if notice.seconds_left <= self._hold_seconds and not self._held:
             self._held = True
@@ -112,5 +112,5 @@ class PreemptionHandler:
         self._heard = True
 
 
-def _when(seconds_left: float) -> str:
+def _time_left(seconds_left: float) -> str:
     return f" in {seconds_left:.0f} s" if 0 < seconds_left < math.inf else ""

@@ -7,7 +7,7 @@ import math
 from t2idist.contract import Schedule
 
 
-def factor(schedule: Schedule, images: int) -> float:
+def lr_factor(schedule: Schedule, images: int) -> float:
     """What the learning rate is multiplied by after `images` images. Raises ValueError for an unknown kind."""
     if schedule.kind == "constant":
         return 1.0

@@ -87,7 +87,7 @@ class DDPStrategy:
     def __init__(self, name: str, role: Role, precision: Precision, world: World) -> None:
         self._name, self._role = name, role
         self._trained = trainable_parameters(role.net)
-        self._wrapped = wrap(role.net, precision, world)
+        self._wrapped = wrap_module(role.net, precision, world)
         self._optimizer = make_adam(self._trained.values(), role.optimizer)
         init_optimizer_state(self._optimizer)
 
@@ -150,7 +150,7 @@ def adam_step(optimizer: torch.optim.Adam, lr: float, bad: Tensor) -> None:
     """A step of fused Adam, on tensors as they lie in memory: it copies those that are laid out channels last."""
     for group in optimizer.param_groups:
         states = [optimizer.state[parameter] for parameter in group["params"]]
-        kinds = [_dense(parameter, state) for parameter, state in zip(group["params"], states, strict=True)]
+        kinds = [_contiguous(parameter, state) for parameter, state in zip(group["params"], states, strict=True)]
         parameters, gradients, means, squares = (list(column) for column in zip(*kinds, strict=True))
         with torch.no_grad():
             adam(
@@ -172,7 +172,7 @@ def adam_step(optimizer: torch.optim.Adam, lr: float, bad: Tensor) -> None:
             )
 
 
-def _dense(parameter: Tensor, state: Mapping[str, Tensor]) -> list[Tensor]:
+def _contiguous(parameter: Tensor, state: Mapping[str, Tensor]) -> list[Tensor]:
     """The parameter, its gradient and its two moments: contiguous where they lie channels last.
 
     All in the parameter's layout: on tensors of several, the fused kernel for CPUs silently computes something else.
@@ -192,14 +192,14 @@ def state_bytes(optimizer: torch.optim.Adam) -> int:
     return sum(value.nbytes for state in optimizer.state.values() for value in state.values())
 
 
-def prepare_step(optimizer: torch.optim.Adam, lr: float, bad: Tensor) -> None:
+def set_up_step(optimizer: torch.optim.Adam, lr: float, bad: Tensor) -> None:
     """Set what the next step of fused Adam goes by. Where `bad` is 1 it changes nothing, and nobody waits for that."""
     setattr(optimizer, "found_inf", bad)  # noqa: B010 (mypy does not know it)
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
-def wrap(net: nn.Module, precision: Precision, world: World) -> nn.Module:
+def wrap_module(net: nn.Module, precision: Precision, world: World) -> nn.Module:
     """The role's distributed wrapper; enter it once an update."""
     held = RoleModule(net, precision, world.device)
     if world.group is None:
@@ -212,11 +212,11 @@ def wrap(net: nn.Module, precision: Precision, world: World) -> nn.Module:
         bucket_cap_mb=25,
     )
     if world.device.type == "cpu" and world.size > 2:
-        wrapped.register_comm_hook(world, _mean_in_rank_order)
+        wrapped.register_comm_hook(world, _average_in_rank_order)
     return wrapped
 
 
-def _mean_in_rank_order(world: World, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+def _average_in_rank_order(world: World, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
     """The mean of a bucket over workers, each element summed in the order of ranks.
 
     A ring adds an element's parts in an order that depends on where the element lies in the bucket, and DDP lays its

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from t2idist.contract import Role, System
-from t2idist.engine.groups import convert, running_statistics, tracking
+from t2idist.engine.groups import convert_layers, running_statistics, track_statistics
 from t2idist.engine.guard import Guard
 from t2idist.engine.noise import Noise
-from t2idist.engine.schedule import ema_decay, factor
+from t2idist.engine.schedule import ema_decay, lr_factor
 from t2idist.engine.strategy import DDPStrategy, Precision, Strategy
-from t2idist.engine.world import Share, World, mean_by_share
+from t2idist.engine.world import Share, World, weighted_mean
 from t2idist.engine.zero import ZeroStrategy
 from t2idist.nn.fast.layers import clear_cached_casts, use_fast_layers
 
@@ -76,7 +76,7 @@ class Trainer:
 
     def _start(self, name: str, role: Role) -> _RoleState:
         self._place(role.net).train()
-        convert(role.net, self.group_size, self.noise_source)
+        convert_layers(role.net, self.group_size, self.noise_source)
         ema = None
         if role.ema_half_life_images is not None:
             ema = copy.deepcopy(role.net).eval().requires_grad_(False)
@@ -107,12 +107,12 @@ class Trainer:
         live.entered = False
         bad, norm = self.guard.check(live.engine.backward(self.guard.weigh(loss, self.share.weight)))
         self._reports.append((self.step, f"{GRADIENTS}{role}", norm))
-        live.engine.step(live.role.optimizer.lr * factor(live.role.optimizer.schedule, self.images), bad)
+        live.engine.step(live.role.optimizer.lr * lr_factor(live.role.optimizer.schedule, self.images), bad)
         clear_cached_casts(live.role.net)
         if live.ema is not None:
             assert live.role.ema_half_life_images is not None
             keep = ema_decay(live.role.ema_half_life_images, self.group_size * self.share.groups)
-            _average(live.ema, live.role.net, keep, statistics=not self._momentum)
+            _update_ema(live.ema, live.role.net, keep, statistics=not self._momentum)
 
     def update(self, role: str, fn: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         loss = self.forward(role, fn, *args, **kwargs)
@@ -151,7 +151,7 @@ class Trainer:
         assert not pending, f"{pending}: forward without apply"
         for live in self._live.values():
             if live.ema is not None and live.again is not None:
-                with torch.no_grad(), self.precision.autocast(self.world.device), tracking(live.ema, momentum):
+                with torch.no_grad(), self.precision.autocast(self.world.device), track_statistics(live.ema, momentum):
                     live.again(live.ema)
                 live.again = None
         self.guard.end_step()
@@ -217,7 +217,7 @@ class Trainer:
 
     def settled_buffers(self) -> dict[str, Tensor]:
         """Floating buffers' means over workers by share: what one worker with all groups would hold. A collective."""
-        return mean_by_share(self._float_buffers(), self.world, self.share)
+        return weighted_mean(self._float_buffers(), self.world, self.share)
 
     def state(self) -> dict[str, Tensor]:
         """The whole training state by name: load into these tensors, then call `finish_load`.
@@ -282,7 +282,7 @@ def _mean(weighted: list[tuple[float, float]]) -> float:
     return math.fsum(weight * value for weight, value in weighted) / math.fsum(weight for weight, _ in weighted)
 
 
-def _average(ema: nn.Module, net: nn.Module, keep: float, *, statistics: bool) -> None:
+def _update_ema(ema: nn.Module, net: nn.Module, keep: float, *, statistics: bool) -> None:
     """ema <- keep * ema + (1 - keep) * net, for parameters and floating buffers; other buffers are copied.
 
     statistics: whether those of BatchNorm are among them.

@@ -88,7 +88,7 @@ class Share:
         return len(self.lanes) * self.workers / self.groups
 
 
-def mean_by_share(tensors: Mapping[str, Tensor], world: World, share: Share) -> dict[str, Tensor]:
+def weighted_mean(tensors: Mapping[str, Tensor], world: World, share: Share) -> dict[str, Tensor]:
     """Each tensor's mean over workers, weighted by their share, in float64; one collective. Inputs stay as they are."""
     if world.group is None or not tensors:
         return {name: tensor.clone() for name, tensor in tensors.items()}

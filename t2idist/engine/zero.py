@@ -26,15 +26,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from t2idist.contract import Role
-from t2idist.engine.strategy import (
-    Precision,
-    RoleModule,
-    init_optimizer_state,
-    make_adam,
-    prepare_step,
-    state_bytes,
-    trainable_parameters,
-)
+from t2idist.engine.strategy import (Precision, RoleModule, init_optimizer_state, make_adam, set_up_step, state_bytes, trainable_parameters)
 from t2idist.engine.world import World
 
 BUCKET_ELEMENTS = 25 * 2**20 // 4
@@ -43,7 +35,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class _Place:
+class _ParameterSlice:
     """Where a parameter lies: which flat group of DeepSpeed's, from which element."""
 
     name: str
@@ -80,23 +72,23 @@ class ZeroStrategy:
         ]
         assert groups[0], f"{name}: no parameter begins with the clip_prefix '{prefix}'"
         self._adam = make_adam([{"params": group} for group in groups if group], role.optimizer)
-        self._engine = _start(RoleModule(role.net, precision, world.device), self._adam, world, stage)
+        self._engine = _initialize_deepspeed(RoleModule(role.net, precision, world.device), self._adam, world, stage)
         self._zero = self._engine.optimizer
         init_optimizer_state(self._adam)
         self._places = self._find()
         self._norms = torch.zeros(len(self._adam.param_groups), dtype=torch.float64, device=world.device)
-        self._order = _Order(self._zero) if stage == 2 else None
+        self._order = _FixedReductionOrder(self._zero) if stage == 2 else None
         self._reached: set[str] = set()
         hooks = [
-            parameter.register_post_accumulate_grad_hook(_note(self._reached, key))  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(_recorder(self._reached, key))  # type: ignore[no-untyped-call]
             for key, parameter in self._trained.items()
         ]
-        weakref.finalize(self, _remove, [*hooks, *self._zero._grad_acc_hooks]).atexit = False
+        weakref.finalize(self, _remove_hooks, [*hooks, *self._zero._grad_acc_hooks]).atexit = False
 
-    def _find(self) -> list[_Place]:
+    def _find(self) -> list[_ParameterSlice]:
         names = {id(parameter): key for key, parameter in self._trained.items()}
         return [
-            _Place(names[id(parameter)], parameter.shape, group, start)
+            _ParameterSlice(names[id(parameter)], parameter.shape, group, start)
             for group, parameters in enumerate(self._zero.round_robin_bit16_groups)
             for parameter, start in zip(parameters, self._zero.round_robin_bit16_offsets[group], strict=True)
         ]
@@ -124,7 +116,7 @@ class ZeroStrategy:
         if self._clip_norm is not None:
             factor = (self._clip_norm / (self._norms[0] + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(self._gradients(0), factor.float())
-        prepare_step(self._adam, lr, bad)
+        set_up_step(self._adam, lr, bad)
         self._engine.step()
 
     def _gradients(self, group: int) -> list[Tensor]:
@@ -179,17 +171,17 @@ class ZeroStrategy:
         return whole
 
 
-def _note(reached: set[str], key: str) -> Callable[[Tensor], None]:
+def _recorder(reached: set[str], key: str) -> Callable[[Tensor], None]:
     return lambda _: reached.add(key)
 
 
-def _remove(hooks: Sequence[RemovableHandle]) -> None:
+def _remove_hooks(hooks: Sequence[RemovableHandle]) -> None:
     """Take all hooks off: through them a parameter and its engine would hold each other in memory for ever."""
     for hook in hooks:
         hook.remove()
 
 
-class _Order:
+class _FixedReductionOrder:
     """Lets ZeRO 2 average gradients in one order on all workers: the last parameter's first.
 
     By itself it takes them in the order in which a worker's backward gives them. Where workers' graphs differ (another
@@ -218,7 +210,7 @@ class _Order:
             self._taken += 1
 
 
-class _Group:
+class _DataParallelUnit:
     """The workers as DeepSpeed asks for them: one data-parallel group, no other kind of division."""
 
     def __init__(self, world: World) -> None:
@@ -243,9 +235,9 @@ class _Group:
         return 0
 
 
-def _start(held: nn.Module, adam: torch.optim.Adam, world: World, stage: int) -> Any:
+def _initialize_deepspeed(held: nn.Module, adam: torch.optim.Adam, world: World, stage: int) -> Any:
     """A DeepSpeed engine that averages gradients and divides Adam's state, and does nothing else."""
-    deepspeed = _load(world.device)
+    deepspeed = _import_deepspeed(world.device)
     elements = sum(parameter.numel() for group in adam.param_groups for parameter in group["params"])
     settings = {
         "train_micro_batch_size_per_gpu": 1,
@@ -264,14 +256,14 @@ def _start(held: nn.Module, adam: torch.optim.Adam, world: World, stage: int) ->
         args=SimpleNamespace(device_rank=world.device.index or 0),
         model=held,
         optimizer=adam,
-        mpu=_Group(world),
+        mpu=_DataParallelUnit(world),
         dist_init_required=False,
         config=settings,
     )
     return engine
 
 
-def _load(device: torch.device) -> ModuleType:
+def _import_deepspeed(device: torch.device) -> ModuleType:
     """Import DeepSpeed for this kind of device, without its minutes of compiling and its lines of progress."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from t2idist.engine.metrics import MetricLogger, add_lines, read_metrics
+from t2idist.engine.metrics import MetricLogger, append_lines, read_metrics
 
 
 def log(folder: Path, images: int = 0) -> MetricLogger:
@@ -43,7 +43,7 @@ def test_lines_of_a_lost_worker_come_after_those_that_are_stored(tmp_path: Path)
     assert made.losses == {"loss": 3.0}
     lost = made.unwritten()
     assert [line["images"] for line in lost] == [2, 3]
-    add_lines(str(tmp_path / "gan"), lost)
-    add_lines(str(tmp_path / "gan"), lost)
+    append_lines(str(tmp_path / "gan"), lost)
+    append_lines(str(tmp_path / "gan"), lost)
     assert [line["loss"] for line in read_metrics(str(tmp_path / "gan"))] == [0.0, 1.0, 2.0, 3.0]
     assert [line["images"] for line in log(tmp_path, 2).lines] == [0, 1, 2]

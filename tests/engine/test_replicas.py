@@ -33,7 +33,7 @@ class FolderKeepers:
         name = f"{key.replace('/', '_')}-{held.rank}-{held.step:04d}-{held.attempt}"
         (self._folder / name).write_bytes(pickle.dumps((held, bytes(data))))
 
-    def list_held(self, key: str) -> list[ReplicaInfo]:
+    def list_replicas(self, key: str) -> list[ReplicaInfo]:
         return [pickle.loads(file.read_bytes())[0] for file in self._files(key)]
 
     def get(self, key: str, held: ReplicaInfo) -> bytes:

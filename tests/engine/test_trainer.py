@@ -17,7 +17,7 @@ from t2idist.engine import loop
 from t2idist.engine.checkpoint import export, sharded
 from t2idist.engine.checkpoint.format import COMMIT, CorruptCheckpoint, list_folders, milestones_of, read_marker
 from t2idist.engine.checkpoint.manager import CheckpointManager
-from t2idist.engine.groups import GroupedBatchNorm, convert
+from t2idist.engine.groups import GroupedBatchNorm, convert_layers
 from t2idist.engine.noise import Noise
 from t2idist.engine.strategy import Precision
 from t2idist.engine.trainer import Trainer
@@ -195,7 +195,7 @@ def test_a_checkpoint_of_another_system_names_what_is_missing(tmp_path: Path) ->
 def test_batch_norm_in_groups_is_batch_norm_of_each_group() -> None:
     torch.manual_seed(0)
     plain, grouped = nn.BatchNorm2d(5), nn.BatchNorm2d(5)
-    convert(grouped, 4, Noise(0, "s", range(3), 4, torch.device("cpu"), torch.float32))
+    convert_layers(grouped, 4, Noise(0, "s", range(3), 4, torch.device("cpu"), torch.float32))
     x = torch.randn(12, 5, 2, 2)
     expected = torch.cat([plain(part) for part in x.split(4)])
     assert torch.equal(grouped(x), expected)
@@ -229,9 +229,9 @@ def test_shares_are_whole_groups_and_even() -> None:
 def test_layers_that_cannot_run_in_groups_are_refused() -> None:
     noise = Noise(0, "s", range(1), 2, torch.device("cpu"), torch.float32)
     with pytest.raises(ValueError, match="recurrent"):
-        convert(nn.Sequential(nn.LSTM(3, 3, num_layers=2, dropout=0.5)), 2, noise)
+        convert_layers(nn.Sequential(nn.LSTM(3, 3, num_layers=2, dropout=0.5)), 2, noise)
     with pytest.raises(ValueError, match="Dropout2d"):
-        convert(nn.Sequential(nn.Dropout2d()), 2, noise)
+        convert_layers(nn.Sequential(nn.Dropout2d()), 2, noise)
 
 
 class Misused(toy_gan.ToyGan):
@@ -415,7 +415,7 @@ def test_averaged_networks_get_the_statistics_of_their_own_passes() -> None:
 
 def test_statistics_are_settled_in_the_steps_before_a_look() -> None:
     stage = StageConfig(system="toy", group_size=5, groups=2, images=2010, pictures_every_images=505)
-    momenta = [loop.momentum(stage, number) for number in range(stage.steps)]
+    momenta = [loop.statistics_momentum(stage, number) for number in range(stage.steps)]
     looks = [n for n in range(stage.steps) if loop.due(505, n * 10, n * 10 + 10)] + [stage.steps - 1]
     assert looks == [50, 100, 151, 200]
     for look in looks:
@@ -423,4 +423,4 @@ def test_statistics_are_settled_in_the_steps_before_a_look() -> None:
         assert window == [1 / (i + 1) for i in range(32)], "the mean of the last 32"
     assert sum(momentum > 0 for momentum in momenta) == 4 * 32
     often = replace(stage, pictures_every_images=10)
-    assert [loop.momentum(often, number) for number in (0, 1, 2, 100)] == [1, 1 / 2, 1 / 3, 1 / 32]
+    assert [loop.statistics_momentum(often, number) for number in (0, 1, 2, 100)] == [1, 1 / 2, 1 / 3, 1 / 32]

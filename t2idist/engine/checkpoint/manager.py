@@ -51,8 +51,8 @@ class CheckpointManager:
         self.url, self.world, self.config, self.meta = url, world, config, meta
         self.attempt = world.broadcast_object(uuid.uuid4().hex[:8])
         self.newest: dict[str, Any] = {}
-        self._placement: sharded.Placement | None = None
-        self._part: sharded.Part | None = None
+        self._placement: sharded.PartPlan | None = None
+        self._part: sharded.PartBuffer | None = None
         self._writing: threading.Thread | None = None
         self._fault: str | None = None
 
@@ -67,12 +67,12 @@ class CheckpointManager:
         began = time.monotonic()
         self._join()
         folder = storage.join(self.url, folder_name(trainer.images, self.attempt))
-        state = state_of(trainer)
+        state = checkpoint_state(trainer)
         if self._placement is None or self._part is None:
-            self._placement = sharded.place(state, self.world)
-            self._part = sharded.Part(state, self._placement.mine)
+            self._placement = sharded.plan_parts(state, self.world)
+            self._part = sharded.PartBuffer(state, self._placement.mine)
         self._part.fill(state)
-        meta = {"time": now(), **facts_of(trainer), **self.meta}
+        meta = {"time": now(), **marker_fields(trainer), **self.meta}
         stall_seconds = round(time.monotonic() - began, 4)
         arguments = (folder, meta, stall_seconds)
         self._writing = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
@@ -130,7 +130,7 @@ class CheckpointManager:
         for folder in self.world.broadcast_object(list_folders(self.url)):
             url = storage.join(self.url, folder)
             try:
-                found = load_into(trainer, url, read_marker(url))
+                found = load_checkpoint(trainer, url, read_marker(url))
                 self.newest.update(images=found.images, time=found.marker.get("time"))
                 return found
             except CorruptCheckpoint as error:
@@ -161,12 +161,12 @@ class CheckpointManager:
             storage.remove(storage.join(self.url, folder))
 
 
-def state_of(trainer: Trainer) -> dict[str, Tensor]:
+def checkpoint_state(trainer: Trainer) -> dict[str, Tensor]:
     """All that a checkpoint holds, by name. A collective."""
     return trainer.state() | trainer.settled_buffers() | trainer.own_buffers()
 
 
-def facts_of(trainer: Trainer) -> dict[str, Any]:
+def marker_fields(trainer: Trainer) -> dict[str, Any]:
     """What a marker says of the moment and of the scale."""
     return {
         "images": trainer.images,
@@ -177,8 +177,8 @@ def facts_of(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def load_into(
-    trainer: Trainer, url: str, marker: dict[str, Any], read: sharded.Read | None = None
+def load_checkpoint(
+    trainer: Trainer, url: str, marker: dict[str, Any], read: sharded.ReadPart | None = None
 ) -> CommittedCheckpoint:
     """Put a checkpoint into the trainer. A collective; raises `CorruptCheckpoint`, or ValueError for one of another scale.
 

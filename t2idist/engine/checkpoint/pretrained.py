@@ -61,16 +61,16 @@ def check_init(system: System, url: str, vocabulary: Sequence[str], where: str) 
 
     The system may be on the meta device; vocabulary: of the stage.
     """
-    _fitting(system, url, vocabulary, where)
+    _matching_networks(system, url, vocabulary, where)
 
 
 def load_init(system: System, url: str, vocabulary: Sequence[str], where: str) -> None:
     """Start the roles that an export holds from its weights; the others keep theirs. Raises as `check_init` does."""
-    for net, weights in _fitting(system, url, vocabulary, where):
+    for net, weights in _matching_networks(system, url, vocabulary, where):
         net.load_state_dict(weights)
 
 
-def _fitting(
+def _matching_networks(
     system: System, url: str, vocabulary: Sequence[str], where: str
 ) -> list[tuple[nn.Module, dict[str, Tensor]]]:
     """The networks that are trained here and that the export holds, each with its weights there."""

@@ -26,13 +26,13 @@ class ReplicaInfo:
 class ReplicaStore(Protocol):
     """Other processes that hold parts by key. All raise OSError where they cannot be reached."""
 
-    def put(self, key: str, held: ReplicaInfo, data: memoryview) -> None:
+    def put(self, key: str, info: ReplicaInfo, data: memoryview) -> None:
         """Give a part to keepers on two machines, where there are two; of each worker they hold the last two."""
 
-    def list_held(self, key: str) -> list[ReplicaInfo]:
+    def list_replicas(self, key: str) -> list[ReplicaInfo]:
         """What all keepers that still live hold."""
 
-    def get(self, key: str, held: ReplicaInfo) -> bytes:
+    def get(self, key: str, info: ReplicaInfo) -> bytes:
         """The bytes of a part."""
 
     def forget(self, prefix: str) -> None:

@@ -15,20 +15,20 @@ from typing import Any
 from t2idist.config import CheckpointConfig
 from t2idist.engine.checkpoint import sharded
 from t2idist.engine.checkpoint.format import CorruptCheckpoint
-from t2idist.engine.checkpoint.manager import CommittedCheckpoint, facts_of, load_into, state_of
+from t2idist.engine.checkpoint.manager import CommittedCheckpoint, marker_fields, load_checkpoint, checkpoint_state
 from t2idist.engine.checkpoint.replica_protocol import ReplicaInfo, ReplicaStore
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import World
 
 logger = logging.getLogger(__name__)
 
-IN_MEMORY = "copy in memory"
-MOST_SHARE = 0.01
+REPLICA_SOURCE = "copy in memory"
+MAX_TIME_SHARE = 0.01
 """Of the training's time that the copies may take."""
 
 
 @dataclass(frozen=True)
-class Replica:
+class ReplicaSet:
     """A whole copy. parts: by rank. marker: as a checkpoint's commit marker."""
 
     parts: tuple[ReplicaInfo, ...]
@@ -45,8 +45,8 @@ class ReplicaManager:
         self._keepers, self._key, self._world, self._attempt = keepers, key, world, attempt
         self._fixed = config.memory_every_steps
         self.every_steps = self._fixed or 1
-        self._placement: sharded.Placement | None = None
-        self._part: sharded.Part | None = None
+        self._placement: sharded.PartPlan | None = None
+        self._part: sharded.PartBuffer | None = None
         self._sending: threading.Thread | None = None
         self._fault: str | None = None
         self._told = False
@@ -62,17 +62,17 @@ class ReplicaManager:
         """Copy this worker's part of the state and begin to send it, with its notes (plain values). A collective."""
         began = time.monotonic()
         self._join()
-        state = state_of(trainer)
+        state = checkpoint_state(trainer)
         if self._placement is None or self._part is None:
-            self._placement = sharded.place(state, self._world)
-            self._part = sharded.Part(state, self._placement.mine)
+            self._placement = sharded.plan_parts(state, self._world)
+            self._part = sharded.PartBuffer(state, self._placement.mine)
             self._names = self._world.all_gather_object(self._placement.mine)
             began = time.monotonic()  # once in a stage, and no part of what a copy costs
         self._part.fill(state)
         facts: dict[str, Any] = {"notes": notes}
         if self._world.is_main:
             assert self._placement.metadata is not None
-            facts["marker"] = {**facts_of(trainer), "tensors": sharded.describe(self._placement.metadata, self._names)}
+            facts["marker"] = {**marker_fields(trainer), "tensors": sharded.describe_tensors(self._placement.metadata, self._names)}
         held = ReplicaInfo(self._attempt, trainer.step, trainer.images, self._world.rank, self._world.size, facts)
         self._sending = threading.Thread(target=self._send, args=(held, self._part), name="memory", daemon=True)
         self._sending.start()
@@ -95,7 +95,7 @@ class ReplicaManager:
         costs = [cost for cost in self._world.all_gather_object((self._cost_seconds, self._copies)) if cost[1]]
         if not self._fixed and costs:
             cost = max(seconds / copies for seconds, copies in costs)
-            self.every_steps = max(1, round(cost / (MOST_SHARE * max(step_seconds, 1e-6)) + 0.5))
+            self.every_steps = max(1, round(cost / (MAX_TIME_SHARE * max(step_seconds, 1e-6)) + 0.5))
         if self._fault is not None and not self._told:
             self._told = True
             logger.warning("copies in memory: %s; checkpoints in storage go on", self._fault)
@@ -122,10 +122,10 @@ class ReplicaManager:
             try:
                 return self._keepers.get(self._key, by_name[name])
             except OSError as error:
-                raise CorruptCheckpoint(f"{IN_MEMORY} at step {copy.parts[0].step}: {error}") from None
+                raise CorruptCheckpoint(f"{REPLICA_SOURCE} at step {copy.parts[0].step}: {error}") from None
 
         try:
-            found = load_into(trainer, IN_MEMORY, copy.marker, read)
+            found = load_checkpoint(trainer, REPLICA_SOURCE, copy.marker, read)
         except CorruptCheckpoint as error:
             if self._world.is_main:
                 logger.warning("passed over: %s", error)
@@ -133,9 +133,9 @@ class ReplicaManager:
         self.notes = [held.facts["notes"] for held in copy.parts]
         return found
 
-    def _newest(self) -> Replica | None:
+    def _newest(self) -> ReplicaSet | None:
         try:
-            found = self._keepers.list_held(self._key)
+            found = self._keepers.list_replicas(self._key)
         except OSError as error:
             logger.warning("copies in memory: %s", error)
             return None
@@ -145,7 +145,7 @@ class ReplicaManager:
         for _, parts in sorted(copies.items(), reverse=True):
             first = parts.get(0)
             if first is not None and set(parts) == set(range(first.workers)):
-                return Replica(tuple(parts[rank] for rank in range(first.workers)), dict(first.facts["marker"]))
+                return ReplicaSet(tuple(parts[rank] for rank in range(first.workers)), dict(first.facts["marker"]))
         return None
 
     def _join(self) -> None:
@@ -154,7 +154,7 @@ class ReplicaManager:
             self._sending = None
             self._cost_seconds += self._sent_seconds
 
-    def _send(self, held: ReplicaInfo, part: sharded.Part) -> None:
+    def _send(self, held: ReplicaInfo, part: sharded.PartBuffer) -> None:
         began = time.monotonic()
         try:
             self._keepers.put(self._key, held, part.data)

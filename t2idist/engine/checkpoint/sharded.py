@@ -45,7 +45,7 @@ DTYPES = {name: getattr(torch, name) for name in TYPES}
 
 
 @dataclass(frozen=True)
-class Placement:
+class PartPlan:
     """Which tensors a worker writes (each is written once, evenly over the workers), and the whole checkpoint's list.
 
     mine: names. metadata: on the first worker, of all tensors.
@@ -55,17 +55,17 @@ class Placement:
     metadata: Metadata | None
 
 
-def place(state: Mapping[str, Tensor], world: World) -> Placement:
+def plan_parts(state: Mapping[str, Tensor], world: World) -> PartPlan:
     """Plan a checkpoint of `state`; holds for every save of the same names and shapes. A collective."""
     planner = DefaultSavePlanner(flatten_state_dict=False)
     planner.set_up_planner(dict(state), is_coordinator=world.is_main)
     plans = world.all_gather_object(planner.create_local_plan())
     made = planner.create_global_plan(plans) if world.is_main else None
     plan = world.broadcast_object(made[0] if made is not None else [])[world.rank]
-    return Placement(tuple(item.index.fqn for item in plan.items), made[1] if made is not None else None)
+    return PartPlan(tuple(item.index.fqn for item in plan.items), made[1] if made is not None else None)
 
 
-class Part:
+class PartBuffer:
     """A worker's part of a checkpoint as the bytes of a safetensors file in host memory, filled again for each save."""
 
     def __init__(self, state: Mapping[str, Tensor], names: Sequence[str]) -> None:
@@ -109,7 +109,7 @@ def part_name(rank: int) -> str:
     return f"part-{rank:05d}.safetensors"
 
 
-def write_part(url: str, name: str, part: Part) -> dict[str, Any]:
+def write_part(url: str, name: str, part: PartBuffer) -> dict[str, Any]:
     """Store a part, hashed meanwhile; gives its facts for the commit marker."""
     with ThreadPoolExecutor(1, "hash") as pool:
         digest = pool.submit(storage.sha256, part.data)
@@ -122,11 +122,11 @@ def commit(
 ) -> None:
     """Write the marker that makes a checkpoint of its parts (names and facts, one a worker)."""
     files = {facts["file"]: {"bytes": facts["bytes"], "sha256": facts["sha256"]} for names, facts in parts if names}
-    tensors = describe(metadata, [names for names, _ in parts])
+    tensors = describe_tensors(metadata, [names for names, _ in parts])
     storage.write_json(storage.join(url, COMMIT), {"format": FORMAT, **meta, "files": files, "tensors": tensors})
 
 
-def describe(metadata: Metadata, names_by_rank: Sequence[Sequence[str]]) -> dict[str, dict[str, Any]]:
+def describe_tensors(metadata: Metadata, names_by_rank: Sequence[Sequence[str]]) -> dict[str, dict[str, Any]]:
     """File, type and shape of each tensor of a checkpoint."""
     tensors: dict[str, dict[str, Any]] = {}
     for rank, names in enumerate(names_by_rank):
@@ -138,14 +138,14 @@ def describe(metadata: Metadata, names_by_rank: Sequence[Sequence[str]]) -> dict
     return tensors
 
 
-Read = Callable[[str], bytes]
+ReadPart = Callable[[str], bytes]
 """Gives the bytes of a part by its name; raises `CorruptCheckpoint`."""
 
 
-class Reader(StorageReader):
+class CheckpointReader(StorageReader):
     """Reads a complete checkpoint by its marker; `read` gives the parts."""
 
-    def __init__(self, marker: dict[str, Any], read: Read) -> None:
+    def __init__(self, marker: dict[str, Any], read: ReadPart) -> None:
         self.marker, self.read = marker, read
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -209,14 +209,14 @@ def _quiet() -> Iterator[None]:
             log.setLevel(level)
 
 
-def load(state: dict[str, Tensor], url: str, marker: dict[str, Any], group: Any, read: Read | None = None) -> None:
+def load(state: dict[str, Tensor], url: str, marker: dict[str, Any], group: Any, read: ReadPart | None = None) -> None:
     """Fill the tensors of `state` in place. Raises `CorruptCheckpoint` on every worker where one finds a fault.
 
     read: gives the parts by name; None: the files under `url`, checked against the marker.
     """
     _check_names(state, url, marker)
     planner = DefaultLoadPlanner(flatten_state_dict=False)
-    reader = Reader(marker, read or (lambda name: read_part(url, name, marker["files"][name])))
+    reader = CheckpointReader(marker, read or (lambda name: read_part(url, name, marker["files"][name])))
     try:
         with _quiet():
             load_state(state, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)

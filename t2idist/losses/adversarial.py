@@ -13,17 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from t2idist.losses.matching import WrongPairs
-from t2idist.nn.precision import full
+from t2idist.nn.precision import upcast
 
 
 def bce_real(logits: Tensor) -> Tensor:
     """Mean cross-entropy of logits (N,) against target 1."""
-    return F.softplus(-full(logits)).mean()
+    return F.softplus(-upcast(logits)).mean()
 
 
 def bce_fake(logits: Tensor) -> Tensor:
     """Mean cross-entropy of logits (N,) against target 0."""
-    return F.softplus(full(logits)).mean()
+    return F.softplus(upcast(logits)).mean()
 
 
 def masked_bce_fake(logits: Tensor, keep: Tensor, groups: int) -> Tensor:
@@ -31,7 +31,7 @@ def masked_bce_fake(logits: Tensor, keep: Tensor, groups: int) -> Tensor:
 
     logits and keep (N,), N = groups * samples of a group.
     """
-    terms = F.softplus(full(logits)).view(groups, -1)
+    terms = F.softplus(upcast(logits)).view(groups, -1)
     kept = keep.view(groups, -1).to(terms.dtype)
     return ((terms * kept).sum(1) / kept.sum(1).clamp(min=1)).mean()
 
@@ -48,7 +48,7 @@ class UnconditionalLosses:
 
 def unconditional_losses(real: Tensor, fake: Tensor) -> UnconditionalLosses:
     """By the logits (N,) of real and of generated pictures. The accuracies have no gradient."""
-    return UnconditionalLosses(bce_real(real), bce_fake(fake), _share(real > 0), _share(fake < 0))
+    return UnconditionalLosses(bce_real(real), bce_fake(fake), _fraction(real > 0), _fraction(fake < 0))
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def joint_losses(
     real_features = net.features(real)
     fake_features = net.features(fake)
     return JointLosses(
-        **vars(_pair_verdict(net, real_features, fake_features, condition, pairs, groups)),
+        **vars(_pair_losses(net, real_features, fake_features, condition, pairs, groups)),
         real_alone=bce_real(net.unconditional(real_features)),
         fake_alone=bce_fake(net.unconditional(fake_features)),
     )
@@ -112,10 +112,10 @@ def matching_aware_losses(
     net: ConditionalDiscriminator, real: Tensor, fake: Tensor, condition: Tensor, pairs: WrongPairs, groups: int
 ) -> PairLosses:
     """A matching-aware discriminator's verdict (GAN-CLS, section 4.2) on pictures (N, 3, S, S) of conditions (N, D)."""
-    return _pair_verdict(net, net.features(real), net.features(fake), condition, pairs, groups)
+    return _pair_losses(net, net.features(real), net.features(fake), condition, pairs, groups)
 
 
-def _pair_verdict(
+def _pair_losses(
     net: ConditionalDiscriminator, real: Tensor, fake: Tensor, condition: Tensor, pairs: WrongPairs, groups: int
 ) -> PairLosses:
     """By the features of real and generated pictures."""
@@ -125,14 +125,14 @@ def _pair_verdict(
         real=bce_real(own),
         wrong=masked_bce_fake(other, pairs.keep, groups),
         fake=bce_fake(drawn),
-        accuracy_real=_share(own > 0),
-        accuracy_wrong=_share(other < 0, pairs.keep),
-        accuracy_fake=_share(drawn < 0),
-        accuracy_matching=_share(own > other, pairs.keep),
+        accuracy_real=_fraction(own > 0),
+        accuracy_wrong=_fraction(other < 0, pairs.keep),
+        accuracy_fake=_fraction(drawn < 0),
+        accuracy_matching=_fraction(own > other, pairs.keep),
     )
 
 
-def _share(right: Tensor, among: Tensor | None = None) -> Tensor:
+def _fraction(right: Tensor, among: Tensor | None = None) -> Tensor:
     """Of these (n,) answers, or of those `among` them; 0 where there are none."""
     if among is None:
         return right.sum() / max(len(right), 1)

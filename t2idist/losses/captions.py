@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from t2idist.nn.precision import full
+from t2idist.nn.precision import upcast
 
 
 def word_cross_entropy(logits: Tensor, tokens: Tensor, lengths: Tensor, groups: int) -> Tensor:
@@ -16,7 +16,7 @@ def word_cross_entropy(logits: Tensor, tokens: Tensor, lengths: Tensor, groups: 
     words; the released code takes this mean.
     """
     count, length = tokens.shape
-    terms = F.cross_entropy(full(logits).flatten(0, 1), tokens.flatten(), reduction="none").view(count, length)
+    terms = F.cross_entropy(upcast(logits).flatten(0, 1), tokens.flatten(), reduction="none").view(count, length)
     lengths = lengths.to(tokens.device, non_blocking=True)
     there = torch.arange(length, device=tokens.device) < lengths.unsqueeze(1)
     of_group = (terms * there).view(groups, -1).sum(1) / lengths.view(groups, -1).sum(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from t2idist.nn.precision import full, full_precision
+from t2idist.nn.precision import upcast, no_autocast
 
 
 def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -12,14 +12,14 @@ def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
 
     StackGAN, section 3.2, which sums over dimensions; the released code of the whole family takes the mean.
     """
-    mean, log_variance = full(mean), full(log_variance)
+    mean, log_variance = upcast(mean), upcast(log_variance)
     return -0.5 * (1 + log_variance - mean.square() - log_variance.exp()).mean()
 
 
 def colour_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (N, 3) and covariance (N, 3, 3) of the pixels of each picture (N, 3, H, W)."""
-    with full_precision(images):
-        pixels = full(images).flatten(2)
+    with no_autocast(images):
+        pixels = upcast(images).flatten(2)
         mean = pixels.mean(dim=2, keepdim=True)
         centred = pixels - mean
         return mean.squeeze(2), centred @ centred.transpose(1, 2) / pixels.shape[2]

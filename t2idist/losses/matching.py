@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from t2idist.nn.precision import full, full_precision
+from t2idist.nn.precision import upcast, no_autocast
 
-SMALLEST_NORM = 1e-8
+MIN_NORM = 1e-8
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ def _similarity_in_group(regions: Tensor, words: Tensor, lengths: Tensor, gammas
     runs = list(zip(counts.tolist(), kinds.tolist(), strict=True))
     gram: Tensor = Gram.apply(regions)  # type: ignore[no-untyped-call]
     product, square = Attended.apply(scores, gram, runs, gammas.attention)  # type: ignore[no-untyped-call]
-    norms = square.clamp(min=SMALLEST_NORM**2).sqrt() * spoken.norm(dim=1, keepdim=True)
-    cosine = product / norms.clamp(min=SMALLEST_NORM)
+    norms = square.clamp(min=MIN_NORM**2).sqrt() * spoken.norm(dim=1, keepdim=True)
+    cosine = product / norms.clamp(min=MIN_NORM)
     evidence = cosine.new_full((*words.shape[::2], pictures), float("-inf"))
     evidence = evidence.index_put((caption, place), gammas.words * cosine)
     similarity: Tensor = evidence.logsumexp(dim=1).t()
@@ -190,20 +190,20 @@ def word_losses(
 
     regions (N, D, R), words (N, D, T), lengths and class_ids (N,).
     """
-    with full_precision(regions):
+    with no_autocast(regions):
         similarity = word_similarity(
-            _by_group(full(regions), groups), _by_group(full(words), groups), _by_group(lengths, groups), gammas
+            _by_group(upcast(regions), groups), _by_group(upcast(words), groups), _by_group(lengths, groups), gammas
         )
         return _ranking_losses(gammas.ranking * similarity, class_ids)
 
 
 def sentence_losses(images: Tensor, sentences: Tensor, class_ids: Tensor, groups: int, gammas: Gammas) -> RankingLosses:
     """L_1^s and L_2^s of the DAMSM (section 3.2): cosines of image codes and sentence vectors, both (N, D)."""
-    with full_precision(images):
-        pictures = _by_group(full(images), groups)
-        captions = _by_group(full(sentences), groups)
+    with no_autocast(images):
+        pictures = _by_group(upcast(images), groups)
+        captions = _by_group(upcast(sentences), groups)
         norms = pictures.norm(dim=2).unsqueeze(2) * captions.norm(dim=2).unsqueeze(1)
-        cosine = (pictures @ captions.transpose(1, 2)) / norms.clamp(min=SMALLEST_NORM)
+        cosine = (pictures @ captions.transpose(1, 2)) / norms.clamp(min=MIN_NORM)
         return _ranking_losses(gammas.ranking * cosine, class_ids)
 
 
@@ -218,8 +218,8 @@ def joint_embedding_losses(
     each of another class: hinges, summed over the pairs and divided by B**2, as in the released code; the paper writes
     the largest hinge of each.
     """
-    with full_precision(images):
-        score = _by_group(full(images), groups) @ _by_group(full(sentences), groups).transpose(1, 2)
+    with no_autocast(images):
+        score = _by_group(upcast(images), groups) @ _by_group(upcast(sentences), groups).transpose(1, 2)
         classes = _by_group(class_ids, groups)
         other = classes.unsqueeze(2) != classes.unsqueeze(1)
         own = score.diagonal(dim1=1, dim2=2)

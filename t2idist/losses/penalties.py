@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from t2idist.nn.precision import full
+from t2idist.nn.precision import upcast
 
 
 def slope_penalty(scores: Tensor, images: Tensor) -> Tensor:
@@ -27,6 +27,6 @@ def gradient_penalty(score: Callable[[Tensor], Tensor], real: Tensor, fake: Tens
     share of the real picture. The pictures between and the norms are in full precision; what `score` does, and so the
     slope, in the precision that it is called in.
     """
-    share = full(mixing).view(-1, 1, 1, 1)
-    mixed = (share * full(real) + (1 - share) * full(fake)).detach().requires_grad_()
-    return slope_penalty(full(score(mixed)), mixed)
+    share = upcast(mixing).view(-1, 1, 1, 1)
+    mixed = (share * upcast(real) + (1 - share) * upcast(fake)).detach().requires_grad_()
+    return slope_penalty(upcast(score(mixed)), mixed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from t2idist.nn.precision import full
+from t2idist.nn.precision import upcast
 
 
 class WordAttention(nn.Module):
@@ -34,7 +34,7 @@ class WordAttention(nn.Module):
             hidden = padding.view(groups, size, -1).repeat(1, places, 1).view(count, places, -1)
         else:
             hidden = padding.unsqueeze(1)
-        weights = full(scores).masked_fill(hidden, float("-inf")).softmax(dim=2)
+        weights = upcast(scores).masked_fill(hidden, float("-inf")).softmax(dim=2)
         context = torch.bmm(weights.to(projected.dtype), projected.transpose(1, 2))  # (N, H*W, C)
         laid_out = context.view(count, height, width, channels).permute(0, 3, 1, 2)
         return laid_out, weights.transpose(1, 2).unflatten(2, (height, width))
@@ -57,6 +57,6 @@ class GlobalLocalAttention(WordAttention):
         rows = features.permute(0, 2, 3, 1)  # (N, H, W, C), as they lie channels last
         projected = self.linear(condition).to(rows.dtype)[:, None, None]
         scores = self.conv_sentence_vis((rows * projected).permute(0, 3, 1, 2))
-        weights = full(scores).permute(0, 2, 3, 1).softmax(dim=3)
+        weights = upcast(scores).permute(0, 2, 3, 1).softmax(dim=3)
         mixed: Tensor = weights.to(rows.dtype) * projected
         return mixed.permute(0, 3, 1, 2)

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from t2idist.nn.precision import full
+from t2idist.nn.precision import upcast
 
-LEAK = 0.2
+LEAKY_SLOPE = 0.2
 """Slope of LeakyReLU in every discriminator of the family."""
 
 
@@ -103,7 +103,7 @@ class JointConv2d(nn.Conv2d):
 def _of_condition(condition: Tensor, weight: Tensor, like: Tensor) -> Tensor:
     """The 3x3 convolution (O, D, 3, 3) of a condition (N, D) tiled over the places of `like` (N, O, H, W)."""
     products = F.linear(condition.to(like.dtype), weight.permute(0, 2, 3, 1).flatten(0, 2))
-    taps = full(products.unflatten(1, (-1, 3, 3)).permute(0, 2, 3, 1))
+    taps = upcast(products.unflatten(1, (-1, 3, 3)).permute(0, 2, 3, 1))
     places = _by_border(_by_border(taps, 1), 2).to(like.dtype)
     return _fill(_fill(places, 2, like.shape[3]), 1, like.shape[2]).permute(0, 3, 1, 2)
 
@@ -122,7 +122,7 @@ def _fill(places: Tensor, dim: int, count: int) -> Tensor:
     return torch.cat([first, middle.expand(sizes), last], dim)
 
 
-class Joined(nn.Sequential):
+class JointSequential(nn.Sequential):
     """A `JointConv2d` and the layers that follow it: features, conditions -> what comes out for each condition."""
 
     def forward(self, features: Tensor, *conditions: Tensor) -> list[Tensor]:
@@ -164,14 +164,14 @@ class GLUResidual(nn.Module):
 def leaky_block(channels_in: int, channels_out: int) -> nn.Sequential:
     """conv3x3 + BatchNorm + LeakyReLU, the discriminators' block that keeps the size."""
     return nn.Sequential(
-        conv3x3(channels_in, channels_out), nn.BatchNorm2d(channels_out), nn.LeakyReLU(LEAK, inplace=True)
+        conv3x3(channels_in, channels_out), nn.BatchNorm2d(channels_out), nn.LeakyReLU(LEAKY_SLOPE, inplace=True)
     )
 
 
 def down_block(channels_in: int, channels_out: int, norm: bool = True) -> nn.Sequential:
     """4x4 stride-2 convolution (+ BatchNorm) + LeakyReLU: (N, C, H, W) -> (N, channels_out, H/2, W/2)."""
     conv = nn.Conv2d(channels_in, channels_out, kernel_size=4, stride=2, padding=1, bias=False)
-    activation = nn.LeakyReLU(LEAK, inplace=True)
+    activation = nn.LeakyReLU(LEAKY_SLOPE, inplace=True)
     return nn.Sequential(conv, nn.BatchNorm2d(channels_out), activation) if norm else nn.Sequential(conv, activation)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2idist.nn.image_encoders import SmallTrunk, resize
-from t2idist.nn.precision import full, full_precision
+from t2idist.nn.precision import upcast, no_autocast
 from t2idist.nn.resnet import ResNetTrunk, imagenet_scale
 
 TRUNKS = ("resnet152", "small")
@@ -39,7 +39,7 @@ class ResNetCaptionCNN(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = resize(images, self.image_size)
         features = self.resnet(x if self.compat == "authors" else imagenet_scale(x))
-        return _projected(features.flatten(1), self.linear, self.bn)
+        return _project(features.flatten(1), self.linear, self.bn)
 
 
 class SmallCaptionCNN(SmallTrunk):
@@ -51,10 +51,10 @@ class SmallCaptionCNN(SmallTrunk):
         self.bn = nn.BatchNorm1d(word_dim, momentum=0.01)
 
     def forward(self, images: Tensor) -> Tensor:
-        return _projected(self.features(images)[1], self.linear, self.bn)
+        return _project(self.features(images)[1], self.linear, self.bn)
 
 
-def _projected(features: Tensor, linear: nn.Linear, norm: nn.BatchNorm1d) -> Tensor:
+def _project(features: Tensor, linear: nn.Linear, norm: nn.BatchNorm1d) -> Tensor:
     # The BatchNorm cancels the bias: its gradient is 0 but for rounding, from which Adam would make steps.
     projected = F.linear(features, linear.weight, linear.bias.detach()) + 0.0 * linear.bias
     out: Tensor = norm(projected)
@@ -81,8 +81,8 @@ class CaptionRNN(nn.Module):
         return self
 
     def forward(self, picture: Tensor, tokens: Tensor) -> Tensor:
-        before = torch.cat([full(picture).unsqueeze(1), self.embed(tokens[:, :-1])], dim=1)
-        with full_precision(before):
+        before = torch.cat([upcast(picture).unsqueeze(1), self.embed(tokens[:, :-1])], dim=1)
+        with no_autocast(before):
             states, _ = self.lstm(before)
         rows: Tensor = self.linear(states.flatten(0, 1))  # as they come, torch would repeat the weight for each picture
         return rows.view(*tokens.shape, -1)
@@ -90,7 +90,7 @@ class CaptionRNN(nn.Module):
     def describe(self, picture: Tensor, words: int) -> Tensor:
         """The likeliest word each time: (N, word_dim) -> tokens (N, words)."""
         tokens: list[Tensor] = []
-        given, state = full(picture).unsqueeze(1), None
+        given, state = upcast(picture).unsqueeze(1), None
         for _ in range(words):
             out, state = self.lstm(given, state)
             tokens.append(self.linear(out[:, 0]).argmax(dim=1))
@@ -112,7 +112,7 @@ def caption_rnn(config: Mapping[str, Any], vocabulary_size: int) -> CaptionRNN:
     return CaptionRNN(vocabulary_size, config["word_dim"], config["hidden_dim"])
 
 
-def captioner_of(
+def captioner_from_export(
     export: Mapping[str, Any], vocabulary_size: int
 ) -> tuple[ResNetCaptionCNN | SmallCaptionCNN, CaptionRNN]:
     """Both parts that fit a `captioner` stage's export, by its index (``{"system", "config", "plan", ...}``).

@@ -9,32 +9,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2idist.nn.precision import full_precision
+from t2idist.nn.precision import no_autocast
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789-,;.!?:'\"/\\|_@#$%^&*~`+-=<>()[]{} "
 """The released one: 70 places, of which the first '-' is never used."""
 
-WORD_CHARACTERS = 32
+MAX_WORD_CHARACTERS = 32
 """Longer words lose their end."""
 
 KERNEL = 4
 POOL = 3
 RECURRENT = {"gru": nn.GRU, "rnn": nn.RNN}
 
-_NUMBER = {character: place + 1 for place, character in enumerate(ALPHABET)}  # of two the last counts; 0: none
+_CHARACTER_IDS = {character: place + 1 for place, character in enumerate(ALPHABET)}  # of two the last counts; 0: none
 
 
-def spellings(words: Sequence[str]) -> Tensor:
+def spell_words(words: Sequence[str]) -> Tensor:
     """(V, WORD_CHARACTERS) uint8: each word's characters by place in the alphabet + 1, then zeros."""
-    known = ([_NUMBER[character] for character in word.lower() if character in _NUMBER] for word in words)
-    rows = (word[:WORD_CHARACTERS] for word in known)
-    return torch.tensor([row + [0] * (WORD_CHARACTERS - len(row)) for row in rows], dtype=torch.uint8)
+    known = ([_CHARACTER_IDS[character] for character in word.lower() if character in _CHARACTER_IDS] for word in words)
+    rows = (word[:MAX_WORD_CHARACTERS] for word in known)
+    return torch.tensor([row + [0] * (MAX_WORD_CHARACTERS - len(row)) for row in rows], dtype=torch.uint8)
 
 
-def spell(letters: Tensor, tokens: Tensor, lengths: Tensor, characters: int) -> Tensor:
+def encode_characters(letters: Tensor, tokens: Tensor, lengths: Tensor, characters: int) -> Tensor:
     """Captions as characters (N, characters), words joined by single spaces; 0 past the end, a longer text is cut off.
 
-    letters: `spellings` of the vocabulary. tokens (N, T), lengths (N,).
+    letters: `spell_words` of the vocabulary. tokens (N, T), lengths (N,).
     """
     words = letters[tokens].long()  # (N, T, L)
     spaced = F.pad(words, (0, 1))
@@ -43,7 +43,7 @@ def spell(letters: Tensor, tokens: Tensor, lengths: Tensor, characters: int) -> 
     number = torch.arange(tokens.shape[1], device=tokens.device)
     lengths = lengths.to(tokens.device, non_blocking=True)
     ends = (number + 1 < lengths[:, None])[:, :, None] & (place == sizes[:, :, None])
-    spaced = torch.where(ends, _NUMBER[" "], spaced)
+    spaced = torch.where(ends, _CHARACTER_IDS[" "], spaced)
     spoken = (number < lengths[:, None])[:, :, None] & (spaced > 0)
     at = spoken.flatten(1).cumsum(1) - 1
     at = torch.where(spoken.flatten(1) & (at < characters), at, characters)  # all else goes to one place too many
@@ -72,7 +72,7 @@ class CharEncoder(nn.Module):
             raise ValueError(f"characters is {characters}; it must be at least {least}")
         self.embedding_dim = embedding_dim
         self.characters = characters
-        self.register_buffer("letters", spellings(words))
+        self.register_buffer("letters", spell_words(words))
         first, second, third = widths
         self.convolutions = nn.Sequential(
             nn.Conv1d(len(ALPHABET), first, KERNEL),
@@ -88,11 +88,11 @@ class CharEncoder(nn.Module):
         self.projection = nn.Linear(third, embedding_dim)
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        text = spell(self.letters, tokens, lengths, self.characters)
+        text = encode_characters(self.letters, tokens, lengths, self.characters)
         weight = self.projection.weight
         one_hot = F.one_hot(text, len(ALPHABET) + 1)[:, :, 1:].to(weight.dtype)
         features = self.convolutions(one_hot.transpose(1, 2)).transpose(1, 2)
-        with full_precision(features):
+        with no_autocast(features):
             states, _ = self.recurrent(features.to(weight.dtype))
         sentence: Tensor = self.projection(states.mean(1))
         return sentence.new_zeros(len(tokens), self.embedding_dim, 0), sentence

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from t2idist.nn.blocks import GLU
-from t2idist.nn.precision import full
+from t2idist.nn.precision import upcast
 
 
 class ConditioningAugmentation(nn.Module):
@@ -21,7 +21,7 @@ class ConditioningAugmentation(nn.Module):
         self.glu = GLU()
 
     def forward(self, text: Tensor, normal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return _drawn(self.glu(self.fc(text)), normal)
+        return _sample_gaussian(self.glu(self.fc(text)), normal)
 
 
 class LinearConditioning(nn.Module):
@@ -37,10 +37,10 @@ class LinearConditioning(nn.Module):
         self.activation = nn.ReLU() if compat == "authors" else nn.Identity()
 
     def forward(self, text: Tensor, normal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return _drawn(self.activation(self.fc(text)), normal)
+        return _sample_gaussian(self.activation(self.fc(text)), normal)
 
 
-def _drawn(statistics: Tensor, normal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _sample_gaussian(statistics: Tensor, normal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and log-variance side by side (N, 2 * D) -> a draw from the Gaussian, the mean and the log-variance."""
-    mean, log_variance = full(statistics).chunk(2, dim=1)
+    mean, log_variance = upcast(statistics).chunk(2, dim=1)
     return mean + torch.exp(0.5 * log_variance) * normal, mean, log_variance

@@ -15,20 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t2idist.nn.blocks import LEAK, conv3x3, down_block, tile
-from t2idist.nn.discriminators import LogitConv, PairDiscriminator
+from t2idist.nn.blocks import LEAKY_SLOPE, conv3x3, down_block, tile
+from t2idist.nn.discriminators import LogitConv2d, PairDiscriminator
 
-SMALLEST = 16
+MIN_IMAGE_SIZE = 16
 
 
-def doublings(image_size: int) -> int:
+def num_doublings(image_size: int) -> int:
     """How often 4x4 places double up to a picture. Raises ValueError where they do not."""
-    if image_size < SMALLEST or image_size & (image_size - 1):
-        raise ValueError(f"image_size is {image_size}; it must be a power of two from {SMALLEST} on")
+    if image_size < MIN_IMAGE_SIZE or image_size & (image_size - 1):
+        raise ValueError(f"image_size is {image_size}; it must be a power of two from {MIN_IMAGE_SIZE} on")
     return (image_size // 4).bit_length() - 1
 
 
-class SeedConv(nn.ConvTranspose2d):
+class InitConv(nn.ConvTranspose2d):
     """A 4x4 transposed convolution of one place, which is a linear map and quicker as one: (N, C) -> (N, out, 4, 4)."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
@@ -63,7 +63,7 @@ class Bottleneck(nn.Module):
 def text_projection(text_dim: int, condition_dim: int, norm: bool) -> nn.Sequential:
     """Sentence vectors (N, text_dim) -> (N, condition_dim): linear (+ BatchNorm) + LeakyReLU."""
     linear = nn.Linear(text_dim, condition_dim)
-    leak = nn.LeakyReLU(LEAK, inplace=True)
+    leak = nn.LeakyReLU(LEAKY_SLOPE, inplace=True)
     if not norm:
         return nn.Sequential(linear, leak)
     # BatchNorm takes the bias out again: its gradient is rounding alone, which Adam would blow up to whole steps.
@@ -93,8 +93,8 @@ class DcganGenerator(nn.Module):
         if text_dim is not None:
             self.projection = text_projection(text_dim, condition_dim, norm=not residual)
             inputs += condition_dim
-        channels = [width << i for i in reversed(range(doublings(image_size)))]
-        layers: list[nn.Module] = [SeedConv(inputs, channels[0])]
+        channels = [width << i for i in reversed(range(num_doublings(image_size)))]
+        layers: list[nn.Module] = [InitConv(inputs, channels[0])]
         for place, (here, after) in enumerate(pairwise([*channels, 3])):
             layers.append(nn.BatchNorm2d(here))
             if residual and place < 2:
@@ -115,14 +115,14 @@ def trunk(
     width: int, image_size: int, *, residual: bool = False, second_last_leaks: bool = True
 ) -> tuple[nn.Sequential, int]:
     """Pictures (N, 3, S, S) -> features (N, C, 4, 4), and C. second_last_leaks: see `DcganDiscriminator`."""
-    channels = [3, *(width << i for i in range(doublings(image_size)))]
+    channels = [3, *(width << i for i in range(num_doublings(image_size)))]
     last = len(channels) - 2
     layers: list[nn.Module] = []
     for place, (before, here) in enumerate(pairwise(channels)):
         *layer, leak = down_block(before, here, norm=place > 0)
         layers += layer
         if residual and place == last:
-            layers.append(Bottleneck(here, nn.LeakyReLU(LEAK, inplace=True)))
+            layers.append(Bottleneck(here, nn.LeakyReLU(LEAKY_SLOPE, inplace=True)))
         if second_last_leaks or place != last - 1 or place == 0:
             layers.append(leak)
     return nn.Sequential(*layers), channels[-1]
@@ -152,18 +152,18 @@ class DcganDiscriminator(PairDiscriminator):
         super().__init__()
         self.netD_1, channels = trunk(width, image_size, residual=residual, second_last_leaks=second_last_leaks)
         if text_dim is None:
-            self.netD_2 = nn.Sequential(LogitConv(channels, bias=False))
+            self.netD_2 = nn.Sequential(LogitConv2d(channels, bias=False))
             return
         self.projector = nn.ModuleDict({"projection": text_projection(text_dim, condition_dim, text_norm)})
         both = channels + condition_dim
         if not joins:
-            self.netD_2 = nn.Sequential(LogitConv(both, bias=False))
+            self.netD_2 = nn.Sequential(LogitConv2d(both, bias=False))
             return
         self.netD_2 = nn.Sequential(
             nn.Conv2d(both, channels, kernel_size=1, bias=False),
             nn.BatchNorm2d(channels),
-            nn.LeakyReLU(LEAK, inplace=True),
-            LogitConv(channels, bias=False),
+            nn.LeakyReLU(LEAKY_SLOPE, inplace=True),
+            LogitConv2d(channels, bias=False),
         )
 
     def features(self, images: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ def conditional_generator(config: Mapping[str, Any], text_dim: int, residual: bo
     )
 
 
-def generator_of(export: Mapping[str, Any], text_dim: int) -> DcganGenerator:
+def generator_from_export(export: Mapping[str, Any], text_dim: int) -> DcganGenerator:
     """The generator that fits an export with captions, by its index (``{"system", "config", "plan", ...}``).
 
     Raises ValueError where the export is of a system that has none.

@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2idist.nn.blocks import LEAK, Joined, JointConv2d, down_block, leaky_block
+from t2idist.nn.blocks import LEAKY_SLOPE, JointSequential, JointConv2d, down_block, leaky_block
 
 SIZES = (16, 32, 64, 128, 256)
 
 
-class LogitConv(nn.Conv2d):
+class LogitConv2d(nn.Conv2d):
     """A 4x4 convolution on 4x4 places, which is a linear map and quicker as one: (N, C, 4, 4) -> (N,)."""
 
     def __init__(self, channels: int, bias: bool = True) -> None:
@@ -27,13 +27,13 @@ class LogitConv(nn.Conv2d):
 
 def logit_head(channels: int) -> nn.Sequential:
     """(N, channels, 4, 4) -> (N,) logits."""
-    return nn.Sequential(LogitConv(channels))
+    return nn.Sequential(LogitConv2d(channels))
 
 
 def _joint_layers(channels: int, condition_dim: int, *, condition_first: bool = False) -> list[nn.Module]:
     """JointConv2d + BatchNorm + LeakyReLU, which keep size and channels."""
     joint = JointConv2d(channels, condition_dim, channels, condition_first=condition_first)
-    return [joint, nn.BatchNorm2d(channels), nn.LeakyReLU(LEAK, inplace=True)]
+    return [joint, nn.BatchNorm2d(channels), nn.LeakyReLU(LEAKY_SLOPE, inplace=True)]
 
 
 def _trunk(width: int, size: int) -> tuple[list[tuple[str, nn.Sequential]], int]:
@@ -110,7 +110,7 @@ class ConditionalHead(nn.Module):
 
     def __init__(self, channels: int, condition_dim: int) -> None:
         super().__init__()
-        self.jointConv = Joined(*_joint_layers(channels, condition_dim))
+        self.jointConv = JointSequential(*_joint_layers(channels, condition_dim))
         self.outlogits = logit_head(channels)
 
     def forward(self, features: Tensor, *conditions: Tensor) -> list[Tensor]:
@@ -122,7 +122,7 @@ class JointLogitHead(nn.Module):
 
     def __init__(self, channels: int, condition_dim: int) -> None:
         super().__init__()
-        self.outlogits = Joined(*_joint_layers(channels, condition_dim), *logit_head(channels))
+        self.outlogits = JointSequential(*_joint_layers(channels, condition_dim), *logit_head(channels))
 
     def forward(self, features: Tensor, *conditions: Tensor) -> list[Tensor]:
         out: list[Tensor] = self.outlogits(features, *conditions)
@@ -185,7 +185,7 @@ class StackDiscriminator(Discriminator):
         self.is_conditional = condition_dim is not None
         self.logits = logit_head(self.channels)
         if condition_dim is not None:
-            self.jointConv = Joined(*_joint_layers(self.channels, condition_dim, condition_first=True))
+            self.jointConv = JointSequential(*_joint_layers(self.channels, condition_dim, condition_first=True))
             self.uncond_logits = logit_head(self.channels)
 
     def conditionals(self, features: Tensor, *conditions: Tensor) -> list[Tensor]:

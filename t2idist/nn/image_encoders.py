@@ -13,7 +13,7 @@ from t2idist.nn.blocks import down_block
 from t2idist.nn.inception import InceptionTrunk
 
 TRUNKS = ("inception", "small")
-SMALLEST_INCEPTION = 75
+MIN_INCEPTION_SIZE = 75
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -118,16 +118,16 @@ def damsm_image_encoder(config: Mapping[str, Any], regions: bool = True) -> Ince
 
 def check_trunk(trunk: str, image_size: int, trunk_weights: str) -> None:
     """Whether a stage can train with such a trunk. Raises ValueError that names the key."""
-    if trunk == "inception" and image_size < SMALLEST_INCEPTION:
+    if trunk == "inception" and image_size < MIN_INCEPTION_SIZE:
         raise ValueError(
-            f"image_size is {image_size}; the trunk 'inception' takes {SMALLEST_INCEPTION} and more, "
+            f"image_size is {image_size}; the trunk 'inception' takes {MIN_INCEPTION_SIZE} and more, "
             "and was trained at 299"
         )
     if trunk != "inception" and trunk_weights:
         raise ValueError(f"trunk_weights is given, but trunk is '{trunk}'; only 'inception' takes weights")
 
 
-class Encoders(nn.Module):
+class TextImageEncoders(nn.Module):
     """A text and an image encoder as one role: one Adam trains both, as published."""
 
     def __init__(self, text: nn.Module, image: nn.Module) -> None:
@@ -145,10 +145,10 @@ def load_trunk(encoder: InceptionEncoder, weights: Mapping[str, Tensor]) -> None
     own = {k: v for k, v in encoder.state_dict().items() if not k.startswith(("emb_features.", "emb_cnn_code."))}
     given = {k.removeprefix("module."): v for k, v in weights.items()}
     given = {k: v for k, v in given.items() if not k.startswith(("fc.", "AuxLogits."))}
-    fill_trunk(own, given, "Inception-v3")
+    copy_trunk_weights(own, given, "Inception-v3")
 
 
-def fill_trunk(own: Mapping[str, Tensor], given: Mapping[str, Tensor], kind: str) -> None:
+def copy_trunk_weights(own: Mapping[str, Tensor], given: Mapping[str, Tensor], kind: str) -> None:
     """Copy weights by name into a trunk's tensors; missing `num_batches_tracked` keep their value.
 
     Raises ValueError, naming the key, where names or shapes do not fit. kind: the trunk's name, for the message.

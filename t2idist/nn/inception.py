@@ -38,16 +38,16 @@ class ConvUnit(nn.Module):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
-def _mean_with_padding(x: Tensor) -> Tensor:
+def _avg_pool_with_padding(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 3, stride=1, padding=1)
 
 
-def _mean_of_pixels(x: Tensor) -> Tensor:
+def _avg_pool_without_padding(x: Tensor) -> Tensor:
     """TensorFlow's: the border's zeros do not count."""
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
-def _largest(x: Tensor) -> Tensor:
+def _max_pool(x: Tensor) -> Tensor:
     return F.max_pool2d(x, 3, stride=1, padding=1)
 
 
@@ -167,7 +167,7 @@ class InceptionTrunk(nn.Module):
     Pictures (N, 3, S, S) in [-1, 1], S at least 75, trained at 299.
     """
 
-    def __init__(self, pool: Pool = _mean_with_padding, last_pool: Pool = _mean_with_padding) -> None:
+    def __init__(self, pool: Pool = _avg_pool_with_padding, last_pool: Pool = _avg_pool_with_padding) -> None:
         super().__init__()
         self.Conv2d_1a_3x3 = ConvUnit(3, 32, 3, stride=2)
         self.Conv2d_2a_3x3 = ConvUnit(32, 32, 3)
@@ -220,7 +220,7 @@ class Inception2015(InceptionTrunk):
     """
 
     def __init__(self) -> None:
-        super().__init__(_mean_of_pixels, _largest)
+        super().__init__(_avg_pool_without_padding, _max_pool)
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:

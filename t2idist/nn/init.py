@@ -13,21 +13,21 @@ from torch.overrides import TorchFunctionMode
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-_DRAWING = ("normal_", "uniform_", "orthogonal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_")
+_RANDOM_INITS = ("normal_", "uniform_", "orthogonal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_")
 
 
 @contextlib.contextmanager
 def shapes_only() -> Iterator[None]:
     """Inside, networks are made on the meta device: their tensors have a shape and a type, and no numbers."""
-    with torch.device("meta"), _NothingDrawn():
+    with torch.device("meta"), _SkipRandomInit():
         yield
 
 
-class _NothingDrawn(TorchFunctionMode):
+class _SkipRandomInit(TorchFunctionMode):
     """On the meta device a draw does nothing; the first one there imports torch's compiler, for seconds."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in _DRAWING:
+        if getattr(func, "__name__", "") in _RANDOM_INITS:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))
 

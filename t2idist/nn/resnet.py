@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from t2idist.nn.image_encoders import fill_trunk
+from t2idist.nn.image_encoders import copy_trunk_weights
 
 BLOCKS = (3, 8, 36, 3)
 """Of ResNet-152, in its four layers."""
@@ -86,4 +86,4 @@ def load_resnet(trunk: ResNetTrunk, weights: Mapping[str, Tensor]) -> None:
         index, _, rest = key.partition(".")
         own[f"{theirs[index]}.{rest}"] = value
     given = {k.removeprefix("module."): v for k, v in weights.items()}
-    fill_trunk(own, {k: v for k, v in given.items() if not k.startswith("fc.")}, "ResNet-152")
+    copy_trunk_weights(own, {k: v for k, v in given.items() if not k.startswith("fc.")}, "ResNet-152")

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2idist.nn.blocks import conv3x3
-from t2idist.nn.precision import full
+from t2idist.nn.precision import upcast
 
-LEAK = 0.01
+LEAKY_SLOPE = 0.01
 """Slope of LeakyReLU in the discriminator: not the 0.2 of the rest of the family."""
 
 
@@ -17,7 +17,7 @@ BORDER = 3
 """Pixels of padding that the generator's first convolution reads on each side."""
 
 
-class PictureNorm(nn.InstanceNorm2d):
+class ConditionalInstanceNorm2d(nn.InstanceNorm2d):
     """Instance normalisation by the picture's own statistics, in training and after.
 
     The published weights carry running averages, so there are buffers for them; nothing moves or reads them: the
@@ -45,26 +45,26 @@ class PictureNorm(nn.InstanceNorm2d):
         return plain * weight[:, :, None, None] + bias[:, :, None, None]
 
 
-class Labelled(nn.Sequential):
+class ConditionalSequential(nn.Sequential):
     """Layers in turn; norms and residual blocks hear the labels."""
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         for layer in self:
-            x = layer(x, labels) if isinstance(layer, PictureNorm | PlainResidual) else layer(x)
+            x = layer(x, labels) if isinstance(layer, ConditionalInstanceNorm2d | ResidualBlock) else layer(x)
         return x
 
 
-class PlainResidual(nn.Module):
+class ResidualBlock(nn.Module):
     """x + norm(conv(relu(norm(conv(x))))), without an activation at the end; label_dim: of the first norm."""
 
     def __init__(self, channels: int, label_dim: int = 0) -> None:
         super().__init__()
-        self.main = Labelled(
+        self.main = ConditionalSequential(
             conv3x3(channels, channels),
-            PictureNorm(channels, label_dim),
+            ConditionalInstanceNorm2d(channels, label_dim),
             nn.ReLU(inplace=True),
             conv3x3(channels, channels),
-            PictureNorm(channels),
+            ConditionalInstanceNorm2d(channels),
         )
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -92,26 +92,26 @@ class TranslationGenerator(nn.Module):
         self.modulated, self.masked = modulated, masked
         planes, heard = (0, label_dim) if modulated else (label_dim, 0)
         layers: list[nn.Module] = [nn.Conv2d(3 + planes, width, 7, bias=False)]
-        layers += [PictureNorm(width), nn.ReLU(inplace=True)]
+        layers += [ConditionalInstanceNorm2d(width), nn.ReLU(inplace=True)]
         for channels in (width, 2 * width):
             layers.append(nn.Conv2d(channels, 2 * channels, 4, 2, 1, bias=False))
-            layers += [PictureNorm(2 * channels), nn.ReLU(inplace=True)]
-        layers += [PlainResidual(4 * width, heard) for _ in range(residuals)]
+            layers += [ConditionalInstanceNorm2d(2 * channels), nn.ReLU(inplace=True)]
+        layers += [ResidualBlock(4 * width, heard) for _ in range(residuals)]
         for channels in (4 * width, 2 * width):
             layers.append(nn.ConvTranspose2d(channels, channels // 2, 4, 2, 1, bias=False))
-            layers += [PictureNorm(channels // 2, heard), nn.ReLU(inplace=True)]
-        self.main = Labelled(*layers, nn.Conv2d(width, 4 if masked else 3, 7, padding=3, bias=False))
+            layers += [ConditionalInstanceNorm2d(channels // 2, heard), nn.ReLU(inplace=True)]
+        self.main = ConditionalSequential(*layers, nn.Conv2d(width, 4 if masked else 3, 7, padding=3, bias=False))
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         padded, labels = F.pad(images, (BORDER,) * 4), labels.to(images.dtype)
         if not self.modulated:
             border = F.pad(images.new_zeros(images.shape[2:]), (BORDER,) * 4, value=-1.0)
             padded = torch.cat([padded, labels[:, :, None, None] * border], dim=1)
-        out = full(self.main(padded, labels)).contiguous()  # plane by plane, as they are used
+        out = upcast(self.main(padded, labels)).contiguous()  # plane by plane, as they are used
         if not self.masked:
             return torch.tanh(out)
         stays = torch.sigmoid(out[:, 3:])
-        return stays * full(images) + (1 - stays) * torch.tanh(out[:, :3])
+        return stays * upcast(images) + (1 - stays) * torch.tanh(out[:, :3])
 
 
 class PatchDiscriminator(nn.Module):
@@ -127,7 +127,7 @@ class PatchDiscriminator(nn.Module):
         body: list[nn.Module] = []
         channels = 3
         for layer in range(layers):
-            body += [nn.Conv2d(channels, width << layer, 4, 2, 1), nn.LeakyReLU(LEAK, inplace=True)]
+            body += [nn.Conv2d(channels, width << layer, 4, 2, 1), nn.LeakyReLU(LEAKY_SLOPE, inplace=True)]
             channels = width << layer
         self.main = nn.Sequential(*body)
         self.conv1 = nn.Conv2d(channels, 1, 3, padding=1, bias=False)

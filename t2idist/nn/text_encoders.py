@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from t2idist.nn.char_encoder import char_text_encoder
-from t2idist.nn.precision import full, full_precision
+from t2idist.nn.precision import upcast, no_autocast
 
-SMALLEST_NORM = 1e-8
+MIN_NORM = 1e-8
 
 
 class BiLSTM(nn.Module):
@@ -34,7 +34,7 @@ class BiLSTM(nn.Module):
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         embedded = self.drop(self.encoder(tokens))
-        with full_precision(embedded):
+        with no_autocast(embedded):
             return self._each_way(embedded, lengths) if embedded.is_cpu else self._packed(embedded, lengths)
 
     def _packed(self, embedded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,7 +61,7 @@ class BiLSTM(nn.Module):
         ahead, back = states
         words = torch.cat([ahead, back.take_along_dim(turned, 1)], dim=2).transpose(1, 2)
         sentence = torch.cat([ahead[rows, ends], back[rows, ends]], dim=1)
-        return words.masked_fill(padding_of(lengths, words).unsqueeze(1), 0.0), sentence
+        return words.masked_fill(padding_mask(lengths, words).unsqueeze(1), 0.0), sentence
 
 
 def damsm_text_encoder(config: Mapping[str, Any], vocabulary_size: int) -> BiLSTM:
@@ -69,7 +69,7 @@ def damsm_text_encoder(config: Mapping[str, Any], vocabulary_size: int) -> BiLST
     return BiLSTM(vocabulary_size, config["embedding_dim"], config["word_dim"], config["dropout"])
 
 
-def text_encoder_of(export: Mapping[str, Any], vocabulary_size: int) -> BiLSTM:
+def text_encoder_from_export(export: Mapping[str, Any], vocabulary_size: int) -> BiLSTM:
     """The text encoder that fits a `damsm` stage's export, by its index (``{"system", "config", "plan", ...}``).
 
     Raises ValueError where the export is another system's, or knows another number of words than the data.
@@ -130,12 +130,12 @@ def unit_scale(text: Tensor) -> Tensor:
 
     An encoder that was trained on cosines, as the DAMSM is, leaves the length of its vectors to chance.
     """
-    x = full(text)
+    x = upcast(text)
     norm: Tensor = x.norm(dim=1, keepdim=True)
-    return x / norm.clamp(min=SMALLEST_NORM) * math.sqrt(x.shape[1])
+    return x / norm.clamp(min=MIN_NORM) * math.sqrt(x.shape[1])
 
 
-def padding_of(lengths: Tensor, words: Tensor) -> Tensor:
+def padding_mask(lengths: Tensor, words: Tensor) -> Tensor:
     """lengths (N,), words (N, D, T) -> (N, T) where the words are, true past the end of a caption."""
     past = torch.arange(words.shape[2], device=lengths.device) >= lengths.unsqueeze(1)
     return past.to(words.device, non_blocking=True)

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from t2idist.nn.attention import GlobalLocalAttention, WordAttention
-from t2idist.nn.blocks import GLU, GLUResidual, Joined, JointConv2d, conv3x3, up_block
+from t2idist.nn.blocks import GLU, GLUResidual, JointSequential, JointConv2d, conv3x3, up_block
 from t2idist.nn.conditioning import ConditioningAugmentation
-from t2idist.nn.precision import full
+from t2idist.nn.precision import upcast
 
-SEED_SIZE = 4
+INIT_SIZE = 4
 """Pixels a side of the first feature map."""
 
 
 @dataclass(frozen=True)
-class Drawn:
+class GeneratorOutput:
     """What a generator gives.
 
     images: lowest size first, (N, 3, S, S) in [-1, 1]. mean, log_variance: (N, condition_dim) of the conditioning
@@ -34,9 +34,9 @@ class Drawn:
     attention: tuple[Tensor, ...] = ()
 
 
-def draw(net: nn.Module, *inputs: Tensor | int | None) -> Drawn:
+def generate(net: nn.Module, *inputs: Tensor | int | None) -> GeneratorOutput:
     """What a generator gives for its inputs, as a function of the network."""
-    drawn: Drawn = net(*inputs)
+    drawn: GeneratorOutput = net(*inputs)
     return drawn
 
 
@@ -49,21 +49,21 @@ def pyramid(base_size: int, branches: int) -> tuple[int, ...]:
     return tuple(base_size * 2**i for i in range(branches))
 
 
-class SeedStage(nn.Module):
+class InitStage(nn.Module):
     """Vector to the first branch's features: (N, input_dim) -> (N, width, base_size, base_size)."""
 
     def __init__(self, input_dim: int, width: int, base_size: int) -> None:
         super().__init__()
-        self.ups = (base_size // SEED_SIZE).bit_length() - 1
+        self.ups = (base_size // INIT_SIZE).bit_length() - 1
         channels = width * 2**self.ups
-        units = channels * SEED_SIZE * SEED_SIZE
+        units = channels * INIT_SIZE * INIT_SIZE
         self.fc = nn.Sequential(nn.Linear(input_dim, 2 * units, bias=False), nn.BatchNorm1d(2 * units), GLU())
         for i in range(self.ups):
             setattr(self, f"upsample{i + 1}", up_block(channels >> i, channels >> (i + 1)))
 
     def forward(self, vector: Tensor) -> Tensor:
         x: Tensor = self.fc(vector)
-        x = x.view(x.shape[0], -1, SEED_SIZE, SEED_SIZE)
+        x = x.view(x.shape[0], -1, INIT_SIZE, INIT_SIZE)
         for i in range(self.ups):
             x = self.get_submodule(f"upsample{i + 1}")(x)
         return x
@@ -75,7 +75,7 @@ class JointStage(nn.Module):
     def __init__(self, channels: int, condition_dim: int, residuals: int) -> None:
         super().__init__()
         joint = JointConv2d(channels, condition_dim, 2 * channels, condition_first=True)
-        self.jointConv = Joined(joint, nn.BatchNorm2d(2 * channels), GLU())
+        self.jointConv = JointSequential(joint, nn.BatchNorm2d(2 * channels), GLU())
         self.residual = nn.Sequential(*(GLUResidual(channels) for _ in range(residuals)))
         self.upsample = up_block(channels, channels // 2)
 
@@ -127,7 +127,7 @@ class ImageHead(nn.Module):
         self.img = nn.Sequential(conv3x3(channels, 3))
 
     def forward(self, features: Tensor) -> Tensor:
-        return torch.tanh(full(self.img(features)))
+        return torch.tanh(upcast(self.img(features)))
 
 
 class StackGenerator(nn.Module):
@@ -152,13 +152,13 @@ class StackGenerator(nn.Module):
         self.branches = branches
         joint_dim = z_dim if text_dim is None else condition_dim
         self.ca_net = None if text_dim is None else ConditioningAugmentation(text_dim, condition_dim)
-        self.h_net1 = SeedStage(z_dim if text_dim is None else condition_dim + z_dim, width, base_size)
+        self.h_net1 = InitStage(z_dim if text_dim is None else condition_dim + z_dim, width, base_size)
         self.img_net1 = ImageHead(width)
         for i in range(1, branches):
             setattr(self, f"h_net{i + 1}", JointStage(width >> (i - 1), joint_dim, residuals))
             setattr(self, f"img_net{i + 1}", ImageHead(width >> i))
 
-    def forward(self, z: Tensor, normal: Tensor | None = None, text: Tensor | None = None) -> Drawn:
+    def forward(self, z: Tensor, normal: Tensor | None = None, text: Tensor | None = None) -> GeneratorOutput:
         if self.ca_net is None:
             condition, mean, log_variance = z, None, None
             features = self.h_net1(z)
@@ -169,7 +169,7 @@ class StackGenerator(nn.Module):
         for i in range(1, self.branches):
             features = self.get_submodule(f"h_net{i + 1}")(features, condition)
             images.append(self.get_submodule(f"img_net{i + 1}")(features))
-        return Drawn(tuple(images), mean, log_variance)
+        return GeneratorOutput(tuple(images), mean, log_variance)
 
 
 class AttentionGenerator(nn.Module):
@@ -198,7 +198,7 @@ class AttentionGenerator(nn.Module):
         self.branches = branches
         self.heads = ("img_net",) if single_output else tuple(f"img_net{i + 1}" for i in range(branches))
         self.ca_net = ConditioningAugmentation(text_dim, condition_dim)
-        self.h_net1 = SeedStage(condition_dim + z_dim, width, base_size)
+        self.h_net1 = InitStage(condition_dim + z_dim, width, base_size)
         setattr(self, self.heads[0], ImageHead(width))
         for i in range(1, branches):
             stage = (
@@ -212,7 +212,7 @@ class AttentionGenerator(nn.Module):
 
     def forward(
         self, z: Tensor, normal: Tensor, sentence: Tensor, words: Tensor, padding: Tensor, groups: int = 1
-    ) -> Drawn:
+    ) -> GeneratorOutput:
         condition, mean, log_variance = self.ca_net(sentence, normal)
         features = self.h_net1(torch.cat([condition, z], dim=1))
         maps = [features]
@@ -223,4 +223,4 @@ class AttentionGenerator(nn.Module):
             attention.append(weights)
         shown = maps[-len(self.heads) :]
         images = tuple(self.get_submodule(head)(here) for head, here in zip(self.heads, shown, strict=True))
-        return Drawn(images, mean, log_variance, tuple(attention))
+        return GeneratorOutput(images, mean, log_variance, tuple(attention))

@@ -13,28 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t2idist.nn.blocks import Joined, JointConv2d, UpConv2d, conv3x3
+from t2idist.nn.blocks import JointSequential, JointConv2d, UpConv2d, conv3x3
 from t2idist.nn.conditioning import LinearConditioning
 from t2idist.nn.init import BATCH_NORMS
-from t2idist.nn.precision import full
-from t2idist.nn.tree import SEED_SIZE, Drawn
+from t2idist.nn.precision import upcast
+from t2idist.nn.tree import INIT_SIZE, GeneratorOutput
 
 
-def _normed(conv: nn.Conv2d) -> list[nn.Module]:
+def _norm_relu(conv: nn.Conv2d) -> list[nn.Module]:
     return [conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU(inplace=True)]
 
 
-def _halving(channels_in: int, channels_out: int) -> list[nn.Module]:
+def _downsample(channels_in: int, channels_out: int) -> list[nn.Module]:
     """4x4 stride-2 convolution + BatchNorm + ReLU: (N, C, H, W) -> (N, channels_out, H/2, W/2)."""
-    return _normed(nn.Conv2d(channels_in, channels_out, kernel_size=4, stride=2, padding=1, bias=False))
+    return _norm_relu(nn.Conv2d(channels_in, channels_out, kernel_size=4, stride=2, padding=1, bias=False))
 
 
-def _doubling(channels_in: int, channels_out: int) -> nn.Sequential:
+def _upsample(channels_in: int, channels_out: int) -> nn.Sequential:
     """Nearest x2 + conv3x3 + BatchNorm + ReLU: (N, C, H, W) -> (N, channels_out, 2H, 2W)."""
-    return nn.Sequential(nn.Identity(), *_normed(UpConv2d(channels_in, channels_out)))
+    return nn.Sequential(nn.Identity(), *_norm_relu(UpConv2d(channels_in, channels_out)))
 
 
-def doublings(size: int, image_size: int) -> int:
+def num_doublings(size: int, image_size: int) -> int:
     """How often `size` pixels are doubled to get to `image_size`."""
     return (image_size // size).bit_length() - 1
 
@@ -46,14 +46,14 @@ class Upsampler(nn.Module):
         super().__init__()
         self.ups = ups
         for i in range(ups):
-            setattr(self, f"upsample{i + 1}", _doubling(channels >> i, channels >> (i + 1)))
+            setattr(self, f"upsample{i + 1}", _upsample(channels >> i, channels >> (i + 1)))
         self.img = nn.Sequential(conv3x3(channels >> ups, 3))
 
     def picture(self, features: Tensor) -> Tensor:
         """(N, channels, S, S) -> (N, 3, S << ups, S << ups) in [-1, 1], in full precision."""
         for i in range(self.ups):
             features = self.get_submodule(f"upsample{i + 1}")(features)
-        return torch.tanh(full(self.img(features)))
+        return torch.tanh(upcast(self.img(features)))
 
 
 class StageOneGenerator(Upsampler):
@@ -66,19 +66,19 @@ class StageOneGenerator(Upsampler):
     def __init__(
         self, *, width: int, image_size: int, z_dim: int, text_dim: int, condition_dim: int, compat: str
     ) -> None:
-        ups = doublings(SEED_SIZE, image_size)
+        ups = num_doublings(INIT_SIZE, image_size)
         channels = (width // 2) << ups
         super().__init__(channels, ups)
-        units = channels * SEED_SIZE * SEED_SIZE
+        units = channels * INIT_SIZE * INIT_SIZE
         self.ca_net = LinearConditioning(text_dim, condition_dim, compat)
         self.fc = nn.Sequential(
             nn.Linear(z_dim + condition_dim, units, bias=False), nn.BatchNorm1d(units), nn.ReLU(inplace=True)
         )
 
-    def forward(self, z: Tensor, normal: Tensor, text: Tensor) -> Drawn:
+    def forward(self, z: Tensor, normal: Tensor, text: Tensor) -> GeneratorOutput:
         condition, mean, log_variance = self.ca_net(text, normal)
         seed = self.fc(torch.cat([z, condition], dim=1))
-        return Drawn((self.picture(seed.view(seed.shape[0], -1, SEED_SIZE, SEED_SIZE)),), mean, log_variance)
+        return GeneratorOutput((self.picture(seed.view(seed.shape[0], -1, INIT_SIZE, INIT_SIZE)),), mean, log_variance)
 
 
 def stage_one_generator(config: Mapping[str, Any], text_dim: int) -> StageOneGenerator:
@@ -93,13 +93,13 @@ def stage_one_generator(config: Mapping[str, Any], text_dim: int) -> StageOneGen
     )
 
 
-class ReluResidual(nn.Module):
+class ReLUResidual(nn.Module):
     """relu(x + BN(conv(relu(BN(conv(x))))))."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.block = nn.Sequential(
-            *_normed(conv3x3(channels, channels)), conv3x3(channels, channels), nn.BatchNorm2d(channels)
+            *_norm_relu(conv3x3(channels, channels)), conv3x3(channels, channels), nn.BatchNorm2d(channels)
         )
         self.relu = nn.ReLU()
 
@@ -127,23 +127,23 @@ class StageTwoGenerator(Upsampler):
         compat: str,
     ) -> None:
         channels = 4 * width
-        super().__init__(channels, doublings(low_size // 4, image_size))
+        super().__init__(channels, num_doublings(low_size // 4, image_size))
         self.ca_net = LinearConditioning(text_dim, condition_dim, compat)
         self.encoder = nn.Sequential(
-            conv3x3(3, width), nn.ReLU(inplace=True), *_halving(width, 2 * width), *_halving(2 * width, channels)
+            conv3x3(3, width), nn.ReLU(inplace=True), *_downsample(width, 2 * width), *_downsample(2 * width, channels)
         )
-        self.hr_joint = Joined(*_normed(JointConv2d(channels, condition_dim, channels)))
-        self.residual = nn.Sequential(*(ReluResidual(channels) for _ in range(residuals)))
+        self.hr_joint = JointSequential(*_norm_relu(JointConv2d(channels, condition_dim, channels)))
+        self.residual = nn.Sequential(*(ReLUResidual(channels) for _ in range(residuals)))
 
-    def forward(self, low: Tensor, normal: Tensor, text: Tensor) -> Drawn:
+    def forward(self, low: Tensor, normal: Tensor, text: Tensor) -> GeneratorOutput:
         condition, mean, log_variance = self.ca_net(text, normal)
         features = self.encoder(low)
         (joint,) = self.hr_joint(features, condition)
-        return Drawn((self.picture(self.residual(joint)),), mean, log_variance)
+        return GeneratorOutput((self.picture(self.residual(joint)),), mean, log_variance)
 
 
 @contextlib.contextmanager
-def batch_statistics(net: nn.Module) -> Iterator[None]:
+def use_batch_statistics(net: nn.Module) -> Iterator[None]:
     """Inside, BatchNorm of a network in eval mode goes by the samples at hand; its running statistics stay."""
     norms = [module for module in net.modules() if isinstance(module, BATCH_NORMS)]
     for norm in norms:

@@ -20,7 +20,7 @@ from torch import Tensor
 from t2idist import storage
 from t2idist.contract import Captions, Sample, SupportsSample
 from t2idist.evaluate.monitor import can_draw, can_translate, known_words, reads_text
-from t2idist.nn.fast.layers import keep_freed_memory
+from t2idist.nn.fast.memory import keep_freed_memory
 from t2idist.sampling.axes import (
     PLACEHOLDER,
     SMALLEST_TRUNCATION,

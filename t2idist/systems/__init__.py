@@ -32,7 +32,7 @@ def load(name: str) -> SystemModule:
     Raises ValueError where there is none, or where it lacks ``Config`` (a dataclass) or ``build``.
     """
     if "." in name:
-        return _own(name)
+        return _load_user_module(name)
     if name not in names():
         raise ValueError(
             f"system: {name!r}: no such system; there are {', '.join(names())}, "
@@ -42,7 +42,7 @@ def load(name: str) -> SystemModule:
     return module
 
 
-def _own(path: str) -> SystemModule:
+def _load_user_module(path: str) -> SystemModule:
     if not all(part.isidentifier() for part in path.split(".")):
         raise ValueError(f"system: {path!r}: not a module's dotted path, such as my_package.my_gan")
     try:

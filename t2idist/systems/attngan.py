@@ -23,8 +23,8 @@ from t2idist.nn import tree
 from t2idist.nn.discriminators import AttnDiscriminator
 from t2idist.nn.image_encoders import damsm_image_encoder
 from t2idist.nn.init import orthogonal_
-from t2idist.nn.text_encoders import padding_of, text_encoder_of, unit_scale
-from t2idist.nn.tree import AttentionGenerator, Drawn, pyramid
+from t2idist.nn.text_encoders import padding_mask, text_encoder_from_export, unit_scale
+from t2idist.nn.tree import AttentionGenerator, GeneratorOutput, pyramid
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class AttnGan:
             orthogonal_(judge)
             self.roles[f"discriminator_{size}"] = Role(judge, Adam(lr=config.discriminator_lr))
         self.frozen = {
-            "text": Frozen(text_encoder_of(source, plan.vocabulary_size), "damsm", "text"),
+            "text": Frozen(text_encoder_from_export(source, plan.vocabulary_size), "damsm", "text"),
             "image": Frozen(damsm_image_encoder(source["config"]), "damsm", "image"),
         }
         self.exports = ("generator", "text")
@@ -97,8 +97,8 @@ class AttnGan:
             words, sentence = text(batch.captions.tokens, batch.captions.lengths)
         read, condition = self._read(words, sentence)
         z, normal = train.noise(self.config.z_dim), train.noise(self.config.condition_dim)
-        padding = padding_of(batch.captions.lengths, words)
-        drawn = train.forward("generator", tree.draw, z, normal, condition, read, padding, batch.groups)
+        padding = padding_mask(batch.captions.lengths, words)
+        drawn = train.forward("generator", tree.generate, z, normal, condition, read, padding, batch.groups)
         pairs = wrong_pairs(batch.class_ids, batch.groups)
         for size, real, fake in zip(self.sizes, batch.images, drawn.images, strict=True):
             name = f"discriminator_{size}"
@@ -123,7 +123,7 @@ class AttnGan:
         """Words and sentence as generator and discriminators get them."""
         return (unit_scale(words), unit_scale(sentence)) if self.config.unit_text else (words, sentence)
 
-    def _generator_loss(self, drawn: Drawn, condition: Tensor, train: Train) -> Tensor:
+    def _generator_loss(self, drawn: GeneratorOutput, condition: Tensor, train: Train) -> Tensor:
         assert drawn.mean is not None and drawn.log_variance is not None
         kl = kl_divergence(drawn.mean, drawn.log_variance)
         train.report("generator/kl", kl)
@@ -147,9 +147,9 @@ class AttnGan:
 
     def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: NoiseFn) -> Sample:
         words, sentence = self._read(*nets["text"](captions.tokens, captions.lengths))
-        padding = padding_of(captions.lengths, words)
+        padding = padding_mask(captions.lengths, words)
         z, normal = draw(self.config.z_dim), draw(self.config.condition_dim)
-        drawn = tree.draw(nets["generator"], z, normal, sentence, words, padding)
+        drawn = tree.generate(nets["generator"], z, normal, sentence, words, padding)
         return Sample(drawn.images, drawn.attention)
 
 

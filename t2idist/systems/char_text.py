@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from t2idist.contract import Adam, Batch, BuildInfo, Captions, Frozen, Pretrained, Role, Train
 from t2idist.losses.matching import RankingLosses, joint_embedding_losses
 from t2idist.nn.char_encoder import char_text_encoder
-from t2idist.nn.image_encoders import Encoders, InceptionEncoder, check_trunk, damsm_image_encoder, load_trunk
+from t2idist.nn.image_encoders import (TextImageEncoders, InceptionEncoder, check_trunk, damsm_image_encoder, load_trunk)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class CharText:
         self.config = config
         fields = asdict(config)
         text = char_text_encoder(fields, plan.extent.words)
-        encoders = Encoders(text, damsm_image_encoder(fields, regions=False))
+        encoders = TextImageEncoders(text, damsm_image_encoder(fields, regions=False))
         pretrained = None
         if isinstance(encoders.image, InceptionEncoder):
             fill = functools.partial(load_trunk, encoders.image)
@@ -59,7 +59,7 @@ class CharText:
         train.report("char_text/caption_of_image", losses.caption_of_image)
         train.report("char_text/image_of_caption", losses.image_of_caption)
 
-    def _losses(self, net: Encoders, batch: Batch) -> RankingLosses:
+    def _losses(self, net: TextImageEncoders, batch: Batch) -> RankingLosses:
         codes = net.image(batch.images[-1])[1]
         sentences = net.text(batch.captions.tokens, batch.captions.lengths)[1]
         return joint_embedding_losses(codes, sentences, batch.class_ids, batch.groups, self.config.margin)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from t2idist.contract import Adam, Batch, BuildInfo, Captions, Frozen, Pretrained, Role, Schedule, Train
 from t2idist.losses.matching import Gammas, RankingLosses, sentence_losses, word_losses
-from t2idist.nn.image_encoders import Encoders, InceptionEncoder, check_trunk, damsm_image_encoder, load_trunk
+from t2idist.nn.image_encoders import (TextImageEncoders, InceptionEncoder, check_trunk, damsm_image_encoder, load_trunk)
 from t2idist.nn.text_encoders import damsm_text_encoder
 
 
@@ -45,7 +45,7 @@ class Damsm:
     def __init__(self, config: Config, plan: BuildInfo) -> None:
         self.config = config
         fields = asdict(config)
-        encoders = Encoders(damsm_text_encoder(fields, plan.vocabulary_size), damsm_image_encoder(fields))
+        encoders = TextImageEncoders(damsm_text_encoder(fields, plan.vocabulary_size), damsm_image_encoder(fields))
         schedule = Schedule(
             "exponential",
             factor=config.lr_factor_per_epoch,
@@ -73,7 +73,7 @@ class Damsm:
         train.report("damsm/sentence_caption_of_image", sentences.caption_of_image)
         train.report("damsm/sentence_image_of_caption", sentences.image_of_caption)
 
-    def _losses(self, net: Encoders, batch: Batch) -> tuple[RankingLosses, RankingLosses]:
+    def _losses(self, net: TextImageEncoders, batch: Batch) -> tuple[RankingLosses, RankingLosses]:
         regions, whole = net.image(batch.images[-1])
         words, sentence = net.text(batch.captions.tokens, batch.captions.lengths)
         classes, groups = batch.class_ids, batch.groups

@@ -14,12 +14,12 @@ from t2idist.losses.captions import word_cross_entropy
 from t2idist.losses.image import kl_divergence
 from t2idist.losses.matching import Gammas, damsm_loss, wrong_pairs
 from t2idist.nn import tree
-from t2idist.nn.captioning import captioner_of
+from t2idist.nn.captioning import captioner_from_export
 from t2idist.nn.discriminators import AttnDiscriminator
 from t2idist.nn.image_encoders import damsm_image_encoder
 from t2idist.nn.init import orthogonal_
-from t2idist.nn.text_encoders import padding_of, text_encoder_of, unit_scale
-from t2idist.nn.tree import AttentionGenerator, Drawn, pyramid
+from t2idist.nn.text_encoders import padding_mask, text_encoder_from_export, unit_scale
+from t2idist.nn.tree import AttentionGenerator, GeneratorOutput, pyramid
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ class MirrorGan:
         damsm = plan.sources["damsm"]
         embedding_dim: int = damsm["config"]["embedding_dim"]
         self.sizes = pyramid(config.base_size, config.branches)
-        cnn, rnn = captioner_of(plan.sources["captioner"], plan.vocabulary_size)
+        cnn, rnn = captioner_from_export(plan.sources["captioner"], plan.vocabulary_size)
         self.frozen = {
-            "text": Frozen(text_encoder_of(damsm, plan.vocabulary_size), "damsm", "text"),
+            "text": Frozen(text_encoder_from_export(damsm, plan.vocabulary_size), "damsm", "text"),
             "cnn": Frozen(cnn, "captioner", "cnn"),
             "rnn": Frozen(rnn, "captioner", "rnn"),
         }
@@ -97,8 +97,8 @@ class MirrorGan:
             words, sentence = text(batch.captions.tokens, batch.captions.lengths)
         read, condition = self._read(words, sentence)
         z, normal = train.noise(self.config.z_dim), train.noise(self.config.condition_dim)
-        padding = padding_of(batch.captions.lengths, words)
-        drawn = train.forward("generator", tree.draw, z, normal, condition, read, padding, batch.groups)
+        padding = padding_mask(batch.captions.lengths, words)
+        drawn = train.forward("generator", tree.generate, z, normal, condition, read, padding, batch.groups)
         pairs = wrong_pairs(batch.class_ids, batch.groups)
         for size, real, fake in zip(self.sizes, batch.images, drawn.images, strict=True):
             name = f"discriminator_{size}"
@@ -115,7 +115,7 @@ class MirrorGan:
         """Words and sentence as generator and discriminators get them."""
         return (unit_scale(words), unit_scale(sentence)) if self.config.unit_text else (words, sentence)
 
-    def _adversarial(self, drawn: Drawn, condition: Tensor, train: Train) -> Tensor:
+    def _adversarial(self, drawn: GeneratorOutput, condition: Tensor, train: Train) -> Tensor:
         assert drawn.mean is not None and drawn.log_variance is not None
         kl = kl_divergence(drawn.mean, drawn.log_variance)
         train.report("generator/kl", kl)
@@ -147,9 +147,9 @@ class MirrorGan:
 
     def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: NoiseFn) -> Sample:
         words, sentence = self._read(*nets["text"](captions.tokens, captions.lengths))
-        padding = padding_of(captions.lengths, words)
+        padding = padding_mask(captions.lengths, words)
         z, normal = draw(self.config.z_dim), draw(self.config.condition_dim)
-        drawn = tree.draw(nets["generator"], z, normal, sentence, words, padding)
+        drawn = tree.generate(nets["generator"], z, normal, sentence, words, padding)
         return Sample(drawn.images, drawn.attention)
 
 

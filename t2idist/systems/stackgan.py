@@ -24,8 +24,8 @@ from t2idist.nn import tree
 from t2idist.nn.discriminators import SIZES, StageDiscriminator
 from t2idist.nn.init import normal_
 from t2idist.nn.text_encoders import sentence_encoder
-from t2idist.nn.tree import Drawn
-from t2idist.nn.two_stage import StageOneGenerator, StageTwoGenerator, batch_statistics, stage_one_generator
+from t2idist.nn.tree import GeneratorOutput
+from t2idist.nn.two_stage import StageOneGenerator, StageTwoGenerator, use_batch_statistics, stage_one_generator
 from t2idist.systems import _sentences
 
 
@@ -107,7 +107,7 @@ class StackGan:
         first = train.noise(self.config.z_dim)  # what the generator begins from: noise, or stage 1's picture
         if self.config.stage == 2:
             first = self._low(first, train.noise(self.low_condition_dim), sentence, batch.groups, train)
-        drawn = train.forward("generator", tree.draw, first, train.noise(self.config.condition_dim), sentence)
+        drawn = train.forward("generator", tree.generate, first, train.noise(self.config.condition_dim), sentence)
         self._judge(drawn, batch, train)
         train.apply("generator", self._generator_loss(drawn, train))
 
@@ -115,12 +115,12 @@ class StackGan:
         """Stage 1's pictures."""
         with torch.no_grad(), train.frozen("stage1") as net:
             if self.config.compat != "authors":
-                return tree.draw(net, z, normal, sentence).images[0]
+                return tree.generate(net, z, normal, sentence).images[0]
             parts = zip(z.chunk(groups), normal.chunk(groups), sentence.chunk(groups), strict=True)
-            with batch_statistics(net):
-                return torch.cat([tree.draw(net, *part).images[0] for part in parts])
+            with use_batch_statistics(net):
+                return torch.cat([tree.generate(net, *part).images[0] for part in parts])
 
-    def _judge(self, drawn: Drawn, batch: Batch, train: Train) -> None:
+    def _judge(self, drawn: GeneratorOutput, batch: Batch, train: Train) -> None:
         """The discriminator's update, conditioned on the mean of the conditioning Gaussian."""
         assert drawn.mean is not None
         pairs = wrong_pairs(batch.class_ids, batch.groups)
@@ -135,7 +135,7 @@ class StackGan:
         for part, value in parts.items():
             train.report(f"discriminator/{part}", value)
 
-    def _generator_loss(self, drawn: Drawn, train: Train) -> Tensor:
+    def _generator_loss(self, drawn: GeneratorOutput, train: Train) -> Tensor:
         assert drawn.mean is not None and drawn.log_variance is not None
         fake, condition = drawn.images[0], drawn.mean.detach()
         with train.frozen("discriminator") as judge:
@@ -152,8 +152,8 @@ class StackGan:
         sentence = _sentences.for_sample(captions, nets, self.config.unit_text)
         first = draw(self.config.z_dim)
         if self.config.stage == 2:
-            first = tree.draw(nets["stage1"], first, draw(self.low_condition_dim), sentence).images[0]
-        return Sample(tree.draw(nets["generator"], first, draw(self.config.condition_dim), sentence).images)
+            first = tree.generate(nets["stage1"], first, draw(self.low_condition_dim), sentence).images[0]
+        return Sample(tree.generate(nets["generator"], first, draw(self.config.condition_dim), sentence).images)
 
 
 def _check_stage1(config: Config, plan: BuildInfo) -> None:

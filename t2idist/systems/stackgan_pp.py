@@ -22,7 +22,7 @@ from t2idist.nn import tree
 from t2idist.nn.discriminators import StackDiscriminator
 from t2idist.nn.init import orthogonal_
 from t2idist.nn.text_encoders import sentence_encoder
-from t2idist.nn.tree import Drawn, StackGenerator, pyramid
+from t2idist.nn.tree import GeneratorOutput, StackGenerator, pyramid
 from t2idist.systems import _sentences
 
 
@@ -89,14 +89,14 @@ class StackGanPP:
         z = train.noise(self.config.z_dim)
         if self.config.conditional:
             sentence = _sentences.for_step(batch.captions, train, self.frozen, self.config.unit_text)
-            drawn = train.forward("generator", tree.draw, z, train.noise(self.config.condition_dim), sentence)
+            drawn = train.forward("generator", tree.generate, z, train.noise(self.config.condition_dim), sentence)
             self._judge_pairs(drawn, batch, train)
         else:
-            drawn = train.forward("generator", tree.draw, z, None, None)
+            drawn = train.forward("generator", tree.generate, z, None, None)
             self._judge_pictures(drawn, batch, train)
         train.apply("generator", self._generator_loss(drawn, train))
 
-    def _judge_pairs(self, drawn: Drawn, batch: Batch, train: Train) -> None:
+    def _judge_pairs(self, drawn: GeneratorOutput, batch: Batch, train: Train) -> None:
         """The discriminators' updates with captions, conditioned on the mean of the conditioning Gaussian."""
         assert drawn.mean is not None
         condition = drawn.mean.detach()
@@ -109,7 +109,7 @@ class StackGanPP:
             for part, value in vars(verdict).items():
                 train.report(f"{name}/{part}", value)
 
-    def _judge_pictures(self, drawn: Drawn, batch: Batch, train: Train) -> None:
+    def _judge_pictures(self, drawn: GeneratorOutput, batch: Batch, train: Train) -> None:
         """The discriminators' updates without captions."""
         for size, real, fake in zip(self.sizes, batch.images, drawn.images, strict=True):
             name = f"discriminator_{size}"
@@ -118,7 +118,7 @@ class StackGanPP:
             for part, value in vars(verdict).items():
                 train.report(f"{name}/{part}_alone", value)
 
-    def _generator_loss(self, drawn: Drawn, train: Train) -> Tensor:
+    def _generator_loss(self, drawn: GeneratorOutput, train: Train) -> Tensor:
         loss = drawn.images[0].new_zeros(())
         for size, fake in zip(self.sizes, drawn.images, strict=True):
             with train.frozen(f"discriminator_{size}") as judge:
@@ -142,9 +142,9 @@ class StackGanPP:
     def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: NoiseFn) -> Sample:
         z = draw(self.config.z_dim)
         if not self.config.conditional:
-            return Sample(tree.draw(nets["generator"], z, None, None).images)
+            return Sample(tree.generate(nets["generator"], z, None, None).images)
         sentence = _sentences.for_sample(captions, nets, self.config.unit_text)
-        return Sample(tree.draw(nets["generator"], z, draw(self.config.condition_dim), sentence).images)
+        return Sample(tree.generate(nets["generator"], z, draw(self.config.condition_dim), sentence).images)
 
 
 def _picture_verdict(net: StackDiscriminator, real: Tensor, fake: Tensor) -> UnconditionalLosses:

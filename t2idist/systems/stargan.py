@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from t2idist.contract import Adam, Batch, BuildInfo, Frozen, Role, Schedule, Train
 from t2idist.losses.penalties import gradient_penalty
-from t2idist.nn.precision import full
+from t2idist.nn.precision import upcast
 from t2idist.nn.stargan import PatchDiscriminator, TranslationGenerator
 
 
@@ -115,7 +115,7 @@ class StarGan:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Terms of the discriminator's loss (eq. 5, 8): on real and generated pictures, of classes, and the penalty."""
         scores, logits = net(torch.cat([real, fake]))
-        real_scores, fake_scores = full(scores).chunk(2)
+        real_scores, fake_scores = upcast(scores).chunk(2)
         return (
             -real_scores.mean(),
             fake_scores.mean(),
@@ -129,7 +129,7 @@ class StarGan:
         """Equation 6."""
         with train.frozen("discriminator") as judge:
             scores, logits = judge(fake)
-        adversarial = -full(scores).mean()
+        adversarial = -upcast(scores).mean()
         classes = self._class_loss(logits, wanted, domain)
         reconstruction = (real - again).abs().mean()
         train.report("generator/adversarial", adversarial)
@@ -139,7 +139,7 @@ class StarGan:
 
     def _class_loss(self, logits: Tensor, labels: Tensor, domain: int) -> Tensor:
         """Cross-entropy of a set's own logits (N, classes), summed over its labels (N, A), mean over pictures."""
-        own = full(logits)[:, self._slices[domain]]
+        own = upcast(logits)[:, self._slices[domain]]
         if self.exclusive[domain]:
             return -(labels * F.log_softmax(own, dim=1)).sum(1).mean()
         return F.binary_cross_entropy_with_logits(own, labels, reduction="none").sum(1).mean()

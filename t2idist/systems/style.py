@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from t2idist.contract import Adam, Batch, BuildInfo, Captions, Frozen, NoiseFn, Role, Sample, Train
-from t2idist.nn.dcgan import generator_of, trunk
+from t2idist.nn.dcgan import generator_from_export, trunk
 from t2idist.nn.image_encoders import resize
 from t2idist.nn.init import normal_
-from t2idist.nn.precision import full
+from t2idist.nn.precision import upcast
 from t2idist.nn.text_encoders import sentence_encoder
 from t2idist.systems import _sentences
 
@@ -55,7 +55,7 @@ class Style:
                 f"uses.generator: it was trained on sentence vectors of {given} numbers and this data's have "
                 f"{plan.extent.vector_dim}; give the data that it was trained on"
             )
-        self.frozen = {"generator": Frozen(generator_of(source, text_dim), "generator", "generator")}
+        self.frozen = {"generator": Frozen(generator_from_export(source, text_dim), "generator", "generator")}
         if encoder is not None:
             self.frozen["text"] = Frozen(encoder, "generator", "text")
         self.z_dim: int = source["config"]["z_dim"]
@@ -86,7 +86,7 @@ class Style:
 
 def _error(net: nn.Module, images: Tensor, z: Tensor) -> Tensor:
     """Mean over samples and dimensions, so that the best blind guess scores 1."""
-    return (full(net(images)) - full(z)).square().mean()
+    return (upcast(net(images)) - upcast(z)).square().mean()
 
 
 def build(config: Config, plan: BuildInfo) -> Style:

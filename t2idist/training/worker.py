@@ -30,14 +30,14 @@ from t2idist.engine.checkpoint.manager import CheckpointManager, CommittedCheckp
 from t2idist.engine.checkpoint.replica_protocol import ReplicaStore
 from t2idist.engine.checkpoint.replicas import ReplicaManager
 from t2idist.engine.guard import Diverged
-from t2idist.engine.metrics import MetricLogger, add_lines, now
-from t2idist.engine.noise import key
+from t2idist.engine.metrics import MetricLogger, append_lines, now
+from t2idist.engine.noise import derive_seed
 from t2idist.engine.preemption import Poll, PreemptionHandler
 from t2idist.engine.strategy import Precision
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import Share, World
 from t2idist.evaluate.in_training import InTrainingEvaluator
-from t2idist.nn.fast.layers import keep_freed_memory
+from t2idist.nn.fast.memory import keep_freed_memory
 from t2idist.observability.environment import environment_info
 from t2idist.observability.logs import LogContext, redact_secrets
 from t2idist.report import report
@@ -115,7 +115,7 @@ def _run(config: RunConfig, world: World, around: WorkerContext) -> None:
         run = functools.partial(_run_stage, config, name, world, ran_on, facts, around)
         _run_guarded(run, name, world, config.guard.rollbacks)
     if world.is_main:
-        report.write(url)
+        report.write_report(url)
     world.barrier()
 
 
@@ -226,7 +226,7 @@ def _trainer(config: RunConfig, name: str, system: System, world: World, rollbac
     return Trainer(
         system,
         stage=name,
-        seed=key(seed, "rollback", rollback) if rollback else seed,
+        seed=derive_seed(seed, "rollback", rollback) if rollback else seed,
         group_size=stage.group_size,
         share=Share.of(world, stage.groups),
         world=world,
@@ -247,7 +247,7 @@ def _restore(
             if notes["ledger"]:
                 write_ledger(stage_url, f"{checkpoints.attempt}m", rank, notes["ledger"])
             if notes["metrics"]:
-                add_lines(stage_url, notes["metrics"])
+                append_lines(stage_url, notes["metrics"])
     trainer.world.barrier()
     return found
 
@@ -270,7 +270,7 @@ def _open_intake(
         groups=list(trainer.share.lanes),
         total_groups=trainer.share.groups,
         group_size=trainer.group_size,
-        seeds=[key(seed, name, "data", *([domain] if domain else [])) for domain in range(len(datasets))],
+        seeds=[derive_seed(seed, name, "data", *([domain] if domain else [])) for domain in range(len(datasets))],
         step0=trainer.step,
     )
     return TrackedBatches(
@@ -288,7 +288,7 @@ def _open_intake(
 
 def _build(config: RunConfig, name: str, plan: BuildInfo, vocabulary: Sequence[str]) -> System:
     """The stage's system with its initial weights, those of earlier exports, from files and of what it fine-tunes."""
-    torch.manual_seed(key(config.stage_seed(name), name))
+    torch.manual_seed(derive_seed(config.stage_seed(name), name))
     system = stages.build(config, name, plan)
     for slot, source in config.stages[name].uses.items():
         taken = [frozen for frozen in system.frozen.values() if frozen.source == slot]

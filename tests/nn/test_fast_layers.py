@@ -150,7 +150,7 @@ class _Flops(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize("smallest", [1, layers.SMALLEST_MATRIX])
+@pytest.mark.parametrize("smallest", [1, layers.MIN_MATRIX_ELEMENTS])
 def test_a_penalty_on_a_slope_is_torchs_for_less(monkeypatch: pytest.MonkeyPatch, smallest: int) -> None:
     monkeypatch.setattr(layers, "SMALLEST_MATRIX", smallest)
     torch.manual_seed(0)

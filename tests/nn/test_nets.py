@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from t2idist.nn.attention import WordAttention
-from t2idist.nn.blocks import GLU, Joined, JointConv2d, UpConv2d, up_block
+from t2idist.nn.blocks import GLU, JointSequential, JointConv2d, UpConv2d, up_block
 from t2idist.nn.conditioning import ConditioningAugmentation
 from t2idist.nn.discriminators import SIZES, AttnDiscriminator, StackDiscriminator
 from t2idist.nn.image_encoders import InceptionEncoder, SmallEncoder, damsm_image_encoder, load_trunk
@@ -199,7 +199,7 @@ def test_joint_convolution_is_that_of_tiled_conditions(places: tuple[int, int], 
 
 def test_what_follows_a_joint_convolution_sees_one_condition_after_the_other() -> None:
     torch.manual_seed(0)
-    layers = Joined(JointConv2d(5, 3, 4), nn.BatchNorm2d(4))
+    layers = JointSequential(JointConv2d(5, 3, 4), nn.BatchNorm2d(4))
     features, conditions = torch.randn(2, 5, 4, 4), torch.randn(2, 2, 3)
     each = layers(features, *conditions)
     statistics = layers[1].running_mean.clone()

@@ -13,8 +13,8 @@ from t2idist import systems
 from t2idist.contract import BuildInfo, DataInfo, System
 from t2idist.engine.checkpoint import export
 from t2idist.losses.matching import joint_embedding_losses
-from t2idist.nn.char_encoder import ALPHABET, WORD_CHARACTERS, CharEncoder, spell, spellings
-from t2idist.nn.text_encoders import sentence_encoder, text_encoder_of
+from t2idist.nn.char_encoder import ALPHABET, MAX_WORD_CHARACTERS, CharEncoder, encode_characters, spell_words
+from t2idist.nn.text_encoders import sentence_encoder, text_encoder_from_export
 from tests.helpers.fixed_weights import parameters
 from tests.systems.test_loss_values import colour_batch, trainer
 
@@ -46,19 +46,19 @@ def test_the_alphabet_is_the_released_one() -> None:
 def test_captions_are_spelled_with_single_spaces() -> None:
     tokens = torch.tensor([[9, 1, 11, 0], [5, 0, 0, 0], [10, 12, 10, 4], [9, 9, 9, 9]])
     lengths = torch.tensor([3, 1, 4, 2])
-    found = spell(spellings(WORDS), tokens, lengths, 12)
+    found = encode_characters(spell_words(WORDS), tokens, lengths, 12)
     said = ["a red x_1", "magenta", "the of the yellow"[:12], "a a"]
     assert found.shape == (4, 12) and read(found) == said
     assert found[1, 7:].abs().max() == 0
 
 
 def test_words_are_kept_to_the_alphabet_and_to_a_length() -> None:
-    letters = spellings(["Caf\u00e9", "w" * 40, "", "-"])
-    assert letters.shape == (4, WORD_CHARACTERS) and letters.dtype == torch.uint8
-    assert read(letters) == ["caf", "w" * WORD_CHARACTERS, "", "-"]
+    letters = spell_words(["Caf\u00e9", "w" * 40, "", "-"])
+    assert letters.shape == (4, MAX_WORD_CHARACTERS) and letters.dtype == torch.uint8
+    assert read(letters) == ["caf", "w" * MAX_WORD_CHARACTERS, "", "-"]
     assert int(letters[3, 0]) == ALPHABET.rindex("-") + 1, "of the two dashes the last counts, as in the released code"
-    whole = spell(letters, torch.tensor([[1, 1, 1, 1]]), torch.tensor([4]), 201)
-    assert read(whole) == [" ".join(["w" * WORD_CHARACTERS] * 4)]
+    whole = encode_characters(letters, torch.tensor([[1, 1, 1, 1]]), torch.tensor([4]), 201)
+    assert read(whole) == [" ".join(["w" * MAX_WORD_CHARACTERS] * 4)]
 
 
 def test_what_is_past_the_caption_changes_nothing() -> None:
@@ -167,7 +167,7 @@ def test_what_cannot_be_built_is_named() -> None:
     with pytest.raises(ValueError, match="of system 'attngan'; it must be of 'damsm' or 'char_text'"):
         sentence_encoder({"text": {**given, "system": "attngan"}}, 15, 0)
     with pytest.raises(ValueError, match="of system 'char_text'; it must be of 'damsm'"):
-        text_encoder_of(given, 15)  # for systems that attend to words
+        text_encoder_from_export(given, 15)  # for systems that attend to words
     with pytest.raises(ValueError, match=r"uses\.text is missing"):
         sentence_encoder({}, 15, 0)
     assert sentence_encoder({}, 15, 300) == (None, 300)

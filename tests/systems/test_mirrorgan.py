@@ -17,7 +17,7 @@ from t2idist.losses.captions import word_cross_entropy
 from t2idist.nn.attention import GlobalLocalAttention
 from t2idist.nn.captioning import CaptionRNN, ResNetCaptionCNN
 from t2idist.nn.resnet import DEVIATION, MEAN, NAMES, ResNetTrunk, imagenet_scale, load_resnet
-from t2idist.nn.text_encoders import padding_of
+from t2idist.nn.text_encoders import padding_mask
 from tests.helpers.fixed_weights import fill, fingerprint, parameters, weight
 from tests.systems.test_loss_values import COCO, SMALL, TINY_DAMSM, colour_batch, counts, damsm_config, follows, trainer
 
@@ -104,7 +104,7 @@ def test_a_picture_depends_on_every_context() -> None:
     torch.manual_seed(0)
     net: Any = made("mirrorgan", tiny_plan(), **SMALL, z_dim=4, condition_dim=8).roles["generator"].net.eval()
     z, normal, sentence, words = torch.randn(2, 4), torch.randn(2, 8), torch.randn(2, 16), torch.randn(2, 16, 5)
-    padding = padding_of(torch.tensor([5, 3]), words)
+    padding = padding_mask(torch.tensor([5, 3]), words)
     with torch.no_grad():
         whole = net(z, normal, sentence, words, padding).images
         other_words = net(z, normal, sentence, words.roll(1, 0), padding).images

@@ -19,7 +19,7 @@ from t2idist.losses.adversarial import bce_real, generator_loss, joint_losses, m
 from t2idist.losses.matching import wrong_pairs
 from t2idist.nn.conditioning import LinearConditioning
 from t2idist.nn.discriminators import StageDiscriminator
-from t2idist.nn.two_stage import StageOneGenerator, StageTwoGenerator, batch_statistics
+from t2idist.nn.two_stage import StageOneGenerator, StageTwoGenerator, use_batch_statistics
 from tests.helpers.fixed_weights import fill, fingerprint, parameters
 from tests.systems.test_loss_values import TINY_DAMSM, colour_batch, damsm_config, follows
 
@@ -120,7 +120,7 @@ def test_batch_statistics_are_those_of_train_mode_and_leave_no_trace() -> None:
     before = {key: value.clone() for key, value in net.state_dict().items()}
     given = torch.randn(5, 4), torch.randn(5, 3), torch.randn(5, 6)
     evaluated = net(*given).images[0]
-    with batch_statistics(net):
+    with use_batch_statistics(net):
         here = net(*given).images[0]
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert torch.equal(net(*given).images[0], evaluated) and not torch.allclose(here, evaluated, atol=1e-2)

@@ -17,12 +17,12 @@ from t2idist import config as configuration
 from t2idist import systems
 from t2idist.config.strict import from_dict
 from t2idist.contract import Batch, BuildInfo, Captions, DataInfo
-from t2idist.engine.schedule import factor
+from t2idist.engine.schedule import lr_factor
 from t2idist.engine.strategy import Precision
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import Share, World
 from t2idist.losses.penalties import gradient_penalty, slope_penalty
-from t2idist.nn.stargan import PatchDiscriminator, PictureNorm, TranslationGenerator
+from t2idist.nn.stargan import PatchDiscriminator, ConditionalInstanceNorm2d, TranslationGenerator
 from t2idist.sampling.attribute_edits import Labels
 from t2idist.systems.stargan import Config, Domain, StarGan, build, shuffled
 from tests.helpers import fixed_weights, small_systems, toy_gan
@@ -133,7 +133,7 @@ def test_a_masked_net_keeps_the_picture_where_its_mask_says() -> None:
 
 def test_norm_is_that_of_each_picture() -> None:
     torch.manual_seed(0)
-    norm, x = PictureNorm(3).eval(), torch.randn(4, 3, 5, 5) * 3 + 1
+    norm, x = ConditionalInstanceNorm2d(3).eval(), torch.randn(4, 3, 5, 5) * 3 + 1
     torch.testing.assert_close(norm(x)[2:3], norm(x[2:3]))
     assert norm(x).mean(dim=(2, 3)).abs().max() < 1e-5
 
@@ -304,8 +304,8 @@ def test_every_presets_rate_falls_to_nothing(preset: str) -> None:
         authors = build(dataclasses.replace(settings, compat="authors"), plan(*names))
     for name, role in system.roles.items():
         rate = role.optimizer.schedule
-        assert [factor(rate, share * stage.images // 4) for share in (0, 2, 3, 4)] == pytest.approx([1, 1, 0.5, 0])
-        assert factor(authors.roles[name].optimizer.schedule, stage.images) == pytest.approx(0.999)
+        assert [lr_factor(rate, share * stage.images // 4) for share in (0, 2, 3, 4)] == pytest.approx([1, 1, 0.5, 0])
+        assert lr_factor(authors.roles[name].optimizer.schedule, stage.images) == pytest.approx(0.999)
 
 
 @pytest.mark.parametrize(
@@ -382,7 +382,7 @@ def test_it_learns_to_change_a_colour(more: dict[str, bool]) -> None:
 
 def test_pictures_are_normalised_by_themselves_whatever_their_layout() -> None:
     torch.manual_seed(0)
-    norm = PictureNorm(6).double()
+    norm = ConditionalInstanceNorm2d(6).double()
     given = torch.randn(3, 6, 5, 7, dtype=torch.float64)
     results = []
     for layout in (torch.contiguous_format, torch.channels_last):

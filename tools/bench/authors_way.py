@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2idist.contract import Role
-from t2idist.engine.schedule import ema_decay, factor
+from t2idist.engine.schedule import ema_decay, lr_factor
 from t2idist.engine.strategy import DDPStrategy, Precision, state_bytes
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import World
@@ -74,7 +74,7 @@ class AuthorsTrainer(Trainer):
         live = self._live[role]
         live.entered = False
         live.engine.backward(loss)
-        live.engine.step(live.role.optimizer.lr * factor(live.role.optimizer.schedule, self.images), loss.new_zeros(()))
+        live.engine.step(live.role.optimizer.lr * lr_factor(live.role.optimizer.schedule, self.images), loss.new_zeros(()))
         if live.ema is not None and live.role.ema_half_life_images is not None:
             keep = ema_decay(live.role.ema_half_life_images, self.group_size * self.share.groups)
             with torch.no_grad():
@@ -126,7 +126,7 @@ def word_similarity(regions: Tensor, words: Tensor, lengths: Tensor, gammas: Gam
             over_words = scores.softmax(dim=2).transpose(1, 2).contiguous()  # (I, T, R)
             weights = (over_words * gammas.attention).softmax(dim=2)
             context = torch.bmm(group_regions, weights.transpose(1, 2).contiguous())  # (I, D, T)
-            cosine = F.cosine_similarity(query, context, dim=1, eps=matching.SMALLEST_NORM)
+            cosine = F.cosine_similarity(query, context, dim=1, eps=matching.MIN_NORM)
             columns.append((cosine * gammas.words).exp().sum(1, keepdim=True).log())
         of_groups.append(torch.cat(columns, 1))
     return torch.stack(of_groups)

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from t2idist.contract import BuildInfo, Sample, SupportsSample, System
 from t2idist.evaluate.monitor import can_draw
-from t2idist.nn.fast.layers import keep_freed_memory
+from t2idist.nn.fast.memory import keep_freed_memory
 from t2idist.sampling.generate import NormalDraw, generate
 from t2idist.sampling.loading import network
 from tools.bench import authors_way, bench_step

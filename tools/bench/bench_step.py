@@ -38,7 +38,7 @@ from t2idist.contract import Batch, BuildInfo, Captions, DataInfo, System
 from t2idist.engine.strategy import Precision
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import Share, World
-from t2idist.nn.fast.layers import keep_freed_memory
+from t2idist.nn.fast.memory import keep_freed_memory
 from t2idist.preflight.cost import cost_of
 from t2idist.training import stages
 from tools.bench import authors_way

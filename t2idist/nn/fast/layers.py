@@ -7,7 +7,6 @@ runs as a product of matrices: oneDNN's convolutions rearrange the whole weight 
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,25 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
-
-SMALLEST_MATRIX = 1 << 20
+MIN_MATRIX_ELEMENTS = 1 << 20
 """Numbers of a weight below which oneDNN's way is quick enough."""
 
 Window = tuple[int, int, int]
 """Side, stride and padding of a square convolution."""
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep memory that is freed for what is asked for next, in this process.
-
-    Else it gives large tensors back to the system at the end of their lives and gets new pages, filled with zeros, for
-    the next ones: up to a third of a training step on CPUs. Does nothing where the library is not glibc.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def use_fast_layers(net: nn.Module) -> nn.Module:
@@ -62,7 +47,7 @@ class CachedCast(nn.Conv2d):
     Autocast casts it at every pass, and where it is frozen does not keep it for the next one.
     """
 
-    _half: _Half | None = None
+    _half: _CachedWeight | None = None
 
     def cast_weight(self) -> Tensor:
         """The weight in the precision that products run in."""
@@ -72,13 +57,13 @@ class CachedCast(nn.Conv2d):
         kind = torch.get_autocast_dtype(device)
         if self._half is None or self._half.version != self.weight._version or self._half.frozen.dtype != kind:
             with torch.inference_mode(False):  # what is made for pictures may serve the next step
-                self._half = _Half(
+                self._half = _CachedWeight(
                     self.weight._version, self.weight.detach().to(kind, memory_format=torch.channels_last)
                 )
         if not (self.weight.requires_grad and torch.is_grad_enabled()):
             return self._half.frozen
         if self._half.trained is None:
-            linked: Tensor = Linked.apply(self.weight, self._half.frozen)  # type: ignore[no-untyped-call]
+            linked: Tensor = CastWithGradient.apply(self.weight, self._half.frozen)  # type: ignore[no-untyped-call]
             self._half.trained = linked
         return self._half.trained
 
@@ -92,17 +77,17 @@ class FastConv2d(CachedCast):
     def forward(self, input: Tensor) -> Tensor:
         weight = self.cast_weight()
         out: Tensor
-        if weight.numel() < max(input.numel(), SMALLEST_MATRIX):
+        if weight.numel() < max(input.numel(), MIN_MATRIX_ELEMENTS):
             out = self._conv_forward(input, weight, self.bias)
             return out
         window = (self.kernel_size[0], self.stride[0], int(self.padding[0]))
-        patches: Tensor = Patches.apply(input.to(weight.dtype), window)  # type: ignore[no-untyped-call]
+        patches: Tensor = Unfold.apply(input.to(weight.dtype), window)  # type: ignore[no-untyped-call]
         out = F.linear(patches.flatten(3), weight.permute(0, 2, 3, 1).flatten(1), self.bias)
         return out.permute(0, 3, 1, 2)
 
 
 @dataclass
-class _Half:
+class _CachedWeight:
     """A weight's copy in half precision: of which version, without gradient, and (once it is asked for) with it."""
 
     version: int
@@ -110,7 +95,7 @@ class _Half:
     trained: Tensor | None = None
 
 
-class Linked(torch.autograd.Function):
+class CastWithGradient(torch.autograd.Function):
     """A weight's copy (second argument) through which gradients reach the weight (first)."""
 
     @staticmethod
@@ -141,11 +126,11 @@ class FastLeakyReLU(nn.LeakyReLU):
     def forward(self, input: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and input.requires_grad):
             return super().forward(input)
-        out: Tensor = Leak.apply(input, self.negative_slope)  # type: ignore[no-untyped-call]
+        out: Tensor = LeakyReLUFunction.apply(input, self.negative_slope)  # type: ignore[no-untyped-call]
         return out
 
 
-class Leak(torch.autograd.Function):
+class LeakyReLUFunction(torch.autograd.Function):
     """LeakyReLU; its gradient is a function of the incoming gradient alone."""
 
     @staticmethod
@@ -164,7 +149,7 @@ class Leak(torch.autograd.Function):
         return torch.ops.aten.leaky_relu_backward(gradient, out.detach(), ctx.slope, True), None  # type: ignore[attr-defined]
 
 
-class Patches(torch.autograd.Function):
+class Unfold(torch.autograd.Function):
     """What a window sees: (N, C, H, W) -> (N, rows, columns, side, side, C)."""
 
     @staticmethod
@@ -183,10 +168,10 @@ class Patches(torch.autograd.Function):
     def backward(ctx: FunctionCtx, gradient: Tensor | None) -> tuple[Tensor | None, None]:  # type: ignore[override]
         if gradient is None:
             return None, None
-        return SumOfPatches.apply(gradient, ctx.size, ctx.window), None  # type: ignore[no-untyped-call, attr-defined]
+        return Fold.apply(gradient, ctx.size, ctx.window), None  # type: ignore[no-untyped-call, attr-defined]
 
 
-class SumOfPatches(torch.autograd.Function):
+class Fold(torch.autograd.Function):
     """The adjoint: (N, rows, columns, side, side, C) -> (N, C, height, width), where places overlap their sum."""
 
     @staticmethod
@@ -206,4 +191,4 @@ class SumOfPatches(torch.autograd.Function):
     def backward(ctx: FunctionCtx, gradient: Tensor | None) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
         if gradient is None:
             return None, None, None
-        return Patches.apply(gradient, ctx.window), None, None  # type: ignore[no-untyped-call, attr-defined]
+        return Unfold.apply(gradient, ctx.window), None, None  # type: ignore[no-untyped-call, attr-defined]

@@ -1,64 +1,82 @@
-"""SIGTERM to the driver of a run that started Ray itself: its workers save and leave, and the run with them."""
+"""Ray Train callbacks: stop on SIGTERM, pause before a resize, wait for node liveness, limit the time to start."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+
+from t2idist.launch.ray_internals import ControllerCallback, WorkerGroupCallback
+from t2idist.launch.resources import NodeLiveness
 
 logger = logging.getLogger(__name__)
 
-_ANSWER_SECONDS = 10.0
+_PAUSE_SECONDS = 60.0
+_POLL_SECONDS = 0.25
+_RESPONSE_SECONDS = 10.0
+_SHUTDOWN_SECONDS = "5"
 
-_asked = threading.Event()
+# set in a worker's process by its controller or driver, read by its training loop
+_stop_requested, _pause_requested, _paused = threading.Event(), threading.Event(), threading.Event()
 
 
+# ------------------------------------------------------------ in a worker's process
 def stop_requested() -> bool:
-    """Whether this worker is to save and leave."""
-    return _asked.is_set()
+    """Return whether this worker has been asked to save its state and exit."""
+    return _stop_requested.is_set()
 
 
-def _tell() -> None:
-    """Runs in a worker's process, beside its training."""
-    _asked.set()
+def pause_requested() -> bool:
+    """Return whether this worker has been asked to pause."""
+    return _pause_requested.is_set()
 
 
-class StopOnSigterm(WorkerGroupCallback):  # type: ignore[misc]
-    """Asks the workers that train, and those that take their place, once it is told to."""
+def pause() -> None:
+    """Report that this worker is paused, and wait for the end of its process, at most a minute."""
+    _paused.set()
+    time.sleep(_PAUSE_SECONDS)
+    _pause_requested.clear()
+    _paused.clear()
+
+
+@contextlib.contextmanager
+def pause_at_exit() -> Iterator[None]:
+    """Report this worker as paused once the block has ended."""
+    try:
+        yield
+    finally:
+        _paused.set()
+
+
+def _request_stop() -> None:
+    """Run in a worker's process in parallel to its training."""
+    _stop_requested.set()
+
+
+def _request_pause() -> bool:
+    """Run in a worker's process in parallel to its training; returns whether the worker is paused."""
+    _pause_requested.set()
+    return _paused.is_set()
+
+
+# ------------------------------------------------------------ in the driver or controller
+class _RunningWorkers(WorkerGroupCallback):  # type: ignore[misc]
+    """Tracks the workers that train, to call functions in their processes in parallel to the training."""
 
     def __init__(self) -> None:
         self._workers: list[Any] = []
-        self._wanted = False
-
-    @contextlib.contextmanager
-    def on_sigterm(self) -> Iterator[None]:
-        """Inside, a first SIGTERM asks the workers; a second, and one where none train, does what it did outside."""
-        before: Any = signal.getsignal(signal.SIGTERM)
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            if self._wanted or not self._workers:
-                before(number, frame)
-            self._wanted = True
-            self._ask()
-
-        signal.signal(signal.SIGTERM, ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
         self._workers = list(worker_group.get_workers())
-        if self._wanted:
-            self._ask()
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
         self._workers = []
@@ -66,13 +84,128 @@ class StopOnSigterm(WorkerGroupCallback):  # type: ignore[misc]
     def before_worker_group_abort(self, worker_group_context: Any) -> None:
         self._workers = []
 
-    def _ask(self) -> None:
-        """In a thread: a signal's handler may run in the middle of one of Ray's calls."""
-        threading.Thread(target=_ask, args=[list(self._workers)], name="leave", daemon=True).start()
+
+def _call_workers(workers: list[Any], function: Callable[[], Any]) -> list[Any]:
+    """Call `function` in the process of every worker; raises RayError if one does not respond."""
+    return list(ray.get([worker.execute_async(function) for worker in workers], timeout=_RESPONSE_SECONDS))
 
 
-def _ask(workers: list[Any]) -> None:
+class StopOnSigterm(_RunningWorkers):
+    """Asks the running workers, and those that replace them, to save and exit once the driver receives SIGTERM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._requested = False
+
+    @contextlib.contextmanager
+    def on_sigterm(self) -> Iterator[None]:
+        """Handle SIGTERM while the block runs.
+
+        The first SIGTERM asks the workers to stop. A second one, or one while no workers train, calls the handler that
+        was set before the block.
+        """
+        previous: Any = signal.getsignal(signal.SIGTERM)
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            if self._requested or not self._workers:
+                previous(number, frame)
+            self._requested = True
+            self._request_stop()
+
+        signal.signal(signal.SIGTERM, handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    def after_worker_group_training_start(self, worker_group: Any) -> None:
+        super().after_worker_group_training_start(worker_group)
+        if self._requested:
+            self._request_stop()
+
+    def _request_stop(self) -> None:
+        """Use a thread: a signal handler may run in the middle of one of Ray's calls."""
+        threading.Thread(target=_stop_workers, args=[list(self._workers)], name="leave", daemon=True).start()
+
+
+def _stop_workers(workers: list[Any]) -> None:
     try:
-        ray.get([worker.execute_async(_tell) for worker in workers], timeout=_ANSWER_SECONDS)
-    except RayError as error:  # those that take their place are asked again
-        logger.warning("the workers could not be asked to leave: %s", error)
+        _call_workers(workers, _request_stop)
+    except RayError as error:  # the workers that replace them are asked again
+        logger.warning("the workers could not be asked to stop: %s", error)
+
+
+class PauseBeforeResize(_RunningWorkers, ControllerCallback):  # type: ignore[misc]
+    """Pauses the running workers before a group of another size replaces them, waiting at most `within_seconds`.
+
+    Ray Train ends the workers wherever they are. A paused worker has saved its state, so that no step since the last
+    replica is lost.
+    """
+
+    def __init__(self, within_seconds: float) -> None:
+        super().__init__()
+        self._within_seconds = within_seconds
+
+    def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
+        self._workers = []
+
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        if not self._workers:
+            return
+        deadline = time.monotonic() + self._within_seconds
+        try:
+            while not all(_call_workers(self._workers, _request_pause)):
+                if time.monotonic() > deadline:
+                    logger.warning("workers did not pause within %.0f s; replacing them anyway", self._within_seconds)
+                    return
+                time.sleep(_POLL_SECONDS)
+        except RayError:  # one has just died; the new group resumes from an earlier replica
+            return
+
+
+class WaitForNodeLiveness(ControllerCallback):  # type: ignore[misc]
+    """Lets Ray Train start workers only when it is known which nodes are alive."""
+
+    def __init__(self, liveness: NodeLiveness) -> None:
+        self._liveness = liveness
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", _SHUTDOWN_SECONDS)
+
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        self._liveness.wait()
+
+
+class StartTimeout(WorkerGroupCallback):  # type: ignore[misc]
+    """Ends workers that are not ready to train within `start_within_seconds`; Ray Train then starts a new group.
+
+    Ray's own timeout covers the start of the workers' processes only; a worker that hangs right after would never end.
+    """
+
+    def __init__(self, start_within_seconds: float) -> None:
+        self._start_within_seconds = start_within_seconds
+        self._timer: threading.Timer | None = None
+
+    def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
+        self._cancel()
+        self._timer = threading.Timer(self._start_within_seconds, _end_workers, [[worker.actor for worker in workers]])
+        self._timer.daemon = True
+        self._timer.start()
+        return {}
+
+    def after_worker_group_training_start(self, worker_group: Any) -> None:
+        self._cancel()
+
+    def before_worker_group_shutdown(self, worker_group: Any) -> None:
+        self._cancel()
+
+    def _cancel(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def _end_workers(actors: list[Any]) -> None:
+    logger.warning("workers did not start in time; starting new ones")
+    for actor in actors:
+        ray.kill(actor)

@@ -1,4 +1,4 @@
-"""Many independent pieces of work on this process, on several of this machine, or on a Ray cluster."""
+"""Map a function over independent tasks in this process, in several processes, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ T = TypeVar("T")
 def map_unordered(
     work: Callable[[T], Any], tasks: Iterable[T], workers: int, address: str = "", *, gpus: int = 0
 ) -> Iterator[Any]:
-    """Do `work` on every task; gives the results as they come, in no order.
+    """Call `work` on every task; yields the results as they complete, in no particular order.
 
-    workers: 0: here, one after the other. address: of a Ray cluster ("auto": the one that this process belongs to).
-    gpus: of a worker.
+    Args:
+        workers: number of Ray workers; 0 calls `work` in this process, one task after the other.
+        address: a Ray cluster's address ("auto": the cluster that this process belongs to); "" starts Ray here.
+        gpus: GPUs per worker.
     """
     if not workers:
         yield from map(work, tasks)
         return
-    import ray  # not for the one process alone
+    import ray  # not needed in one process
 
     with tempfile.TemporaryDirectory(prefix="t2idist-ray-") as folder:
         if address:
@@ -39,11 +41,11 @@ def map_unordered(
             )
         try:
             remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)(work)
-            rest = iter(tasks)
-            waiting = [remote.remote(task) for task in islice(rest, 2 * workers)]
-            while waiting:
-                done, waiting = ray.wait(waiting)
-                waiting += [remote.remote(task) for task in islice(rest, len(done))]
+            remaining = iter(tasks)
+            pending = [remote.remote(task) for task in islice(remaining, 2 * workers)]
+            while pending:
+                done, pending = ray.wait(pending)
+                pending += [remote.remote(task) for task in islice(remaining, len(done))]
                 yield from ray.get(done)
         finally:
             ray.shutdown()

@@ -1,4 +1,4 @@
-"""Ray Train: how a run gets its workers."""
+"""Submit a run to Ray Train: wait for resources, start the workers, report progress, retry after failures."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ from t2idist.config import RunConfig
 from t2idist.config.strict import from_dict, to_dict
 from t2idist.engine.metrics import PROGRESS
 from t2idist.engine.preemption import PreemptionNotice, StopRequested
-from t2idist.launch import callbacks, connection, pause, ray_trainer
+from t2idist.launch import callbacks, connection, resources
+from t2idist.launch.ray_trainer import RayTrainer
 from t2idist.launch.replica_store import RayReplicaStore
 from t2idist.observability import logs
 from t2idist.observability.environment import GIT
@@ -44,99 +45,101 @@ from t2idist.training.options import StopAfter
 
 logger = logging.getLogger(__name__)
 
-_LOOK_SECONDS = 2.0
+_POLL_SECONDS = 2.0
 
 
 def submit(config: RunConfig, stop: StopAfter | None, watch: OnProgress, own: bool) -> None:
-    """The run on the workers of a Ray cluster.
+    """Train the run on the workers of a Ray cluster.
 
-    stop: where it is to end before it is done. watch: gets the progress messages. own: the cluster is there for this
-    run alone (`connect.started`); else the run joins one.
-    Raises ValueError for a cluster that cannot hold the smallest number of workers, RuntimeError where the run failed.
+    Args:
+        stop: the stage and number of images after which the run ends early.
+        watch: called with every progress message.
+        own: whether the cluster was started for this run alone (`connection.start_local_cluster`); if not, the run
+            joins the cluster that its config or environment names.
+
+    Raises:
+        ValueError: the cluster has no room for the smallest number of workers.
+        RuntimeError: the run failed.
+        StopRequested: the workers were asked to stop.
     """
     clear_fatal(config)
-    around = contextlib.nullcontext() if own else connection.join_cluster(config.cluster)
-    with around, tempfile.TemporaryDirectory(prefix="t2idist-train-", ignore_cleanup_errors=True) as folder:
-        _wait_for_room(config, 0.0 if own else config.cluster.wait_seconds)
+    joined = contextlib.nullcontext() if own else connection.join_cluster(config.cluster)
+    with joined, tempfile.TemporaryDirectory(prefix="t2idist-train-", ignore_cleanup_errors=True) as folder:
+        _wait_for_resources(config, 0.0 if own else config.cluster.wait_seconds)
         _fit(config, folder, own, stop, watch)
 
 
 def _fit(config: RunConfig, folder: str, own: bool, stop: StopAfter | None, watch: OnProgress) -> None:
-    """Run the trainer to its end, again where Ray's controller failed, which its own counters do not cover.
-
-    Raises `StopRequested` where the workers were asked to leave.
-    """
-    leaving, left = callbacks.StopOnSigterm(), None
-    keepers, others = RayReplicaStore(_run_id(config)), ray_trainer.own_placement_groups()
-    with _Progress(config, watch), ray_trainer.Reservation(stages.run_url(config), config.cluster) as reservation:
+    """Run the trainer to its end, again if Ray's controller fails, which FailureConfig does not cover."""
+    on_sigterm, stopped = callbacks.StopOnSigterm(), None
+    replicas, foreign_groups = RayReplicaStore(_run_id(config)), resources.own_placement_groups()
+    with _Progress(config, watch), resources.Reservation(stages.run_url(config), config.cluster) as reservation:
         for retry in range(config.cluster.max_failures + 1):
             try:
-                trainer = _trainer(config, folder, own, stop, leaving)
-                reservation.hold(f"train-{trainer.train_run_context.run_id}")  # type: ignore[attr-defined]
-                with leaving.on_sigterm() if own and connection.in_main_thread() else contextlib.nullcontext():
-                    left = trainer.fit().return_value  # type: ignore[attr-defined]
+                trainer = _trainer(config, folder, own, stop, on_sigterm)
+                reservation.acquire(f"train-{trainer.train_run_context.run_id}")  # type: ignore[attr-defined]
+                with on_sigterm.on_sigterm() if own and connection.in_main_thread() else contextlib.nullcontext():
+                    stopped = trainer.fit().return_value  # type: ignore[attr-defined]
                 break
             except WorkerGroupError as error:
                 raise RuntimeError(f"the run failed: {_cause(error)}") from None
             except (TrainingFailedError, RayError) as error:
                 if retry == config.cluster.max_failures:
                     raise RuntimeError(f"the run failed: {_cause(error)}") from None
-                logger.warning("Ray Train's controller failed (%s); the run is taken up again", _cause(error))
-                ray_trainer.remove_placement_groups(ray_trainer.own_placement_groups() - others)
-    keepers.end()
+                logger.warning("Ray Train's controller failed (%s); starting it again", _cause(error))
+                resources.remove_placement_groups(resources.own_placement_groups() - foreign_groups)
+    replicas.shut_down()
     fatal = read_fatal(config)
     if fatal is not None:
         raise RuntimeError(f"the run failed: {fatal}")
-    if left is not None:
-        raise StopRequested(left)
+    if stopped is not None:
+        raise StopRequested(stopped)
 
 
-def _wait_for_room(config: RunConfig, wait_seconds: float) -> None:
-    """Until the smallest world fits onto the cluster's machines. Raises ValueError where it does not in that time."""
+def _wait_for_resources(config: RunConfig, wait_seconds: float) -> None:
+    """Wait until the smallest number of workers fits onto the cluster; raises ValueError after `wait_seconds`."""
     cluster = config.cluster
-    each, smallest = {"CPU": cluster.cpus_per_worker, "GPU": float(cluster.gpus_per_worker)}, cluster.workers[0]
-    wanted = ", ".join(f"{amount:g} {kind}" for kind, amount in ray_trainer.nonzero(each).items())
-    if ray_trainer.worker_slots(each) >= smallest:
+    per_worker = {"CPU": cluster.cpus_per_worker, "GPU": float(cluster.gpus_per_worker)}
+    smallest = cluster.workers[0]
+    needed = ", ".join(f"{amount:g} {kind}" for kind, amount in resources.nonzero(per_worker).items())
+    if resources.worker_slots(per_worker) >= smallest:
         return
     if wait_seconds:
-        logger.info("waiting %.0f s at most for room for %d workers of %s", wait_seconds, smallest, wanted)
+        logger.info("waiting at most %.0f s for room for %d workers of %s", wait_seconds, smallest, needed)
     deadline = time.monotonic() + wait_seconds
-    with ray_trainer.request_workers(each, smallest):
-        while ray_trainer.worker_slots(each) < smallest:
+    with resources.request_workers(per_worker, smallest):
+        while resources.worker_slots(per_worker) < smallest:
             if time.monotonic() >= deadline:
-                machines = ray_trainer.schedulable_nodes().values()
-                has = " and ".join(f"{sum(m.get(kind, 0.0) for m in machines):g} {kind}" for kind in each)
+                nodes = resources.schedulable_nodes().values()
+                total = " and ".join(f"{sum(n.get(kind, 0.0) for n in nodes):g} {kind}" for kind in per_worker)
                 raise ValueError(
-                    f"cluster.workers: {smallest} workers of {wanted} each; the cluster has {has}, on "
-                    f"{len(machines)} machine{'s' * (len(machines) != 1)}, which hold {ray_trainer.worker_slots(each)} of them"
+                    f"cluster.workers: {smallest} workers of {needed} each are needed; the cluster has {total} on "
+                    f"{len(nodes)} node{'s' * (len(nodes) != 1)}, room for {resources.worker_slots(per_worker)} workers"
                 )
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
 
 
 def _trainer(
-    config: RunConfig, folder: str, own: bool, stop: StopAfter | None, leaving: callbacks.StopOnSigterm
-) -> ray_trainer.RayTrainer:
-    """Ray's trainer, of a cluster that is this run's `own` or of another.
-
-    `folder` takes its notes of this attempt. The run's state is in our checkpoints, not there.
-    """
+    config: RunConfig, folder: str, own: bool, stop: StopAfter | None, on_sigterm: callbacks.StopOnSigterm
+) -> RayTrainer:
+    """Build Ray's trainer. `folder` takes Ray's own notes of this attempt; the run's state is in our checkpoints."""
     cluster = config.cluster
     smallest, largest = cluster.workers
-    resources = {"CPU": cluster.cpus_per_worker}
+    per_worker = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
-        resources["GPU"] = float(cluster.gpus_per_worker)
-    known = ray_trainer.NodeLiveness(RayReplicaStore(_run_id(config)), cluster.start_within_seconds)
-    return ray_trainer.RayTrainer(
+        per_worker["GPU"] = float(cluster.gpus_per_worker)
+    liveness = resources.NodeLiveness(RayReplicaStore(_run_id(config)), cluster.start_within_seconds)
+    return RayTrainer(
         _work,
         train_loop_config={"config": to_dict(config), "run_id": _run_id(config), "stop": stop and to_dict(stop)},
         scaling_config=ScalingConfig(
             num_workers=smallest if smallest == largest else (smallest, largest),  # type: ignore[arg-type]
             elastic_resize_monitor_interval_s=cluster.grow_after_seconds,  # type: ignore[call-arg]
             use_gpu=bool(cluster.gpus_per_worker),
-            resources_per_worker=resources,
+            resources_per_worker=per_worker,
         ),
         torch_config=TorchConfig(timeout_s=max(1, int(cluster.hung_after_seconds))),
-        known=known,
+        liveness=liveness,
         own_cluster=own,
         run_config=RayRunConfig(
             name=config.name,
@@ -144,10 +147,10 @@ def _trainer(
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             logging_config=LoggingConfig(log_level="WARNING" if own else "INFO"),  # type: ignore[call-arg]
             callbacks=[
-                ray_trainer.WaitForNodeLiveness(known),  # type: ignore[list-item]
-                ray_trainer.StartTimeout(cluster.start_within_seconds),  # type: ignore[list-item]
-                pause.PauseBeforeResize(cluster.start_within_seconds),  # type: ignore[list-item]
-                leaving,  # type: ignore[list-item]
+                callbacks.WaitForNodeLiveness(liveness),  # type: ignore[list-item]
+                callbacks.StartTimeout(cluster.start_within_seconds),  # type: ignore[list-item]
+                callbacks.PauseBeforeResize(cluster.start_within_seconds),  # type: ignore[list-item]
+                on_sigterm,  # type: ignore[list-item]
             ],
             worker_runtime_env={"env_vars": _environment(config)},  # type: ignore[call-arg]
         ),
@@ -155,13 +158,13 @@ def _trainer(
 
 
 def _environment(config: RunConfig) -> dict[str, str]:
-    told = {GIT: os.environ[GIT]} if GIT in os.environ else {}
-    return {**connection.thread_settings(config.cluster), **told}
+    git = {GIT: os.environ[GIT]} if GIT in os.environ else {}
+    return {**connection.thread_settings(config.cluster), **git}
 
 
 def _work(settings: dict[str, Any]) -> str | None:
-    """What each Ray Train worker runs. Gives what it says where it was asked to leave."""
-    from t2idist.training import worker  # the driver does without, and starts a second sooner
+    """Entry point of a Ray Train worker. Returns the stop message if the worker was asked to stop, else None."""
+    from t2idist.training import worker  # not needed by the driver, which starts a second sooner without it
 
     config, place = from_dict(RunConfig, settings["config"]), LogContext()
     logs.configure(logging.WARNING, place if config.report.json_logs else None)
@@ -169,9 +172,9 @@ def _work(settings: dict[str, Any]) -> str | None:
     if not config.cluster.gpus_per_worker:
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     keepers = RayReplicaStore(settings["run_id"])
-    with pause.pause_at_exit():
+    with callbacks.pause_at_exit():
         around = worker.WorkerContext(
-            keepers=keepers, ask=_announced, look_seconds=_LOOK_SECONDS, stand=pause.pause, stop=stop, place=place
+            keepers=keepers, ask=_poll, look_seconds=_POLL_SECONDS, stand=callbacks.pause, stop=stop, place=place
         )
         try:
             worker.main(config, get_device(), around)
@@ -180,12 +183,12 @@ def _work(settings: dict[str, Any]) -> str | None:
     return None
 
 
-def _announced() -> PreemptionNotice | None:
-    """Whether the run is to end, machines are to be drained, or the number of workers changes. A collective."""
+def _poll() -> PreemptionNotice | None:
+    """Return a notice if the run is to stop, its nodes are draining, or a resize is due. A collective."""
     info = get_preemption_info()
     if callbacks.stop_requested():
         return PreemptionNotice(0.0)
-    if pause.pause_requested():
+    if callbacks.pause_requested():
         return PreemptionNotice(math.inf, regroup=True)
     if info is None:
         return None
@@ -193,15 +196,15 @@ def _announced() -> PreemptionNotice | None:
 
 
 def _run_id(config: RunConfig) -> str:
-    """Tells this run folder from all others, an earlier one of the same name too."""
-    where = storage.join(stages.run_url(config), stages.RUN_ID)
-    if not storage.exists(where):
-        storage.write_json(where, {"id": uuid.uuid4().hex})
-    return str(storage.read_json(where)["id"])
+    """Return the id of this run folder, unlike that of an earlier folder of the same name; write it at first."""
+    url = storage.join(stages.run_url(config), stages.RUN_ID)
+    if not storage.exists(url):
+        storage.write_json(url, {"id": uuid.uuid4().hex})
+    return str(storage.read_json(url)["id"])
 
 
 def _cause(error: BaseException) -> str:
-    """The last line of a failure: what a person needs first."""
+    """Return the last line of a failure's text, which names the error."""
     inner = getattr(error, "worker_failures", None) or {}
     causes = [str(failure) for failure in inner.values()] or [str(error)]
     lines = [line.strip() for line in causes[0].splitlines() if line.strip()]
@@ -209,16 +212,16 @@ def _cause(error: BaseException) -> str:
 
 
 class _Progress:
-    """Shows the run's progress, read from storage, while the driver waits, and counts it for Prometheus."""
+    """Prints the run's progress, read from storage, while the driver waits, and exports it to Prometheus."""
 
     def __init__(self, config: RunConfig, watch: OnProgress) -> None:
-        self._where = storage.join(stages.run_url(config), PROGRESS)
+        self._url = storage.join(stages.run_url(config), PROGRESS)
         self._printer = ProgressPrinter(sys.stdout, as_json=config.report.json_logs)
         self._watch, self._gauges = watch, Gauges(config.name)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._seen: Any = self._read()
-        self._told: set[str] = set()
+        self._printed: set[str] = set()
 
     def __enter__(self) -> None:
         self._thread.start()
@@ -230,7 +233,7 @@ class _Progress:
 
     def _read(self) -> Any:
         try:
-            return storage.read_json(self._where)
+            return storage.read_json(self._url)
         except (OSError, ValueError):
             return None
 
@@ -242,8 +245,8 @@ class _Progress:
             if message is not None and message != self._seen:
                 self._seen = message
                 for text in message.get("messages", []):
-                    if text not in self._told:
-                        self._told.add(text)
+                    if text not in self._printed:
+                        self._printed.add(text)
                         self._printer.message(text)
                 self._printer.show(message)
                 self._watch(message)

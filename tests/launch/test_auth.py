@@ -1,4 +1,4 @@
-"""A cluster off this machine is joined with a token, or because somebody said so."""
+"""Joining a cluster on another machine requires a token or --insecure-cluster."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
         ("ray://head:10001", {"RAY_ADDRESS": "10.0.0.5:6379"}, "ray://head:10001"),
     ],
 )
-def test_what_a_run_joins(address: str, environment: dict[str, str], expected: str) -> None:
+def test_cluster_address_of_config_and_environment(address: str, environment: dict[str, str], expected: str) -> None:
     assert auth.cluster_address(address, environment) == expected
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:6379", "localhost:6379", "[::1]:6379", "ray://127.3.2.1:10001", ""])
-def test_this_machine_needs_no_token(address: str, tmp_path: Path) -> None:
+def test_loopback_address_needs_no_token(address: str, tmp_path: Path) -> None:
     auth.require_token(address, {}, tmp_path)
 
 
 @pytest.mark.parametrize("address", ["10.0.0.5:6379", "head:6379", "ray://head:10001", "localhost.example.com:6379"])
-def test_another_machine_needs_one(address: str, tmp_path: Path) -> None:
+def test_other_addresses_need_a_token(address: str, tmp_path: Path) -> None:
     for mode in ({}, {"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "0" * 64}):
-        with pytest.raises(ValueError, match=r"is off this machine and RAY_AUTH_MODE is .*--insecure-cluster"):
+        with pytest.raises(ValueError, match=r"is not on this machine and RAY_AUTH_MODE is .*--insecure-cluster"):
             auth.require_token(address, mode, tmp_path)
     auth.require_token(address, TOKEN, tmp_path)
     with pytest.raises(ValueError, match=r"auth_token: No such file.*set RAY_AUTH_TOKEN"):
@@ -46,12 +46,12 @@ def test_another_machine_needs_one(address: str, tmp_path: Path) -> None:
     auth.require_token(address, environment, tmp_path)
 
 
-def test_the_command_refuses_before_it_touches_anything(
+def test_run_without_a_token_fails_before_it_writes_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.255.255.1:6379")
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     assert run.main(["attngan", "data.source=emoji", f"storage={tmp_path}"]) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1 and "10.255.255.1:6379 is off this machine" in said[0]
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and "10.255.255.1:6379 is not on this machine" in lines[0]
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""``ray job submit`` of the main command to a cluster that was started by hand, as a user would."""
+"""``ray job submit`` of a run to a cluster started by hand, as a user would do it."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def end_processes_with(variable: str) -> None:
-    """SIGKILL for every process that has this in its environment."""
+def kill_processes_with(variable: str) -> None:
+    """Send SIGKILL to every process with this variable in its environment."""
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if variable.encode() in (process / "environ").read_bytes().split(b"\0"):
@@ -41,8 +41,7 @@ def end_processes_with(variable: str) -> None:
 
 @pytest.fixture
 def head() -> Iterator[tuple[str, str, dict[str, str]]]:
-    """A head node on this machine, with a token: addresses of its dashboard and of its metrics, and the environment of
-    its users."""
+    """Start a head node with a token; yields its dashboard's address, its metrics' address, and users' environment."""
     with tempfile.TemporaryDirectory(prefix="t2idist-head-", ignore_cleanup_errors=True) as temporary:
         env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "OMP_NUM_THREADS": "1"}
         env |= {"RAY_TMPDIR": temporary, "RAY_metrics_report_interval_ms": "1000"}
@@ -56,12 +55,12 @@ def head() -> Iterator[tuple[str, str, dict[str, str]]]:
         try:
             yield f"http://127.0.0.1:{dashboard}", f"http://127.0.0.1:{metrics}/metrics", env
         finally:
-            end_processes_with(f"RAY_TMPDIR={temporary}")  # `ray start --block` itself takes half a minute for it
+            kill_processes_with(f"RAY_TMPDIR={temporary}")  # `ray start --block` takes half a minute to end
             node.wait(60)
 
 
 class Scraper(threading.Thread):
-    """Collects the names of our metrics that Prometheus would find, until it is told to end."""
+    """Collects the names of our metrics that Prometheus would scrape, until `end` is called."""
 
     def __init__(self, address: str) -> None:
         super().__init__(daemon=True)
@@ -70,8 +69,8 @@ class Scraper(threading.Thread):
 
     def run(self) -> None:
         while not self._end.wait(0.5):
-            with contextlib.suppress(OSError), urllib.request.urlopen(self._address, timeout=5) as answer:
-                text = answer.read().decode()
+            with contextlib.suppress(OSError), urllib.request.urlopen(self._address, timeout=5) as response:
+                text = response.read().decode()
                 self.names |= set(re.findall(rf'^{prometheus.PREFIX}(t2idist_\w+){{.*run="tiny"', text, re.MULTILINE))
 
     def end(self) -> None:
@@ -84,10 +83,10 @@ def test_a_submitted_job_trains_on_the_cluster(head: tuple[str, str, dict[str, s
     address, metrics, env = head
     file = write_recipe(tmp_path, cluster={"workers": [1, 2], "cpus_per_worker": 1})
     submit = [RAY, "job", "submit", "--address", address, "--working-dir", str(ROOT), "--"]
-    ask = [RAY, "job", "list", "--address", address]
+    list_jobs = [RAY, "job", "list", "--address", address]
     deadline = time.monotonic() + 90
-    while subprocess.run(ask, env=env, capture_output=True, check=False).returncode != 0:
-        assert time.monotonic() < deadline, "the head's dashboard does not answer"
+    while subprocess.run(list_jobs, env=env, capture_output=True, check=False).returncode != 0:
+        assert time.monotonic() < deadline, "the head's dashboard does not respond"
         time.sleep(0.5)
     command = [*submit, sys.executable, "-m", "t2idist.run", str(file)]
     scraper = Scraper(metrics)

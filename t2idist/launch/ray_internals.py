@@ -1,0 +1,34 @@
+"""Ray's private classes that this package uses: the only file that names the modules they live in.
+
+An upgrade of Ray starts here: every entry was checked against Ray 2.60, and tests/launch/test_ray_internals.py checks
+that the attributes we call or override still exist. Names are imported on first use, because ``t2idist drain`` must not
+wait for Ray Train and torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+CHECKED_VERSION = "2.60"
+
+MODULES = {
+    "GcsClient": "ray._raylet",  # Ray 2.60: drain_node(); there is no public call that drains a node
+    "autoscaler_pb2": "ray.core.generated",  # Ray 2.60: DrainNodeReason, an argument of drain_node()
+    "state": "ray._private.state",  # Ray 2.60: get_draining_nodes(); ray.nodes() does not say which nodes drain
+    "ControllerCallback": "ray.train.v2._internal.execution.callback",  # Ray 2.60: base class of callbacks.py
+    "WorkerGroupCallback": "ray.train.v2._internal.execution.callback",  # Ray 2.60: base class of callbacks.py
+    "DatasetsCallback": "ray.train.v2._internal.callbacks",  # Ray 2.60: left out, its actor has nothing to do
+    "PlacementGroupCleanerCallback": "ray.train.v2._internal.callbacks.placement_group_callback",  # Ray 2.60: left out
+    "TrainController": "ray.train.v2._internal.execution.controller",  # Ray 2.60: worker_group_cls, run(), get_result()
+    "ElasticScalingPolicy": "ray.train.v2._internal.execution.scaling_policy",  # Ray 2.60: _get_reserved_resources()
+    "FixedScalingPolicy": "ray.train.v2._internal.execution.scaling_policy",  # Ray 2.60: _maybe_send_resource_request()
+    "WorkerGroup": "ray.train.v2._internal.execution.worker_group",  # Ray 2.60: _init_train_context_on_workers()
+}
+"""Module of each name."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(MODULES[name]), name)

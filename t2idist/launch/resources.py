@@ -1,0 +1,152 @@
+"""Nodes of the Ray cluster and what they offer: liveness, free worker slots, reservations, placement groups."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import ray
+from ray import PlacementGroupID
+from ray.autoscaler.sdk import request_resources
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+from t2idist import storage
+from t2idist.config import ClusterConfig
+from t2idist.launch import ray_internals
+from t2idist.launch.replica_store import RayReplicaStore
+
+RESERVATION = "reservation.json"
+_COORDINATOR_SECONDS = 5.0
+_POLL_SECONDS = 2.0
+_PING_SECONDS = 1.0
+
+
+class NodeLiveness:
+    """Waits until it is known which nodes are alive.
+
+    A node that stops responding counts as alive until Ray's health check declares it dead. Workers started before that
+    would wait for the node until `start_within_seconds` are over. Every node that had a worker runs a replica actor, so
+    we ping the actors: one that does not respond is waited for until it does or Ray declares its node dead, at most
+    `start_within_seconds`.
+    """
+
+    def __init__(self, replicas: RayReplicaStore, start_within_seconds: float) -> None:
+        self._replicas, self._start_within_seconds = replicas, start_within_seconds
+
+    def wait(self) -> None:
+        """Wait until every replica actor responds or its node is dead, then refresh Ray's autoscaling coordinator."""
+        deadline = time.monotonic() + self._start_within_seconds
+        while time.monotonic() < deadline:
+            with contextlib.suppress(RayError):
+                if not set(self._replicas.unresponsive_nodes(_PING_SECONDS)) & alive_nodes().keys():
+                    break
+            time.sleep(_PING_SECONDS / 4)
+        with contextlib.suppress(ValueError, RayError):
+            ray.get(_coordinator().get_reserved_resources.remote("", recompute=True), timeout=_COORDINATOR_SECONDS)
+
+
+def schedulable_nodes() -> dict[str, dict[str, float]]:
+    """Return `alive_nodes` without draining nodes, on which Ray starts nothing."""
+    draining: dict[str, int] = ray_internals.state.get_draining_nodes()
+    return {node: resources for node, resources in alive_nodes().items() if node not in draining}
+
+
+def alive_nodes() -> dict[str, dict[str, float]]:
+    """Return the total resources of every node that Ray considers alive, by node id."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return {node["NodeID"]: node["Resources"] for node in nodes if node["Alive"]}
+
+
+def worker_slots(per_worker: Mapping[str, float]) -> int:
+    """Return how many workers of these resources fit onto the schedulable nodes; a worker never spans two nodes."""
+    needs, nodes = nonzero(per_worker).items(), schedulable_nodes().values()
+    return sum(min(int(resources.get(kind, 0.0) / amount + 1e-9) for kind, amount in needs) for resources in nodes)
+
+
+def nonzero(resources: Mapping[str, float]) -> dict[str, float]:
+    """Return the resources without those of amount 0."""
+    return {kind: amount for kind, amount in resources.items() if amount > 0}
+
+
+@contextlib.contextmanager
+def request_workers(per_worker: Mapping[str, float], workers: int) -> Iterator[None]:
+    """Ask Ray's autoscaler, if the cluster has one, for room for `workers` workers while the block runs."""
+    request_resources(bundles=[nonzero(per_worker)] * workers)
+    try:
+        yield
+    finally:
+        request_resources(bundles=[])
+
+
+class Reservation:
+    """The resources that Ray's autoscaling coordinator reserves for an elastic run: they limit its number of workers.
+
+    By itself the coordinator polls the nodes every 20 s only, and keeps the reservation of a dead driver for 180 s. In
+    the block it polls every two seconds, and `acquire` releases the reservation of the previous submission. The
+    coordinator does not limit runs with a fixed number of workers.
+    """
+
+    def __init__(self, run_url: str, cluster: ClusterConfig) -> None:
+        self._url = storage.join(run_url, RESERVATION)
+        self._holder = ""
+        self._elastic = cluster.workers[0] < cluster.workers[1]
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._poll, name="nodes", daemon=True)
+
+    def __enter__(self) -> Reservation:
+        if self._elastic:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        if self._elastic:
+            self._thread.join()
+        self._release(self._holder)
+
+    def acquire(self, holder: str) -> None:
+        """Release the reservation of the previous attempt and note `holder`, the coordinator's name for this one."""
+        previous = storage.read_json(self._url)["holder"] if storage.exists(self._url) else ""
+        self._release(previous)
+        storage.write_json(self._url, {"holder": holder})
+        self._holder = holder
+
+    def _release(self, holder: str) -> None:
+        with contextlib.suppress(ValueError, RayError):  # ValueError: no coordinator, so nothing is reserved
+            ray.get(_coordinator().cancel_request.remote(holder), timeout=_COORDINATOR_SECONDS)
+
+    def _poll(self) -> None:
+        while not self._ended.wait(_POLL_SECONDS):
+            with contextlib.suppress(ValueError, RayError):
+                call = _coordinator().get_reserved_resources.remote(self._holder, recompute=True)
+                ray.get(call, timeout=_COORDINATOR_SECONDS)
+
+
+def own_placement_groups() -> set[str]:
+    """Return the ids of this Ray job's placement groups; an id ends with the id of its job."""
+    job = ray.get_runtime_context().get_job_id()
+    try:
+        table: dict[str, dict[str, Any]] = ray.util.placement_group_table()  # type: ignore[no-untyped-call]
+    except RayError:
+        return set()
+    return {group for group, facts in table.items() if facts["state"] != "REMOVED" and group.endswith(job)}
+
+
+def remove_placement_groups(groups: Iterable[str]) -> None:
+    """Remove placement groups that a dead controller left behind.
+
+    Ray keeps them if its State API (part of the dashboard) does not run, and the workers of the next controller would
+    wait for their resources forever.
+    """
+    for group in groups:
+        with contextlib.suppress(RayError):
+            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group)))
+
+
+def _coordinator() -> Any:
+    """Return Ray's own autoscaling coordinator; raises ValueError if there is none."""
+    return ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")

@@ -1,0 +1,78 @@
+"""Workers are asked to stop on SIGTERM, also those that replace them."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+from types import SimpleNamespace
+
+import pytest
+
+from t2idist.launch import callbacks
+
+
+class _Interrupted(Exception):
+    """Raised by the SIGTERM handler that was set before."""
+
+
+def test_sigterm_asks_the_running_workers_to_stop_and_those_that_replace_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped: queue.Queue[list[str]] = queue.Queue()
+    monkeypatch.setattr(callbacks, "_stop_workers", stopped.put)
+
+    def previous_handler(*_: object) -> None:
+        raise _Interrupted
+
+    def terminate() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def group(*workers: str) -> SimpleNamespace:
+        return SimpleNamespace(get_workers=lambda: workers)
+
+    original = signal.signal(signal.SIGTERM, previous_handler)
+    callback = callbacks.StopOnSigterm()
+    try:
+        with callback.on_sigterm(), pytest.raises(_Interrupted):
+            terminate()  # no workers yet: nothing to save
+        callback = callbacks.StopOnSigterm()
+        with callback.on_sigterm():
+            callback.after_worker_group_training_start(group("a", "b"))
+            terminate()
+            assert stopped.get(timeout=10) == ["a", "b"]
+            callback.before_worker_group_abort(None)
+        with callback.on_sigterm():  # the controller failed and was started again
+            callback.after_worker_group_training_start(group("c"))
+            assert stopped.get(timeout=10) == ["c"]
+            with pytest.raises(_Interrupted):
+                terminate()  # the second one
+        assert signal.getsignal(signal.SIGTERM) is previous_handler
+    finally:
+        signal.signal(signal.SIGTERM, original)
+
+
+class _Worker:
+    """Runs functions in this process; `answers` are the results, one per call."""
+
+    def __init__(self, *answers: bool) -> None:
+        self.answers = list(answers)
+
+
+def test_resize_waits_until_all_workers_are_paused(monkeypatch: pytest.MonkeyPatch) -> None:
+    functions = []
+
+    def call(workers: list[_Worker], function: object) -> list[bool]:
+        functions.append(function)
+        return [worker.answers.pop(0) for worker in workers]
+
+    monkeypatch.setattr(callbacks, "_call_workers", call)
+    monkeypatch.setattr(callbacks, "_POLL_SECONDS", 0.01)
+    callback = callbacks.PauseBeforeResize(10.0)
+    callback.before_controller_execute_resize_decision(None)
+    assert functions == []  # no workers yet
+    workers = _Worker(False, True, True), _Worker(False, False, True)
+    callback.after_worker_group_training_start(SimpleNamespace(get_workers=lambda: workers))
+    callback.before_controller_execute_resize_decision(None)
+    assert functions == [callbacks._request_pause] * 3
+    callback.before_controller_execute_failure_decision(None)
+    callback.before_controller_execute_resize_decision(None)
+    assert len(functions) == 3  # after a failure nobody is asked

@@ -1,0 +1,21 @@
+"""The trainer starts only the actors and callbacks that a run needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from t2idist import config
+from t2idist.launch import callbacks, ray_internals, submit
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_trainer_has_no_callbacks_that_start_idle_actors(own: bool, tmp_path: Path) -> None:
+    """Each takes seconds before the first step (tools/bench/bench_ray.py)."""
+    settings = config.load("dcgan", ["preset=demo", f"storage={tmp_path}"])
+    trainer = submit._trainer(settings, str(tmp_path), own, None, callbacks.StopOnSigterm())
+    kinds = [type(each) for each in trainer._create_default_callbacks()]
+    assert ray_internals.DatasetsCallback not in kinds
+    assert (ray_internals.PlacementGroupCleanerCallback in kinds) is not own
+    assert {callbacks.WaitForNodeLiveness, callbacks.StartTimeout} <= set(kinds)

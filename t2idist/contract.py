@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -287,6 +287,7 @@ class System(Protocol):
     def step(self, batch: Batch, train: Train) -> None: ...
 
 
+@runtime_checkable
 class SupportsSample(Protocol):
     """A system that draws pictures from captions."""
 
@@ -295,6 +296,7 @@ class SupportsSample(Protocol):
         ...
 
 
+@runtime_checkable
 class SupportsInvert(Protocol):
     """A system that finds the noise of a picture (for the style of one picture with the text of another)."""
 
@@ -303,6 +305,7 @@ class SupportsInvert(Protocol):
         ...
 
 
+@runtime_checkable
 class SupportsTranslate(Protocol):
     """A system that changes attributes of pictures; it may be trained on several data sets, its domains.
 
@@ -322,6 +325,7 @@ class SupportsTranslate(Protocol):
         ...
 
 
+@runtime_checkable
 class SupportsEmbed(Protocol):
     """A system that places pictures and captions in one space (for R-precision)."""
 
@@ -332,3 +336,17 @@ class SupportsEmbed(Protocol):
     def embed_captions(self, nets: Mapping[str, nn.Module], captions: Captions) -> Tensor:
         """Codes (N, D) of captions."""
         ...
+
+
+def uses_sentence_vectors(system: System, vector_dim: int) -> bool:
+    """Return whether the system reads the sentence vectors of its data: it has some and exports no text encoder."""
+    return vector_dim > 0 and not _exports_text_encoder(system)
+
+
+def is_text_conditional(system: System, vector_dim: int) -> bool:
+    """Return whether the system generates from captions, by an exported text encoder or by sentence vectors."""
+    return vector_dim > 0 or _exports_text_encoder(system)
+
+
+def _exports_text_encoder(system: System) -> bool:
+    return any(name.rpartition(".")[2] == "text" for name in system.exports)

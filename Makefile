@@ -5,7 +5,7 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: demo demo-long test test-quick test-slow bench lint clean
 
-# The main job on the embedded data: DAMSM, AttnGAN, then its honest score; about ten minutes on two cores.
+# DAMSM and AttnGAN on the embedded data, then its scores: about ten minutes on two cores.
 demo: $(INSTALLED)
 	$(BIN)/python -m t2idist.run attngan storage=runs
 	$(BIN)/python tools/score_demo.py runs/attngan-demo --judge runs/attngan-demo/judge/export
@@ -23,7 +23,7 @@ test-slow: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable '.[test,text]'
 	$(BIN)/python -m pytest -q -m slow
 
-# The authors' way beside ours on a CPU, in short; fails where a ratio falls under its floor.
+# A short comparison with the released training code on a CPU; fails if a ratio is below its floor.
 bench: $(INSTALLED)
 	$(BIN)/python tools/bench/bench_step.py attngan --preset cub --group-size 4 --steps 2 --floor 2
 	$(BIN)/python tools/bench/bench_step.py stackgan_pp --preset cub --group-size 4 --steps 2 --floor 2

@@ -107,9 +107,9 @@ def _show(arguments: argparse.Namespace) -> int:
     if arguments.recipe is not None:
         raise ValueError(f"{arguments.recipe}: --list and --status read a folder; they take no recipe")
     if arguments.list is not None:
-        print(status.listing(arguments.list), flush=True)
+        print(status.format_run_list(arguments.list), flush=True)
     if arguments.status is not None:
-        print(status.page(arguments.status), flush=True)
+        print(status.format_status(arguments.status), flush=True)
     return 0
 
 

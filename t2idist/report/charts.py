@@ -1,9 +1,9 @@
-"""Line charts as inline SVG, drawn without a browser; the page's script only adds the values under the pointer."""
+"""Draw line charts as inline SVG; the script of the page only adds the values under the pointer."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
@@ -11,29 +11,35 @@ from typing import Any
 
 WIDTH, HEIGHT = 560, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 10, 30
-MOST_POINTS = 240
+MAX_POINTS = 240
 LOG_RATIO = 60.0
+"""The axis is logarithmic if the largest value is more than this many times the smallest."""
+
+Position = Callable[[float, float], tuple[float, float]]
+"""Maps a point to pixels."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line: its name in the legend, and points in order of x."""
+    """One line of a chart, with its points in order of x."""
 
     name: str
+    """Shown in the legend."""
     x: tuple[float, ...]
     y: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawn chart: its HTML, and the values that the page's script shows under the pointer."""
+    """A chart as HTML."""
 
     html: str
     values: dict[str, Any]
+    """The points that the script of the page shows under the pointer."""
 
 
-def short(value: float) -> str:
-    """A number in three significant digits, large ones with k and M."""
+def format_short(value: float) -> str:
+    """Format a number in three significant digits, with k for thousands and M for millions."""
     size = abs(value)
     if size >= 999_500:
         return f"{value / 1e6:.3g}M"
@@ -44,38 +50,38 @@ def short(value: float) -> str:
     return f"{value:.3g}" if size >= 1e-3 else f"{value:.1e}"
 
 
-def chart(title: str, series: Sequence[Series], number: int, note: str = "") -> Chart:
-    """A chart of all `series` over images seen; `number` ties it to its values in the page's script."""
+def draw_chart(title: str, series: Sequence[Series], index: int, note: str = "") -> Chart:
+    """Draw all `series` over images seen. `index` is the position of the chart on the page."""
     thinned = [_thinned(s) for s in series if s.x]
     values = [y for s in thinned for y in s.y]
-    log = _wants_log(values)
-    smooth = [_smoothed(s) for s in thinned]
+    log = _needs_log_axis(values)
+    smoothed = [_smoothed(s) for s in thinned]
     y_ticks = _log_ticks(min(values), max(values)) if log else _ticks(min(0.0, min(values)), max(values))
     last_x = max(s.x[-1] for s in thinned)
     x_ticks = [t for t in _ticks(0.0, last_x) if t <= last_x * 1.0001]
     low, high = y_ticks[0], y_ticks[-1]
 
-    def at(x: float, y: float) -> tuple[float, float]:
-        part = (math.log10(y / low) / math.log10(high / low)) if log else (y - low) / (high - low)
-        across = LEFT + (WIDTH - LEFT - RIGHT) * x / (last_x or 1.0)
-        return round(across, 1), round(HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * part, 1)
+    def position(x: float, y: float) -> tuple[float, float]:
+        share = (math.log10(y / low) / math.log10(high / low)) if log else (y - low) / (high - low)
+        left = LEFT + (WIDTH - LEFT - RIGHT) * x / (last_x or 1.0)
+        return round(left, 1), round(HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * share, 1)
 
     lines = []
-    for i, (raw, soft) in enumerate(zip(thinned, smooth, strict=True)):
-        if soft is not raw:
-            lines.append(_path([at(x, y) for x, y in zip(raw.x, raw.y, strict=True)], i, "raw"))
-        lines.append(_path([at(x, y) for x, y in zip(soft.x, soft.y, strict=True)], i, "line"))
+    for i, (raw, smooth) in enumerate(zip(thinned, smoothed, strict=True)):
+        if smooth is not raw:
+            lines.append(_path([position(x, y) for x, y in zip(raw.x, raw.y, strict=True)], i, "raw"))
+        lines.append(_path([position(x, y) for x, y in zip(smooth.x, smooth.y, strict=True)], i, "line"))
         lines.append(f'<circle class="dot s{i % 8}" r="3.5" hidden></circle>')
     legend = "".join(
-        f'<li class="s{i % 8}"><i></i>{escape(s.name)} <b>{short(soft.y[-1])}</b></li>'
-        for i, (s, soft) in enumerate(zip(thinned, smooth, strict=True))
+        f'<li class="s{i % 8}"><i></i>{escape(s.name)} <b>{format_short(s.y[-1])}</b></li>'
+        for i, s in enumerate(smoothed)
     )
     notes = ", ".join(part for part in ("log scale" if log else "", note) if part)
     html = (
-        f'<figure class="chart" data-chart="{number}"><figcaption>{escape(title)}'
+        f'<figure class="chart" data-chart="{index}"><figcaption>{escape(title)}'
         f"{f' <small>{escape(notes)}</small>' if notes else ''}</figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} over images seen">'
-        f"{_axes(x_ticks, y_ticks, at)}{''.join(lines)}"
+        f"{_axes(x_ticks, y_ticks, position)}{''.join(lines)}"
         f'<line class="pointer" y1="{TOP}" y2="{HEIGHT - BOTTOM}" hidden></line></svg>'
         f'<ul class="legend">{legend}</ul><div class="tip" hidden></div></figure>'
     )
@@ -84,40 +90,40 @@ def chart(title: str, series: Sequence[Series], number: int, note: str = "") -> 
             "name": s.name,
             "x": list(s.x),
             "y": [float(f"{y:.5g}") for y in s.y],
-            "at": [at(x, y) for x, y in zip(s.x, s.y, strict=True)],
+            "at": [position(x, y) for x, y in zip(s.x, s.y, strict=True)],
         }
-        for s in smooth
+        for s in smoothed
     ]
     return Chart(html, {"width": WIDTH, "series": points})
 
 
-def _axes(x_ticks: Sequence[float], y_ticks: Sequence[float], at: Any) -> str:
+def _axes(x_ticks: Sequence[float], y_ticks: Sequence[float], position: Position) -> str:
     parts = []
     for tick in y_ticks:
-        _, y = at(0.0, tick)
+        _, y = position(0.0, tick)
         parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"></line>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 4}" text-anchor="end">{short(tick)}</text>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 4}" text-anchor="end">{format_short(tick)}</text>')
     for tick in x_ticks:
-        x, _ = at(tick, y_ticks[0])
+        x, _ = position(tick, y_ticks[0])
         anchor = "end" if x > WIDTH - RIGHT - 16 else "middle"
-        parts.append(f'<text x="{x}" y="{HEIGHT - 10}" text-anchor="{anchor}">{short(tick)}</text>')
+        parts.append(f'<text x="{x}" y="{HEIGHT - 10}" text-anchor="{anchor}">{format_short(tick)}</text>')
     return "".join(parts)
 
 
-def _path(points: Sequence[tuple[float, float]], number: int, kind: str) -> str:
+def _path(points: Sequence[tuple[float, float]], index: int, kind: str) -> str:
     if len(points) == 1:
         x, y = points[0]
-        return f'<circle class="{kind} point s{number % 8}" cx="{x}" cy="{y}" r="3"></circle>'
+        return f'<circle class="{kind} point s{index % 8}" cx="{x}" cy="{y}" r="3"></circle>'
     steps = " ".join(f"{x} {y}" for x, y in points)
-    return f'<path class="{kind} s{number % 8}" d="M{steps}"></path>'
+    return f'<path class="{kind} s{index % 8}" d="M{steps}"></path>'
 
 
 def _thinned(series: Series) -> Series:
-    """At most MOST_POINTS points, each the mean of a bucket."""
+    """Reduce to at most MAX_POINTS points, each the mean of a bucket."""
     n = len(series.x)
-    if n <= MOST_POINTS:
+    if n <= MAX_POINTS:
         return series
-    edges = [round(i * n / MOST_POINTS) for i in range(MOST_POINTS + 1)]
+    edges = [round(i * n / MAX_POINTS) for i in range(MAX_POINTS + 1)]
 
     def means(values: tuple[float, ...]) -> tuple[float, ...]:
         return tuple(sum(values[a:b]) / (b - a) for a, b in pairwise(edges))
@@ -126,21 +132,21 @@ def _thinned(series: Series) -> Series:
 
 
 def _smoothed(series: Series) -> Series:
-    """A centred moving average over a fifteenth of the points; short series stay as they are."""
+    """Take a centred moving average over a fifteenth of the points; short series are returned unchanged."""
     n = len(series.y)
-    reach = n // 30
-    if reach < 1:
+    radius = n // 30
+    if radius < 1:
         return series
-    windows = [series.y[max(0, i - reach) : i + reach + 1] for i in range(n)]
+    windows = [series.y[max(0, i - radius) : i + radius + 1] for i in range(n)]
     return Series(series.name, series.x, tuple(sum(w) / len(w) for w in windows))
 
 
-def _wants_log(values: Sequence[float]) -> bool:
+def _needs_log_axis(values: Sequence[float]) -> bool:
     return min(values) > 0 and max(values) / min(values) > LOG_RATIO
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers that enclose [low, high], about five of them."""
+    """Return about five round numbers that enclose [low, high]."""
     if high <= low:
         high = low + (abs(low) or 1.0)
     rough = (high - low) / 4
@@ -152,5 +158,5 @@ def _ticks(low: float, high: float) -> list[float]:
 
 def _log_ticks(low: float, high: float) -> list[float]:
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    every = -(-(last - first) // 6)
-    return [10.0**p for p in range(first, last + every, every)]
+    step = -(-(last - first) // 6)
+    return [10.0**p for p in range(first, last + step, step)]

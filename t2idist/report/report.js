@@ -7,19 +7,19 @@ const short = (v) => {
   return size >= 1e-3 || v === 0 ? String(Number(v.toPrecision(3))) : v.toExponential(1);
 };
 
-// Pictures over time: a slider, thumbnails and a button that plays them all.
+// Images over time: a slider, thumbnails and a play button.
 for (const box of document.querySelectorAll(".over-time")) {
-  const pictures = [...box.querySelectorAll(".picture")];
+  const images = [...box.querySelectorAll(".image")];
   const thumbs = [...box.querySelectorAll(".thumbs button")];
   const slider = box.querySelector("input");
   const output = box.querySelector("output");
   const play = box.querySelector(".bar button");
   let timer = 0;
   const show = (index) => {
-    pictures.forEach((picture, i) => { picture.hidden = i !== index; });
+    images.forEach((image, i) => { image.hidden = i !== index; });
     thumbs.forEach((thumb, i) => thumb.setAttribute("aria-pressed", String(i === index)));
     slider.value = index;
-    output.textContent = pictures[index].dataset.label;
+    output.textContent = images[index].dataset.label;
   };
   const stop = () => { clearInterval(timer); timer = 0; play.textContent = "Play"; };
   slider.addEventListener("input", () => { stop(); show(Number(slider.value)); });
@@ -29,9 +29,9 @@ for (const box of document.querySelectorAll(".over-time")) {
     let index = 0;
     play.textContent = "Stop";
     show(0);
-    timer = setInterval(() => { index += 1; show(index); if (index === pictures.length - 1) stop(); }, 700);
+    timer = setInterval(() => { index += 1; show(index); if (index === images.length - 1) stop(); }, 700);
   });
-  show(pictures.length - 1);
+  show(images.length - 1);
 }
 
 // Values under the pointer.
@@ -52,7 +52,7 @@ for (const figure of document.querySelectorAll(".chart")) {
     let across = 0;
     const rows = series.map((line, i) => {
       let best = 0;
-      line.at.forEach((place, k) => { if (Math.abs(place[0] - x) < Math.abs(line.at[best][0] - x)) best = k; });
+      line.at.forEach((point, k) => { if (Math.abs(point[0] - x) < Math.abs(line.at[best][0] - x)) best = k; });
       const dot = dots[i];
       dot.setAttribute("cx", line.at[best][0]);
       dot.setAttribute("cy", line.at[best][1]);
@@ -76,7 +76,7 @@ for (const figure of document.querySelectorAll(".chart")) {
   });
 }
 
-// Texts to copy.
+// Copy buttons.
 for (const box of document.querySelectorAll(".copyable")) {
   const button = box.querySelector("button");
   button.addEventListener("click", async () => {

@@ -1,10 +1,11 @@
-"""What a run left in its folder, read for the report. Whatever is missing is simply not there yet."""
+"""Read the files of a run folder for the report. Files that do not exist yet are left out."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,47 +13,55 @@ from t2idist import storage
 from t2idist.config.strict import parse_yaml
 
 NOT_METRICS = ("images", "step", "seconds", "images_per_second", "restarts", "time")
-_PICTURE = re.compile(r"^(images|attention|translated)_(\d+)\.png$")
+_IMAGE_NAME = re.compile(r"^(images|attention|translated)_(\d+)\.png$")
+
+Points = tuple[tuple[float, ...], tuple[float, ...]]
+"""Images seen, and the values there."""
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A picture file and the number of images that training had seen."""
+class ImageFile:
+    """An image file that training wrote."""
 
-    images: int
+    images_seen: int
     url: str
 
 
 @dataclass(frozen=True)
 class Restart:
-    """A restart: when it began (ISO), on how many workers (0: not known), and where its first metrics were reported."""
+    """A restart after which training continued."""
 
     number: int
     time: str
+    """Start, in ISO format."""
     workers: int
+    """0 if unknown."""
     stage: str
     images: int
+    """Images seen at the first metrics after it."""
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One stage. metrics: lines of metrics.jsonl in order of images. grids: of captions or of translated pictures.
-
-    scored, best: in training (evaluate/during.py). scores: what evaluate/score.py left in folder scores_url.
-    """
+class StageRecord:
+    """The files of one stage."""
 
     name: str
     system: str
-    budget_images: int | None
     metrics: tuple[Mapping[str, Any], ...]
-    grids: tuple[Drawn, ...]
-    attention: tuple[Drawn, ...]
+    """Lines of metrics.jsonl, in order of images."""
+    grids: tuple[ImageFile, ...]
+    """Grids of generated or translated images."""
+    attention: tuple[ImageFile, ...]
     translates: bool
+    """Whether `grids` show translated images."""
     export_url: str
     export: Mapping[str, Any] | None
-    scored: tuple[Mapping[str, Any], ...]
+    score_history: tuple[Mapping[str, Any], ...]
+    """Scores during training (evaluate/in_training.py)."""
     best: Mapping[str, Any] | None
+    """The best of `score_history`."""
     scores: Mapping[str, Any] | None
+    """The result of evaluate/score.py."""
     scores_url: str
 
     @property
@@ -63,102 +72,106 @@ class Stage:
     def seconds(self) -> float:
         return float(self.metrics[-1].get("seconds", 0.0)) if self.metrics else 0.0
 
-    def series(self, name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """The points (images, value) of a metric."""
-        points = [(float(m["images"]), float(m[name])) for m in self.metrics if _is_number(m.get(name))]
-        return tuple(x for x, _ in points), tuple(y for _, y in points)
-
-    def scored_names(self) -> list[str]:
-        """What was scored in training more than once."""
-        names = {name for line in self.scored for name, value in line.items() if _is_number(value)} - {"images"}
-        return sorted(name for name in names if len(self.scored_series(name)[0]) > 1)
-
-    def scored_series(self, name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """The points (images, value) of a score."""
-        points = [(float(line["images"]), float(line[name])) for line in self.scored if _is_number(line.get(name))]
-        return tuple(x for x, _ in points), tuple(y for _, y in points)
-
     def metric_names(self) -> list[str]:
-        """Names of losses and metrics, in order of first appearance."""
-        names: dict[str, None] = {}
-        for metric in self.metrics:
-            names.update((k, None) for k, v in metric.items() if k not in NOT_METRICS and _is_number(v))
-        return list(names)
+        """Return the names of losses and metrics, in order of first appearance."""
+        return [name for name in _numeric_names(self.metrics) if name not in NOT_METRICS]
+
+    def series(self, name: str) -> Points:
+        """Return the points of a metric."""
+        return _points(self.metrics, name)
+
+    def score_names(self) -> list[str]:
+        """Return the names of scores with more than one point, sorted."""
+        names = _numeric_names(self.score_history)
+        return sorted(name for name in names if name != "images" and len(self.score_series(name)[0]) > 1)
+
+    def score_series(self, name: str) -> Points:
+        """Return the points of a score during training."""
+        return _points(self.score_history, name)
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A whole run folder. config_text: the resolved YAML as it stands; scores: rows of scores.json."""
+    """The files of a run."""
 
     url: str
     name: str
     config_text: str
+    """The resolved YAML."""
     config: Mapping[str, Any]
     versions: Mapping[str, Any]
     progress: Mapping[str, Any]
-    stages: tuple[Stage, ...]
+    stages: tuple[StageRecord, ...]
     restarts: tuple[Restart, ...]
     scores: tuple[Mapping[str, Any], ...]
+    """Rows of scores.json."""
 
 
-def read(url: str) -> RunFolder:
-    """Read a run folder. Raises ValueError where there is no run."""
-    config_url = storage.join(url, "config.yaml")
-    try:
-        config_text = storage.read_bytes(config_url).decode("utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"{storage.redact(url)}: no run here (config.yaml is missing)") from None
-    config = parse_yaml(config_text, storage.redact(config_url))
-    if not isinstance(config, dict):
-        raise ValueError(f"{storage.redact(config_url)}: expected a mapping of keys")
-    stages = [_stage(url, str(name), values or {}) for name, values in (config.get("stages") or {}).items()]
+def read_run(url: str) -> RunFolder:
+    """Read a run folder. Raises ValueError if there is no run."""
+    config_text, config = read_config(url)
+    stages = [_read_stage(url, str(name), values or {}) for name, values in (config.get("stages") or {}).items()]
     return RunFolder(
         url=url,
         name=str(config.get("name", url.rstrip("/").rpartition("/")[2])),
         config_text=config_text,
         config=config,
-        versions=json_or(url, "versions.json", {}),
-        progress=json_or(url, "progress.json", {}),
+        versions=read_json_or(url, "versions.json", {}),
+        progress=read_json_or(url, "progress.json", {}),
         stages=tuple(stages),
-        restarts=tuple(_restarts(stages, json_or(url, "attempts.json", []))),
-        scores=tuple(json_or(url, "scores.json", [])),
+        restarts=tuple(_restarts(stages, read_json_or(url, "attempts.json", []))),
+        scores=tuple(read_json_or(url, "scores.json", [])),
     )
 
 
-def _stage(url: str, name: str, config: Mapping[str, Any]) -> Stage:
+def read_config(url: str) -> tuple[str, dict[str, Any]]:
+    """Read a run's config.yaml. Returns its text and its keys; raises ValueError if there is no run."""
+    config_url = storage.join(url, "config.yaml")
+    try:
+        text = storage.read_bytes(config_url).decode("utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{storage.redact(url)}: no run here (config.yaml is missing)") from None
+    config = parse_yaml(text, storage.redact(config_url))
+    if not isinstance(config, dict):
+        raise ValueError(f"{storage.redact(config_url)}: expected a mapping of keys")
+    return text, config
+
+
+def _read_stage(url: str, name: str, config: Mapping[str, Any]) -> StageRecord:
     folder = storage.join(url, name)
-    pictures: dict[str, list[Drawn]] = {"images": [], "attention": [], "translated": []}
+    image_files: dict[str, list[ImageFile]] = {"images": [], "attention": [], "translated": []}
     for file in storage.list_dir(storage.join(folder, "pictures")):
-        found = _PICTURE.match(file)
-        if found:
-            pictures[found[1]].append(Drawn(int(found[2]), storage.join(folder, "pictures", file)))
-    return Stage(
+        match = _IMAGE_NAME.match(file)
+        if match:
+            image_files[match[1]].append(ImageFile(int(match[2]), storage.join(folder, "pictures", file)))
+    for files in image_files.values():
+        files.sort(key=lambda file: file.images_seen)
+    return StageRecord(
         name=name,
         system=str(config.get("system", name)),
-        budget_images=config.get("images"),
-        metrics=tuple(_lines(storage.join(folder, "metrics.jsonl"))),
-        grids=tuple(sorted(pictures["images"] or pictures["translated"], key=lambda drawn: drawn.images)),
-        translates=bool(pictures["translated"]),
-        attention=tuple(sorted(pictures["attention"], key=lambda drawn: drawn.images)),
+        metrics=tuple(_read_lines(storage.join(folder, "metrics.jsonl"))),
+        grids=tuple(image_files["images"] or image_files["translated"]),
+        attention=tuple(image_files["attention"]),
+        translates=bool(image_files["translated"]),
         export_url=storage.join(folder, "export"),
-        export=json_or(folder, "export/export.json", None),
-        scored=tuple(_lines(storage.join(folder, "scored/scores.jsonl"))),
-        best=json_or(folder, "scored/best.json", None),
-        scores=json_or(folder, "scores/scores.json", None),
+        export=read_json_or(folder, "export/export.json", None),
+        score_history=tuple(_read_lines(storage.join(folder, "scored/scores.jsonl"))),
+        best=read_json_or(folder, "scored/best.json", None),
+        scores=read_json_or(folder, "scores/scores.json", None),
         scores_url=storage.join(folder, "scores"),
     )
 
 
-def json_or(url: str, name: str, default: Any) -> Any:
-    """A JSON file of a folder, or `default` where there is none."""
+def read_json_or(url: str, name: str, default: Any) -> Any:
+    """Read a JSON file of a folder; return `default` if there is none."""
     try:
         return storage.read_json(storage.join(url, name))
     except FileNotFoundError:
         return default
 
 
-def _lines(url: str) -> list[Mapping[str, Any]]:
-    """Lines of a metrics file; a torn line (a worker died while writing) is left out."""
+def _read_lines(url: str) -> list[Mapping[str, Any]]:
+    """Read the lines of a metrics file, without any that was cut off because a worker died while writing it."""
     try:
         text = storage.read_bytes(url).decode("utf-8", errors="replace")
     except FileNotFoundError:
@@ -174,22 +187,27 @@ def _lines(url: str) -> list[Mapping[str, Any]]:
     return lines
 
 
-def _restarts(stages: list[Stage], attempts: list[Mapping[str, Any]]) -> list[Restart]:
-    """The restarts that trained on; attempt number 0 is the first start."""
-    found: list[Restart] = []
+def _restarts(stages: Sequence[StageRecord], attempts: Sequence[Mapping[str, Any]]) -> list[Restart]:
+    """List the restarts after which metrics were written; attempt 0 is the first start."""
+    restarts: list[Restart] = []
     for stage in stages:
         for line in stage.metrics:
-            number = int(line.get("restarts") or 0)
-            for k in range(len(found) + 1, number + 1):
+            for k in range(len(restarts) + 1, int(line.get("restarts") or 0) + 1):
                 attempt = attempts[k] if k < len(attempts) else {"time": line.get("time", ""), "workers": 0}
-                found.append(Restart(k, str(attempt["time"]), int(attempt["workers"]), stage.name, int(line["images"])))
-    return found
+                images = int(line["images"])
+                restarts.append(Restart(k, str(attempt["time"]), int(attempt["workers"]), stage.name, images))
+    return restarts
+
+
+def _points(lines: Iterable[Mapping[str, Any]], name: str) -> Points:
+    points = [(float(line["images"]), float(line[name])) for line in lines if _is_number(line.get(name))]
+    return tuple(x for x, _ in points), tuple(y for _, y in points)
+
+
+def _numeric_names(lines: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the names of numbers, in order of first appearance."""
+    return list(dict.fromkeys(name for line in lines for name, value in line.items() if _is_number(value)))
 
 
 def _is_number(value: Any) -> bool:
-    return (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and value == value
-        and abs(value) != float("inf")
-    )
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,53 +1,56 @@
-"""How runs stand, read from storage alone: ``python -m t2idist.run --list STORAGE`` and ``--status RUN``."""
+"""Show the state of runs from storage alone: ``t2idist status``, and the ``--status`` and ``--list`` of a run."""
 
 from __future__ import annotations
 
 import datetime
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from t2idist import storage
-from t2idist.config.strict import parse_yaml
+from t2idist.config.arguments import command_parser
 from t2idist.engine.checkpoint import format
 from t2idist.observability.progress import count, duration, losses_in_short
-from t2idist.report.run_folder import json_or
+from t2idist.report.run_folder import read_config, read_json_or
 
 SILENT_SECONDS = 300.0
-"""A run that has not told of a step for so long is not said to be training."""
-_MOST_RESTARTS = 10
+"""Without a report for this long, a run counts as silent, not as training."""
+_MAX_RESTARTS_SHOWN = 10
 
 
 @dataclass(frozen=True)
-class Stage:
-    """export_images: of its export; None: there is none yet. images, budget_images: seen, and in all."""
+class StageStatus:
+    """The progress of one stage."""
 
     name: str
     system: str
     images: int
+    """Images seen."""
     budget_images: int
     export_images: int | None
+    """Images seen by the exported model; None without an export."""
 
 
 @dataclass(frozen=True)
-class State:
-    """A run. word: finished, failed, stopped, interrupted, training, silent or new. error: why, where that is known.
-
-    silent_seconds: since it was last heard of; None: never. attempts: as attempts.json has them.
-    """
+class RunStatus:
+    """The progress of a run."""
 
     url: str
     name: str
-    word: str
+    state: str
+    """finished, failed, stopped, interrupted, training, silent or new."""
     error: str | None
-    stages: tuple[Stage, ...]
+    """The reason, if known."""
+    stages: tuple[StageStatus, ...]
     progress: Mapping[str, Any]
     silent_seconds: float | None
+    """Seconds since the last report; None before the first."""
     attempts: Sequence[Mapping[str, Any]]
+    """The contents of attempts.json."""
 
     @property
-    def present(self) -> Stage:
-        """The stage that it is in."""
+    def current_stage(self) -> StageStatus:
         return next((stage for stage in self.stages if stage.export_images is None), self.stages[-1])
 
     @property
@@ -55,166 +58,178 @@ class State:
         return max(0, len(self.attempts) - 1)
 
 
-def read(url: str, moment: datetime.datetime) -> State:
-    """The run in folder `url` as of `moment`. Raises ValueError where there is none."""
-    where = storage.join(url, "config.yaml")
+def read_status(url: str, now: datetime.datetime) -> RunStatus:
+    """Read the state of the run in folder `url` at time `now`. Raises ValueError if there is no run."""
+    _, config = read_config(url)
+    progress, attempts = read_json_or(url, "progress.json", {}), read_json_or(url, "attempts.json", [])
     try:
-        config = parse_yaml(storage.read_bytes(where).decode(), storage.redact(where))
-    except FileNotFoundError:
-        raise ValueError(f"{storage.redact(url)}: no run here (config.yaml is missing)") from None
-    progress, attempts = json_or(url, "progress.json", {}), json_or(url, "attempts.json", [])
-    try:
-        stages = tuple(_stage(url, name, values, progress) for name, values in config["stages"].items())
+        stages = tuple(_read_stage(url, name, values, progress) for name, values in config["stages"].items())
         name = str(config["name"])
-        silent = _since(str(progress["time"]), moment) if progress else None
-    except (KeyError, TypeError, AttributeError, ValueError) as fault:
-        raise ValueError(f"{storage.redact(url)}: not the folder of a run: {fault!r}") from None
-    word, error = _word(url, stages, silent)
-    return State(url, name, word, error, stages, progress, silent, attempts)
+        silent_seconds = _seconds_since(str(progress["time"]), now) if progress else None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{storage.redact(url)}: not the folder of a run: {error!r}") from None
+    state, reason = _read_state(url, stages, silent_seconds)
+    return RunStatus(url, name, state, reason, stages, progress, silent_seconds, attempts)
 
 
-def _stage(url: str, name: str, config: Mapping[str, Any], progress: Mapping[str, Any]) -> Stage:
-    exported = json_or(url, f"{name}/export/export.json", None)
-    images = int(exported["images"]) if exported else 0
-    if not exported and progress.get("stage") == name:
+def _read_stage(url: str, name: str, config: Mapping[str, Any], progress: Mapping[str, Any]) -> StageStatus:
+    export = read_json_or(url, f"{name}/export/export.json", None)
+    images = int(export["images"]) if export else 0
+    if not export and progress.get("stage") == name:
         images = int(progress["images"])
-    return Stage(name, config["system"], images, int(config["images"]), images if exported else None)
+    return StageStatus(name, config["system"], images, int(config["images"]), images if export else None)
 
 
-def _word(url: str, stages: Sequence[Stage], silent: float | None) -> tuple[str, str | None]:
+def _read_state(url: str, stages: Sequence[StageStatus], silent_seconds: float | None) -> tuple[str, str | None]:
     if all(stage.export_images is not None for stage in stages):
         return "finished", None
-    outcome, fatal = json_or(url, "outcome.json", None), json_or(url, "fatal.json", None)
+    outcome, fatal = read_json_or(url, "outcome.json", None), read_json_or(url, "fatal.json", None)
     if fatal is not None:
         return "failed", str(fatal["error"])
     if outcome is not None:
         return str(outcome["state"]), outcome["error"]
-    if silent is None:
+    if silent_seconds is None:
         return "new", None
-    return ("training" if silent < SILENT_SECONDS else "silent"), None
+    return ("training" if silent_seconds < SILENT_SECONDS else "silent"), None
 
 
-def listing(storage_url: str) -> str:
-    """A line a run under `storage_url`, the latest heard of first. Raises ValueError where there is none."""
-    moment = datetime.datetime.now(datetime.UTC)
-    found: list[State] = []
-    broken: list[str] = []
+def format_run_list(storage_url: str) -> str:
+    """Format a table of the runs under `storage_url`, most recent report first. Raises ValueError if there are none."""
+    now = datetime.datetime.now(datetime.UTC)
+    runs: list[RunStatus] = []
+    errors: list[str] = []
     for name in storage.list_dir(storage_url):
         url = storage.join(storage_url, name)
         if storage.exists(storage.join(url, "config.yaml")):
             try:
-                found.append(read(url, moment))
-            except ValueError as fault:
-                broken.append(str(fault))
-    if not found and not broken:
-        raise ValueError(f"--list: {storage.redact(storage_url)}: no runs here; give the folder that runs lie in")
-    found.sort(key=lambda state: float("inf") if state.silent_seconds is None else state.silent_seconds)
-    rows = [("run", "state", "stage", "images", "checkpoint", "restarts", "last word"), *map(_row, found)]
+                runs.append(read_status(url, now))
+            except ValueError as error:
+                errors.append(str(error))
+    if not runs and not errors:
+        raise ValueError(f"--list: {storage.redact(storage_url)}: no runs here; give the folder that contains runs")
+    runs.sort(key=lambda run: float("inf") if run.silent_seconds is None else run.silent_seconds)
+    rows = [("run", "state", "stage", "images", "checkpoint", "restarts", "last report"), *map(_row, runs)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, *broken])
+    return "\n".join([*lines, *errors])
 
 
-def _row(state: State) -> tuple[str, ...]:
-    stage = state.present
-    checkpoints = format.list_committed(storage.join(state.url, stage.name, "checkpoints"))
+def _row(run: RunStatus) -> tuple[str, ...]:
+    stage = run.current_stage
+    checkpoints = format.list_committed(storage.join(run.url, stage.name, "checkpoints"))
     return (
-        state.name,
-        state.word,
-        f"{stage.name} {state.stages.index(stage) + 1}/{len(state.stages)}",
+        run.name,
+        run.state,
+        f"{stage.name} {run.stages.index(stage) + 1}/{len(run.stages)}",
         f"{count(stage.images)}/{count(stage.budget_images)}",
         count(format.images_of(checkpoints[0])) if checkpoints else "-",
-        str(state.restarts),
-        "-" if state.silent_seconds is None else f"{duration(state.silent_seconds)} ago",
+        str(run.restarts),
+        "-" if run.silent_seconds is None else f"{duration(run.silent_seconds)} ago",
     )
 
 
-def page(url: str) -> str:
-    """What a person asks of a run. Raises ValueError where there is none."""
-    moment = datetime.datetime.now(datetime.UTC)
-    state = read(url.rstrip("/"), moment)
-    lines = [f"{state.name}: {state.word}{f': {state.error}' if state.error else ''}"]
-    lines += [f"  {title:<11} {text}" for title, text in _facts(state, moment)]
+def format_status(url: str) -> str:
+    """Format the state of one run. Raises ValueError if there is no run."""
+    now = datetime.datetime.now(datetime.UTC)
+    run = read_status(url.rstrip("/"), now)
+    lines = [f"{run.name}: {run.state}{f': {run.error}' if run.error else ''}"]
+    lines += [f"  {title:<11} {text}" for title, text in _facts(run, now)]
     return "\n".join(lines)
 
 
-def _facts(state: State, moment: datetime.datetime) -> Iterator[tuple[str, str]]:
-    yield "folder", storage.redact(state.url)
-    progress = state.progress
-    if state.silent_seconds is not None:
-        speed = f", {progress['images_per_second']:g} images/s on {progress['workers']} workers"
-        left = progress.get("seconds_left")
-        speed += f", {duration(left)} left in the stage" if left is not None else ""
-        told = f"{_short(str(progress['time']))} ({duration(state.silent_seconds)} ago)"
-        yield "last word", told + (speed if state.word == "training" else "")
-    for stage in state.stages:
-        yield "stage", _stage_text(state, stage, moment)
-    for stage in state.stages:
-        yield from _scores(state.url, stage)
-    if rows := json_or(state.url, "scores.json", []):
-        yield "scores", _rows(rows)
+def _facts(run: RunStatus, now: datetime.datetime) -> Iterator[tuple[str, str]]:
+    yield "folder", storage.redact(run.url)
+    progress = run.progress
+    if run.silent_seconds is not None:
+        text = f"{_short_time(str(progress['time']))} ({duration(run.silent_seconds)} ago)"
+        if run.state == "training":
+            text += f", {progress['images_per_second']:g} images/s on {progress['workers']} workers"
+            left = progress.get("seconds_left")
+            text += f", {duration(left)} left in the stage" if left is not None else ""
+        yield "last report", text
+    for stage in run.stages:
+        yield "stage", _format_stage(run, stage, now)
+    for stage in run.stages:
+        yield from _stage_scores(run.url, stage)
+    if rows := read_json_or(run.url, "scores.json", []):
+        yield "scores", _format_scores(rows)
     if losses := progress.get("losses"):
         yield "losses", ", ".join(losses_in_short(losses))
     if quarantined := (progress.get("values") or {}).get("data/quarantined"):
-        yield (
-            "quarantine",
-            f"{quarantined:.0f} samples of stage {progress['stage']}: {progress['stage']}/quarantine.json",
-        )
-    yield "restarts", str(state.restarts)
-    first = max(1, len(state.attempts) - _MOST_RESTARTS)
-    for number, attempt in enumerate(state.attempts[first:], first):
-        yield "", f"{number}: {_short(attempt['time'])}, {attempt['workers']} workers{_resumed(attempt)}"
+        stage_name = progress["stage"]
+        yield "quarantine", f"{quarantined:.0f} samples of stage {stage_name}: {stage_name}/quarantine.json"
+    yield "restarts", str(run.restarts)
+    first = max(1, len(run.attempts) - _MAX_RESTARTS_SHOWN)
+    for number, attempt in enumerate(run.attempts[first:], first):
+        yield "", f"{number}: {_short_time(attempt['time'])}, {attempt['workers']} workers{_format_resumed(attempt)}"
     for text in progress.get("messages") or []:
         yield "message", text
-    versions = json_or(state.url, "versions.json", {})
+    versions = read_json_or(run.url, "versions.json", {})
     shown = [f"{name} {versions[name]}" for name in ("t2idist", "git", "torch", "ray") if name in versions]
     if shown:
         yield "versions", ", ".join(shown)
 
 
-def _stage_text(state: State, stage: Stage, moment: datetime.datetime) -> str:
+def _format_stage(run: RunStatus, stage: StageStatus, now: datetime.datetime) -> str:
     text = f"{stage.name} ({stage.system}): "
     if stage.export_images is not None:
         return f"{text}done, {stage.export_images:,} images"
-    text += f"{stage.images:,} of {stage.budget_images:,} images" if stage is state.present else "not begun"
-    folder = storage.join(state.url, stage.name, "checkpoints")
+    text += f"{stage.images:,} of {stage.budget_images:,} images" if stage is run.current_stage else "not started"
+    folder = storage.join(run.url, stage.name, "checkpoints")
     names = format.list_committed(folder)
     if not names:
         return text
     marker = storage.read_json(storage.join(folder, names[0], format.COMMIT))
-    age = f", {duration(_since(marker['time'], moment))} ago" if "time" in marker else ""
-    return f"{text}; newest checkpoint at {format.images_of(names[0]):,} images{age} ({len(names)} whole)"
+    age = f", {duration(_seconds_since(marker['time'], now))} ago" if "time" in marker else ""
+    return f"{text}; newest checkpoint at {format.images_of(names[0]):,} images{age} ({len(names)} complete)"
 
 
-def _scores(url: str, stage: Stage) -> Iterator[tuple[str, str]]:
-    if best := json_or(url, f"{stage.name}/scored/best.json", None):
-        score = f"{best['metric']} {_number(best['value'])}"
+def _stage_scores(url: str, stage: StageStatus) -> Iterator[tuple[str, str]]:
+    if best := read_json_or(url, f"{stage.name}/scored/best.json", None):
+        score = f"{best['metric']} {_format_value(best['value'])}"
         yield "best so far", f"{stage.name}: {score} at {best['images']:,} images, in {best['export']}"
-    if scores := json_or(url, f"{stage.name}/scores/scores.json", None):
-        yield "scores", f"{stage.name}: {_rows(scores['scores'])}"
+    if scores := read_json_or(url, f"{stage.name}/scores/scores.json", None):
+        yield "scores", f"{stage.name}: {_format_scores(scores['scores'])}"
 
 
-def _rows(rows: Sequence[Mapping[str, Any]]) -> str:
-    return ", ".join(f"{row['name']} {_number(row['value'])}" for row in rows)
+def _format_scores(rows: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(f"{row['name']} {_format_value(row['value'])}" for row in rows)
 
 
-def _resumed(attempt: Mapping[str, Any]) -> str:
-    places = attempt.get("resumed") or {}
-    parts = [f"{stage} from {place['images']:,} images ({_source(place['from'])})" for stage, place in places.items()]
+def _format_resumed(attempt: Mapping[str, Any]) -> str:
+    resumed = attempt.get("resumed") or {}
+    parts = [f"{name} from {point['images']:,} images ({_source(point['from'])})" for name, point in resumed.items()]
     return f", {', '.join(parts)}" if parts else ""
 
 
-def _source(place: str) -> str:
-    return f"checkpoint {place.rpartition('/')[2]}" if "/" in place else place
+def _source(source: str) -> str:
+    return f"checkpoint {source.rpartition('/')[2]}" if "/" in source else source
 
 
-def _number(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else f"{value}"
 
 
-def _short(time_iso: str) -> str:
+def _short_time(time_iso: str) -> str:
     return time_iso[:19].replace("T", " ")
 
 
-def _since(time_iso: str, moment: datetime.datetime) -> float:
-    return max(0.0, (moment - datetime.datetime.fromisoformat(time_iso)).total_seconds())
+def _seconds_since(time_iso: str, now: datetime.datetime) -> float:
+    return max(0.0, (now - datetime.datetime.fromisoformat(time_iso)).total_seconds())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``t2idist status``. Returns the exit status: 0, or 2 for bad input."""
+    parser = command_parser(
+        "status", "Show the state of a run, or of all runs in a folder.", "t2idist status runs/attngan-demo"
+    )
+    choice = parser.add_mutually_exclusive_group(required=True)
+    choice.add_argument("run", nargs="?", metavar="RUN", help="the run's folder")
+    choice.add_argument("--list", metavar="STORAGE", help="list the runs in this folder or bucket")
+    options = parser.parse_args(arguments)
+    try:
+        print(format_status(options.run) if options.list is None else format_run_list(options.list), flush=True)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -241,12 +241,12 @@ def test_a_run_that_was_stopped_and_rewound_gives_the_same_model(
     checkpoints = str(at / "attngan/checkpoints")
     assert [images_of(name) for name in list_committed(checkpoints)] == [32, 16]
     assert not (at / "attngan/export").exists()
-    state = status.read(str(at), datetime.datetime.now(datetime.UTC))
-    assert (state.word, state.present.name, state.present.images, state.restarts) == ("stopped", "attngan", 32, 1)
-    page = status.page(str(at))
+    state = status.read_status(str(at), datetime.datetime.now(datetime.UTC))
+    assert (state.state, state.current_stage.name, state.current_stage.images, state.restarts) == ("stopped", "attngan", 32, 1)
+    page = status.format_status(str(at))
     assert "tiny: stopped" in page and "attngan (attngan): 32 of 64 images; newest checkpoint at 32 images" in page
     assert "damsm (damsm): done, 64 images" in page and "git " in page
-    assert "tiny  stopped  attngan 2/2  32/64   32          1" in status.listing(str(tmp_path / "runs"))
+    assert "tiny  stopped  attngan 2/2  32/64   32          1" in status.format_run_list(str(tmp_path / "runs"))
 
     made = config(tmp_path, "checkpoint.keep=5")
     refused(made, "24", "stage attngan of tiny has no checkpoint at 24 images; it has 32, 16")
@@ -335,28 +335,28 @@ def test_a_run_is_read_as_it_stands(tmp_path: Path) -> None:
     at.mkdir(parents=True)
     shutil.copy(write_recipe(tmp_path), at / "config.yaml")
     noon = datetime.datetime(2026, 11, 22, 12, tzinfo=datetime.UTC)
-    assert status.read(str(at), noon).word == "new"
+    assert status.read_status(str(at), noon).state == "new"
     told = {"stage": "damsm", "images": 8, "time": "2026-11-22T11:59:00+00:00", "workers": 2, "images_per_second": 5.0}
     storage.write_json(str(at / "progress.json"), told)
-    assert status.read(str(at), noon).word == "training"
-    assert status.read(str(at), noon + datetime.timedelta(minutes=5)).word == "silent"
+    assert status.read_status(str(at), noon).state == "training"
+    assert status.read_status(str(at), noon + datetime.timedelta(minutes=5)).state == "silent"
     attempt = {"time": "2026-11-22T11:00:00+00:00", "workers": 2}
     again = {**attempt, "resumed": {"damsm": {"images": 8, "from": "copy in memory"}}}
     storage.write_json(str(at / "attempts.json"), [attempt, again])
-    assert "1: 2026-11-22 11:00:00, 2 workers, damsm from 8 images (copy in memory)" in status.page(str(at))
+    assert "1: 2026-11-22 11:00:00, 2 workers, damsm from 8 images (copy in memory)" in status.format_status(str(at))
     storage.write_json(str(at / "fatal.json"), {"error": "data.max_bad: too many"})
-    assert "tiny: failed: data.max_bad: too many" in status.page(str(at))
+    assert "tiny: failed: data.max_bad: too many" in status.format_status(str(at))
     best = {"metric": "kid", "value": 0.05, "images": 8, "export": "scored/000000000008"}
     storage.write_json(str(at / "damsm/scored/best.json"), best)
     storage.write_json(str(at / "scores.json"), [{"name": "hat", "value": 0.8546}])
-    page = status.page(str(at))
+    page = status.format_status(str(at))
     assert "damsm: kid 0.05 at 8 images" in page and "hat 0.8546" in page
     with pytest.raises(ValueError, match="no runs here"):
-        status.listing(str(at))
+        status.format_run_list(str(at))
     storage.write_bytes(str(at / "config.yaml"), b"a: 1\n")
     with pytest.raises(ValueError, match="not the folder of a run"):
-        status.page(str(at))
-    assert "not the folder of a run" in status.listing(str(tmp_path / "runs"))
+        status.format_status(str(at))
+    assert "not the folder of a run" in status.format_run_list(str(tmp_path / "runs"))
 
 
 def test_reading_needs_no_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

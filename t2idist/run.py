@@ -1,7 +1,4 @@
-"""The command line: ``python -m t2idist.run RECIPE [preset=NAME] [key.path=value ...] [--dry-run] [--local]``.
-
-``--list STORAGE`` and ``--status RUN`` need no recipe: they read from storage how runs stand.
-"""
+"""``t2idist train``, or ``python -m t2idist.run``: train a recipe, or check, plan or list runs."""
 
 from __future__ import annotations
 
@@ -18,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from t2idist import config as configuration
 from t2idist.config import RunConfig
+from t2idist.config.arguments import command_parser
 from t2idist.launch import auth
 from t2idist.observability import logs
 
@@ -27,69 +25,65 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PROGRAM = "python -m t2idist.run"
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="python -m t2idist.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    made.add_argument("recipe", nargs="?", help="a recipe's name (a folder in configs/) or a .yaml file")
-    made.add_argument(
-        "settings", nargs="*", metavar="key.path=value", help="over the recipe; preset=NAME picks its file"
-    )
-    made.add_argument("--dry-run", action="store_true", help="check, print what would run, and exit")
-    made.add_argument("--local", action="store_true", help="one worker in this process, without Ray")
-    made.add_argument(
+
+def parser(program: str = PROGRAM) -> argparse.ArgumentParser:
+    example = f"{program} attngan preset=demo cluster.workers=2"
+    result = command_parser("train", "Train a recipe on a Ray cluster or, with --local, in this process.", example)
+    result.prog = program
+    add = result.add_argument
+    add("recipe", nargs="?", help="name of a recipe (a folder in configs/) or a .yaml file")
+    add("settings", nargs="*", metavar="key.path=value", help="override the recipe; preset=NAME selects its file")
+    add("--dry-run", action="store_true", help="check the run, print its configuration and networks, and exit")
+    add("--local", action="store_true", help="train with one worker in this process, without Ray")
+    add(
         "--plan",
         metavar="GPUSxKIND[,key=value...]",
-        help="print memory, network, speed and hours on so many GPUs of a kind, such as 8xa100-80, and exit",
+        help="print the estimated memory, speed and hours on these GPUs (8xa100-80), and exit",
     )
-    made.add_argument(
+    add(
         "--stop-after",
         metavar="STAGE[:IMAGES]",
-        help="end when the stage is done, or has seen so many images and saved them; the same command without this "
-        "goes on, and the model is the same as without the stop",
+        help="stop when the stage is done or has seen IMAGES; resume without this option",
     )
-    made.add_argument(
+    add(
         "--resume-from",
         metavar="CHECKPOINT",
-        help="go on from the checkpoint of the present stage at so many images (newer ones are removed), or, as a new "
-        "run, from the folder of another run's checkpoint; once: submitted again, the run goes on from where it is",
+        help="resume once from this checkpoint: images seen, or the folder of another run's checkpoint",
     )
-    made.add_argument(
+    add(
         "--init-from",
         metavar="[STAGE=]EXPORT",
         action="append",
         default=[],
-        help="fine-tune: start the networks that the export holds from its weights (stages.STAGE.init_from)",
+        help="fine-tune: start from the weights of this export",
     )
-    made.add_argument(
-        "--hook",
-        metavar="COMMAND",
-        default="",
-        help="run at start, restart, failure and end, with a JSON object on its standard input; its environment is "
-        "PATH, HOME and the like, and what begins with T2IDIST_HOOK_",
-    )
-    made.add_argument(
-        "--insecure-cluster", action="store_true", help="join a Ray cluster off this machine without its token"
-    )
-    made.add_argument("--list", metavar="STORAGE", help="the runs in a folder or bucket: state, images, restarts")
-    made.add_argument(
-        "--status", metavar="RUN", help="how the run in this folder stands: stages, checkpoints, restarts"
-    )
-    return made
+    add("--hook", metavar="COMMAND", default="", help="run at start, restart, failure and end, with JSON on its stdin")
+    add("--insecure-cluster", action="store_true", help="join a Ray cluster on other machines without its token")
+    add("--list", metavar="STORAGE", help="list the runs in this folder or bucket, and exit")
+    add("--status", metavar="RUN", help="show the state of the run in this folder, and exit")
+    return result
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """Run a recipe; gives the exit status: 0 done, 1 failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM."""
-    arguments = parser().parse_intermixed_args(words)
+def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+    """Run the command.
+
+    Args:
+        program: how the user calls it, for the help text.
+
+    Returns:
+        Exit status: 0 done, 1 failed, 2 invalid input, 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    options = parser(program).parse_intermixed_args(arguments)
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     logs.configure(logging.INFO)
     try:
-        if arguments.list is not None or arguments.status is not None:
-            return _show(arguments)
-        if arguments.recipe is None:
+        if options.list is not None or options.status is not None:
+            return _show_status(options)
+        if options.recipe is None:
             raise ValueError(f"give a recipe: {', '.join(configuration.recipes())}, or a .yaml file")
-        return _run(configuration.load(arguments.recipe, arguments.settings), arguments)
+        return _run(configuration.load(options.recipe, options.settings), options)
     except ValueError as error:
         print(logs.redact_secrets(f"error: {error}"), file=sys.stderr)
         return 2
@@ -97,110 +91,118 @@ def main(words: Sequence[str] | None = None) -> int:
         print(logs.redact_secrets(f"error: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; run the same command again to resume from the last checkpoint", file=sys.stderr)
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
 
 
-def _show(arguments: argparse.Namespace) -> int:
+def _show_status(options: argparse.Namespace) -> int:
     from t2idist.report import status
 
-    if arguments.recipe is not None:
-        raise ValueError(f"{arguments.recipe}: --list and --status read a folder; they take no recipe")
-    if arguments.list is not None:
-        print(status.format_run_list(arguments.list), flush=True)
-    if arguments.status is not None:
-        print(status.format_status(arguments.status), flush=True)
+    if options.recipe is not None:
+        raise ValueError(f"{options.recipe}: --list and --status read a folder; they take no recipe")
+    if options.list is not None:
+        print(status.format_run_list(options.list), flush=True)
+    if options.status is not None:
+        print(status.format_status(options.status), flush=True)
     return 0
 
 
-def _run(config: RunConfig, arguments: argparse.Namespace) -> int:
-    only_told = bool(arguments.plan) or arguments.dry_run
-    address = "" if arguments.local else auth.cluster_address(config.cluster.address, os.environ)
-    if not (only_told or arguments.insecure_cluster):
+def _run(config: RunConfig, options: argparse.Namespace) -> int:
+    prints_only = bool(options.plan) or options.dry_run
+    address = "" if options.local else auth.cluster_address(config.cluster.address, os.environ)
+    if not (prints_only or options.insecure_cluster):
         auth.require_token(address, os.environ, Path.home())
-    check = functools.partial(_check, config, arguments)
-    if only_told or arguments.local or address:
-        return _train(check(), arguments)
+    prepare = functools.partial(_prepare, config, options)
+    if prints_only or options.local or address:
+        return _train(prepare(), options)
     from t2idist.launch import connection
 
     if connection.is_initialized():
-        return _train(check(), arguments)
-    with connection.start_local_cluster(config.cluster, check) as checked:
-        return _train(checked, arguments, own=True)
+        return _train(prepare(), options)
+    with connection.start_local_cluster(config.cluster, prepare) as submission:
+        return _train(submission, options, own_cluster=True)
 
 
 @dataclass(frozen=True)
-class _Checked:
-    """A run that nothing is found wrong with, and what its command says besides."""
+class _Submission:
+    """A checked run and the parsed options of its command."""
 
     config: RunConfig
-    stop: StopAfter | None
-    resumed: ResumePoint | None
-    hook: list[str]
-    place: logs.LogContext
+    stop_after: StopAfter | None
+    resume_point: ResumePoint | None
+    hook_command: list[str]
+    log_context: logs.LogContext
 
 
-def _check(config: RunConfig, arguments: argparse.Namespace) -> _Checked | None:
-    """None where the command asked for a page alone; it is printed."""
+def _prepare(config: RunConfig, options: argparse.Namespace) -> _Submission | None:
+    """Check the run. With --plan and --dry-run, print their page and return None."""
     from t2idist.observability import hook
     from t2idist.preflight import dry_run
-    from t2idist.training import options, resume, stages
+    from t2idist.training import options as run_options
+    from t2idist.training import resume, stages
 
-    config = options.apply_init_from(stages.with_absolute_paths(config), arguments.init_from)
-    stop = options.parse_stop_after(arguments.stop_after, config) if arguments.stop_after else None
-    if arguments.plan:
+    config = run_options.apply_init_from(stages.with_absolute_paths(config), options.init_from)
+    stop_after = run_options.parse_stop_after(options.stop_after, config) if options.stop_after else None
+    if options.plan:
         from t2idist.preflight import plan
 
-        print(plan.page(config, arguments.plan), flush=True)
+        print(plan.page(config, options.plan), flush=True)
         return None
-    words = hook.parse(arguments.hook) if arguments.hook else []
-    resumed = resume.find(config, arguments.resume_from) if arguments.resume_from else None
-    place = logs.LogContext(config.name)
+    hook_command = hook.parse(options.hook) if options.hook else []
+    resume_point = resume.find(config, options.resume_from) if options.resume_from else None
+    log_context = logs.LogContext(config.name)
     if config.report.json_logs:
-        logs.configure(logging.INFO, place)
-    _say(config, f"{config.name}: {config.about or ', '.join(config.stages)}")
-    if arguments.dry_run:
-        print(dry_run.describe(config, resumed), flush=True)
+        logs.configure(logging.INFO, log_context)
+    _print(config, f"{config.name}: {config.about or ', '.join(config.stages)}")
+    if options.dry_run:
+        print(dry_run.describe(config, resume_point), flush=True)
         return None
-    dry_run.check(config, resumed)
-    if not arguments.local:
-        import t2idist.launch.submit  # noqa: F401  # Ray Train takes seconds to import
-    return _Checked(config, stop, resumed, words, place)
+    dry_run.check(config, resume_point)
+    if not options.local:
+        import t2idist.launch.submit  # noqa: F401  # importing Ray Train takes seconds, here while Ray starts
+    return _Submission(config, stop_after, resume_point, hook_command, log_context)
 
 
-def _train(run: _Checked | None, arguments: argparse.Namespace, own: bool = False) -> int:
-    """own: Ray was started for this run alone."""
-    if run is None:
+def _train(submission: _Submission | None, options: argparse.Namespace, own_cluster: bool = False) -> int:
+    """Train the run.
+
+    Args:
+        submission: None if there is nothing to train.
+        own_cluster: Ray was started for this run alone.
+    """
+    if submission is None:
         return 0
     from t2idist.engine.preemption import StopRequested
-    from t2idist.observability import hook
-    from t2idist.training import lifecycle, resume, stages
+    from t2idist.observability.hook import Hook
+    from t2idist.training import resume
+    from t2idist.training.lifecycle import run_lifecycle
+    from t2idist.training.stages import run_url
 
-    config = run.config
-    _say(config, f"run folder {stages.run_url(config)}")
-    if run.resumed is not None:
-        resume.prepare(config, arguments.resume_from, run.resumed)
+    config, stop_after = submission.config, submission.stop_after
+    _print(config, f"run folder {run_url(config)}")
+    if submission.resume_point is not None:
+        resume.prepare(config, options.resume_from, submission.resume_point)
     try:
-        with lifecycle.run_lifecycle(config, hook.Hook(run.hook), stops=run.stop is not None) as telling:
-            if arguments.local:
+        with run_lifecycle(config, Hook(submission.hook_command), stops=stop_after is not None) as notifier:
+            if options.local:
                 from t2idist.training import local
 
-                local.run_local(config, run.stop, telling.follow, run.place)
+                local.run_local(config, stop_after, notifier.on_progress, submission.log_context)
             else:
                 from t2idist.launch import submit
 
-                submit.submit(config, run.stop, telling.follow, own)
-    except StopRequested as left:
-        print(f"ended on request, {left}; the same command goes on", file=sys.stderr)
+                submit.submit(config, stop_after, notifier.on_progress, own_cluster)
+    except StopRequested as stop:
+        print(f"ended on request, {stop}; run the same command again to resume", file=sys.stderr)
         return 128 + signal.SIGTERM
-    if run.stop is not None:
-        _say(config, f"stopped after {arguments.stop_after}; the same command without --stop-after goes on")
-    _say(config, f"report {stages.run_url(config)}/report.html")
+    if stop_after is not None:
+        _print(config, f"stopped after {options.stop_after}; run the same command without --stop-after to resume")
+    _print(config, f"report {run_url(config)}/report.html")
     return 0
 
 
-def _say(config: RunConfig, text: str) -> None:
-    """A line for people, or of the log where that is JSON."""
+def _print(config: RunConfig, text: str) -> None:
+    """Print a line, or log it if the log is JSON."""
     if config.report.json_logs:
         logger.info(text)
     else:

@@ -25,6 +25,7 @@ from ray.train import (
 )
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, get_device
+from ray.util.metrics import Gauge
 
 from t2idist import storage
 from t2idist.config import RunConfig
@@ -35,13 +36,13 @@ from t2idist.launch import callbacks, connection, resources
 from t2idist.launch.ray_trainer import RayTrainer
 from t2idist.launch.replica_store import RayReplicaStore
 from t2idist.observability import logs
-from t2idist.observability.environment import GIT
+from t2idist.observability.environment import COMMIT_VARIABLE
 from t2idist.observability.logs import LogContext
 from t2idist.observability.progress import ProgressPrinter
 from t2idist.observability.prometheus import Gauges
-from t2idist.training import stages
 from t2idist.training.lifecycle import OnProgress, clear_fatal, read_fatal
 from t2idist.training.options import StopAfter
+from t2idist.training.stages import RUN_ID, run_url
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def _fit(config: RunConfig, folder: str, own: bool, stop: StopAfter | None, watc
     """Run the trainer to its end, again if Ray's controller fails, which FailureConfig does not cover."""
     on_sigterm, stopped = callbacks.StopOnSigterm(), None
     replicas, foreign_groups = RayReplicaStore(_run_id(config)), resources.own_placement_groups()
-    with _Progress(config, watch), resources.Reservation(stages.run_url(config), config.cluster) as reservation:
+    with _Progress(config, watch), resources.Reservation(run_url(config), config.cluster) as reservation:
         for retry in range(config.cluster.max_failures + 1):
             try:
                 trainer = _trainer(config, folder, own, stop, on_sigterm)
@@ -158,7 +159,7 @@ def _trainer(
 
 
 def _environment(config: RunConfig) -> dict[str, str]:
-    git = {GIT: os.environ[GIT]} if GIT in os.environ else {}
+    git = {COMMIT_VARIABLE: os.environ[COMMIT_VARIABLE]} if COMMIT_VARIABLE in os.environ else {}
     return {**connection.thread_settings(config.cluster), **git}
 
 
@@ -174,7 +175,12 @@ def _work(settings: dict[str, Any]) -> str | None:
     keepers = RayReplicaStore(settings["run_id"])
     with callbacks.pause_at_exit():
         around = worker.WorkerContext(
-            keepers=keepers, ask=_poll, look_seconds=_POLL_SECONDS, stand=callbacks.pause, stop=stop, place=place
+            replica_store=keepers,
+            poll_preemption=_poll,
+            poll_seconds=_POLL_SECONDS,
+            pause=callbacks.pause,
+            stop_after=stop,
+            log_context=place,
         )
         try:
             worker.main(config, get_device(), around)
@@ -189,7 +195,7 @@ def _poll() -> PreemptionNotice | None:
     if callbacks.stop_requested():
         return PreemptionNotice(0.0)
     if callbacks.pause_requested():
-        return PreemptionNotice(math.inf, regroup=True)
+        return PreemptionNotice(math.inf, resize=True)
     if info is None:
         return None
     return PreemptionNotice(math.inf if info.deadline_ms is None else max(0.1, info.deadline_ms / 1000 - time.time()))
@@ -197,7 +203,7 @@ def _poll() -> PreemptionNotice | None:
 
 def _run_id(config: RunConfig) -> str:
     """Return the id of this run folder, unlike that of an earlier folder of the same name; write it at first."""
-    url = storage.join(stages.run_url(config), stages.RUN_ID)
+    url = storage.join(run_url(config), RUN_ID)
     if not storage.exists(url):
         storage.write_json(url, {"id": uuid.uuid4().hex})
     return str(storage.read_json(url)["id"])
@@ -215,9 +221,9 @@ class _Progress:
     """Prints the run's progress, read from storage, while the driver waits, and exports it to Prometheus."""
 
     def __init__(self, config: RunConfig, watch: OnProgress) -> None:
-        self._url = storage.join(stages.run_url(config), PROGRESS)
+        self._url = storage.join(run_url(config), PROGRESS)
         self._printer = ProgressPrinter(sys.stdout, as_json=config.report.json_logs)
-        self._watch, self._gauges = watch, Gauges(config.name)
+        self._watch, self._gauges = watch, Gauges(config.name, Gauge)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._seen: Any = self._read()
@@ -250,4 +256,4 @@ class _Progress:
                         self._printer.message(text)
                 self._printer.show(message)
                 self._watch(message)
-                self._gauges.show(message)
+                self._gauges.update(message)

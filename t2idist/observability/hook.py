@@ -1,7 +1,7 @@
-"""A program of the user's that hears of a run: at its start and end, of a restart, and of a failure.
+"""A user's program that is notified of the start, restarts, failure and end of a run.
 
-The driver runs it, with a JSON object on its standard input; what becomes of it is a warning at most. It is named on
-the command line only, never by a recipe: no code runs from configs.
+The driver runs it with a JSON object on its standard input; if it fails, that is logged as a warning. It is given on
+the command line only, never in a recipe: no code runs from configs.
 """
 
 from __future__ import annotations
@@ -20,47 +20,62 @@ from t2idist.observability.logs import redact_secrets
 
 logger = logging.getLogger(__name__)
 
-LONGEST_SECONDS = 30.0
-OWN = "T2IDIST_HOOK_"
-"""Variables of the environment that begin so are the hook's: its address, its key."""
-_GIVEN = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "SSL_CERT_FILE", "HTTPS_PROXY", "https_proxy", "NO_PROXY")
+TIMEOUT_SECONDS = 30.0
+ENVIRONMENT_PREFIX = "T2IDIST_HOOK_"
+"""Prefix of the environment variables that are passed to the hook, such as its URL or key."""
+_PASSED_VARIABLES = (
+    "PATH",
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "TZ",
+    "TMPDIR",
+    "SSL_CERT_FILE",
+    "HTTPS_PROXY",
+    "https_proxy",
+    "NO_PROXY",
+)
 
 
 def parse(command: str) -> list[str]:
-    """The words of a hook's command line. Raises ValueError where there is no such program."""
+    """Split a hook's command line. Raises ValueError if there is no such program."""
     try:
-        words = shlex.split(command)
+        arguments = shlex.split(command)
     except ValueError as error:
         raise ValueError(f"--hook: {command!r}: {error}") from None
-    if not words:
-        raise ValueError("--hook: it is empty; give a command, such as: --hook 'python tools/notify_webhook.py'")
-    if shutil.which(words[0]) is None:
-        raise ValueError(f"--hook: {words[0]}: no such program")
-    return words
+    if not arguments:
+        raise ValueError("--hook: empty; give a command, such as: --hook 'python tools/notify_webhook.py'")
+    if shutil.which(arguments[0]) is None:
+        raise ValueError(f"--hook: {arguments[0]}: no such program")
+    return arguments
 
 
 class Hook:
-    """Runs the command for each event, one after the other, beside the run. words: none: nothing is run."""
+    """Runs a command (if it is not empty) for each event, one at a time, in a background thread."""
 
-    def __init__(self, words: list[str]) -> None:
-        self._words = words
+    def __init__(self, command: list[str]) -> None:
+        self._command = command
         self._pool = ThreadPoolExecutor(1, "hook")
 
-    def tell(self, facts: dict[str, Any]) -> None:
-        """Begin to run the command with these plain values."""
-        if self._words:
-            self._pool.submit(self._run, redact_secrets(json.dumps(facts, ensure_ascii=False)))
+    def send(self, event: dict[str, Any]) -> None:
+        """Start the command for an event of JSON values."""
+        if self._command:
+            self._pool.submit(self._run, redact_secrets(json.dumps(event, ensure_ascii=False)))
 
     def close(self) -> None:
-        """Wait until all events are told, each for `LONGEST_SECONDS` at most."""
+        """Wait for the commands of all events, at most `TIMEOUT_SECONDS` each."""
         self._pool.shutdown(wait=True)
 
     def _run(self, text: str) -> None:
-        given = {name: value for name, value in os.environ.items() if name in _GIVEN or name.startswith(OWN)}
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name in _PASSED_VARIABLES or name.startswith(ENVIRONMENT_PREFIX)
+        }
         try:
             process = subprocess.Popen(
-                self._words,
-                env=given,
+                self._command,
+                env=environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -68,15 +83,15 @@ class Hook:
                 start_new_session=True,
             )
             try:
-                _, said = process.communicate(text + "\n", timeout=LONGEST_SECONDS)
+                _, stderr = process.communicate(text + "\n", timeout=TIMEOUT_SECONDS)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.communicate()
-                logger.warning("hook: ended after %.0f s without an end of its own", LONGEST_SECONDS)
+                logger.warning("hook: killed after %.0f s", TIMEOUT_SECONDS)
                 return
         except OSError as error:
             logger.warning("hook: %s", error)
             return
         if process.returncode:
-            last = (said.strip().splitlines() or ["nothing on stderr"])[-1]
+            last = (stderr.strip().splitlines() or ["nothing on stderr"])[-1]
             logger.warning("hook: exit status %d: %s", process.returncode, last[:200])

@@ -1,7 +1,7 @@
-"""What Prometheus sees of a run: gauges of the driver, which Ray's agent on its machine exports.
+"""Prometheus metrics of a run: gauges of the driver, exported by the Ray agent of its node.
 
-The driver outlives workers, so "no step since" can be told of a run whose workers are gone; its series end with it.
-Prometheus finds each under its name here behind ``ray_``, with the label run.
+The driver outlives the workers, so "no step since" can be observed if all workers are lost; the series end with the
+driver. Prometheus sees each metric as ``ray_<name>`` with the label run.
 """
 
 from __future__ import annotations
@@ -9,36 +9,34 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
-
-from ray.util.metrics import Gauge
+from typing import Any, Protocol, Self
 
 PREFIX = "ray_"
 METRICS = {
     "t2idist_images": "images seen in the stage",
-    "t2idist_budget_images": "images of the stage in all",
-    "t2idist_images_per_second": "training speed, all workers together",
+    "t2idist_budget_images": "total images of the stage",
+    "t2idist_images_per_second": "training speed of all workers together",
     "t2idist_step_seconds": "mean time of a step, by phase: train, data, pictures, checkpoint",
-    "t2idist_data_wait_ratio": "share of the time waited for data, by the worker that waited most",
+    "t2idist_data_wait_ratio": "share of the time spent waiting for data, of the worker that waited most",
     "t2idist_loss": "mean since the last report, by name",
-    "t2idist_goodput_ratio": "share of this submission's time that went into steps that were kept",
-    "t2idist_workers": "workers at present",
+    "t2idist_goodput_ratio": "share of this submission's time spent in steps that were kept",
+    "t2idist_workers": "current number of workers",
     "t2idist_restarts": "restarts of the run",
-    "t2idist_step_timestamp_seconds": "when a step was last told",
-    "t2idist_checkpoint_timestamp_seconds": "when the newest whole checkpoint was begun",
-    "t2idist_checkpoint_stall_seconds": "how long the training stood still for it",
-    "t2idist_skipped_steps": "steps of this attempt that were not finite, and skipped",
-    "t2idist_quarantined_samples": "samples of the stage that were unusable",
-    "t2idist_device_memory_bytes": "most accelerator memory that a worker has held",
+    "t2idist_step_timestamp_seconds": "time of the last reported step",
+    "t2idist_checkpoint_timestamp_seconds": "time when the newest complete checkpoint was started",
+    "t2idist_checkpoint_stall_seconds": "time that training was blocked by that checkpoint",
+    "t2idist_skipped_steps": "non-finite steps of this attempt, which were skipped",
+    "t2idist_quarantined_samples": "unreadable samples of the stage",
+    "t2idist_device_memory_bytes": "peak accelerator memory of a worker",
 }
-"""Names and what they say."""
+"""Descriptions by name."""
 LABELS = {
     "t2idist_images": ("stage",),
     "t2idist_budget_images": ("stage",),
     "t2idist_loss": ("stage", "name"),
     "t2idist_step_seconds": ("phase",),
 }
-"""Labels beside run."""
+"""Labels in addition to run."""
 _VALUES = {
     "t2idist_data_wait_ratio": "data/wait_share",
     "t2idist_skipped_steps": "guard/skipped_steps",
@@ -47,26 +45,36 @@ _VALUES = {
 _PHASES = ("data", "pictures", "checkpoint")
 
 
+class Gauge(Protocol):
+    """A metric such as `ray.util.metrics.Gauge`."""
+
+    def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None: ...
+
+    def set_default_tags(self, default_tags: dict[str, str]) -> Self: ...
+
+    def set(self, value: float, tags: dict[str, str] = ...) -> None: ...
+
+
 class Gauges:
     """The gauges of a run's driver."""
 
-    def __init__(self, run: str) -> None:
+    def __init__(self, run: str, gauge_type: type[Gauge]) -> None:
         self._goodput = Goodput(time.time())
         self._gauges = {
-            name: Gauge(name, text, ("run", *LABELS.get(name, ()))).set_default_tags({"run": run})
+            name: gauge_type(name, text, ("run", *LABELS.get(name, ()))).set_default_tags({"run": run})
             for name, text in METRICS.items()
         }
         self._gauges["t2idist_step_timestamp_seconds"].set(time.time())
 
-    def show(self, message: Mapping[str, Any]) -> None:
-        """Take in a progress message."""
+    def update(self, message: Mapping[str, Any]) -> None:
+        """Set the gauges to the values of a progress message."""
         for name, labels, value in readings(message):
             self._gauges[name].set(value, dict(zip(LABELS.get(name, ()), labels, strict=True)))
-        self._gauges["t2idist_goodput_ratio"].set(self._goodput.after(message, time.time()))
+        self._gauges["t2idist_goodput_ratio"].set(self._goodput.update(message, time.time()))
 
 
 def readings(message: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, ...], float]]:
-    """Name, values of its `LABELS` and value of all that a progress message tells."""
+    """Yield (name, values of its `LABELS`, value) for each metric in a progress message."""
     stage = str(message["stage"])
     for name in ("images", "budget_images"):
         yield f"t2idist_{name}", (stage,), float(message[name])
@@ -97,20 +105,20 @@ def readings(message: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, ...],
 
 
 class Goodput:
-    """How much of the time since `began` (seconds since the epoch) went into steps that were kept."""
+    """Share of the time since `start` (seconds since the epoch) spent in steps that were kept."""
 
-    def __init__(self, began: float) -> None:
-        self._began = began
+    def __init__(self, start: float) -> None:
+        self._start = start
         self._first: dict[str, float] = {}
         self._last: dict[str, float] = {}
 
-    def after(self, message: Mapping[str, Any], moment: float) -> float:
-        """The share up to now. A message's seconds are those of its stage's kept steps, over all submissions."""
+    def update(self, message: Mapping[str, Any], now: float) -> float:
+        """Return the share up to `now`. A message has the seconds of its stage's kept steps over all submissions."""
         stage = message["stage"]
         self._first.setdefault(stage, message["seconds"])
         self._last[stage] = message["seconds"]
         kept = sum(last - self._first[stage] for stage, last in self._last.items())
-        return min(1.0, max(0.0, kept / max(moment - self._began, 1e-9)))
+        return min(1.0, max(0.0, kept / max(now - self._start, 1e-9)))
 
 
 def _seconds(time_iso: str) -> float:

@@ -1,4 +1,4 @@
-"""What a step of a system takes, counted on tensors without data: operations, what backward keeps, gradients."""
+"""Measure a training step of a system on the meta device: operations, activations kept for backward, gradients."""
 
 from __future__ import annotations
 
@@ -18,42 +18,45 @@ from t2idist.contract import Batch, Captions, System
 from t2idist.engine.trainer import frozen_parameters, select_networks
 from t2idist.nn.fast.layers import use_fast_layers
 
-_MOST_STEPS = 50
+_MAX_STEPS = 50
 META = torch.device("meta")
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Of a mean step on one group. flops: forward and backward. gradients: numbers that workers sum.
-
-    kept: most floating numbers that are kept for a backward pass at a time, weights apart.
-    """
+class StepCost:
+    """Cost of a mean step on one group."""
 
     flops: float
+    """Operations of forward and backward."""
     gradients: float
-    kept: int
+    """Elements that workers all-reduce."""
+    activations: int
+    """Peak number of floating-point elements kept for a backward pass, without weights."""
 
 
-def cost_of(
+def measure_step(
     system: System, group_size: int, max_words: int, vector_dim: int, attributes: Sequence[Sequence[str]]
-) -> Cost:
-    """Count the steps of a system on the meta device, as many as it takes for each role to be updated.
+) -> StepCost:
+    """Run steps of a system on the meta device until each role has been updated, and average their cost.
 
-    vector_dim, attributes: as of `contract.Extent`. Raises RuntimeError or NotImplementedError where a step of
-    somebody's own system looks at values, which are not there.
+    Args:
+        vector_dim, attributes: as in `contract.DataInfo`.
+
+    Raises:
+        RuntimeError, NotImplementedError: A step of a custom system reads values of tensors, which have none here.
     """
-    kept = _Kept()
-    counting = _Counting(system, group_size)
-    with _Lift() as lift, kept:
-        while counting.updated.keys() < system.roles.keys() and counting.step < _MOST_STEPS:
-            batch = _batch(system.sizes, group_size, max_words, vector_dim, attributes, counting.step)
-            system.step(batch, counting)
-            counting.step += 1
+    activations = _Activations()
+    train = _MetaTrain(system, group_size)
+    with _MetaMode() as mode, activations:
+        while train.updated.keys() < system.roles.keys() and train.step < _MAX_STEPS:
+            batch = _batch(system.sizes, group_size, max_words, vector_dim, attributes, train.step)
+            system.step(batch, train)
+            train.step += 1
     trained = {
         name: sum(p.numel() for p in role.net.parameters() if p.requires_grad) for name, role in system.roles.items()
     }
-    gradients = sum(trained[name] * times for name, times in counting.updated.items())
-    return Cost(lift.flops / counting.step, gradients / counting.step, kept.most)
+    gradients = sum(trained[name] * times for name, times in train.updated.items())
+    return StepCost(mode.flops / train.step, gradients / train.step, activations.peak)
 
 
 def _batch(
@@ -64,19 +67,19 @@ def _batch(
     attributes: Sequence[Sequence[str]],
     step: int,
 ) -> Batch:
-    """Pictures without data, and captions of full length, whose numbers are there."""
+    """Build a batch with images on the meta device and full-length captions with real token ids."""
     domain = step % max(len(attributes), 1)
     kinds = len(attributes[domain]) if attributes else 0
     tokens = torch.ones(group_size, max_words, dtype=torch.int64)
     lengths = torch.full((group_size,), max_words)
     captions = Captions(tokens, lengths, torch.empty(group_size, vector_dim, device=META))
     images = tuple(torch.empty(group_size, 3, size, size, device=META) for size in sizes)
-    known = torch.empty(group_size, kinds, device=META)
-    return Batch(images, captions, torch.arange(group_size), known, ("",) * group_size, 1, domain)
+    labels = torch.empty(group_size, kinds, device=META)
+    return Batch(images, captions, torch.arange(group_size), labels, ("",) * group_size, 1, domain)
 
 
-class _Counting:
-    """`contract.Train` on one group, without optimisers."""
+class _MetaTrain:
+    """`contract.Train` on one group, without optimizers."""
 
     def __init__(self, system: System, group_size: int) -> None:
         self.step = 0
@@ -123,18 +126,18 @@ _INDEXING = (
 )
 
 
-def _places(index: Tensor | None) -> Sequence[Tensor | None]:
-    """An index as whole numbers, where it is a mask that is there: how many it picks is known then."""
+def _mask_to_indices(index: Tensor | None) -> Sequence[Tensor | None]:
+    """Convert a mask that has data to integer indices, so that the number of selected elements is known."""
     if index is None or index.is_meta or index.dtype != torch.bool:
         return [index]
     return index.nonzero(as_tuple=True)
 
 
-class _Lift(TorchDispatchMode):
-    """Lets whole numbers that are there meet tensors without data, and counts the operations of what is computed.
+class _MetaMode(TorchDispatchMode):
+    """Lets integer tensors with data be used with meta tensors, and counts operations.
 
-    Sentences are packed as if all were of full length. (torch's FlopCounterMode counts by the same table, but its
-    tracking of modules does not stand a gradient inside a step.)
+    Captions are packed as if all had full length. PyTorch's FlopCounterMode uses the same table of operations, but its
+    module tracking fails if a step computes a gradient (a penalty).
     """
 
     def __init__(self) -> None:
@@ -151,49 +154,49 @@ class _Lift(TorchDispatchMode):
         if func is torch.ops.aten._to_copy.default and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
             return torch.zeros(args[0].shape, dtype=args[0].dtype)
         if func in _INDEXING:
-            args = (args[0], [place for index in args[1] for place in _places(index)], *args[2:])
+            args = (args[0], [i for index in args[1] for i in _mask_to_indices(index)], *args[2:])
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         mixed = any(t.is_meta for t in tensors) and any(not t.is_meta for t in tensors)
         if mixed and "pack" not in func.name():
             args, kwargs = tree_map_only(Tensor, lambda t: t if t.is_meta else t.to(META), (args, kwargs))
-        made = func(*args, **kwargs)
+        output = func(*args, **kwargs)
         if func._overloadpacket in flop_registry:
-            self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=made)
-        return made
+            self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=output)
+        return output
 
 
-class _Kept(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the floating numbers that are kept for backward passes; one storage is counted once."""
+class _Activations(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the floating-point elements that are kept for backward passes; each storage once."""
 
     def __init__(self) -> None:
-        self.most = self._now = 0
+        self.peak = self._current = 0
         self._users: Counter[int] = Counter()
         super().__init__(self._pack, lambda saved: saved.tensor)
 
-    def _pack(self, tensor: Tensor) -> _Saved:
-        return _Saved(tensor, self)
+    def _pack(self, tensor: Tensor) -> _SavedTensor:
+        return _SavedTensor(tensor, self)
 
-    def begin(self, key: int, numbers: int) -> None:
+    def add(self, key: int, elements: int) -> None:
         self._users[key] += 1
         if self._users[key] == 1:
-            self._now += numbers
-            self.most = max(self.most, self._now)
+            self._current += elements
+            self.peak = max(self.peak, self._current)
 
-    def end(self, key: int, numbers: int) -> None:
+    def remove(self, key: int, elements: int) -> None:
         self._users[key] -= 1
         if not self._users[key]:
-            self._now -= numbers
+            self._current -= elements
 
 
-class _Saved:
-    """A tensor that a graph keeps, counted as long as it does."""
+class _SavedTensor:
+    """A tensor that the autograd graph keeps; counted until it is released."""
 
-    def __init__(self, tensor: Tensor, kept: _Kept) -> None:
-        self.tensor, self._kept = tensor, kept
+    def __init__(self, tensor: Tensor, activations: _Activations) -> None:
+        self.tensor, self._activations = tensor, activations
         storage = tensor.untyped_storage()
         weight = isinstance(tensor, nn.Parameter) or not tensor.is_floating_point()
-        self._key, self._numbers = storage._cdata, 0 if weight else storage.nbytes() // tensor.element_size()
-        kept.begin(self._key, self._numbers)
+        self._key, self._elements = storage._cdata, 0 if weight else storage.nbytes() // tensor.element_size()
+        activations.add(self._key, self._elements)
 
     def __del__(self) -> None:
-        self._kept.end(self._key, self._numbers)
+        self._activations.remove(self._key, self._elements)

@@ -1,4 +1,4 @@
-"""What can be known of a run without a cluster: checks before anything starts, and the page of ``--dry-run``."""
+"""Checks before a run starts, and the summary of ``--dry-run``."""
 
 from __future__ import annotations
 
@@ -11,94 +11,94 @@ from torch import nn
 from t2idist import storage
 from t2idist.config import DataConfig, RunConfig, StageConfig
 from t2idist.config.strict import parse_yaml, to_dict, to_yaml
-from t2idist.contract import DataInfo, System
+from t2idist.contract import DataInfo, SupportsTranslate, System
 from t2idist.data.mixing import data_info
 from t2idist.data.shards import Dataset
-from t2idist.data.sources import open_datasets
 from t2idist.data.tokenizer import Vocabulary
 from t2idist.engine.checkpoint import pretrained
 from t2idist.nn.init import shapes_only
-from t2idist.training import resume, stages
+from t2idist.training import resume
+from t2idist.training.stages import StageRun, check_uses, run_url, stages_of
 
 ADJUSTABLE = ("about", "storage", "report", "checkpoint", "cluster", "guard", "strategy", "zero")
 ADJUSTABLE_STAGE = ("images", "max_groups_per_worker", "checkpoint_every_images", "pictures_every_images")
 ADJUSTABLE_DATA = ("threads", "prefetch_mib", "cache", "cache_gib", "endpoint_url", "max_bad")
 UNKNOWN = DataInfo(("",), 1, vector_dim=1024, attributes=())
-"""Of data that is not given yet; sentence vectors are taken to be the published ones, of the char-CNN-RNN."""
+"""Assumed if data.source is not given; sentence vectors have the size of the published char-CNN-RNN ones."""
 
 
 def check(config: RunConfig, resumed: resume.ResumePoint | None) -> None:
-    """All that can be found wrong before a worker starts. Raises ValueError, one sentence.
+    """Check a run before any worker starts.
 
-    resumed: the checkpoint that the run is to go on from, where one is named.
+    Args:
+        resumed: the checkpoint that ``--resume-from`` names.
+
+    Raises:
+        ValueError: The config, data, exports or weights do not fit each other, or the storage is not writable.
     """
-    stages.check_uses(config)
-    for name in config.stages:
-        datasets = open_datasets(config.stage_data(name))
-        extent = data_info(datasets)
-        vocabulary = _vocabulary(config, name, datasets[0])
-        system = build_on_meta(config, name, extent)
-        _check_weights(config, name, system, vocabulary, resumed)
+    check_uses(config)
+    for stage in stages_of(config):
+        datasets = stage.open_data()
+        system = build_on_meta(stage, data_info(datasets))
+        _check_weights(stage, system, datasets[0].vocabulary, resumed)
         for role in system.roles.values():
             if role.pretrained is not None:
-                pretrained.check(role.pretrained, f"stages.{name}.model")
+                pretrained.check(role.pretrained, f"stages.{stage.name}.model")
     _check_same_run(config)
-    _check_writable(stages.run_url(config))
+    _check_writable(run_url(config))
 
 
 def describe(config: RunConfig, resumed: resume.ResumePoint | None) -> str:
-    """The resolved config, and each stage's networks, memory, epochs and steps. Raises ValueError as `check` does."""
-    stages.check_uses(config)
+    """Return the resolved config and a summary of each stage: networks, memory, epochs. Raises as `check` does."""
+    check_uses(config)
     lines = [to_yaml(config).rstrip(), ""]
-    for name in config.stages:
-        data = config.stage_data(name)
-        datasets = open_datasets(data) if data.source else ()
-        vocabulary = _vocabulary(config, name, datasets[0]) if datasets else None
-        system = build_on_meta(config, name, data_info(datasets) if datasets else UNKNOWN)
-        if vocabulary is not None:
-            _check_weights(config, name, system, vocabulary, resumed)
-        lines += [*_stage_lines(config, name, system, datasets), ""]
+    for stage in stages_of(config):
+        datasets = stage.open_data() if stage.data.source else ()
+        system = build_on_meta(stage, data_info(datasets) if datasets else UNKNOWN)
+        if datasets:
+            _check_weights(stage, system, datasets[0].vocabulary, resumed)
+        lines += [*_stage_lines(stage, system, datasets), ""]
     _check_same_run(config)
     return "\n".join(lines).rstrip()
 
 
-def _stage_lines(config: RunConfig, name: str, system: System, datasets: Sequence[Dataset]) -> Iterator[str]:
-    stage = config.stages[name]
+def _stage_lines(run: StageRun, system: System, datasets: Sequence[Dataset]) -> Iterator[str]:
+    config, stage = run.config, run.settings
     yield (
-        f"stage {name} ({stage.system}): {stage.groups} groups x {stage.group_size} = {stage.images_per_step:,} images "
-        f"a step, {stage.steps:,} steps, {stage.images:,} images"
+        f"stage {run.name} ({stage.system}): {stage.groups} groups x {stage.group_size} = {stage.images_per_step:,} "
+        f"images a step, {stage.steps:,} steps, {stage.images:,} images"
     )
     yield from _network_lines(system)
     smallest, largest = config.cluster.workers
-    dividers = smallest if config.strategy == "deepspeed" else 1
-    memory = state_bytes(system, config.precision, dividers)
+    shards = smallest if config.strategy == "deepspeed" else 1
+    memory = state_bytes(system, config.precision, shards)
     yield (
         f"  memory per worker {memory / 2**30:.2f} GiB for weights, gradients, Adam and EMA; activations come on top, "
         f"for {-(-stage.groups // largest)} to {-(-stage.groups // smallest)} groups of {stage.group_size}"
     )
     if not datasets:
-        yield "  data.source is not given: images per epoch and the vocabulary are not known"
+        yield "  data.source is not given: images per epoch and the vocabulary are unknown"
     for dataset in datasets:
         images = len(dataset.split("train"))
-        known = f"vocabulary of {len(dataset.vocabulary):,} words"
+        content = f"vocabulary of {len(dataset.vocabulary):,} words"
         if len(datasets) > 1:
-            known = f"{len(dataset.attribute_names)} attributes, from {storage.redact(dataset.url)}"
-        yield f"  {images:,} images per epoch, {stage.images / len(datasets) / images:.1f} epochs, {known}"
+            content = f"{len(dataset.attribute_names)} attributes, from {storage.redact(dataset.url)}"
+        yield f"  {images:,} images per epoch, {stage.images / len(datasets) / images:.1f} epochs, {content}"
     for role in system.roles.values():
         if role.pretrained is not None and not role.pretrained.url:
-            yield f"  stages.{name}.model.{role.pretrained.key} is not given; the run needs it"
+            yield f"  stages.{run.name}.model.{role.pretrained.key} is not given; the run needs it"
 
 
 def _network_lines(system: System) -> Iterator[str]:
-    """Parameters by kind of network: ``G``, every ``D`` from the lowest scale up, and all else by name and by part."""
+    """List parameter counts: ``G``, every ``D`` from the lowest resolution up, other networks by name or by part."""
     kinds: dict[str, list[str]] = {}
     for role_name, role in system.roles.items():
         kind = {"generator": "G", "discriminator": "D"}.get(role_name.partition("_")[0], role_name)
         exported = [name.partition(".")[2] for name in system.exports if name.startswith(f"{role_name}.")]
         for part in exported or [""]:
             total, trained = _parameters(role.net.get_submodule(part))
-            counted = f"{total:,}" + (f" ({trained:,} trained)" if trained != total else "")
-            kinds.setdefault(part or kind, []).append(counted)
+            count = f"{total:,}" + (f" ({trained:,} trained)" if trained != total else "")
+            kinds.setdefault(part or kind, []).append(count)
     for kind, counts in kinds.items():
         yield f"  {kind} {' / '.join(counts)} parameters"
     for frozen_name, frozen in system.frozen.items():
@@ -106,63 +106,54 @@ def _network_lines(system: System) -> Iterator[str]:
 
 
 def _parameters(net: nn.Module) -> tuple[int, int]:
+    """Return the number of parameters: (all, trained)."""
     counts = [(p.numel(), p.requires_grad) for p in net.parameters()]
     return sum(n for n, _ in counts), sum(n for n, trained in counts if trained)
 
 
-def state_bytes(system: System, precision: str, dividers: int) -> int:
-    """Of weights, gradients, Adam and EMA of a worker.
+def state_bytes(system: System, precision: str, shards: int) -> int:
+    """Return the bytes of weights, gradients, Adam moments and EMA on one worker.
 
-    dividers: workers among which DeepSpeed divides Adam's moments (1: none).
+    Args:
+        shards: number of workers among which DeepSpeed divides the optimizer state (1: not divided).
     """
-    each = 8 if precision == "float64" else 4
-    numbers = 0
+    element_bytes = 8 if precision == "float64" else 4
+    elements = sum(_parameters(frozen.net)[0] for frozen in system.frozen.values())
     for role in system.roles.values():
         total, trained = _parameters(role.net)
-        divided = 3 * trained  # DeepSpeed keeps a copy of a worker's part of the weights too
-        moments = 2 * trained if dividers == 1 else -(-divided // dividers)
-        numbers += total + trained + moments + (total if role.ema_half_life_images is not None else 0)
-    return each * (numbers + sum(_parameters(f.net)[0] for f in system.frozen.values()))
+        # DeepSpeed also keeps a copy of its part of the weights
+        optimizer_state = 2 * trained if shards == 1 else -(-3 * trained // shards)
+        elements += total + trained + optimizer_state + (total if role.ema_half_life_images is not None else 0)
+    return element_bytes * elements
 
 
-def build_on_meta(config: RunConfig, name: str, extent: DataInfo) -> System:
-    """A stage's system without data in its tensors. Raises ValueError that names the stage."""
+def build_on_meta(stage: StageRun, data: DataInfo) -> System:
+    """Build a stage's system on the meta device. Raises ValueError that names the stage."""
     with shapes_only():
-        system = stages.build(config, name, stages.plan(config, name, extent))
-    if len(extent.attributes) > 1 and not callable(getattr(system, "translate", None)):
+        system = stage.build(stage.build_info(data))
+    if len(data.attributes) > 1 and not isinstance(system, SupportsTranslate):
         raise ValueError(
-            f"stages.{name}: data.beside gives {len(extent.attributes)} data sets that take turns, and "
-            f"{config.stages[name].system} learns from one; leave data.beside out"
+            f"stages.{stage.name}: data.beside gives {len(data.attributes)} data sets, but {stage.settings.system} "
+            "trains on one; remove data.beside"
         )
     return system
 
 
-def _check_weights(
-    config: RunConfig, name: str, system: System, vocabulary: Vocabulary, resumed: resume.ResumePoint | None
-) -> None:
-    """Whether what a stage starts or goes on from fits it."""
-    if config.stages[name].init_from:
-        pretrained.check_init(system, config.stages[name].init_from, vocabulary.words, f"stages.{name}.init_from")
-    if resumed is not None and resumed.stage == name:
-        resume.check(config, resumed, system, list(vocabulary.words))
-
-
-def _vocabulary(config: RunConfig, name: str, dataset: Dataset) -> Vocabulary:
-    """A stage's vocabulary, if the exports from elsewhere that it uses know the data's words."""
-    words = stages.vocabularies(config, name)
-    try:
-        return stages.stage_vocabulary(dataset.vocabulary, words)
-    except ValueError as error:
-        raise ValueError(f"stages.{name}.{error}") from None
+def _check_weights(stage: StageRun, system: System, vocabulary: Vocabulary, resumed: resume.ResumePoint | None) -> None:
+    """Check the weights that a stage starts or resumes from."""
+    if init_from := stage.settings.init_from:
+        pretrained.check_init(system, init_from, vocabulary.words, f"stages.{stage.name}.init_from")
+    if resumed is not None and resumed.stage == stage.name:
+        resume.check(stage.config, resumed, system, list(vocabulary.words))
 
 
 def _check_same_run(config: RunConfig) -> None:
-    """Whether a run of this name that is there already was started with the same mathematics."""
-    where = storage.join(stages.run_url(config), "config.yaml")
-    if not storage.exists(where):
+    """Check that an existing run of this name was started with the same settings, except adjustable ones."""
+    url = storage.join(run_url(config), "config.yaml")
+    if not storage.exists(url):
         return
-    stored = parse_yaml(storage.read_bytes(where).decode(), where)
-    stored["data"] = {**to_dict(DataConfig()), **stored["data"]}  # an older version's run lacks keys that came since
+    stored = parse_yaml(storage.read_bytes(url).decode(), url)
+    stored["data"] = {**to_dict(DataConfig()), **stored["data"]}  # runs of older versions lack newer keys
     for stage in stored["stages"].values():
         stage.update(
             {f.name: f.default for f in fields(StageConfig) if f.default is not MISSING and f.name not in stage}
@@ -179,7 +170,7 @@ def _check_same_run(config: RunConfig) -> None:
 
 
 def _fixed(values: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """Flat keys and values that may not change between two attempts at a run."""
+    """Flatten the settings that may not change between two submissions of a run to dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         where = f"{path}.{key}" if path else key

@@ -1,4 +1,4 @@
-"""``--plan``: what a run would take on so many GPUs of a kind, without having one. The page says what it assumes."""
+"""``--plan``: estimate memory, network traffic, speed and hours of a run on given GPUs, without using any."""
 
 from __future__ import annotations
 
@@ -7,31 +7,33 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from t2idist.config import RunConfig, StageConfig
+from t2idist.config import RunConfig
 from t2idist.config.strict import unknown_key
 from t2idist.contract import DataInfo, System
 from t2idist.data.mixing import data_info
-from t2idist.data.sources import open_datasets
 from t2idist.preflight import dry_run
-from t2idist.preflight.cost import Cost, cost_of
+from t2idist.preflight.cost import StepCost, measure_step
+from t2idist.training.stages import StageRun, stages_of
 
 DECODES_A_SECOND = 900.0
-"""Pictures of 304 px that a CPU core makes into 256 px and below (README, Speed), an EPYC of 2025."""
+"""Images of 304 px that one CPU core (EPYC of 2025) decodes and resizes to 256 px and below (docs/performance.md)."""
 FIXED_GIB = 1.5
-"""CUDA's context, libraries and NCCL."""
+"""Memory of the CUDA context, libraries and NCCL."""
 SLACK = 0.10
-"""Of the rest, for workspaces and what the allocator cannot use."""
+"""Share of the other memory that is added for workspaces and fragmentation."""
 BACKWARD_SHARE = 2 / 3
-"""Of a step's computing: DDP sums gradients beside it."""
+"""Share of a step's compute time that overlaps with DDP's gradient all-reduce."""
 
 
 @dataclass(frozen=True)
 class GpuModel:
-    """A GPU. memory_gib; tflops: dense peak of its makers by precision; link: GB/s between the GPUs of a machine."""
+    """A kind of GPU."""
 
     memory_gib: float
     tflops: Mapping[str, float]
-    link: float = 12.0
+    """Dense peak by precision, as its maker states it."""
+    link_gb_per_second: float = 12.0
+    """Bandwidth between the GPUs of a node."""
 
 
 KINDS = {
@@ -51,45 +53,45 @@ KINDS = {
     "h200": GpuModel(141, {"float32": 66.9, "bfloat16": 989}, 300),
 }
 EFFICIENCY = {"float32": 0.35, "bfloat16": 0.15}
-"""Share of the peak that these networks, which norms and activations hold back, are taken to reach; not measured."""
+"""Share of the peak that these networks are assumed to reach (norms and activations bound them); not measured."""
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """gpus of a kind, a worker each. efficiency: of the peak (0: as `EFFICIENCY`). gbit: of a machine's network.
-
-    per_machine: GPUs in a machine.
-    """
+    """GPUs of one kind, with one worker each."""
 
     gpus: int
     name: str
     efficiency: float
+    """Share of the peak (0: as in `EFFICIENCY`)."""
     gbit: float
+    """Network bandwidth of a node in Gbit/s."""
     per_machine: int
+    """GPUs of a node."""
 
     @property
-    def kind(self) -> GpuModel:
+    def model(self) -> GpuModel:
         return KINDS[self.name]
 
     @property
-    def machines(self) -> int:
+    def nodes(self) -> int:
         return -(-self.gpus // self.per_machine)
 
     @property
     def bytes_per_second(self) -> float:
-        """Of the slowest link that all gradients pass."""
-        return self.kind.link * 1e9 if self.machines == 1 else self.gbit / 8 * 1e9
+        """Bandwidth of the slowest link that all gradients pass."""
+        return self.model.link_gb_per_second * 1e9 if self.nodes == 1 else self.gbit / 8 * 1e9
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of a stage. seconds of a step and worker; memory in GiB of a worker; sent: bytes a step and worker."""
+    """Estimate of a stage; memory, times, operations and traffic are those of one worker, per step."""
 
     state_gib: float
-    kept_gib: float
+    activations_gib: float
     flops: float
     compute_seconds: float
-    sent: float
+    sent_bytes: float
     network_seconds: float
     images_per_step: int
     images: int
@@ -101,7 +103,7 @@ class Estimate:
 
     @property
     def memory_gib(self) -> float:
-        return FIXED_GIB + (1 + SLACK) * (self.state_gib + self.kept_gib)
+        return FIXED_GIB + (1 + SLACK) * (self.state_gib + self.activations_gib)
 
     @property
     def images_per_second(self) -> float:
@@ -113,141 +115,146 @@ class Estimate:
 
 
 def parse(text: str) -> Hardware:
-    """``8xa100-80[,efficiency=0.2][,gbit=25][,per_machine=4]``. Raises ValueError, one sentence."""
+    """Parse ``8xa100-80[,efficiency=0.2][,gbit=25][,per_machine=4]``. Raises ValueError."""
     head, *pairs = text.split(",")
-    found = re.fullmatch(r"(\d+)x([a-z0-9-]+)", head.strip().lower())
-    if not found or not 1 <= int(found[1]) <= 100_000:
+    match = re.fullmatch(r"(\d+)x([a-z0-9-]+)", head.strip().lower())
+    if not match or not 1 <= int(match[1]) <= 100_000:
         raise ValueError(f"--plan: {head!r}; give a number of GPUs and their kind, such as 8xa100-80")
-    if found[2] not in KINDS:
-        raise ValueError(f"--plan: {unknown_key(found[2], found[2], KINDS).replace('unknown key', 'no such kind')}")
-    given = {"efficiency": 0.0, "gbit": 100.0, "per_machine": 8.0}
+    if match[2] not in KINDS:
+        raise ValueError(f"--plan: {unknown_key(match[2], match[2], KINDS).replace('unknown key', 'no such kind')}")
+    options = {"efficiency": 0.0, "gbit": 100.0, "per_machine": 8.0}
     for pair in pairs:
         key, _, value = pair.strip().partition("=")
-        if key not in given:
-            raise ValueError(f"--plan: {unknown_key(key, key, given)}")
+        if key not in options:
+            raise ValueError(f"--plan: {unknown_key(key, key, options)}")
         try:
-            given[key] = float(value)
+            options[key] = float(value)
         except ValueError:
-            given[key] = math.nan
-        if not 0 < given[key] <= (1 if key == "efficiency" else 1e6):
+            options[key] = math.nan
+        if not 0 < options[key] <= (1 if key == "efficiency" else 1e6):
             raise ValueError(f"--plan: {key}={value}; give {'0 to 1' if key == 'efficiency' else 'a number above 0'}")
-    per_machine = max(1, int(given["per_machine"]))
-    return Hardware(int(found[1]), found[2], given["efficiency"], given["gbit"], per_machine)
+    per_machine = max(1, int(options["per_machine"]))
+    return Hardware(int(match[1]), match[2], options["efficiency"], options["gbit"], per_machine)
 
 
 def page(config: RunConfig, text: str) -> str:
-    """The plan of a run on the machines that `text` names. Raises ValueError where it cannot fit, one sentence."""
-    machines = parse(text)
-    workers = (machines.gpus, machines.gpus)
+    """Return the plan of a run on the hardware that `text` names. Raises ValueError if it does not fit there."""
+    hardware = parse(text)
+    workers = (hardware.gpus, hardware.gpus)
     config = replace(config, cluster=replace(config.cluster, workers=workers, gpus_per_worker=1))
     precision = config.precision
     if precision == "float64":
         raise ValueError("--plan: precision is float64, which is for tests; plan bfloat16 or float32")
-    if precision not in machines.kind.tflops:
-        raise ValueError(f"--plan: the {machines.name} has no bfloat16; give precision=float32")
-    efficiency = machines.efficiency or EFFICIENCY[precision]
-    lines = [f"plan of {config.name} on {machines.gpus} x {machines.name}, {precision}, {config.strategy}", ""]
+    if precision not in hardware.model.tflops:
+        raise ValueError(f"--plan: the {hardware.name} has no bfloat16; give precision=float32")
+    efficiency = hardware.efficiency or EFFICIENCY[precision]
+    lines = [f"plan of {config.name} on {hardware.gpus} x {hardware.name}, {precision}, {config.strategy}", ""]
     hours = 0.0
-    for name in config.stages:
-        made, system = _estimate(config, name, machines, efficiency)
-        lines += [*_stage_lines(config, name, made, system, machines), ""]
-        hours += made.hours
-    lines += [f"{_hours(hours)} in all", "", *_assumptions(machines, precision, efficiency)]
+    for stage in stages_of(config):
+        estimate, system = _estimate(stage, hardware, efficiency)
+        lines += [*_stage_lines(stage, estimate, system, hardware), ""]
+        hours += estimate.hours
+    lines += [f"{_hours(hours)} in all", "", *_assumptions(hardware, precision, efficiency)]
     return "\n".join(lines)
 
 
-def _estimate(config: RunConfig, name: str, machines: Hardware, efficiency: float) -> tuple[Estimate, System]:
-    stage, data = config.stages[name], config.stage_data(name)
-    extent = data_info(open_datasets(data)) if data.source else dry_run.UNKNOWN
-    system = dry_run.build_on_meta(config, name, extent)
-    dividers = machines.gpus if config.strategy == "deepspeed" else 1
-    state = dry_run.state_bytes(system, config.precision, dividers)
-    cost = _cost(name, stage, system, data.max_words, extent)
-    groups = -(-stage.groups // machines.gpus)
-    bytes_kept = 2 if config.precision == "bfloat16" else 4
-    peak = machines.kind.tflops[config.precision] * 1e12
-    sent = 2 * (machines.gpus - 1) / machines.gpus * 4 * cost.gradients
-    made = Estimate(
-        state_gib=state / 2**30,
-        kept_gib=cost.kept * groups * bytes_kept / 2**30,
+def _estimate(stage: StageRun, hardware: Hardware, efficiency: float) -> tuple[Estimate, System]:
+    config, settings = stage.config, stage.settings
+    data = data_info(stage.open_data()) if stage.data.source else dry_run.UNKNOWN
+    system = dry_run.build_on_meta(stage, data)
+    shards = hardware.gpus if config.strategy == "deepspeed" else 1
+    cost = _measure_step(stage, system, data)
+    groups = -(-settings.groups // hardware.gpus)
+    element_bytes = 2 if config.precision == "bfloat16" else 4
+    peak = hardware.model.tflops[config.precision] * 1e12
+    sent_bytes = 2 * (hardware.gpus - 1) / hardware.gpus * 4 * cost.gradients
+    estimate = Estimate(
+        state_gib=dry_run.state_bytes(system, config.precision, shards) / 2**30,
+        activations_gib=cost.activations * groups * element_bytes / 2**30,
         flops=cost.flops * groups,
         compute_seconds=cost.flops * groups / (peak * efficiency),
-        sent=sent,
-        network_seconds=sent / machines.bytes_per_second,
-        images_per_step=stage.images_per_step,
-        images=stage.images,
+        sent_bytes=sent_bytes,
+        network_seconds=sent_bytes / hardware.bytes_per_second,
+        images_per_step=settings.images_per_step,
+        images=settings.images,
     )
-    if made.memory_gib > machines.kind.memory_gib:
+    if estimate.memory_gib > hardware.model.memory_gib:
         raise ValueError(
-            f"--plan: stage {name} needs {made.memory_gib:.1f} GiB a worker ({made.state_gib:.1f} of weights, "
-            f"gradients, Adam and EMA, {made.kept_gib:.1f} of activations of {groups} groups of {stage.group_size}), "
-            f"and the {machines.name} has {machines.kind.memory_gib:g}; {_advice(groups, made, config)}"
+            f"--plan: stage {stage.name} needs {estimate.memory_gib:.1f} GiB a worker ({estimate.state_gib:.1f} of "
+            f"weights, gradients, Adam and EMA, {estimate.activations_gib:.1f} of activations of {groups} groups of "
+            f"{settings.group_size}), and the {hardware.name} has {hardware.model.memory_gib:g}; "
+            f"{_advice(groups, estimate, config)}"
         )
-    return made, system
+    return estimate, system
 
 
-def _cost(name: str, stage: StageConfig, system: System, max_words: int, extent: DataInfo) -> Cost:
+def _measure_step(stage: StageRun, system: System, data: DataInfo) -> StepCost:
     try:
-        return cost_of(system, stage.group_size, max_words, extent.vector_dim, extent.attributes)
+        return measure_step(system, stage.settings.group_size, stage.data.max_words, data.vector_dim, data.attributes)
     except (RuntimeError, NotImplementedError) as error:
         first = str(error).splitlines()[0]
         raise ValueError(
-            f"--plan: a step of stage {name} ({stage.system}) cannot be counted without data: {first}"
+            f"--plan: a step of stage {stage.name} ({stage.settings.system}) cannot be measured without data: {first}"
         ) from None
 
 
-def _advice(groups: int, made: Estimate, config: RunConfig) -> str:
+def _advice(groups: int, estimate: Estimate, config: RunConfig) -> str:
     if groups > 1:
         return "give more GPUs or fewer groups"
-    if config.strategy == "ddp" and made.state_gib > made.kept_gib:
+    if config.strategy == "ddp" and estimate.state_gib > estimate.activations_gib:
         return "give a larger kind, or strategy=deepspeed zero=1 on more GPUs"
     return "give a larger kind: a group is the recipe's batch and is not divided"
 
 
-def _stage_lines(config: RunConfig, name: str, made: Estimate, system: System, machines: Hardware) -> Iterator[str]:
-    stage = config.stages[name]
-    low, high = stage.groups // machines.gpus, -(-stage.groups // machines.gpus)
-    each = f"{high}" if low == high else f"{low} to {high}"
+def _stage_lines(stage: StageRun, estimate: Estimate, system: System, hardware: Hardware) -> Iterator[str]:
+    settings = stage.settings
+    low, high = settings.groups // hardware.gpus, -(-settings.groups // hardware.gpus)
+    per_worker = f"{high}" if low == high else f"{low} to {high}"
     yield (
-        f"stage {name} ({stage.system}): {stage.groups} groups x {stage.group_size} = {made.images_per_step:,} images "
-        f"a step; groups per worker {each}"
+        f"stage {stage.name} ({settings.system}): {settings.groups} groups x {settings.group_size} = "
+        f"{estimate.images_per_step:,} images a step; groups per worker {per_worker}"
     )
     yield (
-        f"  memory per worker {made.memory_gib:.1f} of {machines.kind.memory_gib:g} GiB: {made.state_gib:.2f} weights, "
-        f"gradients, Adam, EMA; {made.kept_gib:.2f} activations; {FIXED_GIB:g} CUDA and NCCL; {SLACK:.0%} on top"
+        f"  memory per worker {estimate.memory_gib:.1f} of {hardware.model.memory_gib:g} GiB: {estimate.state_gib:.2f} "
+        f"weights, gradients, Adam, EMA; {estimate.activations_gib:.2f} activations; {FIXED_GIB:g} CUDA and NCCL; "
+        f"{SLACK:.0%} on top"
     )
-    gflop = made.flops / high / stage.group_size / 1e9
-    yield f"  compute {gflop:,.1f} GFLOP an image, {made.compute_seconds * 1e3:,.1f} ms a step"
-    where = "between machines" if machines.machines > 1 else "inside the machine"
+    gflop = estimate.flops / high / settings.group_size / 1e9
+    yield f"  compute {gflop:,.1f} GFLOP an image, {estimate.compute_seconds * 1e3:,.1f} ms a step"
+    where = "between nodes" if hardware.nodes > 1 else "inside the node"
     yield (
-        f"  network {made.sent / 1e6:,.0f} MB sent a step and worker {where}: {made.network_seconds * 1e3:,.1f} ms, "
-        f"{(made.step_seconds - made.compute_seconds) * 1e3:,.1f} of them not hidden behind backward"
+        f"  network {estimate.sent_bytes / 1e6:,.0f} MB sent a step and worker {where}: "
+        f"{estimate.network_seconds * 1e3:,.1f} ms, {(estimate.step_seconds - estimate.compute_seconds) * 1e3:,.1f} of "
+        "them not hidden behind backward"
     )
-    has = config.cluster.cpus_per_worker
-    per_worker = made.images_per_second / machines.gpus
-    cores = per_worker * (max(system.sizes) / 256) ** 2 / DECODES_A_SECOND
+    cpus = stage.config.cluster.cpus_per_worker
+    images_per_second = estimate.images_per_second / hardware.gpus
+    cores = images_per_second * (max(system.sizes) / 256) ** 2 / DECODES_A_SECOND
     yield (
-        f"  speed {made.images_per_second:,.0f} images/s, {per_worker:,.0f} a worker, for which {cores:.1f} CPU cores "
-        f"decode{f', more than its {has:g} (cluster.cpus_per_worker)' if cores > has else ''}"
+        f"  speed {estimate.images_per_second:,.0f} images/s, {images_per_second:,.0f} a worker, for which {cores:.1f} "
+        f"CPU cores decode{f', more than its {cpus:g} (cluster.cpus_per_worker)' if cores > cpus else ''}"
     )
-    yield f"  {_hours(made.hours)} for {made.images:,} images in {stage.steps:,} steps"
+    yield f"  {_hours(estimate.hours)} for {estimate.images:,} images in {settings.steps:,} steps"
 
 
 def _hours(hours: float) -> str:
     return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.1f} minutes"
 
 
-def _assumptions(machines: Hardware, precision: str, efficiency: float) -> Iterator[str]:
+def _assumptions(hardware: Hardware, precision: str, efficiency: float) -> Iterator[str]:
     yield "assumed, not measured:"
-    peak = machines.kind.tflops[precision]
-    yield f"  {efficiency:.0%} of {peak:g} TFLOP/s, the dense {precision} peak of the {machines.name} (efficiency=)"
-    if machines.machines == 1:
-        yield f"  {machines.kind.link:g} GB/s between the GPUs of a machine of {machines.per_machine} (per_machine=)"
+    peak = hardware.model.tflops[precision]
+    yield f"  {efficiency:.0%} of {peak:g} TFLOP/s, the dense {precision} peak of the {hardware.name} (efficiency=)"
+    if hardware.nodes == 1:
+        yield (
+            f"  {hardware.model.link_gb_per_second:g} GB/s between the GPUs of a node of {hardware.per_machine} "
+            "(per_machine=)"
+        )
     else:
         yield (
-            f"  {machines.machines} machines of {machines.per_machine} GPUs (per_machine=) with {machines.gbit:g} "
-            "Gbit/s each (gbit=), through which a ring passes once"
+            f"  {hardware.nodes} nodes of {hardware.per_machine} GPUs (per_machine=) with {hardware.gbit:g} Gbit/s "
+            "each (gbit=), which a ring all-reduce crosses once"
         )
-    yield f"  gradients in float32, summed beside backward, {BACKWARD_SHARE:.0%} of the computing"
-    yield "  operations and activations counted from a step on tensors without data, activations in the run's precision"
-    yield "  start-up, pictures, scores, checkpoints and restarts are left out; data is never waited for"
+    yield f"  gradients in float32, reduced in parallel with backward, {BACKWARD_SHARE:.0%} of the compute time"
+    yield "  operations and activations of a step on tensors without data, activations in the run's precision"
+    yield "  without start-up, images, scores, checkpoints and restarts; no waiting for data"

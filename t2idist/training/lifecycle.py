@@ -1,4 +1,4 @@
-"""How a run began and ended: told to the hook, and kept in its folder for ``--status`` and the next submission."""
+"""Start and end of a run: reported to the hook, and kept in the run folder for ``--status`` and the next submission."""
 
 from __future__ import annotations
 
@@ -12,75 +12,83 @@ from t2idist.engine.metrics import now
 from t2idist.engine.preemption import StopRequested
 from t2idist.observability.hook import Hook
 from t2idist.observability.logs import redact_secrets
-from t2idist.training import stages
+from t2idist.training.stages import run_url
 
 OnProgress = Callable[[dict[str, Any]], None]
-"""Gets the progress messages of a run."""
+"""Called with each progress message of a run."""
 OUTCOME = "outcome.json"
 FATAL = "fatal.json"
-_SHOWN = ("stage", "images", "budget_images", "images_per_second", "restarts", "workers", "losses")
+_EVENT_KEYS = ("stage", "images", "budget_images", "images_per_second", "restarts", "workers", "losses")
 
 
 class LifecycleNotifier:
-    """Follows the progress messages of a submission for the hook."""
+    """Derives the hook's events from the progress messages of a submission."""
 
     def __init__(self, config: RunConfig, hook: Hook) -> None:
         self._hook = hook
-        self._who = {"run": config.name, "url": storage.redact(stages.run_url(config))}
-        self._last: dict[str, Any] = {}
+        self._run = {"run": config.name, "url": storage.redact(run_url(config))}
+        self._progress: dict[str, Any] = {}
         self._restarts: int | None = None
 
-    def follow(self, message: Mapping[str, Any]) -> None:
-        """Take in a progress message: the number of restarts goes up with a restart."""
-        self._last = {key: message[key] for key in _SHOWN if key in message}
+    def on_progress(self, message: Mapping[str, Any]) -> None:
+        """Keep a progress message for the next event; send "restart" if its number of restarts has risen."""
+        self._progress = {key: message[key] for key in _EVENT_KEYS if key in message}
         restarts = int(message.get("restarts", 0))
         if self._restarts is not None and restarts > self._restarts:
-            self.tell("restart")
+            self.notify("restart")
         self._restarts = restarts
 
-    def tell(self, event: str, error: str | None = None) -> None:
-        """event: "start", "restart", "failure" or "end"."""
-        self._hook.tell({"event": event, **self._who, "time": now(), **self._last, "error": error})
+    def notify(self, event: str, error: str | None = None) -> None:
+        """Send "start", "restart", "failure" or "end" to the hook."""
+        self._hook.send({"event": event, **self._run, "time": now(), **self._progress, "error": error})
 
 
 @contextlib.contextmanager
 def run_lifecycle(config: RunConfig, hook: Hook, stops: bool) -> Iterator[LifecycleNotifier]:
-    """Around a submission. stops: it is to end before the run does."""
-    where = storage.join(stages.run_url(config), OUTCOME)
-    telling = LifecycleNotifier(config, hook)
-    storage.remove(where)
-    telling.tell("start")
-    state, error = "failed", None
+    """Report the start and the end of a submission, and write its outcome to the run folder.
+
+    Args:
+        stops: the submission is meant to end before the run is done.
+    """
+    url = storage.join(run_url(config), OUTCOME)
+    notifier = LifecycleNotifier(config, hook)
+    storage.remove(url)
+    notifier.notify("start")
+    state, message = "failed", None
     try:
-        yield telling
+        yield notifier
         state = "stopped" if stops else "finished"
-    except StopRequested as left:
-        state, error = "stopped", str(left)
+    except StopRequested as stop:
+        state, message = "stopped", str(stop)
         raise
     except KeyboardInterrupt:
         state = "interrupted"
         raise
-    except BaseException as fault:
-        error = redact_secrets(str(fault) or type(fault).__name__)
+    except BaseException as error:
+        message = redact_secrets(str(error) or type(error).__name__)
         raise
     finally:
-        with contextlib.suppress(OSError):  # where the store refuses everything, the error itself says it
-            storage.write_json(where, {"state": state, "error": error, "time": now()})
-        telling.tell("failure" if state == "failed" else "end", error)
+        with contextlib.suppress(OSError):  # if storage is not writable, the error itself reports it
+            storage.write_json(url, {"state": state, "error": message, "time": now()})
+        notifier.notify("failure" if state == "failed" else "end", message)
         hook.close()
 
 
-def write_fatal(config: RunConfig, sentence: str) -> None:
-    """The run cannot go on, however often it is restarted."""
-    storage.write_json(storage.join(stages.run_url(config), FATAL), {"error": redact_secrets(sentence)})
+def write_fatal(config: RunConfig, message: str) -> None:
+    """Record an error that no restart can fix."""
+    storage.write_json(_fatal_url(config), {"error": redact_secrets(message)})
 
 
 def read_fatal(config: RunConfig) -> str | None:
-    """Why it cannot; None where nothing is known against it."""
-    where = storage.join(stages.run_url(config), FATAL)
-    return str(storage.read_json(where)["error"]) if storage.exists(where) else None
+    """Return the error that no restart can fix, if one was recorded in this submission."""
+    url = _fatal_url(config)
+    return str(storage.read_json(url)["error"]) if storage.exists(url) else None
 
 
 def clear_fatal(config: RunConfig) -> None:
-    """A new submission begins without the last one's verdict."""
-    storage.remove(storage.join(stages.run_url(config), FATAL))
+    """Remove the error that an earlier submission recorded."""
+    storage.remove(_fatal_url(config))
+
+
+def _fatal_url(config: RunConfig) -> str:
+    return storage.join(run_url(config), FATAL)

@@ -1,4 +1,4 @@
-"""A run on one worker in this process, without Ray."""
+"""Run on one worker in this process, without Ray."""
 
 from __future__ import annotations
 
@@ -18,26 +18,36 @@ from t2idist.training.lifecycle import OnProgress, clear_fatal
 from t2idist.training.options import StopAfter
 
 
-def run_local(config: RunConfig, stop: StopAfter | None, watch: OnProgress, place: LogContext) -> None:
-    """The stages of the run, up to where it is to stop. Raises `Left` where a SIGTERM ended it, its state saved.
+def run_local(
+    config: RunConfig, stop_after: StopAfter | None, on_progress: OnProgress, log_context: LogContext
+) -> None:
+    """Train the stages of the run, up to `stop_after` if it is given.
 
-    watch: gets the progress messages. place: is kept up to date with where the run is.
+    Args:
+        on_progress: called with each progress message.
+        log_context: kept up to date with the stage and images.
+
+    Raises:
+        StopRequested: The process received SIGTERM; the state is saved.
     """
     clear_fatal(config)
     printer = ProgressPrinter(sys.stdout, as_json=config.report.json_logs)
     device = torch.device("cuda" if config.cluster.gpus_per_worker else "cpu")
-    told = threading.Event()
+    sigterm_received = threading.Event()
 
-    def ask() -> PreemptionNotice | None:
-        return PreemptionNotice(0.0) if told.is_set() else None
+    def poll() -> PreemptionNotice | None:
+        return PreemptionNotice(0.0) if sigterm_received.is_set() else None
 
     def show(message: dict[str, Any]) -> None:
         printer.show(message)
-        watch(message)
+        on_progress(message)
 
-    before = signal.signal(signal.SIGTERM, lambda number, frame: told.set())
+    context = worker.WorkerContext(
+        on_progress=show, poll_preemption=poll, stop_after=stop_after, log_context=log_context
+    )
+    previous_handler = signal.signal(signal.SIGTERM, lambda number, frame: sigterm_received.set())
     try:
-        worker.main(config, device, worker.WorkerContext(watch=show, ask=ask, stop=stop, place=place))
+        worker.main(config, device, context)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous_handler)
         printer.close()

@@ -1,4 +1,4 @@
-"""What the command line asks of one submission: where to stop, what to fine-tune from."""
+"""Options of one submission: where to stop, what to fine-tune from."""
 
 from __future__ import annotations
 
@@ -12,20 +12,25 @@ from t2idist.engine.checkpoint import export
 
 @dataclass(frozen=True)
 class StopAfter:
-    """Where a submission ends before its run does. images: of the stage; None: when the stage is done."""
+    """Where a submission stops before the run is done."""
 
     stage: str
     images: int | None
+    """Images seen in the stage; None: when the stage is done."""
 
     def steps(self, name: str, stage: StageConfig) -> int:
-        """Steps of the stage of this name after which to end: all, or those that reach the number of images."""
+        """Return the step of stage `name` at which to stop: the first that reaches `images`, or the last."""
         if name != self.stage or self.images is None:
             return stage.steps
         return min(stage.steps, -(-self.images // stage.images_per_step))
 
 
 def parse_stop_after(text: str, config: RunConfig) -> StopAfter:
-    """``STAGE``, ``STAGE:IMAGES``, or ``IMAGES`` of a run of one stage. Raises ValueError for what the run lacks."""
+    """Parse ``STAGE``, ``STAGE:IMAGES``, or ``IMAGES`` for a run of one stage.
+
+    Raises:
+        ValueError: The run has no such stage, or the stage a smaller budget.
+    """
     stage, _, number = text.rpartition(":")
     if not stage:
         stage, number = (text, "") if text in config.stages else (next(iter(config.stages)), text)
@@ -47,29 +52,34 @@ def parse_stop_after(text: str, config: RunConfig) -> StopAfter:
 
 
 def apply_init_from(config: RunConfig, texts: Iterable[str]) -> RunConfig:
-    """The config with ``[STAGE=]EXPORT`` of each text as a stage's `init_from`.
+    """Set the stages' `init_from` from texts of the form ``[STAGE=]EXPORT``.
 
-    Without a stage it is the one that trains the export's system. Raises ValueError where there is none, or more.
+    Without a stage, the export goes to the stage that trains its system.
+
+    Raises:
+        ValueError: There is no such stage, or more than one.
     """
-    changed = dict(config.stages)
+    stages = dict(config.stages)
     for text in texts:
-        name, url = _split(text)
+        name, url = _split_stage(text)
         url = storage.absolute(url)
         system = export.read_index(url)["system"]
-        fits = [stage for stage, settings in config.stages.items() if settings.system == system]
+        candidates = [stage for stage, settings in config.stages.items() if settings.system == system]
         if name and name not in config.stages:
             raise ValueError(f"--init-from: no stage '{name}'; there are {', '.join(config.stages)}")
-        if not name and len(fits) != 1:
-            trained = f"{', '.join(fits)} do" if fits else f"no stage of {', '.join(config.stages)} does"
-            raise ValueError(
-                f"--init-from: {storage.redact(url)} is of system {system}, and {trained} train that; give STAGE=EXPORT"
+        if not name and len(candidates) != 1:
+            trained = (
+                f"{', '.join(candidates)} train" if candidates else f"no stage of {', '.join(config.stages)} trains"
             )
-        stage = name or fits[0]
-        changed[stage] = replace(changed[stage], init_from=url)
-    return replace(config, stages=changed)
+            raise ValueError(
+                f"--init-from: {storage.redact(url)} is of system {system}, which {trained}; give STAGE=EXPORT"
+            )
+        stage = name or candidates[0]
+        stages[stage] = replace(stages[stage], init_from=url)
+    return replace(config, stages=stages)
 
 
-def _split(text: str) -> tuple[str, str]:
-    """A stage's name, or none, and a URL, which may hold equals signs itself."""
+def _split_stage(text: str) -> tuple[str, str]:
+    """Split into the stage's name ("": none) and the URL, which may contain equals signs itself."""
     name, equals, url = text.partition("=")
     return (name, url) if equals and "/" not in name else ("", text)

@@ -1,7 +1,7 @@
-"""``--resume-from``: a run goes on from a checkpoint that is named, of its own or of another run.
+"""``--resume-from``: resume a run from a given checkpoint, its own or that of another run.
 
-The driver puts the checkpoint where the workers find the newest one, once; from there on the run is as any other. A
-note in the run's folder says that it is done, so that the same command, submitted again, goes on from where it was.
+The driver makes the checkpoint the newest one of its stage, once, so the workers restore it like any other. A note in
+the run folder records this, so that the same command, submitted again, resumes from the run's latest state instead.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from t2idist.engine.checkpoint.format import (
     read_marker,
 )
 from t2idist.engine.metrics import now
-from t2idist.training import stages
+from t2idist.training.stages import RUN_ID, StageRun, run_url, stages_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,32 +33,39 @@ NOTE = "resumed_from.json"
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A checkpoint to go on from. own: it is one of the stage's own. exports: of earlier stages, to bring along."""
+    """A checkpoint to resume from."""
 
     url: str
     stage: str
     images: int
     marker: Mapping[str, Any]
+    """Content of its commit marker."""
     own: bool
+    """Whether it belongs to this run."""
     exports: tuple[tuple[str, str], ...]
+    """Exports of earlier stages to copy: (source URL, target URL)."""
 
 
 def find(config: RunConfig, text: str) -> ResumePoint | None:
-    """The checkpoint that ``--resume-from`` names: images seen, in this run, or the folder of any run's checkpoint.
+    """Find the checkpoint that ``--resume-from`` names: images seen in this run, or the folder of any run's checkpoint.
 
-    None where the run has gone on from it before. Raises ValueError for one that is not there or cannot be used.
+    Returns:
+        None if the run has resumed from it before.
+
+    Raises:
+        ValueError: The checkpoint does not exist or cannot be used.
     """
-    note = storage.join(stages.run_url(config), NOTE)
+    note = storage.join(run_url(config), NOTE)
     if storage.exists(note) and storage.read_json(note)["asked"] == text:
-        logger.info("the run has gone on from %s before; it goes on from where it is (%s)", text, storage.redact(note))
+        logger.info("already resumed from %s once (%s); resuming from the latest state", text, storage.redact(note))
         return None
     if text.isdigit():
-        stage = _present_stage(config, text)
-        url = _by_images(config, stage, int(text))
+        stage = _current_stage(config, text)
+        url = _checkpoint_at(stage, int(text))
     else:
         url = storage.absolute(text).rstrip("/")
-        stage = url.split("/")[-3] if url.count("/") >= 3 else ""
-        if stage not in config.stages or url.split("/")[-2] != "checkpoints":
+        stage = StageRun(config, url.split("/")[-3] if url.count("/") >= 3 else "")
+        if stage.name not in config.stages or url.split("/")[-2] != "checkpoints":
             raise ValueError(
                 f"--resume-from: {storage.redact(url)}: give images seen, or a checkpoint's folder: "
                 f".../STAGE/checkpoints/IMAGES-ATTEMPT, with one of the stages {', '.join(config.stages)}"
@@ -69,109 +76,110 @@ def find(config: RunConfig, text: str) -> ResumePoint | None:
         raise ValueError(f"--resume-from: {error}") from None
     if not {"images", "config", "vocabulary"} <= marker.keys():
         raise ValueError(f"--resume-from: {storage.redact(url)}: not the checkpoint of a run")
-    checkpoints = storage.join(stages.stage_url(config, stage), "checkpoints")
-    own = url.rpartition("/")[0] == checkpoints
-    if export.exists(stages.export_url(config, stage)):
-        raise ValueError(f"--resume-from: stage {stage} of {config.name} is done; give name=ANOTHER for a new run")
-    if not own and set(list_committed(checkpoints)) - {url.rpartition("/")[2]}:  # a copy may have been cut off
+    parent, _, folder = url.rpartition("/")
+    own = parent == stage.checkpoints_url
+    if stage.is_done():
+        raise ValueError(f"--resume-from: stage {stage.name} of {config.name} is done; give name=ANOTHER for a new run")
+    if not own and set(list_committed(stage.checkpoints_url)) - {folder}:  # an earlier copy may have been interrupted
         raise ValueError(
-            f"--resume-from: stage {stage} of {config.name} has checkpoints of its own; give name=ANOTHER for a new run"
+            f"--resume-from: stage {stage.name} of {config.name} already has checkpoints; give name=ANOTHER for a new "
+            "run"
         )
-    theirs = url.rsplit("/", 3)[0]
-    return ResumePoint(url, stage, marker["images"], marker, own, tuple(_earlier(config, stage, theirs)))
+    exports = tuple(_exports_to_copy(stage, url.rsplit("/", 3)[0]))
+    return ResumePoint(url, stage.name, marker["images"], marker, own, exports)
 
 
-def _present_stage(config: RunConfig, text: str) -> str:
-    for name in config.stages:
-        if not export.exists(stages.export_url(config, name)):
-            return name
+def _current_stage(config: RunConfig, text: str) -> StageRun:
+    for stage in stages_of(config):
+        if not stage.is_done():
+            return stage
     raise ValueError(f"--resume-from: {text}: all stages of {config.name} are done; give name=ANOTHER for a new run")
 
 
-def _by_images(config: RunConfig, stage: str, images: int) -> str:
-    folder = storage.join(stages.stage_url(config, stage), "checkpoints")
-    found = list_committed(folder)
-    for name in found:
-        if images_of(name) == images:
-            return storage.join(folder, name)
-    have = ", ".join(f"{images_of(name):,}" for name in found) or "none"
+def _checkpoint_at(stage: StageRun, images: int) -> str:
+    folders = list_committed(stage.checkpoints_url)
+    for folder in folders:
+        if images_of(folder) == images:
+            return storage.join(stage.checkpoints_url, folder)
+    existing = ", ".join(f"{images_of(folder):,}" for folder in folders) or "none"
     raise ValueError(
-        f"--resume-from: stage {stage} of {config.name} has no checkpoint at {images:,} images; it has {have}"
+        f"--resume-from: stage {stage.name} of {stage.config.name} has no checkpoint at {images:,} images; it has "
+        f"{existing}"
     )
 
 
-def _earlier(config: RunConfig, stage: str, theirs: str) -> Iterator[tuple[str, str]]:
-    """Exports of the stages before: those that are missing here, from there and to here."""
-    for name in config.stages:
-        if name == stage:
+def _exports_to_copy(stage: StageRun, other_run: str) -> Iterator[tuple[str, str]]:
+    """Yield (source URL, target URL) of the exports of earlier stages that this run lacks."""
+    for earlier in stages_of(stage.config):
+        if earlier == stage:
             return
-        here, there = stages.export_url(config, name), storage.join(theirs, name, "export")
-        if export.exists(here):
+        if earlier.is_done():
             continue
-        if not export.exists(there):
+        source = storage.join(other_run, earlier.name, "export")
+        if not export.exists(source):
             raise ValueError(
-                f"--resume-from: stage {name} comes before {stage}, and neither {config.name} nor "
-                f"{storage.redact(theirs)} has its export"
+                f"--resume-from: stage {earlier.name} comes before {stage.name}, and neither {stage.config.name} nor "
+                f"{storage.redact(other_run)} has its export"
             )
-        yield there, here
+        yield source, earlier.export_url
 
 
-def check(config: RunConfig, source: ResumePoint, system: System, vocabulary: list[str]) -> None:
-    """Whether a checkpoint fits the stage, whose system and vocabulary are these. Raises ValueError, one sentence."""
-    where, marker, stage = storage.redact(source.url), source.marker, config.stages[source.stage]
+def check(config: RunConfig, point: ResumePoint, system: System, vocabulary: list[str]) -> None:
+    """Check that a checkpoint fits its stage's system and vocabulary. Raises ValueError."""
+    url, marker, stage = storage.redact(point.url), point.marker, config.stages[point.stage]
     try:
-        made = marker["config"]["stages"][source.stage]
+        saved_stage = marker["config"]["stages"][point.stage]
     except (KeyError, TypeError):
-        raise ValueError(f"--resume-from: {where} does not say with which configuration it was made") from None
-    wanted = {"system": stage.system, "group_size": stage.group_size, "groups": stage.groups}
-    for key, here in wanted.items():
-        if made[key] != here:
+        raise ValueError(f"--resume-from: {url} does not contain the configuration that it was trained with") from None
+    for key in ("system", "group_size", "groups"):
+        if saved_stage[key] != getattr(stage, key):
             raise ValueError(
-                f"--resume-from: {where} was made with stages.{source.stage}.{key} {made[key]}, and here it is {here}"
+                f"--resume-from: {url} was trained with stages.{point.stage}.{key}={saved_stage[key]}; here it is "
+                f"{getattr(stage, key)}"
             )
     if marker["vocabulary"] != vocabulary:
         raise ValueError(
-            f"--resume-from: {where} knows {len(marker['vocabulary'])} words, and not the same ones as this data with "
-            f"its {len(vocabulary)}"
+            f"--resume-from: {url} has another vocabulary ({len(marker['vocabulary'])} words) than this data "
+            f"({len(vocabulary)} words)"
         )
     for role_name, role in system.roles.items():
         for key, value in role.net.state_dict().items():
             saved = marker["tensors"].get(f"{role_name}/net/{key}")
             if saved is None or saved["shape"] != list(value.shape):
-                there = "missing" if saved is None else f"{saved['shape']}"
+                shape = "missing" if saved is None else f"{saved['shape']}"
                 raise ValueError(
-                    f"--resume-from: {where}: '{role_name}/net/{key}' is {there} there and {list(value.shape)} in this "
+                    f"--resume-from: {url}: '{role_name}/net/{key}' is {shape} there and {list(value.shape)} in this "
                     "configuration"
                 )
-    if stage.images <= source.images:
+    if stage.images <= point.images:
         raise ValueError(
-            f"--resume-from: {where} has seen {source.images:,} images, and stages.{source.stage}.images is "
+            f"--resume-from: {url} has seen {point.images:,} images, and stages.{point.stage}.images is "
             f"{stage.images:,}"
         )
 
 
-def prepare(config: RunConfig, text: str, source: ResumePoint) -> None:
-    """Make the checkpoint the newest of its stage. Of the run's own, those that came after it are removed."""
-    checkpoints = storage.join(stages.stage_url(config, source.stage), "checkpoints")
-    storage.remove(storage.join(stages.run_url(config), stages.RUN_ID))  # so that no copy in memory is newer
-    for there, here in source.exports:
-        _copy(there, here, last=export.INDEX)
-    folder = source.url.rpartition("/")[2]
-    if source.own:
+def prepare(config: RunConfig, text: str, point: ResumePoint) -> None:
+    """Make the checkpoint the newest of its stage. Newer checkpoints of the run itself are removed."""
+    checkpoints = StageRun(config, point.stage).checkpoints_url
+    storage.remove(storage.join(run_url(config), RUN_ID))  # a new id, so that no replica in memory is newer
+    for source, target in point.exports:
+        _copy(source, target, last=export.INDEX)
+    folder = point.url.rpartition("/")[2]
+    if point.own:
         newer = [name for name in list_folders(checkpoints) if name > folder]
         for name in newer:
             storage.remove(storage.join(checkpoints, name))
         logger.info(
-            "stage %s goes back to %s images; %d newer checkpoints removed", source.stage, source.images, len(newer)
+            "stage %s returns to %s images; removed %d newer checkpoints", point.stage, point.images, len(newer)
         )
     else:
-        _copy(source.url, storage.join(checkpoints, folder), last=COMMIT)
-    note = {"asked": text, "checkpoint": storage.redact(source.url), "images": source.images, "time": now()}
-    storage.write_json(storage.join(stages.run_url(config), NOTE), note)
+        _copy(point.url, storage.join(checkpoints, folder), last=COMMIT)
+    note = {"asked": text, "checkpoint": storage.redact(point.url), "images": point.images, "time": now()}
+    storage.write_json(storage.join(run_url(config), NOTE), note)
 
 
-def _copy(there: str, here: str, last: str) -> None:
-    """Copy the files of a folder, the one that makes it whole last."""
-    names = [name for name in storage.list_dir(there) if name != last]
+def _copy(source: str, target: str, last: str) -> None:
+    """Copy the files of a folder; file `last` makes the copy complete."""
+    names = [name for name in storage.list_dir(source) if name != last]
     for name in [*names, last]:
-        storage.write_bytes(storage.join(here, name), storage.read_bytes(storage.join(there, name)))
+        storage.write_bytes(storage.join(target, name), storage.read_bytes(storage.join(source, name)))

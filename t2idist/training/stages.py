@@ -1,73 +1,160 @@
-"""A run's stages: where each one's files lie, what it is built from, and how its system is made."""
+"""The stages of a run: settings, locations of files, and how the system of each is built."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from t2idist import storage, systems
-from t2idist.config import DataConfig, RunConfig
+from t2idist.config import DataConfig, RunConfig, StageConfig
 from t2idist.config.strict import from_dict, to_dict
 from t2idist.contract import BuildInfo, DataInfo, System
+from t2idist.data.shards import Dataset
+from t2idist.data.sources import open_datasets
 from t2idist.data.tokenizer import Vocabulary
 from t2idist.engine.checkpoint import export
 
 RUN_ID = "run_id.json"
-"""Tells a run folder from all others, an earlier one of the same name too."""
-
-
-def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """The config with relative local paths made absolute, as workers elsewhere need them."""
-    made = {}
-    for name, stage in config.stages.items():
-        uses = {s: u if u in config.stages else storage.absolute(u) for s, u in stage.uses.items()}
-        own = to_dict(_anchored_data(config.stage_data(name)))
-        init = storage.absolute(stage.init_from) if stage.init_from else ""
-        made[name] = replace(stage, uses=uses, data={key: own[key] for key in stage.data}, init_from=init)
-    return replace(config, storage=storage.absolute(config.storage), data=_anchored_data(config.data), stages=made)
-
-
-def _anchored_data(data: DataConfig) -> DataConfig:
-    def absolute(source: str) -> str:
-        return storage.absolute(source) if "/" in source else source
-
-    return replace(data, source=absolute(data.source), beside=tuple(absolute(source) for source in data.beside))
+"""Distinguishes a run folder from all others, including an earlier one of the same name."""
 
 
 def run_url(config: RunConfig) -> str:
     return storage.join(config.storage, config.name)
 
 
-def stage_url(config: RunConfig, stage: str) -> str:
-    return storage.join(run_url(config), stage)
+@dataclass(frozen=True)
+class StageRun:
+    """One stage of a run, by name."""
+
+    config: RunConfig
+    name: str
+
+    @property
+    def settings(self) -> StageConfig:
+        return self.config.stages[self.name]
+
+    @property
+    def data(self) -> DataConfig:
+        return self.config.stage_data(self.name)
+
+    @property
+    def seed(self) -> int:
+        return self.config.stage_seed(self.name)
+
+    @property
+    def url(self) -> str:
+        return storage.join(run_url(self.config), self.name)
+
+    @property
+    def checkpoints_url(self) -> str:
+        return storage.join(self.url, "checkpoints")
+
+    @property
+    def export_url(self) -> str:
+        return storage.join(self.url, "export")
+
+    def is_done(self) -> bool:
+        return export.exists(self.export_url)
+
+    def source_url(self, slot: str) -> str:
+        """Return the URL of the export in a slot of `uses`: that of an earlier stage, or any other."""
+        source = self.settings.uses[slot]
+        return StageRun(self.config, source).export_url if source in self.config.stages else source
+
+    def open_data(self) -> tuple[Dataset, ...]:
+        """Open the data sets that the config names; the first one encodes captions with the stage's vocabulary.
+
+        Raises:
+            ValueError: A data set cannot be used, or an encoder in `uses` was trained on other words.
+        """
+        first, *others = open_datasets(self.data)
+        words = self._source_vocabularies()
+        try:
+            vocabulary = stage_vocabulary(first.vocabulary, words)
+        except ValueError as error:
+            raise ValueError(f"stages.{self.name}.{error}") from None
+        return replace(first, vocabulary=vocabulary), *others
+
+    def _source_vocabularies(self) -> dict[str, list[str]]:
+        """Return the vocabularies of the exports in `uses` by slot, except those of stages that are not done."""
+        return {
+            slot: export.read_index(self.source_url(slot))["vocabulary"]
+            for slot in self.settings.uses
+            if self._unfinished_source(slot) is None
+        }
+
+    def _unfinished_source(self, slot: str) -> StageRun | None:
+        """Return the stage of this run in a slot of `uses` if it has no export yet."""
+        source = StageRun(self.config, self.settings.uses[slot])
+        return source if source.name in self.config.stages and not source.is_done() else None
+
+    def model_config(self) -> Any:
+        """Return the system's own settings. Raises ValueError, naming the key, if they are invalid."""
+        try:
+            module = systems.load(self.settings.system)
+        except ValueError as error:
+            raise ValueError(f"stages.{self.name}.{error}") from None
+        where = f"stages.{self.name}.model"
+        try:
+            return from_dict(module.Config, self.settings.model, where)
+        except ValueError as error:
+            raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+
+    def build_info(self, data: DataInfo) -> BuildInfo:
+        """Collect what the system is built from; a source without an export yet is described by its stage."""
+        sources = {slot: self._source_info(slot, data) for slot in self.settings.uses}
+        return BuildInfo(self.settings.group_size, self.data.max_words, data, sources)
+
+    def _source_info(self, slot: str, data: DataInfo) -> Mapping[str, Any]:
+        source = self._unfinished_source(slot)
+        if source is not None:
+            info, settings = source.build_info(data), to_dict(source.model_config())
+            return {"system": source.settings.system, "config": settings, "plan": info.describe()}
+        index = export.read_index(self.source_url(slot))
+        return {key: index[key] for key in ("system", "config", "plan")}
+
+    def build(self, info: BuildInfo) -> System:
+        """Build the system; initial weights are drawn from torch's global generator.
+
+        Raises:
+            ValueError: The settings do not fit each other, the data or the sources; names the stage.
+        """
+        settings = self.model_config()
+        try:
+            return systems.load(self.settings.system).build(settings, info)
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"stages.{self.name}: {error}") from None
 
 
-def export_url(config: RunConfig, stage: str) -> str:
-    return storage.join(stage_url(config, stage), "export")
+def stages_of(config: RunConfig) -> Iterator[StageRun]:
+    for name in config.stages:
+        yield StageRun(config, name)
 
 
-def source_url(config: RunConfig, source: str) -> str:
-    """The export that a stage's `uses` names: an earlier stage of the run, or a URL."""
-    return export_url(config, source) if source in config.stages else source
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Make relative local paths absolute, because workers run in other working directories."""
+    stages = {}
+    for stage in stages_of(config):
+        settings = stage.settings
+        uses = {slot: url if url in config.stages else storage.absolute(url) for slot, url in settings.uses.items()}
+        data = to_dict(_with_absolute_sources(stage.data))
+        init_from = storage.absolute(settings.init_from) if settings.init_from else ""
+        overrides = {key: data[key] for key in settings.data}
+        stages[stage.name] = replace(settings, uses=uses, data=overrides, init_from=init_from)
+    data_config = _with_absolute_sources(config.data)
+    return replace(config, storage=storage.absolute(config.storage), data=data_config, stages=stages)
 
 
-def model_config(config: RunConfig, stage: str) -> Any:
-    """The system's own settings of a stage, checked. Raises ValueError that names the key."""
-    settings = config.stages[stage]
-    try:
-        module = systems.load(settings.system)
-    except ValueError as error:
-        raise ValueError(f"stages.{stage}.{error}") from None
-    where = f"stages.{stage}.model"
-    try:
-        return from_dict(module.Config, settings.model, where)
-    except ValueError as error:
-        raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+def _with_absolute_sources(data: DataConfig) -> DataConfig:
+    def absolute(source: str) -> str:
+        return storage.absolute(source) if "/" in source else source
+
+    return replace(data, source=absolute(data.source), beside=tuple(absolute(source) for source in data.beside))
 
 
 def check_uses(config: RunConfig) -> None:
-    """Whether every stage only uses stages before it. Raises ValueError."""
+    """Check that each stage uses only stages before it. Raises ValueError."""
     before: list[str] = []
     for name, stage in config.stages.items():
         for slot, source in stage.uses.items():
@@ -76,61 +163,26 @@ def check_uses(config: RunConfig) -> None:
         before.append(name)
 
 
-def plan(config: RunConfig, stage: str, extent: DataInfo) -> BuildInfo:
-    """What the stage's system is built from; an export that is not there yet is described by its stage."""
-    settings = config.stages[stage]
-    sources = {slot: _source(config, source, extent) for slot, source in settings.uses.items()}
-    return BuildInfo(settings.group_size, config.stage_data(stage).max_words, extent, sources)
-
-
-def _source(config: RunConfig, source: str, extent: DataInfo) -> Mapping[str, Any]:
-    url = source_url(config, source)
-    if source in config.stages and not export.exists(url):
-        made = plan(config, source, extent)
-        settings = to_dict(model_config(config, source))
-        return {"system": config.stages[source].system, "config": settings, "plan": made.describe()}
-    index = export.read_index(url)
-    return {key: index[key] for key in ("system", "config", "plan")}
-
-
-def build(config: RunConfig, stage: str, made: BuildInfo) -> System:
-    """The stage's system; initial weights from torch's global generator. Raises ValueError that names the stage."""
-    settings = model_config(config, stage)
-    try:
-        return systems.load(config.stages[stage].system).build(settings, made)
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"stages.{stage}: {error}") from None
-
-
-def vocabularies(config: RunConfig, stage: str) -> dict[str, list[str]]:
-    """By slot, the words that the exports know which a stage uses; those of stages that are not done are left out."""
-    urls = {s: source_url(config, u) for s, u in config.stages[stage].uses.items()}
-    return {
-        slot: export.read_index(url)["vocabulary"]
-        for slot, url in urls.items()
-        if config.stages[stage].uses[slot] not in config.stages or export.exists(url)
-    }
-
-
 def stage_vocabulary(data: Vocabulary, sources: Mapping[str, list[str]]) -> Vocabulary:
-    """The vocabulary that a stage's captions are numbered with: its encoder's where it uses one, else the data's.
+    """Return the vocabulary that encodes a stage's captions: that of its encoders if it uses any, else the data's.
 
-    Raises ValueError where an encoder does not know words of the data, or two number them in different ways.
+    Raises:
+        ValueError: An encoder lacks words of the data, or two encoders number words differently.
     """
     chosen, first = data, ""
     for slot, words in sources.items():
-        known = Vocabulary(words)
-        missing = [word for word in data.words if word not in known.numbers]
+        vocabulary = Vocabulary(words)
+        missing = [word for word in data.words if word not in vocabulary.ids]
         if missing:
             raise ValueError(
-                f"uses.{slot}: its vocabulary of {len(known)} words does not fit the data: {len(missing)} of the "
+                f"uses.{slot}: its vocabulary of {len(vocabulary)} words does not fit the data: {len(missing)} of the "
                 f"data's {len(data)} words are not in it ({', '.join(missing[:5])}...); train the encoder on this "
                 "data, or give the data that it was trained on"
             )
-        if first and known.words != chosen.words:
+        if first and vocabulary.words != chosen.words:
             raise ValueError(
-                f"uses.{slot}: its vocabulary is not that of uses.{first}, and captions can be numbered in one way "
-                "only; give exports that were trained on the same data"
+                f"uses.{slot}: its vocabulary is not that of uses.{first}, and a caption has only one encoding; give "
+                "exports that were trained on the same data"
             )
-        chosen, first = known, slot
+        chosen, first = vocabulary, slot
     return chosen

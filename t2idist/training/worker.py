@@ -1,15 +1,14 @@
-"""One worker's run: each stage in turn, from its data and sources to its export.
+"""Train a run on one worker: each stage in turn, from its data and sources to its export.
 
-The same code runs in every Ray Train worker and, alone, under ``--local``.
+The same code runs in every Ray Train worker and, with ``--local``, in the process of the command.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,10 +18,9 @@ from torch import nn
 from t2idist import storage
 from t2idist.config import RunConfig
 from t2idist.config.strict import to_dict, to_yaml
-from t2idist.contract import BuildInfo, System
+from t2idist.contract import System
+from t2idist.data.loader import LoaderSpec
 from t2idist.data.mixing import data_info, open_mixed_loader
-from t2idist.data.shards import Dataset
-from t2idist.data.sources import open_datasets
 from t2idist.engine import loop
 from t2idist.engine.batches import TrackedBatches, write_ledger
 from t2idist.engine.checkpoint import export, pretrained
@@ -30,6 +28,7 @@ from t2idist.engine.checkpoint.manager import CheckpointManager, CommittedCheckp
 from t2idist.engine.checkpoint.replica_protocol import ReplicaStore
 from t2idist.engine.checkpoint.replicas import ReplicaManager
 from t2idist.engine.guard import Diverged
+from t2idist.engine.hooks import StageState, stage_hooks
 from t2idist.engine.metrics import MetricLogger, append_lines, now
 from t2idist.engine.noise import derive_seed
 from t2idist.engine.preemption import Poll, PreemptionHandler
@@ -41,86 +40,131 @@ from t2idist.nn.fast.memory import keep_freed_memory
 from t2idist.observability.environment import environment_info
 from t2idist.observability.logs import LogContext, redact_secrets
 from t2idist.report import report
-from t2idist.training import stages
 from t2idist.training.lifecycle import OnProgress, read_fatal, write_fatal
 from t2idist.training.options import StopAfter
+from t2idist.training.stages import StageRun, run_url, stages_of
 
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = "attempts.json"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class WorkerContext:
-    """What a worker's surroundings give it, where they do.
+    """Optional services that the launcher passes to a worker."""
 
-    watch: gets the progress messages of the first worker. keepers: hold copies of the state outside this process. ask:
-    whether the end of this worker, or of one beside it, is announced; look_seconds: how often to ask (0: after every
-    step). stand: what a worker calls that stands still to be replaced (see `PreemptionHandler`). stop: where this submission ends
-    before the run does. place: where this process is, for its log.
+    on_progress: OnProgress | None = None
+    """Called on the first worker with each progress message."""
+    replica_store: ReplicaStore | None = None
+    """Holds copies of the state outside this process."""
+    poll_preemption: Poll | None = None
+    """Returns whether this worker, or another one of the run, is about to be shut down."""
+    poll_seconds: float = 0.0
+    """Time between two polls (0: after every step)."""
+    pause: Callable[[], None] | None = None
+    """Called to wait for the replacement of this worker (see `PreemptionHandler`)."""
+    stop_after: StopAfter | None = None
+    """Where this submission stops before the run is done."""
+    log_context: LogContext = field(default_factory=LogContext)
+    """Kept up to date with the stage and images of this process, for its log."""
+
+
+def main(config: RunConfig, device: torch.device, context: WorkerContext) -> None:
+    """Train all stages that have no export yet.
+
+    Raises:
+        StopRequested: The run was asked to stop; its state is saved.
     """
-
-    watch: OnProgress | None = None
-    keepers: ReplicaStore | None = None
-    ask: Poll | None = None
-    look_seconds: float = 0.0
-    stand: Callable[[], None] | None = None
-    stop: StopAfter | None = None
-    place: LogContext = dataclasses.field(default_factory=LogContext)
-
-
-def main(config: RunConfig, device: torch.device, around: WorkerContext) -> None:
-    """Run all stages that have no export yet. Raises `Left` where it was asked to end."""
-    world = _world(device)
+    world = _open_world(device)
     keep_freed_memory()
-    around.place.run, around.place.rank = config.name, world.rank
+    context.log_context.run, context.log_context.rank = config.name, world.rank
     if world.broadcast_object(read_fatal(config)) is not None:
         return
     try:
-        _run(config, world, around)
+        _RunWorker(config, world, context).run()
     except (ValueError, AssertionError, PermissionError) as error:
-        sentence = f"a fault of the program: {error!r}" if isinstance(error, AssertionError) else str(error)
-        with contextlib.suppress(OSError):  # where the store refuses everything, the worker's own error says it
-            write_fatal(config, sentence)
+        message = f"a fault of the program: {error!r}" if isinstance(error, AssertionError) else str(error)
+        with contextlib.suppress(OSError):  # if storage is not writable, the worker's own error reports it
+            write_fatal(config, message)
         raise
 
 
-def _run(config: RunConfig, world: World, around: WorkerContext) -> None:
-    url = stages.run_url(config)
-    messages = _Messages()
-    logging.getLogger("t2idist").addHandler(messages)
-    ran_on = environment_info(world)
-    restarts = 0
-    if world.is_main:
-        storage.write_bytes(storage.join(url, "config.yaml"), to_yaml(config).encode())
-        storage.write_json(storage.join(url, "versions.json"), ran_on)
-        restarts = _count_attempt(url, world)
-    restarts = world.broadcast_object(restarts)
-    for index, name in enumerate(config.stages):
-        if around.stop is not None and around.stop.stage in list(config.stages)[:index]:
-            break
-        done = world.broadcast_object(export.exists(stages.export_url(config, name)))
-        if done:
-            continue
-        around.place.stage = name
-        facts = {
-            "run": config.name,
-            "stage": name,
-            "stage_index": index,
-            "stages": len(config.stages),
-            "restarts": restarts,
-            "workers": world.size,
-            "messages": messages.texts,
+def _open_world(device: torch.device) -> World:
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device.index or 0)  # collectives of Python objects use the current device
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        side_group = dist.new_group(backend="gloo")
+        return World(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD, side_group)
+    return World(device=device)
+
+
+class _RunWorker:
+    """A run on one worker."""
+
+    def __init__(self, config: RunConfig, world: World, context: WorkerContext) -> None:
+        self.config, self.world, self.context = config, world, context
+        self.warnings = _RecentWarnings()
+        logging.getLogger("t2idist").addHandler(self.warnings)
+        self.environment = environment_info(world.size, world.device)
+        self.restarts = world.broadcast_object(self._record_attempt() if world.is_main else 0)
+
+    def _record_attempt(self) -> int:
+        """Write config, environment and this attempt to the run folder; return the number of attempts before it."""
+        url = run_url(self.config)
+        storage.write_bytes(storage.join(url, "config.yaml"), to_yaml(self.config).encode())
+        storage.write_json(storage.join(url, "versions.json"), self.environment)
+        attempts_url = storage.join(url, ATTEMPTS)
+        attempts = storage.read_json(attempts_url) if storage.exists(attempts_url) else []
+        storage.write_json(attempts_url, [*attempts, {"time": now(), "workers": self.world.size}])
+        return len(attempts)
+
+    def record_resumed(self, stage: StageRun, checkpoint: CommittedCheckpoint) -> None:
+        """Add the checkpoint that a stage resumed from to the record of this attempt."""
+        url = storage.join(run_url(self.config), ATTEMPTS)
+        attempts = storage.read_json(url)
+        attempts[-1].setdefault("resumed", {})[stage.name] = {"images": checkpoint.images, "from": checkpoint.url}
+        storage.write_json(url, attempts)
+
+    def run(self) -> None:
+        stop_after = self.context.stop_after
+        for stage in stages_of(self.config):
+            if not self.world.broadcast_object(stage.is_done()):
+                self.context.log_context.stage = stage.name
+                self._run_stage(stage)
+            if stop_after is not None and stop_after.stage == stage.name:
+                break
+        if self.world.is_main:
+            report.write_report(run_url(self.config))
+        self.world.barrier()
+
+    def _run_stage(self, stage: StageRun) -> None:
+        """Train a stage. If it diverges, repeat from its last checkpoint with other noise, `guard.rollbacks` times."""
+        rollbacks = self.config.guard.rollbacks
+        for rollback in range(rollbacks + 1):
+            try:
+                _StageWorker(self, stage, rollback).run()
+                return
+            except Diverged as diverged:
+                if rollback == rollbacks:
+                    raise ValueError(f"stage {stage.name} diverged {rollback + 1} times: {diverged}") from None
+                if self.world.is_main:
+                    logger.warning("stage %s returns to its last checkpoint: %s", stage.name, diverged)
+
+    def progress_facts(self, stage: StageRun) -> dict[str, Any]:
+        """Return the constant values of the stage's progress messages."""
+        return {
+            "run": self.config.name,
+            "stage": stage.name,
+            "stage_index": list(self.config.stages).index(stage.name),
+            "stages": len(self.config.stages),
+            "restarts": self.restarts,
+            "workers": self.world.size,
+            "messages": self.warnings.texts,
         }
-        run = functools.partial(_run_stage, config, name, world, ran_on, facts, around)
-        _run_guarded(run, name, world, config.guard.rollbacks)
-    if world.is_main:
-        report.write_report(url)
-    world.barrier()
 
 
-class _Messages(logging.Handler):
-    """Keeps the latest warnings, which travel with the progress messages."""
+class _RecentWarnings(logging.Handler):
+    """Keeps the latest 20 warnings for the progress messages."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -131,226 +175,199 @@ class _Messages(logging.Handler):
         del self.texts[:-20]
 
 
-def _world(device: torch.device) -> World:
-    if device.type != "cpu":
-        torch.accelerator.set_device_index(device.index or 0)  # where collectives of plain objects put their bytes
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        aside = dist.new_group(backend="gloo")
-        return World(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD, aside)
-    return World(device=device)
+class _StageWorker:
+    """One stage on one worker, up to its export or until it diverges."""
 
+    def __init__(self, run: _RunWorker, stage: StageRun, rollback: int) -> None:
+        self._run, self._stage, self._world = run, stage, run.world
+        self._config, self._context = run.config, run.context
+        self._datasets = stage.open_data()
+        self._data_info = data_info(self._datasets)
+        self._build_info = stage.build_info(self._data_info)
+        self._system = self._build_system()
+        self._trainer = self._build_trainer(rollback)
+        self._context.log_context.images = lambda: self._trainer.images
+        self._checkpoints = self._open_checkpoints()
+        self._replicas = self._open_replicas(rollback)
 
-def _run_guarded(run: Callable[[int], None], name: str, world: World, rollbacks: int) -> None:
-    """Run a stage; where it diverges, again from its last checkpoint with fresh noise, up to the limit."""
-    for rollback in range(rollbacks + 1):
+    def run(self) -> None:
+        """Train from the newest checkpoint to the end of the stage and export it, or to the stop of this submission."""
+        stage, trainer = self._stage, self._trainer
+        resumed = self._restore()
+        if resumed is not None and self._world.is_main:
+            logger.info("stage %s resumes from %s images (%s)", stage.name, resumed.images, resumed.url)
+            self._run.record_resumed(stage, resumed)
+        evaluator, log = None, None
+        if self._world.is_main:
+            evaluator, log = self._open_evaluator(), self._open_log()
+            log.log_state("training")
+        batches = self._open_batches()
         try:
-            run(rollback)
-            return
-        except Diverged as diverged:
-            if rollback == rollbacks:
-                raise ValueError(f"stage {name} diverged {rollback + 1} times: {diverged}") from None
-            if world.is_main:
-                logger.warning("stage %s goes back to its last checkpoint: %s", name, diverged)
+            self._train(batches, evaluator, log)
+        except Diverged:
+            self._forget_replicas()
+            raise
+        finally:
+            batches.close()
+            if log is not None:
+                log.close()
+            if evaluator is not None:
+                evaluator.close(finished=trainer.step == stage.settings.steps)
+        if trainer.step >= stage.settings.steps:
+            self._export(log)
+        elif log is not None:
+            log.log_state("stopped")
+        self._forget_replicas()
 
+    def _build_system(self) -> System:
+        """Build the system and load the weights of earlier exports, of files, and of the export that it fine-tunes."""
+        stage = self._stage
+        torch.manual_seed(derive_seed(stage.seed, stage.name))
+        system = stage.build(self._build_info)
+        for slot in stage.settings.uses:
+            networks = [frozen for frozen in system.frozen.values() if frozen.source == slot]
+            source = export.read(stage.source_url(slot), tuple(frozen.network for frozen in networks))
+            for frozen in networks:
+                where = f"{storage.redact(source.url)}: {frozen.network}"
+                export.load_into(frozen.net, source.weights[frozen.network], where)
+        for role in system.roles.values():
+            if role.pretrained is not None:
+                pretrained.load(role.pretrained, f"stages.{stage.name}.model")
+        if init_from := stage.settings.init_from:
+            vocabulary = self._datasets[0].vocabulary.words
+            pretrained.load_init(system, init_from, vocabulary, f"stages.{stage.name}.init_from")
+        return system
 
-def _run_stage(
-    config: RunConfig,
-    name: str,
-    world: World,
-    ran_on: dict[str, Any],
-    facts: Mapping[str, Any],
-    around: WorkerContext,
-    rollback: int,
-) -> None:
-    stage = config.stages[name]
-    datasets = open_datasets(config.stage_data(name))
-    vocabulary = stages.stage_vocabulary(datasets[0].vocabulary, stages.vocabularies(config, name))
-    datasets = (dataclasses.replace(datasets[0], vocabulary=vocabulary), *datasets[1:])
-    plan = stages.plan(config, name, data_info(datasets))
-    system = _build(config, name, plan, vocabulary.words)
-    trainer = _trainer(config, name, system, world, rollback)
-    around.place.images = lambda: trainer.images
-    meta = {"config": to_dict(config), "vocabulary": list(vocabulary.words), "versions": ran_on}
-    checkpoints = CheckpointManager(
-        storage.join(stages.stage_url(config, name), "checkpoints"), world, config.checkpoint, meta
-    )
-    memory = None
-    if around.keepers is not None and config.checkpoint.memory:
-        memory = ReplicaManager(around.keepers, f"{name}/{rollback}", world, config.checkpoint, checkpoints.attempt)
-    found = _restore(trainer, checkpoints, memory, stages.stage_url(config, name))
-    if found is not None and world.is_main:
-        logger.info("stage %s goes on from %s images (%s)", name, found.images, found.url)
-        _note_resumed(stages.run_url(config), name, found)
-    index = functools.partial(_export_index, config, name, datasets, plan, ran_on)
-    log, watcher = None, None
-    if world.is_main:
-        watcher = InTrainingEvaluator(
-            system, datasets, config, name, stages.stage_url(config, name), world.device, index
+    def _build_trainer(self, rollback: int) -> Trainer:
+        stage = self._stage
+        return Trainer(
+            self._system,
+            stage=stage.name,
+            seed=derive_seed(stage.seed, "rollback", rollback) if rollback else stage.seed,
+            group_size=stage.settings.group_size,
+            share=Share.of(self._world, stage.settings.groups),
+            world=self._world,
+            precision=Precision(self._config.precision),
+            zero=self._config.zero,
         )
-        log = MetricLogger(
-            stages.run_url(config),
-            name,
-            images=trainer.images,
+
+    def _open_checkpoints(self) -> CheckpointManager:
+        meta = {
+            "config": to_dict(self._config),
+            "vocabulary": list(self._datasets[0].vocabulary.words),
+            "versions": self._run.environment,
+        }
+        return CheckpointManager(self._stage.checkpoints_url, self._world, self._config.checkpoint, meta)
+
+    def _open_replicas(self, rollback: int) -> ReplicaManager | None:
+        store, config = self._context.replica_store, self._config.checkpoint
+        if store is None or not config.memory:
+            return None
+        return ReplicaManager(store, f"{self._stage.name}/{rollback}", self._world, config, self._checkpoints.attempt)
+
+    def _forget_replicas(self) -> None:
+        if self._replicas is not None:
+            self._replicas.close(forget=True)
+
+    def _restore(self) -> CommittedCheckpoint | None:
+        """Restore the newest state, from memory or from storage."""
+        replicas, checkpoints = self._replicas, self._checkpoints
+        restored = None
+        if replicas is not None:
+            restored = replicas.restore(self._trainer, checkpoints.newest_images())
+        if replicas is None or restored is None:
+            return checkpoints.restore(self._trainer)
+        if self._world.is_main:
+            for rank, notes in enumerate(replicas.notes):
+                if notes["ledger"]:
+                    write_ledger(self._stage.url, f"{checkpoints.attempt}m", rank, notes["ledger"])
+                if notes["metrics"]:
+                    append_lines(self._stage.url, notes["metrics"])
+        self._world.barrier()
+        return restored
+
+    def _open_evaluator(self) -> InTrainingEvaluator:
+        stage = self._stage
+        return InTrainingEvaluator(
+            self._system, self._datasets, self._config, stage.name, stage.url, self._world.device, self._export_index
+        )
+
+    def _open_log(self) -> MetricLogger:
+        settings = self._stage.settings
+        return MetricLogger(
+            run_url(self._config),
+            self._stage.name,
+            images=self._trainer.images,
+            step=self._trainer.step,
+            budget_images=settings.steps * settings.images_per_step,
+            metadata={**self._run.progress_facts(self._stage), "checkpoint": self._checkpoints.newest},
+            on_progress=self._context.on_progress,
+        )
+
+    def _open_batches(self) -> TrackedBatches:
+        stage, trainer = self._stage, self._trainer
+        domains = range(len(self._datasets))
+        spec = LoaderSpec(
+            config=stage.data,
+            sizes=self._system.sizes,
+            groups=list(trainer.share.lanes),
+            total_groups=trainer.share.groups,
+            group_size=trainer.group_size,
+            step0=trainer.step,
+        )
+        seeds = [derive_seed(stage.seed, stage.name, "data", *([domain] if domain else [])) for domain in domains]
+        loader = open_mixed_loader(self._datasets, spec, seeds)
+        return TrackedBatches(
+            loader,
+            self._world,
+            trainer.share,
+            stage.url,
             step=trainer.step,
-            budget_images=stage.steps * stage.images_per_step,
-            facts={**facts, "checkpoint": checkpoints.newest},
-            watch=around.watch,
+            attempt=self._checkpoints.attempt,
+            max_bad=stage.data.max_bad,
+            epoch_images=self._data_info.epoch_images,
+            ledger=self._config.report.ledger,
         )
-        log.tell("training")
-    steps = stage.steps if around.stop is None else around.stop.steps(name, stage)
-    batches = _open_intake(config, name, datasets, plan.extent.epoch_images, system, trainer, checkpoints.attempt)
-    try:
-        look = watcher.look if watcher is not None else _no_look
-        notices = PreemptionHandler(around.ask, around.look_seconds, world, around.stand)
-        loop.run(trainer, batches, stage, steps, checkpoints, memory, notices, log, look, config.guard)
-    except Diverged:
-        if memory is not None:
-            memory.close(forget=True)
-        raise
-    finally:
-        batches.close()
+
+    def _train(self, batches: TrackedBatches, evaluator: InTrainingEvaluator | None, log: MetricLogger | None) -> None:
+        context, settings = self._context, self._stage.settings
+        stop_after = context.stop_after
+        steps = settings.steps if stop_after is None else stop_after.steps(self._stage.name, settings)
+        preemption = PreemptionHandler(context.poll_preemption, context.poll_seconds, self._world, context.pause)
+        evaluate = evaluator.look if evaluator is not None else _no_evaluation
+        state = StageState(self._trainer, batches, self._checkpoints, self._replicas, log)
+        hooks = stage_hooks(state, settings, self._config.guard, preemption, evaluate)
+        loop.run(self._trainer, batches, settings, steps, hooks)
+
+    def _export(self, log: MetricLogger | None) -> None:
+        nets = self._trainer.evaluation_nets()
         if log is not None:
-            log.close()
-        if watcher is not None:
-            watcher.close(finished=trainer.step == stage.steps)
-    if trainer.step >= stage.steps:
-        _finish(config, name, trainer, index, log)
-    elif log is not None:
-        log.tell("stopped")
-    if memory is not None:
-        memory.close(forget=True)
+            export.write(self._stage.export_url, nets, self._export_index(self._trainer.images))
+            log.log_state("done")
+        self._world.barrier()
+
+    def _export_index(self, images: int) -> dict[str, Any]:
+        """Describe an export of this stage at a number of images."""
+        stage, datasets = self._stage, self._datasets
+        return {
+            "system": stage.settings.system,
+            "config": to_dict(stage.model_config()),
+            "plan": self._build_info.describe(),
+            "vocabulary": list(datasets[0].vocabulary.words),
+            "images": images,
+            "data": {
+                "source": "; ".join(dataset.source for dataset in datasets),
+                "licence": "; ".join(dataset.licence for dataset in datasets),
+                "settings": to_dict(stage.data),
+                "vectors": None if datasets[0].vector_info is None else to_dict(datasets[0].vector_info),
+            },
+            "versions": self._run.environment,
+            "seed": stage.seed,
+            "init_from": storage.redact(stage.settings.init_from),
+        }
 
 
-def _trainer(config: RunConfig, name: str, system: System, world: World, rollback: int) -> Trainer:
-    seed, stage = config.stage_seed(name), config.stages[name]
-    return Trainer(
-        system,
-        stage=name,
-        seed=derive_seed(seed, "rollback", rollback) if rollback else seed,
-        group_size=stage.group_size,
-        share=Share.of(world, stage.groups),
-        world=world,
-        precision=Precision(config.precision),
-        zero=config.zero,
-    )
-
-
-def _restore(
-    trainer: Trainer, checkpoints: CheckpointManager, memory: ReplicaManager | None, stage_url: str
-) -> CommittedCheckpoint | None:
-    """Go on from the newest state there is, in memory or in storage."""
-    found = memory.restore(trainer, checkpoints.newest_images()) if memory is not None else None
-    if memory is None or found is None:
-        return checkpoints.restore(trainer)
-    if trainer.world.is_main:
-        for rank, notes in enumerate(memory.notes):
-            if notes["ledger"]:
-                write_ledger(stage_url, f"{checkpoints.attempt}m", rank, notes["ledger"])
-            if notes["metrics"]:
-                append_lines(stage_url, notes["metrics"])
-    trainer.world.barrier()
-    return found
-
-
-def _open_intake(
-    config: RunConfig,
-    name: str,
-    datasets: Sequence[Dataset],
-    epoch_images: int,
-    system: System,
-    trainer: Trainer,
-    attempt: str,
-) -> TrackedBatches:
-    data, seed = config.stage_data(name), config.stage_seed(name)
-    loader = open_mixed_loader(
-        datasets,
-        "train",
-        config=data,
-        sizes=system.sizes,
-        groups=list(trainer.share.lanes),
-        total_groups=trainer.share.groups,
-        group_size=trainer.group_size,
-        seeds=[derive_seed(seed, name, "data", *([domain] if domain else [])) for domain in range(len(datasets))],
-        step0=trainer.step,
-    )
-    return TrackedBatches(
-        loader,
-        trainer.world,
-        trainer.share,
-        stages.stage_url(config, name),
-        step=trainer.step,
-        attempt=attempt,
-        max_bad=data.max_bad,
-        epoch_images=epoch_images,
-        ledger=config.report.ledger,
-    )
-
-
-def _build(config: RunConfig, name: str, plan: BuildInfo, vocabulary: Sequence[str]) -> System:
-    """The stage's system with its initial weights, those of earlier exports, from files and of what it fine-tunes."""
-    torch.manual_seed(derive_seed(config.stage_seed(name), name))
-    system = stages.build(config, name, plan)
-    for slot, source in config.stages[name].uses.items():
-        taken = [frozen for frozen in system.frozen.values() if frozen.source == slot]
-        found = export.read(stages.source_url(config, source), tuple(frozen.network for frozen in taken))
-        for frozen in taken:
-            where = f"{storage.redact(found.url)}: {frozen.network}"
-            export.load_into(frozen.net, found.weights[frozen.network], where)
-    for role in system.roles.values():
-        if role.pretrained is not None:
-            pretrained.load(role.pretrained, f"stages.{name}.model")
-    if init_from := config.stages[name].init_from:
-        pretrained.load_init(system, init_from, vocabulary, f"stages.{name}.init_from")
-    return system
-
-
-def _no_look(nets: Mapping[str, nn.Module], images_seen: int, *, pictures: bool, scores: bool) -> Mapping[str, float]:
-    raise AssertionError("only the first worker looks")
-
-
-def _finish(
-    config: RunConfig, name: str, trainer: Trainer, index: Callable[[int], dict[str, Any]], log: MetricLogger | None
-) -> None:
-    nets = trainer.evaluation_nets()
-    if trainer.world.is_main:
-        export.write(stages.export_url(config, name), nets, index(trainer.images))
-        assert log is not None
-        log.tell("done")
-    trainer.world.barrier()
-
-
-def _export_index(
-    config: RunConfig, name: str, datasets: Sequence[Dataset], plan: BuildInfo, ran_on: dict[str, Any], images: int
-) -> dict[str, Any]:
-    return {
-        "system": config.stages[name].system,
-        "config": to_dict(stages.model_config(config, name)),
-        "plan": plan.describe(),
-        "vocabulary": list(datasets[0].vocabulary.words),
-        "images": images,
-        "data": {
-            "source": "; ".join(dataset.source for dataset in datasets),
-            "licence": "; ".join(dataset.licence for dataset in datasets),
-            "settings": to_dict(config.stage_data(name)),
-            "vectors": None if datasets[0].vectors is None else to_dict(datasets[0].vectors),
-        },
-        "versions": ran_on,
-        "seed": config.stage_seed(name),
-        "init_from": storage.redact(config.stages[name].init_from),
-    }
-
-
-def _count_attempt(url: str, world: World) -> int:
-    """Note that an attempt at this run begins; gives how many there were before."""
-    where = storage.join(url, ATTEMPTS)
-    attempts = storage.read_json(where) if storage.exists(where) else []
-    storage.write_json(where, [*attempts, {"time": now(), "workers": world.size}])
-    return len(attempts)
-
-
-def _note_resumed(url: str, name: str, found: CommittedCheckpoint) -> None:
-    """Note with this attempt where a stage went on."""
-    where = storage.join(url, ATTEMPTS)
-    attempts = storage.read_json(where)
-    attempts[-1].setdefault("resumed", {})[name] = {"images": found.images, "from": found.url}
-    storage.write_json(where, attempts)
+def _no_evaluation(
+    nets: Mapping[str, nn.Module], images_seen: int, *, images: bool, scores: bool
+) -> Mapping[str, float]:
+    raise AssertionError("only the first worker evaluates")

@@ -13,9 +13,10 @@ from t2idist.config import RunConfig, load
 from t2idist.config.strict import from_dict, parse_yaml, to_dict, to_yaml
 from t2idist.contract import DataInfo, Schedule
 from t2idist.data.tokenizer import Vocabulary
-from t2idist.engine.schedule import ema_decay, factor
+from t2idist.engine.schedule import ema_decay, lr_factor
 from t2idist.preflight import dry_run
 from t2idist.training import stages
+from t2idist.training.stages import StageRun
 
 MINIMAL = {"name": "x", "stages": {"a": {"system": "damsm", "group_size": 4, "groups": 2, "images": 16}}}
 EXTENT = DataInfo(("",) * 100, 1000, vector_dim=1024, attributes=())
@@ -50,7 +51,7 @@ def changed(path: str, value: object) -> dict[str, object]:
         ("cluster.workers", [3, 2], r"cluster.workers: \[3, 2\]; give a number"),
         ("cluster.workers", [1, 2, 3], "expected 2 values"),
         ("cluster.workers", 3, "cluster.workers: 3 is more than the 2 groups of stage a"),
-        ("stages.a.max_groups_per_worker", 1, "cluster.workers: 1 cannot hold stage a: 2 groups at most 1"),
+        ("stages.a.max_groups_per_worker", 1, "cluster.workers: 1 cannot run stage a: 2 groups, at most 1 per worker"),
         ("stages", {}, "stages: a run needs at least one stage"),
         ("report.captions", "a heart", "report.captions: 'a heart'; expected a list"),
         ("checkpoint", 3, "checkpoint: 3; expected a mapping"),
@@ -102,7 +103,7 @@ def test_bad_commands_give_one_sentence_and_a_status(
 
 
 def test_a_key_that_stands_twice_is_an_error() -> None:
-    with pytest.raises(ValueError, match="key 'a' stands twice"):
+    with pytest.raises(ValueError, match="duplicate key 'a'"):
         parse_yaml("a: 1\na: 2\n", "file.yaml")
     with pytest.raises(ValueError, match="not valid YAML"):
         parse_yaml("a: !!python/object/apply:os.system ['true']", "file.yaml")
@@ -123,7 +124,8 @@ def test_every_recipe_can_be_built_and_names_its_preset(tmp_path: Path) -> None:
         assert config.about and len(config.stages) >= 1
         for name in config.stages:
             with torch.device("meta"):
-                stages.build(config, name, stages.plan(config, name, EXTENT))
+                stage = StageRun(config, name)
+                stage.build(stage.build_info(EXTENT))
 
 
 @pytest.mark.parametrize(
@@ -185,12 +187,12 @@ def test_inception_weights_are_asked_for_with_their_hash(tmp_path: Path) -> None
 
 def test_schedules() -> None:
     exponential = Schedule("exponential", factor=0.98, every_images=100.0, floor=0.1)
-    assert [factor(exponential, n) for n in (0, 99, 100, 250)] == [1.0, 1.0, 0.98, 0.98**2]
-    assert factor(exponential, 10**6) == 0.1
+    assert [lr_factor(exponential, n) for n in (0, 99, 100, 250)] == [1.0, 1.0, 0.98, 0.98**2]
+    assert lr_factor(exponential, 10**6) == 0.1
     linear = Schedule("linear", start_images=100.0, end_images=300.0)
-    assert [factor(linear, n) for n in (0, 100, 200, 300, 900)] == [1.0, 1.0, 0.5, 0.0, 0.0]
+    assert [lr_factor(linear, n) for n in (0, 100, 200, 300, 900)] == [1.0, 1.0, 0.5, 0.0, 0.0]
     with pytest.raises(ValueError, match="schedule kind 'cosine'; allowed are"):
-        factor(Schedule("cosine"), 0)
+        lr_factor(Schedule("cosine"), 0)
     assert ema_decay(692.8 * 20, 20) == pytest.approx(0.999, abs=1e-6)
 
 

@@ -115,9 +115,9 @@ def test_bad_samples_are_named_with_their_set(tmp_path: Path, sets: tuple[Datase
 
 def test_what_is_known_of_all(sets: tuple[Dataset, ...]) -> None:
     known = data_info(sets[:2])
-    assert known.words == sets[0].extent.words and known.epoch_images == 85
+    assert known.words == sets[0].info.words and known.epoch_images == 85
     assert known.attributes == (("Black_Hair", "Male"), EXPRESSIONS)
-    assert data_info(sets[:1]) == sets[0].extent
+    assert data_info(sets[:1]) == sets[0].info
 
 
 # ------------------------------------------------------------------------------------------------ configuration
@@ -159,7 +159,7 @@ def test_a_dry_run_names_the_sets(
 
 def test_a_system_of_one_set_refuses_more(tmp_path: Path, sets: tuple[Dataset, ...]) -> None:
     made = configuration.load(str(recipe(tmp_path, sets, "damsm")))
-    with pytest.raises(ValueError, match="stages.damsm: data.beside gives 2 data sets that take turns, and damsm"):
+    with pytest.raises(ValueError, match="stages.damsm: data.beside gives 2 data sets, but damsm trains on one"):
         dry_run.check(made, None)
 
 
@@ -207,7 +207,7 @@ def test_a_run_over_two_sets_and_what_is_done_with_it(
 
     capsys.readouterr()
     assert sampling.main(["--export", url, "--text", "a face"]) == 2
-    assert f"python -m t2idist.sampling.translate --export {url}" in capsys.readouterr().err
+    assert f"t2idist translate --export {url}" in capsys.readouterr().err
     image = tmp_path / "me.png"
     image.write_bytes(png(7, (30, 40)))
     out = tmp_path / "out"

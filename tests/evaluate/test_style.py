@@ -16,9 +16,9 @@ from t2idist.data.loader import load_split
 from t2idist.data.sources import open_dataset
 from t2idist.engine.checkpoint import export
 from t2idist.evaluate import style
-from t2idist.evaluate.style import area_under, background_colours, cluster, numbered, roc_curve, verify
-from t2idist.sampling.loading import load, network
-from t2idist.training import stages
+from t2idist.evaluate.style import area_under_curve, background_colours, kmeans, label_ids, roc_curve, verify
+from t2idist.sampling.loading import load_export, exported_network
+from t2idist.training.stages import StageRun
 from tests.helpers import small_systems
 from tests.helpers.fixed_weights import fill
 from tests.systems.test_gan_cls import TINY_TEXT, VECTORS, made, plan_of, source, text_batch
@@ -68,8 +68,8 @@ def test_a_curve_by_hand() -> None:
     false_positive, true_positive = roc_curve(scores, same)
     assert false_positive.tolist() == [0.0, 0.0, 0.5, 1.0]
     assert true_positive.tolist() == [0.0, 0.5, 1.0, 1.0]
-    assert area_under(false_positive, true_positive) == 0.875  # of 4 pairs of pairs 3 are right and one ties
-    assert area_under(*roc_curve(-scores, same)) == 0.125
+    assert area_under_curve(false_positive, true_positive) == 0.875  # of 4 pairs of pairs 3 are right and one ties
+    assert area_under_curve(*roc_curve(-scores, same)) == 0.125
 
 
 def test_codes_that_hold_the_style_score_one_and_blind_ones_a_half() -> None:
@@ -118,16 +118,16 @@ def test_what_cannot_be_measured_is_named() -> None:
     with pytest.raises(ValueError, match="0 folds"):
         verify(torch.randn(10, 2), torch.arange(10) % 2, folds=0)
     with pytest.raises(ValueError, match="--clusters 9: allowed are 2 to 3"):
-        cluster(torch.tensor([[0.0], [0.0], [1.0], [2.0]]), 9)
+        kmeans(torch.tensor([[0.0], [0.0], [1.0], [2.0]]), 9)
     with pytest.raises(ValueError, match="a.json: has a label for none of the 2 samples"):
-        numbered({"x": 1}, ["a", "b"], "a.json")
+        label_ids({"x": 1}, ["a", "b"], "a.json")
 
 
 def test_clusters_are_those_that_are_there() -> None:
     generator = torch.Generator().manual_seed(0)
     kinds = torch.arange(300) % 6
     centres = torch.randn(6, 3, generator=generator) * 5
-    found = cluster(centres[kinds] + 0.05 * torch.randn(300, 3, generator=generator), 6, seed=4)
+    found = kmeans(centres[kinds] + 0.05 * torch.randn(300, 3, generator=generator), 6, seed=4)
     assert all(len(set(found[kinds == kind].tolist())) == 1 for kind in range(6)) and len(set(found.tolist())) == 6
 
 
@@ -140,7 +140,7 @@ def test_the_background_is_the_frame() -> None:
 
 
 def test_given_labels_are_numbered_by_key() -> None:
-    rows, numbers = numbered({"a": "perched", "c": "flies", "d": "perched"}, ["a", "b", "c", "d"], "x")
+    rows, numbers = label_ids({"a": "perched", "c": "flies", "d": "perched"}, ["a", "b", "c", "d"], "x")
     assert (rows.tolist(), numbers.tolist()) == ([0, 2, 3], [0, 1, 0])
 
 
@@ -155,17 +155,17 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     made = {}
     for name in run.stages:
         torch.manual_seed(0)
-        plan = stages.plan(run, name, dataset.extent)
-        system = stages.build(run, name, plan)
+        plan = StageRun(run, name).build_info(dataset.info)
+        system = StageRun(run, name).build(plan)
         index = {
             "system": run.stages[name].system,
-            "config": to_dict(stages.model_config(run, name)),
+            "config": to_dict(StageRun(run, name).model_config()),
             "plan": plan.describe(),
             "vocabulary": list(dataset.vocabulary.words),
             "images": 7,
             "data": {"settings": to_dict(run.data)},
         }
-        nets = {dotted.rpartition(".")[2]: fill(network(system, dotted)) for dotted in system.exports}
+        nets = {dotted.rpartition(".")[2]: fill(exported_network(system, dotted)) for dotted in system.exports}
         made[name] = str(folder / name)
         export.write(made[name], nets, index)
     return made
@@ -190,10 +190,10 @@ def test_a_style_export_is_scored(exports: dict[str, str], tmp_path: Path, capsy
 
 def test_the_command_measures_what_the_parts_do(exports: dict[str, str], tmp_path: Path) -> None:
     """With labels that name the loaded export's own codes, which are its styles, the score is that of `verify`."""
-    loaded = load(exports["style"], torch.device("cpu"))
+    loaded = load_export(exports["style"], torch.device("cpu"))
     settings = from_dict(DataConfig, loaded.meta["data"]["settings"])
     batch = load_split(open_dataset(settings), "test", sizes=(16,), max_words=6, limit=80, crop=1.0).batch
-    codes = style.codes_of(loaded, batch)["inverted noise"]
+    codes = style.encode_batch(loaded, batch)["inverted noise"]
     leaning = (codes[:, 0] > codes[:, 0].median()).long()
     file = tmp_path / "labels.json"
     labels = [(key, f"style {int(n)}") for key, n in zip(batch.ids, leaning, strict=True)]
@@ -227,7 +227,7 @@ def test_an_export_that_does_not_invert_is_named(exports: dict[str, str], capsys
 
 
 def test_an_export_of_style_draws_as_the_generators(exports: dict[str, str]) -> None:
-    theirs, own = (load(exports[name], torch.device("cpu")) for name in ("gan_cls", "style"))
+    theirs, own = (load_export(exports[name], torch.device("cpu")) for name in ("gan_cls", "style"))
     batch = load_split(open_dataset(DataConfig(source="emoji")), "test", sizes=(16,), max_words=6, limit=4).batch
 
     def draw(*shape: int) -> Tensor:

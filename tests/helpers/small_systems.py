@@ -16,8 +16,8 @@ from t2idist.engine.checkpoint import export
 from t2idist.engine.strategy import Precision
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import Share, World
-from t2idist.sampling.loading import network
-from t2idist.training import stages
+from t2idist.sampling.loading import exported_network
+from t2idist.training.stages import StageRun
 from tests.helpers import toy_gan
 
 GROUPS, GROUP_SIZE, MAX_WORDS = 4, 3, 6
@@ -117,11 +117,12 @@ def build(system: str) -> System:
     """The system with weights that are a function of its name alone; frozen networks are those of fresh sources."""
     run = config(system)
     torch.manual_seed(11)
-    made = stages.build(run, system, stages.plan(run, system, EXTENTS.get(system, toy_gan.EXTENT)))
+    stage = StageRun(run, system)
+    made = stage.build(stage.build_info(EXTENTS.get(system, toy_gan.EXTENT)))
     for frozen in made.frozen.values():
         source = build(USES[system][frozen.source])
         dotted = next(name for name in source.exports if name.rpartition(".")[2] == frozen.network)
-        frozen.net.load_state_dict(network(source, dotted).state_dict())
+        frozen.net.load_state_dict(exported_network(source, dotted).state_dict())
     return made
 
 
@@ -149,8 +150,9 @@ WITHOUT_VECTORS = replace(toy_gan.EXTENT, vector_dim=0)
 def write_export(system: str, url: str, words: Sequence[str], extent: DataInfo = WITHOUT_VECTORS) -> None:
     """The export of the system as `build` makes it, from a stage whose data is like `extent`, with this vocabulary."""
     run, made = config(system), build(system)
-    plan = stages.plan(run, system, extent)
-    settings = to_dict(stages.model_config(run, system))
+    stage = StageRun(run, system)
+    plan = stage.build_info(extent)
+    settings = to_dict(stage.model_config())
     index = {
         "system": system_of(system),
         "config": settings,
@@ -158,7 +160,7 @@ def write_export(system: str, url: str, words: Sequence[str], extent: DataInfo =
         "vocabulary": list(words),
         "images": 7,
     }
-    export.write(url, {dotted.rpartition(".")[2]: network(made, dotted) for dotted in made.exports}, index)
+    export.write(url, {dotted.rpartition(".")[2]: exported_network(made, dotted) for dotted in made.exports}, index)
 
 
 def trainer(world: World, system: str, precision: str, groups: int = GROUPS) -> Trainer:

@@ -24,15 +24,16 @@ from t2idist.data import sample_format
 from t2idist.data.loader import load_split
 from t2idist.data.sample_format import SampleRecord, npy, npy_header
 from t2idist.data.shard_writer import write_shards
-from t2idist.data.shards import Dataset, VectorFacts
+from t2idist.data.shards import Dataset, SentenceVectorInfo
 from t2idist.engine.checkpoint import export
 from t2idist.ingest.check import _expected, check_shard
-from t2idist.ingest.embed import Sentences, embed_set
+from t2idist.ingest.embed import CaptionedSamples, embed_set
 from t2idist.ingest.vectors_file import VectorsFile
 from t2idist.sampling import sample as sampler
-from t2idist.sampling.loading import network
-from t2idist.sampling.sentence_encoders import open_encoder, read_sentences
-from t2idist.training import stages, worker
+from t2idist.sampling.loading import exported_network
+from t2idist.sampling.sentence_encoders import open_encoder, encode_sentences
+from t2idist.training import worker
+from t2idist.training.stages import StageRun
 from tests.data.test_loader import WORDS, loader, sample, take
 from tests.helpers import small_systems, toy_gan
 from tools import check_shards, embed_captions
@@ -85,7 +86,7 @@ def expected(dataset: Dataset, batch: Batch) -> torch.Tensor:
 def test_what_is_written_is_read(tmp_path: Path, dtype: str, compress: bool):
     records = [spoken(n, dtype=dtype) for n in range(20)]
     dataset = write(tmp_path / "set", records, compress=compress, encoder={"name": "made up"})
-    assert dataset.vectors == VectorFacts(DIM, dtype, {"name": "made up"}) and dataset.extent.vector_dim == DIM
+    assert dataset.vector_info == SentenceVectorInfo(DIM, dtype, {"name": "made up"}) and dataset.info.vector_dim == DIM
     loaded = load_split(dataset, "train", sizes=(8,), max_words=5, caption=2)
     assert loaded.batch.captions.vectors.dtype == torch.float32
     for row, record in enumerate(records):
@@ -111,14 +112,14 @@ def test_headers_are_those_of_numpy(shape: tuple[int, int], dtype: str):
 
 def test_sets_without_vectors_open_as_before(tmp_path: Path):
     dataset = write(tmp_path / "set", [sample(n) for n in range(9)])
-    assert dataset.vectors is None and dataset.extent.vector_dim == 0
+    assert dataset.vector_info is None and dataset.info.vector_dim == 0
     assert load_split(dataset, "train", sizes=(8,), max_words=5).batch.captions.vectors.shape == (9, 0)
 
 
 def test_writer_refuses_what_would_go_wrong(tmp_path: Path):
     good = spoken(1)
     for wrong, says in (
-        (np.zeros((4, DIM), np.float32), "vectors 4 x 7; give one for each of its 5 captions"),
+        (np.zeros((4, DIM), np.float32), "vectors 4 x 7; one for each of its 5 captions is needed"),
         (np.zeros((5, DIM)), "vectors of float64; allowed are float16, float32"),
         (np.full((5, DIM), np.nan, np.float32), "values that are not finite"),
         (np.full((5, DIM), np.inf, np.float16), "values that are not finite"),
@@ -127,7 +128,7 @@ def test_writer_refuses_what_would_go_wrong(tmp_path: Path):
         with pytest.raises(ValueError, match=says):
             replace(good, vectors=wrong)
     other = replace(good, key="s0002", vectors=np.zeros((5, 3), np.float32))
-    with pytest.raises(ValueError, match="s0002: sentence vectors: 3 numbers of float32; samples before it have 7"):
+    with pytest.raises(ValueError, match="s0002: sentence vectors: 3 elements of float32; samples before it have 7"):
         write(tmp_path / "a", [good, other])
     with pytest.raises(ValueError, match="s0002: sentence vectors: none; samples before it have 7 numbers"):
         write(tmp_path / "b", [good, replace(other, vectors=None)])
@@ -136,7 +137,7 @@ def test_writer_refuses_what_would_go_wrong(tmp_path: Path):
 @pytest.mark.parametrize(
     ("said", "says"),
     [
-        ({"dim": 0, "dtype": "float32", "encoder": {}}, "vectors of 0 numbers; allowed are 1 to 65536"),
+        ({"dim": 0, "dtype": "float32", "encoder": {}}, "vectors of 0 elements; allowed are 1 to 65536"),
         ({"dim": 7, "dtype": "object", "encoder": {}}, "vectors of 'object'; allowed are float16, float32"),
         ({"dim": 7, "dtype": "float32", "encoder": "x"}, "encoder is 'x'; it must be a mapping"),
         ({"dim": 7}, "missing"),
@@ -202,12 +203,12 @@ def test_bad_vectors_quarantine_their_sample(tmp_path: Path, monkeypatch: pytest
     stream = loader(dataset, [0, 1], total_groups=2)
     batches = take(stream, 4)
     assert set(stream.quarantine) == set(bad)
-    assert "not finite" in stream.quarantine["s0007"] and "5 x 7 numbers of float32" in stream.quarantine["s0005"]
+    assert "not finite" in stream.quarantine["s0007"] and "5 x 7 elements of float32" in stream.quarantine["s0005"]
     for batch in batches:
         assert not set(batch.ids) & set(bad) and torch.equal(batch.captions.vectors, expected(dataset, batch))
     problems = check(dataset)
     assert [sentence.split(":")[0] for sentence in problems] == [f"train-00000.tar, sample {key}" for key in bad]
-    assert "its sentence vectors are not 5 x 7 numbers of float32" in problems[0]
+    assert "its sentence vectors are not 5 x 7 elements of float32" in problems[0]
 
 
 def test_a_sample_without_vectors_in_a_set_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -230,7 +231,7 @@ def check(dataset: Dataset) -> list[str]:
         rows = [_expected(split, i, frozenset()) for i in range(len(split))]
         for shard in split.shards:
             mine, rows = rows[: shard.samples], rows[shard.samples :]
-            report = check_shard(storage.join(dataset.url, shard.name), shard, mine, False, dataset.vectors)
+            report = check_shard(storage.join(dataset.url, shard.name), shard, mine, False, dataset.vector_info)
             found += report.problems.sentences
     return found
 
@@ -241,11 +242,11 @@ def test_a_sound_set_is_found_sound(told: Dataset):
 
 
 # ------------------------------------------------------------------------------------------------ embedded
-def of_words(given: Sentences) -> list[np.ndarray]:
+def of_words(given: CaptionedSamples) -> list[np.ndarray]:
     return [np.array([[len(c), ord(c[0])] for c in captions], np.float32).reshape(-1, 2) for _, captions in given]
 
 
-FACTS = VectorFacts(2, "float32", {"name": "lengths"})
+FACTS = SentenceVectorInfo(2, "float32", {"name": "lengths"})
 
 
 def test_an_embedded_set_is_the_same_with_vectors(told: Dataset, tmp_path: Path):
@@ -255,7 +256,7 @@ def test_an_embedded_set_is_the_same_with_vectors(told: Dataset, tmp_path: Path)
     embed_set(plain, str(tmp_path / "new"), of_words, FACTS)
     new = Dataset.open(str(tmp_path / "new"))
     assert not (tmp_path / "new" / "progress").exists() and check(new) == []
-    assert new.vectors == FACTS and new.vocabulary == plain.vocabulary and new.source == plain.source
+    assert new.vector_info == FACTS and new.vocabulary == plain.vocabulary and new.source == plain.source
     for name, split in plain.splits.items():
         assert new.split(name).keys == split.keys and new.split(name).shard_sizes == split.shard_sizes
         assert [new.split(name).captions(i) for i in range(len(split))] == [
@@ -265,7 +266,7 @@ def test_an_embedded_set_is_the_same_with_vectors(told: Dataset, tmp_path: Path)
         assert ours.ids == theirs.ids and torch.equal(ours.images[-1], theirs.images[-1])
         words = [new.vocabulary.words[token] for token in ours.captions.tokens[:, 0].tolist()]
         assert torch.equal(ours.captions.vectors, torch.tensor([[len(w), ord(w[0])] for w in words]).float())
-    again = embed_set(new, str(tmp_path / "again"), of_words, VectorFacts(2, "float16", {"name": "lengths"}))
+    again = embed_set(new, str(tmp_path / "again"), of_words, SentenceVectorInfo(2, "float16", {"name": "lengths"}))
     assert again["vectors"]["dtype"] == "float16"  # a set that has vectors gets others
 
 
@@ -273,7 +274,7 @@ def test_what_was_cut_off_goes_on(told: Dataset, tmp_path: Path):
     embed_set(told, str(tmp_path / "whole"), of_words, FACTS)
     calls: list[str] = []
 
-    def cut(given: Sentences) -> list[np.ndarray]:
+    def cut(given: CaptionedSamples) -> list[np.ndarray]:
         calls.append(given[0][0])
         if len(calls) == 3:
             raise KeyboardInterrupt
@@ -283,7 +284,7 @@ def test_what_was_cut_off_goes_on(told: Dataset, tmp_path: Path):
     with pytest.raises(KeyboardInterrupt):
         embed_set(told, out, cut, FACTS)
     with pytest.raises(ValueError, match="was begun with other data or another encoder"):
-        embed_set(told, out, of_words, VectorFacts(2, "float16", {"name": "lengths"}))
+        embed_set(told, out, of_words, SentenceVectorInfo(2, "float16", {"name": "lengths"}))
     (tmp_path / "cut" / "train-00000.tar").write_bytes(b"torn")
     embed_set(told, out, cut, FACTS)
     assert calls == ["s0040", "s0000", "s0017", "s0000", "s0017", "s0034"]  # the shard of the test split stays
@@ -296,7 +297,7 @@ def test_what_was_cut_off_goes_on(told: Dataset, tmp_path: Path):
 
 
 def test_captions_without_a_vector_are_left_out_and_counted(told: Dataset, tmp_path: Path):
-    def no_r(given: Sentences) -> list[np.ndarray]:
+    def no_r(given: CaptionedSamples) -> list[np.ndarray]:
         found = of_words(given)
         for (key, captions), rows in zip(given, found, strict=True):
             rows[[key == "s0004" or c.startswith("r") for c in captions]] = np.nan
@@ -372,18 +373,18 @@ def text_export(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     words = ("<end>", *dict.fromkeys([*WORDS, *Dataset.open(emoji()).vocabulary.words[1:]]))
     name, extent = request.param, replace(toy_gan.EXTENT, words=words)
     run = small_systems.config(name)
-    plan = stages.plan(run, name, extent)
+    plan = StageRun(run, name).build_info(extent)
     torch.manual_seed(2)
-    system = stages.build(run, name, plan)
+    system = StageRun(run, name).build(plan)
     index = {
         "system": name,
-        "config": to_dict(stages.model_config(run, name)),
+        "config": to_dict(StageRun(run, name).model_config()),
         "plan": plan.describe(),
         "vocabulary": list(words),
         "images": 7,
     }
     url = str(tmp_path_factory.mktemp(name))
-    export.write(url, {dotted.rpartition(".")[2]: network(system, dotted) for dotted in system.exports}, index)
+    export.write(url, {dotted.rpartition(".")[2]: exported_network(system, dotted) for dotted in system.exports}, index)
     return url
 
 
@@ -401,10 +402,10 @@ def test_an_export_encodes_sentences_each_by_itself(text_export: str):
     assert np.allclose(found[0], found[3], atol=1e-6), "unknown words are left out"
     for sentence, row in zip(said[:2], found, strict=False):
         assert np.allclose(encoder.encode([sentence])[0], row, atol=1e-6)
-    captions = read_sentences(encoder, said[:2])
+    captions = encode_sentences(encoder, said[:2])
     assert torch.allclose(captions.vectors, torch.from_numpy(found[:2]), atol=1e-6) and len(captions) == 2
     with pytest.raises(ValueError, match='"zqz qqxq": the encoder knows no word'):
-        read_sentences(encoder, said)
+        encode_sentences(encoder, said)
 
 
 def test_what_is_no_encoder_gives_a_sentence(tmp_path: Path):
@@ -422,7 +423,7 @@ def test_the_tool_embeds_emoji_by_an_export(text_export: str, tmp_path: Path, ca
     assert embed_captions.main(words) == 0
     assert "sentence vectors: 16 numbers of float16" in capsys.readouterr().out
     old, new = Dataset.open(emoji()), Dataset.open(out)
-    assert new.vectors is not None and new.vectors.encoder["sha256"] == open_encoder(text_export, CPU).facts["sha256"]
+    assert new.vector_info is not None and new.vector_info.encoder["sha256"] == open_encoder(text_export, CPU).facts["sha256"]
     assert new.split("val").keys == old.split("val").keys and new.vocabulary == old.vocabulary
     loaded = load_split(new, "val", sizes=(32,), max_words=18, limit=20)
     direct = open_encoder(text_export, CPU).encode([captions[0] for captions in loaded.captions])

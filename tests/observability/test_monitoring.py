@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.util.metrics import Gauge
 
 from t2idist.engine.metrics import MetricLogger
 from t2idist.observability import logs, prometheus
@@ -34,12 +35,12 @@ def message(folder: Path, **more: Any) -> dict[str, Any]:
     told: list[dict[str, Any]] = []
     facts = {"run": "x", "stage": "gan", "stage_index": 0, "stages": 1, "restarts": 2, "workers": 3, "messages": []}
     facts["checkpoint"] = {"images": 8, "time": "2026-11-22T05:00:00+00:00", "stall_seconds": 0.25}
-    log = MetricLogger(str(folder), "gan", images=0, step=0, budget_images=80, facts=facts, watch=told.append)
-    log.stepped(16)
+    log = MetricLogger(str(folder), "gan", images=0, step=0, budget_images=80, metadata=facts, on_progress=told.append)
+    log.log_step(16)
     others = {"data/wait_share": 0.25, "data/bad_samples": 1.0, "data/quarantined": 4.0, "guard/skipped_steps": 5.0}
     others |= {"time/step": 2.0, "time/data": 0.5, "time/pictures": 0.25, "time/checkpoint": 0.25}
-    log.add({"generator/adversarial_64": 1.5}, others | more, 2)
-    log.tell("training")
+    log.log_metrics({"generator/adversarial_64": 1.5}, others | more, 2)
+    log.log_state("training")
     log.close()
     return told[-1]
 
@@ -82,16 +83,16 @@ def test_a_message_of_a_stage_that_has_just_begun_is_read_too(tmp_path: Path) ->
     first = {**message(tmp_path), "values": {}, "losses": {}, "checkpoint": {}}
     names = {name for name, _, _ in prometheus.readings(first)}
     assert "t2idist_images" in names and "t2idist_step_seconds" not in names
-    prometheus.Gauges("x").show(first)
+    prometheus.Gauges("x", Gauge).update(first)
 
 
 def test_goodput_counts_the_seconds_of_steps_that_were_kept() -> None:
     goodput = prometheus.Goodput(1000.0)
-    assert goodput.after({"stage": "a", "seconds": 50.0}, 1010.0) == 0.0  # from an earlier submission
-    assert goodput.after({"stage": "a", "seconds": 80.0}, 1040.0) == pytest.approx(30 / 40)
-    assert goodput.after({"stage": "a", "seconds": 70.0}, 1080.0) == pytest.approx(20 / 80)  # a restart took some away
-    assert goodput.after({"stage": "b", "seconds": 0.0}, 1090.0) == pytest.approx(20 / 90)
-    assert goodput.after({"stage": "b", "seconds": 10.0}, 1100.0) == pytest.approx(30 / 100)
+    assert goodput.update({"stage": "a", "seconds": 50.0}, 1010.0) == 0.0  # from an earlier submission
+    assert goodput.update({"stage": "a", "seconds": 80.0}, 1040.0) == pytest.approx(30 / 40)
+    assert goodput.update({"stage": "a", "seconds": 70.0}, 1080.0) == pytest.approx(20 / 80)  # a restart took some away
+    assert goodput.update({"stage": "b", "seconds": 0.0}, 1090.0) == pytest.approx(20 / 90)
+    assert goodput.update({"stage": "b", "seconds": 10.0}, 1100.0) == pytest.approx(30 / 100)
 
 
 def test_log_lines_say_where_they_come_from() -> None:

@@ -13,8 +13,9 @@ from t2idist import run
 from t2idist.config import load
 from t2idist.engine.world import World
 from t2idist.preflight import plan
-from t2idist.preflight.cost import cost_of
+from t2idist.preflight.cost import measure_step
 from t2idist.training import stages
+from t2idist.training.stages import StageRun
 from tests.helpers import small_systems, toy_gan
 
 SYSTEMS = [
@@ -29,22 +30,24 @@ def test_what_is_counted_without_data_is_what_a_step_does(system: str) -> None:
         small_systems.run_steps(made, 1)
     config = small_systems.config(system)
     with torch.device("meta"):
-        bare = stages.build(config, system, stages.plan(config, system, toy_gan.EXTENT))
-    cost = cost_of(
+        stage = StageRun(config, system)
+        bare = stage.build(stage.build_info(toy_gan.EXTENT))
+    cost = measure_step(
         bare, small_systems.GROUP_SIZE, small_systems.MAX_WORDS, toy_gan.EXTENT.vector_dim, toy_gan.EXTENT.attributes
     )
     # rnn kernels of the CPU are not in torch's table, and pairs of one class are left out where there is data
     assert cost.flops == pytest.approx(counter.get_total_flops(), rel=0.1)
     trained = [p.numel() for role in made.system.roles.values() for p in role.net.parameters() if p.requires_grad]
     assert cost.gradients == sum(trained)
-    assert cost.kept > 0
+    assert cost.activations > 0
 
 
 def test_roles_that_are_updated_now_and_then_are_counted_so() -> None:
     config = small_systems.config("stargan")
     with torch.device("meta"):
-        system = stages.build(config, "stargan", stages.plan(config, "stargan", toy_gan.TWO_SETS))
-    cost = cost_of(system, small_systems.GROUP_SIZE, small_systems.MAX_WORDS, 0, toy_gan.TWO_SETS.attributes)
+        stage = StageRun(config, "stargan")
+        system = stage.build(stage.build_info(toy_gan.TWO_SETS))
+    cost = measure_step(system, small_systems.GROUP_SIZE, small_systems.MAX_WORDS, 0, toy_gan.TWO_SETS.attributes)
     sizes = {name: sum(p.numel() for p in role.net.parameters()) for name, role in system.roles.items()}
     steps = 3  # two data sets in turns, the generator at every second turn: steps 0, 1 and 2
     assert cost.gradients == pytest.approx(sizes["discriminator"] + sizes["generator"] / steps)
@@ -61,11 +64,11 @@ SCALE = ("stages.damsm.groups=8", "stages.attngan.groups=8")
 def test_the_papers_run_on_eight_gpus() -> None:
     page = plan_page("8xa100-80,efficiency=0.15", *SCALE)
     assert "compute 278.8 GFLOP an image, 83.4 ms a step" in page  # 304 without what is shared
-    assert "network 1,615 MB sent a step and worker inside the machine" in page  # 2 x 7/8 of 923 MB
+    assert "network 1,615 MB sent a step and worker inside the node" in page  # 2 x 7/8 of 923 MB
     assert "speed 1,343 images/s" in page and "2.1 hours for 9,933,960 images" in page
     assert "assumed, not measured" in page
     slow = plan_page("16xa100-80,gbit=25", *(word.replace("8", "16") for word in SCALE))
-    assert "sent a step and worker between machines: 553.7 ms, 498.1 of them not hidden" in slow
+    assert "sent a step and worker between nodes: 553.7 ms, 498.1 of them not hidden" in slow
     sentence = r"stage attngan needs .* GiB a worker .* and the a10g has 22; give more GPUs or fewer groups"
     with pytest.raises(ValueError, match=sentence):
         plan_page("1xa10g", *SCALE)

@@ -3,7 +3,7 @@
     python tools/bench/bench_step.py attngan --preset cub [--like authors] [--best] [--group-size B] [--steps 5]
         [--threads 2] [--device cpu]
 
---like authors: float32, no compilation, gradients that are thrown away, loops (tools/bench/authors_way.py); --best: what a
+--like authors: float32, no compilation, gradients that are thrown away, loops (tools/bench/reference_steps.py); --best: what a
 run of the preset does. Without either, both, and their ratio. They run in turns, so that whatever else the machine does
 meets both alike, each in a process of its own, for ours sets how memory is kept; the best step of each counts, and
 phases are those of that step. Frozen networks have newly drawn weights: it is time that is measured. Operations are
@@ -39,18 +39,18 @@ from t2idist.engine.strategy import Precision
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import Share, World
 from t2idist.nn.fast.memory import keep_freed_memory
-from t2idist.preflight.cost import cost_of
-from t2idist.training import stages
-from tools.bench import authors_way
+from t2idist.preflight.cost import measure_step
+from t2idist.training.stages import StageRun
+from tools.bench import reference_steps
 
 EPOCH_IMAGES = 10_000
-NOWHERE = "storage=memory://bench"
+EMPTY_STORAGE = "storage=memory://bench"
 """So that no export of an earlier run is looked at."""
 MATRIX = 2048
 """Rows and columns of the matrices whose product gives the machine's peak."""
 
 
-class Stopwatch(Trainer):
+class TimedTrainer(Trainer):
     """A trainer, with the seconds of each phase, and the roles that have been updated."""
 
     seconds: dict[str, float]
@@ -94,18 +94,18 @@ class Stopwatch(Trainer):
         return total, {**phases, "the rest": total - sum(phases.values())}
 
 
-class AuthorsStopwatch(Stopwatch, authors_way.AuthorsTrainer):
+class TimedReferenceTrainer(TimedTrainer, reference_steps.ReferenceTrainer):
     """The same of a step the authors' way."""
 
     def run_step(self, batch: Any, momentum: float = 0.0) -> None:
-        with authors_way.losses():
+        with reference_steps.reference_losses():
             super().run_step(batch, momentum)
 
 
-class Local:
+class StepBenchmark:
     """A way to do a step, in this process: a trainer and the batch that it trains on."""
 
-    def __init__(self, trainer: Stopwatch, batch: Batch) -> None:
+    def __init__(self, trainer: TimedTrainer, batch: Batch) -> None:
         self.trainer, self.batch = trainer, batch
 
     def timed_steps(self, count: int) -> tuple[float, dict[str, float]]:
@@ -135,14 +135,14 @@ class Local:
         return int(max(itertools.accumulate((event.nbytes() for event in ordered), initial=0)))
 
 
-Make = Callable[[str, argparse.Namespace], Any]
+BenchmarkFactory = Callable[[str, argparse.Namespace], Any]
 """Makes a way by its name and the command's words."""
 
 
-class Remote:
-    """What `make` makes (a `Local`) in a process of its own, which ends with `close`."""
+class RemoteBenchmark:
+    """What `make` makes (a `StepBenchmark`) in a process of its own, which ends with `close`."""
 
-    def __init__(self, make: Make, name: str, words: argparse.Namespace) -> None:
+    def __init__(self, make: BenchmarkFactory, name: str, words: argparse.Namespace) -> None:
         here, there = multiprocessing.Pipe()
         self._process = multiprocessing.get_context("spawn").Process(target=serve, args=(there, make, name, words))
         self._process.start()
@@ -175,7 +175,7 @@ class Remote:
             raise RuntimeError("a process that measures has ended") from None
 
 
-def serve(pipe: Connection, make: Make, name: str, words: argparse.Namespace) -> None:
+def serve(pipe: Connection, make: BenchmarkFactory, name: str, words: argparse.Namespace) -> None:
     """Make a way and do as it is asked until nobody asks any more."""
     torch.set_num_threads(words.threads)
     way = make(name, words)
@@ -187,7 +187,7 @@ def serve(pipe: Connection, make: Make, name: str, words: argparse.Namespace) ->
 
 
 @dataclass
-class Measured:
+class Measurement:
     """A way's figures. seconds, phases: of the best step. memory: most bytes that a step took beside weights."""
 
     seconds: float = float("inf")
@@ -205,31 +205,31 @@ def synthetic_batch(sizes: tuple[int, ...], plan: BuildInfo, count: int = 0) -> 
     """A batch of one group, or of so many samples."""
     count = count or plan.group_size
     lengths = torch.randint(min(4, plan.max_words), plan.max_words + 1, (count,))
-    vectors = torch.randn(count, plan.extent.vector_dim)
+    vectors = torch.randn(count, plan.data.vector_dim)
     words = torch.randint(1, plan.vocabulary_size, (count, plan.max_words))
     return Batch(
         images=tuple(torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8) for size in sizes),
         captions=Captions(words * (torch.arange(plan.max_words) < lengths[:, None]), lengths, vectors),
         class_ids=torch.arange(count),
-        attributes=torch.randint(0, 2, (count, len(plan.extent.attributes[0]))).float(),
+        attributes=torch.randint(0, 2, (count, len(plan.data.attributes[0]))).float(),
         ids=tuple(str(i) for i in range(count)),
         groups=1,
     )
 
 
-def system_of(run: RunConfig, stage: str, vocabulary_size: int) -> tuple[System, BuildInfo]:
+def build_system(run: RunConfig, stage: str, vocabulary_size: int) -> tuple[System, BuildInfo]:
     """A stage's system on data that is not there: its attributes are those that the recipe names."""
     domains = run.stages[stage].model.get("domains") or [{}]
     attributes = tuple(tuple(domain.get("attributes", ())) for domain in domains)
     extent = DataInfo(("",) * vocabulary_size, EPOCH_IMAGES, vector_dim=1024, attributes=attributes)
-    plan = stages.plan(run, stage, extent)
+    plan = StageRun(run, stage).build_info(extent)
     torch.manual_seed(0)
-    return stages.build(run, stage, plan), plan
+    return StageRun(run, stage).build(plan), plan
 
 
-def stopwatch(
-    system: System, plan: BuildInfo, precision: Precision, device: torch.device, kind: type[Stopwatch] = Stopwatch
-) -> Stopwatch:
+def build_trainer(
+    system: System, plan: BuildInfo, precision: Precision, device: torch.device, kind: type[TimedTrainer] = TimedTrainer
+) -> TimedTrainer:
     world = World(device=device)
     return kind(
         system,
@@ -242,25 +242,27 @@ def stopwatch(
     )
 
 
-def make_way(name: str, words: argparse.Namespace) -> Local:
+def make_benchmark(name: str, words: argparse.Namespace) -> StepBenchmark:
     """name: "authors" or "best"."""
-    run, stage = chosen_stage(words)
+    run, stage = select_stage(words)
     device = torch.device(words.device)
-    system, plan = system_of(run, stage, words.vocabulary_size)
+    system, plan = build_system(run, stage, words.vocabulary_size)
     if name == "authors":
-        trainer = stopwatch(system, plan, Precision(words.precision or authors_way.FULL.name), device, AuthorsStopwatch)
+        trainer = build_trainer(
+            system, plan, Precision(words.precision or reference_steps.FLOAT32.name), device, TimedReferenceTrainer
+        )
     else:
         keep_freed_memory()
-        trainer = stopwatch(system, plan, Precision(words.precision or run.precision), device)
-    return Local(trainer, synthetic_batch(system.sizes, plan))
+        trainer = build_trainer(system, plan, Precision(words.precision or run.precision), device)
+    return StepBenchmark(trainer, synthetic_batch(system.sizes, plan))
 
 
-def measure(ways: Mapping[str, Local | Remote], steps: int) -> dict[str, Measured]:
+def measure(ways: Mapping[str, StepBenchmark | RemoteBenchmark], steps: int) -> dict[str, Measurement]:
     """The best of `steps` steps of each way, taken in turns after a first one, which is told apart.
 
     Where roles are updated at different steps (StarGAN's generator at every fifth), a step is the mean of a whole turn.
     """
-    found = {name: Measured() for name in ways}
+    found = {name: Measurement() for name in ways}
     turn = 1
     for name, way in ways.items():
         found[name].first_seconds, _ = way.timed_steps(1)
@@ -290,17 +292,17 @@ def peak_flops(device: torch.device, seconds: float = 1.0) -> float:
 
 def flops_per_image(system: System, plan: BuildInfo) -> float:
     """Of a step of ours, forward and backward. The system's networks are on the meta device."""
-    vectors, attributes = plan.extent.vector_dim, plan.extent.attributes
-    return cost_of(system, plan.group_size, plan.max_words, vectors, attributes).flops / plan.group_size
+    vectors, attributes = plan.data.vector_dim, plan.data.attributes
+    return measure_step(system, plan.group_size, plan.max_words, vectors, attributes).flops / plan.group_size
 
 
-def show(ways: Mapping[str, Measured], images: int, flops: float, peak: float) -> None:
+def print_table(ways: Mapping[str, Measurement], images: int, flops: float, peak: float) -> None:
     """Print the table. flops: of an image in our step. peak: of this machine, operations a second."""
     names = list(ways)
     print(f"{'phase':46}" + "".join(f"{name + ' ms':>16}" for name in names))
     for phase in dict.fromkeys(phase for way in ways.values() for phase in way.phases):
         print(f"{phase:46}" + "".join(f"{1e3 * way.phases.get(phase, 0.0):16.1f}" for way in ways.values()))
-    rows: dict[str, Callable[[Measured], float]] = {
+    rows: dict[str, Callable[[Measurement], float]] = {
         "step": lambda way: 1e3 * way.seconds,
         "first step": lambda way: 1e3 * way.first_seconds,
         "memory of a step, MiB": lambda way: way.memory / 2**20,
@@ -314,7 +316,7 @@ def show(ways: Mapping[str, Measured], images: int, flops: float, peak: float) -
         print(f"{names[1]} is {ways[names[0]].seconds / ways[names[1]].seconds:.2f} times as fast as {names[0]}")
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("system", help="a stage's system: attngan, damsm, stackgan_pp, stargan ...")
     made.add_argument("--recipe", help="the recipe that has it (default: one of the system's name, for damsm attngan)")
@@ -335,7 +337,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    words = parser().parse_args()
+    words = build_parser().parse_args()
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")
     torch.set_num_threads(words.threads)
     device = torch.device(words.device)
@@ -344,9 +346,9 @@ def main() -> int:
         print("error: --floor is of a ratio; leave --like and --best out", file=sys.stderr)
         return 2
     try:
-        run, stage = chosen_stage(words)
+        run, stage = select_stage(words)
         with torch.device("meta"):  # the processes that measure draw the weights
-            system, plan = system_of(run, stage, words.vocabulary_size)
+            system, plan = build_system(run, stage, words.vocabulary_size)
         flops = flops_per_image(system, plan)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -355,17 +357,17 @@ def main() -> int:
         f"{words.system} preset={words.preset}: {plan.group_size} images a step, sizes {system.sizes}, "
         f"{words.threads} threads, {device}, torch {torch.__version__}"
     )
-    ways = {name: Remote(make_way, name, words) for name in chosen}
+    ways = {name: RemoteBenchmark(make_benchmark, name, words) for name in chosen}
     try:
         found = measure(ways, words.steps)
     finally:
         for way in ways.values():
             way.close()
-    show(found, plan.group_size, flops, peak_flops(device))
-    return too_slow({name: each.seconds for name, each in found.items()}, "best", words.floor)
+    print_table(found, plan.group_size, flops, peak_flops(device))
+    return check_floor({name: each.seconds for name, each in found.items()}, "best", words.floor)
 
 
-def too_slow(seconds: Mapping[str, float], name: str, floor: float | None) -> int:
+def check_floor(seconds: Mapping[str, float], name: str, floor: float | None) -> int:
     """1, and a sentence, where this way is less than so many times as fast as the authors'; else 0."""
     ratio = seconds["authors"] / seconds[name] if floor is not None else 0.0
     if floor is None or ratio >= floor:
@@ -374,12 +376,12 @@ def too_slow(seconds: Mapping[str, float], name: str, floor: float | None) -> in
     return 1
 
 
-def chosen_stage(words: argparse.Namespace) -> tuple[RunConfig, str]:
+def select_stage(words: argparse.Namespace) -> tuple[RunConfig, str]:
     """The run and its stage. Raises ValueError for what the recipe lacks."""
     recipe = words.recipe or {"damsm": "attngan", "style": "gan_cls", "captioner": "mirrorgan"}.get(
         words.system, words.system
     )
-    settings = [f"preset={words.preset}", NOWHERE]
+    settings = [f"preset={words.preset}", EMPTY_STORAGE]
     run = configuration.load(recipe, settings)
     names = [name for name, stage in run.stages.items() if stage.system == words.system]
     if not names:

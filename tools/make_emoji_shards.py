@@ -1,10 +1,10 @@
-"""Make the embedded emoji shards from an unpacked archive of captioned emoji pictures.
+"""Make the embedded emoji shards from an unpacked archive of captioned emoji images.
 
     python tools/make_emoji_shards.py SOURCE_FOLDER OUT_FOLDER
 
-SOURCE_FOLDER holds captions.jsonl (one picture a line: image, split, captions, vendor, group, base) and the pictures.
-Kept are the vendors whose licences allow shipping with attribution (see NOTICE), English captions, and the archive's
-splits, which are by base emoji: no object of the test split is in any vendor's train split.
+SOURCE_FOLDER holds captions.jsonl (one image a line: image, split, captions, vendor, group, base) and the images. Only
+vendors whose licences allow redistribution with attribution are kept (see NOTICE). The archive's splits are used; they
+are by base emoji, so that no object of the test split is in any vendor's train split.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ def main(source: str, out: str) -> None:
     rows = [json.loads(line) for line in (folder / "captions.jsonl").read_text("utf-8").splitlines()]
     rows = [row for row in rows if row["vendor"] in VENDORS]
     classes = {base: number for number, base in enumerate(sorted({row["base"] for row in rows}))}
-    # mixed, so that neighbours are not three drawings of one emoji
+    # shuffled, so that neighbours are not three renderings of one emoji
     rows.sort(key=lambda row: hashlib.blake2b(row["image"].encode()).digest())
     samples = (record(row, folder, classes) for row in rows)
     write_shards(
         out, samples, source="emoji", licence=LICENCE, options={"vendors": list(VENDORS), "size": 64}, compress=True
     )
-    print(f"{len(rows)} pictures of {len(classes)} emoji in {out}")
+    print(f"{len(rows)} images of {len(classes)} emoji in {out}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Whole shards on local disk, shared by the processes of a host, so that later epochs ask the store for nothing.
+"""A cache of whole shards on local disk, shared by the processes of a node; later epochs do not read from the store.
 
-A file's name is the SHA-256 of its bytes. The order of reading is a random permutation, in which the shard that was
-used last is no likelier to come next: shards of the data set in use never push each other out, what does not fit is
-read from the store. Only shards of other data sets that nobody used for a while make room, the oldest first.
+A file's name is the SHA-256 of its content. Shards are read in the order of a random permutation, in which the one used
+last is no likelier to be next. The shards of the data set in use are therefore never evicted for each other: those
+that do not fit are read from the store. Only shards of other data sets that have not been used for a while are
+evicted, the oldest first.
 """
 
 from __future__ import annotations
@@ -26,17 +27,23 @@ from t2idist.data.shards import Shard
 logger = logging.getLogger(__name__)
 
 IDLE_SECONDS = 3600.0
-"""A shard of another data set may go when nobody used it for so long."""
+"""A shard of another data set may be evicted after this time without use."""
 _TOUCH_SECONDS = 300.0
 _FETCHES_IN_FLIGHT = 4
 _PART, _LOCK = ".part", ".lock"
 
 
 class ShardCache:
-    """Shards of one data set at `url`, kept in `folder`; may be used by several threads and processes.
+    """Local copies of the shards of one data set; safe for several threads and processes.
 
-    limit_bytes: of all files in `folder`, whichever process or data set they belong to. shards: all of this data set.
-    Trouble with the disk is told once, and then the cache is not used any more.
+    If the disk fails, a warning is logged once and the cache is disabled.
+
+    Args:
+        folder: Folder of the cached files.
+        limit_bytes: Limit for all files in `folder`, whichever process or data set they belong to.
+        url: Folder of the shard set.
+        shards: All shards of the set.
+        endpoint_url: Of the object store (None: the environment's).
     """
 
     def __init__(
@@ -48,41 +55,41 @@ class ShardCache:
         self._endpoint_url = endpoint_url
         self._own = {shard.sha256 for shard in shards}
         self._stop = threading.Event()
-        self._left_out: set[str] = set()
+        self._uncacheable: set[str] = set()
         self._touched: dict[str, float] = {}
         self._usable = True
         self._lock = threading.Lock()
 
     def read(self, shard: Shard, start: int, end: int) -> bytes | None:
-        """Bytes [start, end) of the shard, which is fetched first if need be; None where it is not to be had here."""
-        if not self._usable or shard.sha256 in self._left_out:
+        """Return bytes [start, end) of a shard, downloading it first if needed; None if it cannot be cached."""
+        if not self._usable or shard.sha256 in self._uncacheable:
             return None
         path = self._folder / shard.sha256
         try:
-            if not _whole(path, shard) and not self._fetch(path, shard):
-                self._left_out.add(shard.sha256)
+            if not _is_complete(path, shard) and not self._download(path, shard):
+                self._uncacheable.add(shard.sha256)
                 return None
             self._touch(path)
             with open(path, "rb") as file:
                 file.seek(start)
                 return file.read(end - start)
         except FileNotFoundError:
-            return None  # dropped by another process in this moment
+            return None  # evicted by another process just now
         except OSError as error:
             if error.errno is None:
-                raise  # the store's, not the disk's
+                raise  # an error of the store, not of the disk
             with self._lock:
-                told, self._usable = not self._usable, False
-            if not told:
-                logger.warning("the shard cache in %s is not used any more: %s", self._folder, error)
+                reported, self._usable = not self._usable, False
+            if not reported:
+                logger.warning("the shard cache in %s is disabled: %s", self._folder, error)
             return None
 
     def close(self) -> None:
-        """End fetches that wait for the store or for another process: they raise storage.Cancelled."""
+        """Cancel downloads that wait for the store or for another process; they raise storage.Cancelled."""
         self._stop.set()
 
     def drop(self, shard: Shard) -> None:
-        """Forget the local copy, whose bytes have proved wrong."""
+        """Delete the local copy, because its bytes are wrong."""
         with contextlib.suppress(OSError):
             (self._folder / shard.sha256).unlink(missing_ok=True)
 
@@ -92,20 +99,20 @@ class ShardCache:
             self._touched[path.name] = now
             os.utime(path)
 
-    def _fetch(self, path: Path, shard: Shard) -> bool:
-        """Whether the shard is there now, whole and verified."""
+    def _download(self, path: Path, shard: Shard) -> bool:
+        """Download a shard and verify its hash. Returns whether it is in the cache now."""
         self._folder.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + _PART)
         with self._locked(path.name):
-            if _whole(path, shard):
-                return True  # another process has fetched it in the meantime
-            for left_over in (part, path):  # of one that died; a file of another size
+            if _is_complete(path, shard):
+                return True  # another process has downloaded it in the meantime
+            for left_over in (part, path):  # of a process that died; of another size
                 left_over.unlink(missing_ok=True)
             if not self._reserve(part, shard.bytes):
                 return False
             try:
                 for _ in range(2):
-                    self._fill(part, shard)
+                    self._copy(part, shard)
                     if _sha256(part) == shard.sha256:
                         os.replace(part, path)
                         return True
@@ -114,7 +121,7 @@ class ShardCache:
             finally:
                 part.unlink(missing_ok=True)
 
-    def _fill(self, part: Path, shard: Shard) -> None:
+    def _copy(self, part: Path, shard: Shard) -> None:
         url = storage.join(self._url, shard.name)
 
         def fetch(first: int) -> None:
@@ -129,16 +136,16 @@ class ShardCache:
             os.fsync(file.fileno())
 
     def _reserve(self, part: Path, size_bytes: int) -> bool:
-        """Make a file of that size if the limit allows it; files of other data sets may go for it."""
+        """Create a file of that size if the limit allows it, evicting idle files of other data sets if needed."""
         with self._locked("cache"):
-            self._sweep()
+            self._remove_orphaned_parts()
             files = [entry for entry in self._folder.iterdir() if entry.suffix != _LOCK]
-            facts = sorted((entry.stat().st_mtime, entry.stat().st_size, entry.name) for entry in files)
-            excess = sum(size for _, size, _ in facts) + size_bytes - self._limit_bytes
+            usage = sorted((entry.stat().st_mtime, entry.stat().st_size, entry.name) for entry in files)
+            excess = sum(size for _, size, _ in usage) + size_bytes - self._limit_bytes
             idle = [
                 (size, name)
-                for moment, size, name in facts
-                if name not in self._own and not name.endswith(_PART) and time.time() - moment > IDLE_SECONDS
+                for used_at, size, name in usage
+                if name not in self._own and not name.endswith(_PART) and time.time() - used_at > IDLE_SECONDS
             ]
             if excess > sum(size for size, _ in idle):
                 return False
@@ -151,8 +158,8 @@ class ShardCache:
                 file.truncate(size_bytes)
             return True
 
-    def _sweep(self) -> None:
-        """Remove what processes that died have left unfinished: parts that nobody holds the lock of."""
+    def _remove_orphaned_parts(self) -> None:
+        """Remove unfinished files whose lock nobody holds: the processes that wrote them died."""
         for part in self._folder.glob(f"*{_PART}"):
             lock = FileLock(self._folder / f"{part.stem}{_LOCK}")
             with contextlib.suppress(Timeout), lock.acquire(timeout=0):
@@ -174,8 +181,8 @@ class ShardCache:
             lock.release()
 
 
-def _whole(path: Path, shard: Shard) -> bool:
-    """Whether a finished copy is there; one of another size is none."""
+def _is_complete(path: Path, shard: Shard) -> bool:
+    """Return whether there is a file of the shard's size."""
     try:
         return path.stat().st_size == shard.bytes
     except FileNotFoundError:

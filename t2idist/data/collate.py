@@ -1,4 +1,4 @@
-"""From stored samples to the rows of a batch in host memory."""
+"""Turn encoded samples into the rows of a batch in host memory."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ import torch
 from numpy.typing import NDArray
 
 from t2idist.contract import Batch, Captions
-from t2idist.data.reader import Bad, Encoded
-from t2idist.data.shards import Split, VectorFacts
+from t2idist.data.reader import BadSample, EncodedImage
+from t2idist.data.shards import SentenceVectorInfo, Split
 from t2idist.data.tokenizer import Vocabulary
-from t2idist.data.transforms import CAPTION, WORDS, crop_and_flip, decode, fill_pyramid, shorter_side
+from t2idist.data.transforms import CAPTION, WORD_SUBSET, crop_and_flip, decode, fill_pyramid, shorter_side
 
 
 @dataclass(frozen=True)
 class RowTask:
-    """What goes where: sample `index` of the split, with its random words, into row `row` of the batch."""
+    """One row of a batch to fill."""
 
     row: int
     index: int
-    draw: NDArray[np.uint64] | None
-    encoded: Encoded | Bad
+    """Index of the sample in its split."""
+    bits: NDArray[np.uint64] | None
+    """(8,) random bits of the sample's position in the run; None: no augmentation (evaluation)."""
+    encoded: EncodedImage | BadSample
 
 
 class BatchBuffer:
-    """Host memory of one batch; rows may be filled by several threads."""
+    """Host memory of one batch; several threads may fill different rows."""
 
     def __init__(self, samples: int, sizes: Sequence[int], max_words: int, attributes: int, vector_dim: int) -> None:
         self.images = [np.zeros((samples, 3, size, size), dtype=np.uint8) for size in sizes]
@@ -39,32 +41,33 @@ class BatchBuffer:
         self.vectors = np.zeros((samples, vector_dim), dtype=np.float32)
         self.ids = [""] * samples
         self.bad: dict[int, str] = {}
+        """Rows that could not be filled, with the reason."""
 
     @property
-    def bytes(self) -> int:
-        return sum(array.nbytes for array in (*self.images, *self._numbers))
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in (*self.images, *self._labels))
 
     @property
-    def _numbers(self) -> tuple[NDArray[Any], ...]:
+    def _labels(self) -> tuple[NDArray[Any], ...]:
         return self.tokens, self.lengths, self.class_ids, self.attributes, self.vectors
 
     def copy_row(self, source: int, target: int) -> None:
-        for array in (*self.images, *self._numbers):
+        for array in (*self.images, *self._labels):
             array[target] = array[source]
         self.ids[target] = self.ids[source]
 
-    def rows(self, kept: Sequence[int]) -> BatchBuffer:
-        """Only these rows, in this order."""
-        if len(kept) == len(self.ids):
+    def select(self, rows: Sequence[int]) -> BatchBuffer:
+        """Return these rows, in this order."""
+        if len(rows) == len(self.ids):
             return self
-        fewer = BatchBuffer(0, (), 0, 0, 0)
-        fewer.images = [image[kept] for image in self.images]
-        numbers = (array[kept] for array in self._numbers)
-        fewer.tokens, fewer.lengths, fewer.class_ids, fewer.attributes, fewer.vectors = numbers
-        fewer.ids = [self.ids[row] for row in kept]
-        return fewer
+        selected = BatchBuffer(0, (), 0, 0, 0)
+        selected.images = [image[rows] for image in self.images]
+        labels = (array[rows] for array in self._labels)
+        selected.tokens, selected.lengths, selected.class_ids, selected.attributes, selected.vectors = labels
+        selected.ids = [self.ids[row] for row in rows]
+        return selected
 
-    def batch(self, groups: int) -> Batch:
+    def to_batch(self, groups: int) -> Batch:
         return Batch(
             images=tuple(torch.from_numpy(image) for image in self.images),
             captions=Captions(*(torch.from_numpy(array) for array in (self.tokens, self.lengths, self.vectors))),
@@ -77,81 +80,92 @@ class BatchBuffer:
 
 @dataclass(frozen=True)
 class SampleTransform:
-    """How a sample becomes a row.
-
-    attributes: number by name. crop, flip, vectors_mean_of: as in DataConfig. vectors: of the data set (None: it has
-    none). caption: which one, where nothing is drawn.
-    """
+    """The transform from an encoded sample to a row of a batch."""
 
     split: Split
     vocabulary: Vocabulary
     attributes: Mapping[str, int]
+    """Column of each attribute."""
     max_words: int
     crop: float
+    """As in DataConfig."""
     flip: bool
-    vectors: VectorFacts | None
+    vector_info: SentenceVectorInfo | None
+    """The data set's sentence vectors (None: it has none)."""
     vectors_mean_of: int = 1
+    """As in DataConfig."""
     caption: int = 0
+    """The caption to use if none is drawn."""
 
     @property
     def vector_dim(self) -> int:
-        return 0 if self.vectors is None else self.vectors.dim
+        return 0 if self.vector_info is None else self.vector_info.dim
 
-    def arrays(self, samples: int, sizes: Sequence[int]) -> BatchBuffer:
-        """Room for so many rows."""
+    def new_buffer(self, samples: int, sizes: Sequence[int]) -> BatchBuffer:
+        """Allocate a buffer of that many rows, with images of these sizes."""
         return BatchBuffer(samples, sizes, self.max_words, len(self.attributes), self.vector_dim)
 
-    def fill(self, arrays: BatchBuffer, places: Sequence[RowTask]) -> None:
-        """Fill the rows, which follow on each other; those that cannot be filled are named in `arrays.bad`."""
-        size = arrays.images[-1].shape[-1]
-        pictures = np.zeros((len(places), size, size, 3), dtype=np.uint8)
-        for place, picture in zip(places, pictures, strict=True):
+    def fill(self, buffer: BatchBuffer, tasks: Sequence[RowTask]) -> None:
+        """Fill consecutive rows; record those that cannot be filled in `buffer.bad`."""
+        size = buffer.images[-1].shape[-1]
+        images = np.zeros((len(tasks), size, size, 3), dtype=np.uint8)
+        for task, image in zip(tasks, images, strict=True):
             try:
-                self._fill_one(arrays, place, picture)
+                self._fill_row(buffer, task, image)
             except ValueError as error:
-                arrays.bad[place.row] = str(error)
-        rows = slice(places[0].row, places[-1].row + 1)
-        fill_pyramid(pictures, [image[rows] for image in arrays.images])
+                buffer.bad[task.row] = str(error)
+        rows = slice(tasks[0].row, tasks[-1].row + 1)
+        fill_pyramid(images, [image[rows] for image in buffer.images])
 
-    def _fill_one(self, arrays: BatchBuffer, place: RowTask, picture: NDArray[np.uint8]) -> None:
-        row = place.row
-        arrays.ids[row] = self.split.keys[place.index]
-        if isinstance(place.encoded, Bad):
-            raise ValueError(place.encoded.reason)
-        ids, length, number = self.words(place.index, place.draw)
-        if self.vectors is not None:
-            arrays.vectors[row] = self._vector(self.vectors, place, number)
-        size = picture.shape[0]
-        decoded = decode(place.encoded, shorter_side(size, self.crop))
-        picture[...] = np.asarray(crop_and_flip(decoded, size, self.crop, self.flip, place.draw))
-        arrays.tokens[row], arrays.lengths[row] = ids, length
-        arrays.class_ids[row] = self.split.class_ids[place.index]
-        arrays.attributes[row, [self.attributes[name] for name in self.split.attributes(place.index)]] = 1.0
+    def _fill_row(self, buffer: BatchBuffer, task: RowTask, image: NDArray[np.uint8]) -> None:
+        row = task.row
+        buffer.ids[row] = self.split.keys[task.index]
+        if isinstance(task.encoded, BadSample):
+            raise ValueError(task.encoded.reason)
+        tokens, length, caption = self.encode_caption(task.index, task.bits)
+        if self.vector_info is not None:
+            buffer.vectors[row] = self._sentence_vector(self.vector_info, task, caption)
+        size = image.shape[0]
+        decoded = decode(task.encoded, shorter_side(size, self.crop))
+        image[...] = np.asarray(crop_and_flip(decoded, size, self.crop, self.flip, task.bits))
+        buffer.tokens[row], buffer.lengths[row] = tokens, length
+        buffer.class_ids[row] = self.split.class_ids[task.index]
+        buffer.attributes[row, [self.attributes[name] for name in self.split.attributes(task.index)]] = 1.0
 
-    def words(self, index: int, draw: NDArray[np.uint64] | None) -> tuple[NDArray[np.int64], int, int]:
-        """A caption's word numbers, how many, and which caption; one with no known word gives way to the next."""
+    def encode_caption(self, index: int, bits: NDArray[np.uint64] | None) -> tuple[NDArray[np.int64], int, int]:
+        """Encode a caption of a sample.
+
+        A caption without known words is skipped in favour of the next one. A sample of a set without captions gets one
+        token of padding.
+
+        Returns:
+            Token ids (max_words,), their number, and the index of the caption.
+
+        Raises:
+            ValueError: If the sample has captions, but none with a known word.
+        """
         captions = self.split.captions(index)
         if not captions:
-            return np.zeros(self.max_words, dtype=np.int64), 1, 0  # a set without captions: one word of padding
-        first = (self.caption if draw is None else int(draw[CAPTION])) % len(captions)
-        seed = None if draw is None else int(draw[WORDS])
-        for number in (*range(first, len(captions)), *range(first)):
+            return np.zeros(self.max_words, dtype=np.int64), 1, 0
+        first = (self.caption if bits is None else int(bits[CAPTION])) % len(captions)
+        seed = None if bits is None else int(bits[WORD_SUBSET])
+        for caption in (*range(first, len(captions)), *range(first)):
             try:
-                return *self.vocabulary.encode(captions[number], self.max_words, seed), number
+                return *self.vocabulary.encode(captions[caption], self.max_words, seed), caption
             except ValueError:
                 continue
         raise ValueError("no caption of it has a word of the vocabulary")
 
-    def _vector(self, facts: VectorFacts, place: RowTask, number: int) -> NDArray[np.float32]:
-        """That of caption `number`; in training the mean with those of others, drawn without repetition."""
-        assert isinstance(place.encoded, Encoded)
-        captions = len(self.split.captions(place.index))
-        vectors = facts.read(place.encoded.vectors, captions)
+    def _sentence_vector(self, info: SentenceVectorInfo, task: RowTask, caption: int) -> NDArray[np.float32]:
+        """Return the vector of a caption (D,); in training, its mean with those of other captions, drawn at random."""
+        assert isinstance(task.encoded, EncodedImage)
+        captions = len(self.split.captions(task.index))
+        vectors = info.decode(task.encoded.vectors, captions)
         if not captions:
-            return np.zeros(facts.dim, dtype=np.float32)
-        chosen = [number]
-        if place.draw is not None and self.vectors_mean_of > 1:
-            generator = np.random.Generator(np.random.Philox(key=int(place.draw[CAPTION])))
-            others = generator.permutation(np.delete(np.arange(captions), number))
+            return np.zeros(info.dim, dtype=np.float32)
+        chosen = [caption]
+        if task.bits is not None and self.vectors_mean_of > 1:
+            generator = np.random.Generator(np.random.Philox(key=int(task.bits[CAPTION])))
+            others = generator.permutation(np.delete(np.arange(captions), caption))
             chosen += others[: self.vectors_mean_of - 1].tolist()
         return np.asarray(vectors[chosen].mean(axis=0), dtype=np.float32)

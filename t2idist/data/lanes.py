@@ -1,4 +1,4 @@
-"""One group's way through its windows, with no more in memory than one window and a little."""
+"""The sample stream of one group, which holds little more than one window in memory."""
 
 from __future__ import annotations
 
@@ -7,74 +7,79 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from t2idist.data.order import Order, SampleRange, WindowSlice
-from t2idist.data.reader import Bad, Encoded, ShardReader
+from t2idist.data.reader import BadSample, EncodedImage, ShardReader
 
 READ_SAMPLES = 128
-"""What one request reads, at most."""
+"""The largest number of samples in one read request."""
 
 
 class Lane:
-    """One group's windows: the samples of the one in use that are left, and reads of the next as those are used up.
+    """Read the windows of one lane in order, each in the background while the one before it is consumed.
 
-    ahead: samples that may be held besides one window's.
+    Args:
+        lane: Index of the lane, which is the index of its group.
+        order: Order of the run.
+        reader: Reads ranges of samples.
+        pool: Threads that run the reads.
+        ahead: Number of samples that may be held in addition to one window.
     """
 
-    def __init__(self, number: int, order: Order, reader: ShardReader, pool: ThreadPoolExecutor, ahead: int) -> None:
-        self._number = number
+    def __init__(self, lane: int, order: Order, reader: ShardReader, pool: ThreadPoolExecutor, ahead: int) -> None:
+        self._lane = lane
         self._order = order
         self._reader = reader
         self._pool = pool
         self._ahead = ahead
-        self._window: tuple[int, int] | None = None
-        self._samples: dict[int, Encoded | Bad] = {}
+        self._current: tuple[int, int] | None = None  # (epoch, window)
+        self._samples: dict[int, EncodedImage | BadSample] = {}
         self._next: tuple[int, int] | None = None
         self._unread: deque[SampleRange] = deque()
-        self._reads: deque[Future[list[Encoded | Bad]]] = deque()
-        self._started = 0
+        self._reads: deque[Future[list[EncodedImage | BadSample]]] = deque()
+        self._requested = 0
 
-    def take(self, piece: WindowSlice) -> list[Encoded | Bad]:
-        """The samples at the piece's places, which are forgotten here."""
-        window = (piece.epoch, piece.number)
-        places = self._order.window(piece.epoch, self._number, piece.number).permutation
-        if window != self._window:
+    def pop(self, part: WindowSlice) -> list[EncodedImage | BadSample]:
+        """Return the samples of a slice, in order, and drop them from memory. Slices must come in order."""
+        window = (part.epoch, part.window)
+        positions = self._order.window(part.epoch, self._lane, part.window).permutation
+        if window != self._current:
             if window != self._next:
-                self._plan(window)
-            self._start(len(places))
-            self._samples = dict(enumerate(self._read()))
-            for i in places[: piece.start]:  # the run begins in mid-window
+                self._schedule(window)
+            self._request(len(positions))
+            self._samples = dict(enumerate(self._await_reads()))
+            for i in positions[: part.start]:  # the run resumes within this window
                 del self._samples[int(i)]
-            self._window = window
-            self._plan(self._after(window))
-        end = piece.start + piece.count
-        self._start(end + self._order.window_samples - len(places) + self._ahead)
-        return [self._samples.pop(int(i)) for i in places[piece.start : end]]
+            self._current = window
+            self._schedule(self._following(window))
+        end = part.start + part.count
+        self._request(end + self._order.window_samples - len(positions) + self._ahead)
+        return [self._samples.pop(int(i)) for i in positions[part.start : end]]
 
-    def _plan(self, window: tuple[int, int]) -> None:
-        """Make `window` the next one; nothing of it is read yet."""
+    def _schedule(self, window: tuple[int, int]) -> None:
+        """Make `window` the next one to read, without requesting any of it yet."""
         self._next = window
-        runs = self._order.window(window[0], self._number, window[1]).runs
-        self._unread = deque(part for run in runs for part in _short_runs(run))
-        self._started = 0
+        ranges = self._order.window(window[0], self._lane, window[1]).ranges
+        self._unread = deque(request for samples in ranges for request in _split_range(samples))
+        self._requested = 0
 
-    def _start(self, samples: int) -> None:
-        """Start reads of the next window until they make up at least so many of its samples."""
-        while self._unread and self._started < samples:
-            run = self._unread.popleft()
-            self._started += run.count
-            self._reads.append(self._pool.submit(self._reader.read, run))
+    def _request(self, samples: int) -> None:
+        """Submit reads of the next window until at least `samples` of its samples are requested."""
+        while self._unread and self._requested < samples:
+            request = self._unread.popleft()
+            self._requested += request.count
+            self._reads.append(self._pool.submit(self._reader.read, request))
 
-    def _read(self) -> Iterator[Encoded | Bad]:
+    def _await_reads(self) -> Iterator[EncodedImage | BadSample]:
         while self._reads:
             yield from self._reads.popleft().result()
 
-    def _after(self, window: tuple[int, int]) -> tuple[int, int]:
-        epoch, number = window[0], window[1] + 1
-        while number >= self._order.lane_windows(epoch, self._number):  # a lane may have nothing in a tiny epoch
-            epoch, number = epoch + 1, 0
-        return epoch, number
+    def _following(self, window: tuple[int, int]) -> tuple[int, int]:
+        epoch, index = window[0], window[1] + 1
+        while index >= self._order.lane_windows(epoch, self._lane):  # a lane may have no sample of a tiny epoch
+            epoch, index = epoch + 1, 0
+        return epoch, index
 
 
-def _short_runs(run: SampleRange) -> Iterator[SampleRange]:
-    """The run in pieces of what one request reads."""
-    for first in range(0, run.count, READ_SAMPLES):
-        yield SampleRange(run.shard, run.first + first, min(READ_SAMPLES, run.count - first))
+def _split_range(samples: SampleRange) -> Iterator[SampleRange]:
+    """Split a range into read requests."""
+    for first in range(0, samples.count, READ_SAMPLES):
+        yield SampleRange(samples.shard, samples.first + first, min(READ_SAMPLES, samples.count - first))

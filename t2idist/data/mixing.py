@@ -1,4 +1,4 @@
-"""Several data sets that take turns: step s reads set s % n, each in an order and with epochs of its own."""
+"""Alternate between data sets: step s reads data set s % n. Each has its own order and epochs."""
 
 from __future__ import annotations
 
@@ -6,31 +6,34 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from t2idist import storage
-from t2idist.config import DataConfig
 from t2idist.contract import Batch, DataInfo
-from t2idist.data.loader import Loader, open_loader
+from t2idist.data.loader import Loader, LoaderSpec, open_loader
 from t2idist.data.shards import Dataset
 
 
 def data_info(datasets: Sequence[Dataset]) -> DataInfo:
-    """What a system may know of them: the vocabulary of the first, the samples of all, the attributes of each."""
-    each = [dataset.extent for dataset in datasets]
+    """Return what a system is built from: the first set's vocabulary, the number of all images, each set's attributes.
+
+    Sentence vectors, too, are those of the first set.
+    """
+    infos = [dataset.info for dataset in datasets]
     return replace(
-        each[0],
-        epoch_images=sum(extent.epoch_images for extent in each),
-        attributes=tuple(extent.attributes[0] for extent in each),
+        infos[0],
+        epoch_images=sum(info.epoch_images for info in infos),
+        attributes=tuple(info.attributes[0] for info in infos),
     )
 
 
 def steps_of_domain(domain: int, domains: int, step: int) -> int:
-    """How many of the first `step` steps read set number `domain` of `domains`."""
+    """Return how many of the first `step` steps read data set `domain` out of `domains`."""
     return -(-max(step - domain, 0) // domains)
 
 
 class MixedLoader:
-    """The batches of one worker, each of the data set whose turn it is; `Batch.domain` says which.
+    """The batches of one worker, from each data set in turn; `Batch.domain` is the index of the data set.
 
-    Accounts are those of `Loader`, summed; a sample in the quarantine is named with its set.
+    The attributes are those of `Loader`, summed over the data sets. If there are several, a key in the quarantine is
+    preceded by the URL of its set.
     """
 
     def __init__(self, loaders: Sequence[Loader], names: Sequence[str], step: int) -> None:
@@ -46,8 +49,8 @@ class MixedLoader:
         self.samples_read = sum(each.samples_read for each in self._loaders)
         self.bad_reads = sum(each.bad_reads for each in self._loaders)
         self.wait_seconds = sum(each.wait_seconds for each in self._loaders)
-        of_set = f"{self._names[domain]}: " if len(self._loaders) > 1 else ""
-        self.quarantine |= {f"{of_set}{key}": reason for key, reason in loader.quarantine.items()}
+        prefix = f"{self._names[domain]}: " if len(self._loaders) > 1 else ""
+        self.quarantine |= {f"{prefix}{key}": reason for key, reason in loader.quarantine.items()}
         return batch
 
     def close(self) -> None:
@@ -55,43 +58,24 @@ class MixedLoader:
             loader.close()
 
 
-def open_mixed_loader(
-    datasets: Sequence[Dataset],
-    split: str,
-    *,
-    config: DataConfig,
-    sizes: tuple[int, ...],
-    groups: Sequence[int],
-    total_groups: int,
-    group_size: int,
-    seeds: Sequence[int],
-    step0: int,
-) -> MixedLoader:
-    """The training batches of this worker's groups from step `step0` on, as `open_loader` gives those of one set.
+def open_mixed_loader(datasets: Sequence[Dataset], spec: LoaderSpec, seeds: Sequence[int]) -> MixedLoader:
+    """Start loading batches from several data sets in turn.
 
-    seeds: of each set's order. Threads and memory for reading ahead are shared between the sets. Raises ValueError as
-    `open_loader` does.
+    Args:
+        datasets: The data sets.
+        spec: As for `open_loader`; threads and memory for prefetching are divided among the sets.
+        seeds: The seed of each set's order.
     """
     count = len(datasets)
-    own = replace(config, threads=-(-config.threads // count), prefetch_mib=-(-config.prefetch_mib // count))
+    threads, prefetch_mib = -(-spec.config.threads // count), -(-spec.config.prefetch_mib // count)
+    share = replace(spec, config=replace(spec.config, threads=threads, prefetch_mib=prefetch_mib))
     loaders: list[Loader] = []
     try:
         for domain, (dataset, seed) in enumerate(zip(datasets, seeds, strict=True)):
-            loaders.append(
-                open_loader(
-                    dataset,
-                    split,
-                    config=own,
-                    sizes=sizes,
-                    groups=groups,
-                    total_groups=total_groups,
-                    group_size=group_size,
-                    seed=seed,
-                    step0=steps_of_domain(domain, count, step0),
-                )
-            )
+            step0 = steps_of_domain(domain, count, spec.step0)
+            loaders.append(open_loader(dataset, replace(share, step0=step0), seed))
     except BaseException:
         for loader in loaders:
             loader.close()
         raise
-    return MixedLoader(loaders, [storage.redact(dataset.url) for dataset in datasets], step0)
+    return MixedLoader(loaders, [storage.redact(dataset.url) for dataset in datasets], spec.step0)

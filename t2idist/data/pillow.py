@@ -1,4 +1,4 @@
-"""Pillow as this package uses it; import it in place of PIL wherever pictures are decoded."""
+"""Pillow with this package's memory settings; import `Image` from here wherever images are decoded."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from PIL import Image as Image
 
 _MEMORY_BLOCKS_KEPT = 8
 
-# Pillow gives each picture's memory back to the system at once; page faults then cost a quarter of the decoding time.
+# By default Pillow returns each image's memory to the system at once; the page faults cost a quarter of decoding time.
 Image.core.set_blocks_max(_MEMORY_BLOCKS_KEPT)  # type: ignore[attr-defined]

@@ -1,4 +1,7 @@
-"""From a range of samples to their encoded pictures: our own bytes, webdataset's tar stage, nothing else of it."""
+"""Read ranges of samples as encoded images.
+
+The bytes come from our own storage layer; of webdataset, only the stage that expands tar members is used.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from t2idist.data.order import SampleRange
 from t2idist.data.sample_format import EXTENSIONS, VECTORS
 from t2idist.data.shards import Dataset, Shard, inflate
 
-os.environ["WDS_SECURE"] = "1"  # no pipe: URLs, should webdataset ever be handed one; read when it is imported
+os.environ["WDS_SECURE"] = "1"  # webdataset reads it on import: no pipe: URLs, whatever it is given
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 logger = logging.getLogger(__name__)
@@ -35,23 +38,31 @@ _KINDS = {
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A picture as it is stored. extension: webp, png or jpg. vectors: those of its captions, as they are stored."""
+class EncodedImage:
+    """An image as stored."""
 
     data: bytes
     extension: str
+    """webp, png or jpg."""
     vectors: bytes = b""
+    """The .npy file of its captions' sentence vectors (empty: none)."""
 
 
 @dataclass(frozen=True)
-class Bad:
-    """In the place of a sample that cannot be used, and why."""
+class BadSample:
+    """Stands for a sample that is unusable."""
 
     reason: str
 
 
 class ShardReader:
-    """Reads samples of one split; may be used by several threads. cache: keeps whole shards here (None: no cache)."""
+    """Read the samples of one split; thread-safe.
+
+    Args:
+        dataset: The shard set.
+        split: Name of the split.
+        cache: Local cache of whole shards (None: every read goes to the store).
+    """
 
     def __init__(self, dataset: Dataset, split: str, cache: ShardCache | None = None) -> None:
         self._url = dataset.url
@@ -67,78 +78,83 @@ class ShardReader:
 
     @property
     def mean_bytes(self) -> int:
-        """Of a sample of the split."""
+        """Mean size in bytes of a stored sample."""
         return int(self._split.lengths.mean()) if len(self._split) else 0
 
     def close(self) -> None:
-        """End reads that wait for the store to come back: they raise storage.Cancelled."""
+        """Cancel reads that wait for the store to recover; they raise storage.Cancelled."""
         self._stop.set()
         if self._cache is not None:
             self._cache.close()
 
-    def read(self, run: SampleRange) -> list[Encoded | Bad]:
-        """The run's samples in order; bytes that are not those of the manifest are read once more from the store.
+    def read(self, samples: SampleRange) -> list[EncodedImage | BadSample]:
+        """Read a range of samples, in order.
 
-        Raises ValueError when the shard is missing, or shorter than the manifest says.
+        If bytes differ from the hashes in the manifest, the range is read once more, from the store.
+
+        Raises:
+            ValueError: If the shard is missing, or shorter than the manifest says.
         """
-        shard = self._split.shards[run.shard]
-        first = self._starts[run.shard] + run.first
-        places = range(first, first + run.count)
-        keys = [self._split.keys[i] for i in places]
-        data, pieces = self._pieces(shard, places, self._cache)
-        wrong = self._wrong(places, pieces)
-        if wrong:
-            named = ", ".join(self._split.keys[i] for i in sorted(wrong)[:5])
-            logger.warning("%s: wrong bytes of %d samples (%s); reading again", self._where(shard), len(wrong), named)
-            self._forget(shard)
-            data, pieces = self._pieces(shard, places, None)
-            wrong = self._wrong(places, pieces)
-        if not wrong:
+        shard = self._split.shards[samples.shard]
+        first = self._starts[samples.shard] + samples.first
+        indices = range(first, first + samples.count)
+        keys = [self._split.keys[i] for i in indices]
+        data, parts = self._read_parts(shard, indices, self._cache)
+        corrupt = self._corrupt(indices, parts)
+        if corrupt:
+            named = ", ".join(self._split.keys[i] for i in sorted(corrupt)[:5])
+            logger.warning(
+                "%s: wrong bytes of %d samples (%s); reading again", self._location(shard), len(corrupt), named
+            )
+            self._evict(shard)
+            data, parts = self._read_parts(shard, indices, None)
+            corrupt = self._corrupt(indices, parts)
+        if not corrupt:
             try:
-                found = _expand(keys[0], data)
-                return [found[key] for key in keys]
+                images = _parse_samples(keys[0], data)
+                return [images[key] for key in keys]
             except (KeyError, ValueError, tarfile.TarError, OSError, EOFError):
-                pass  # find out below which sample it is
+                pass  # parsing them one by one shows which sample it is
         return [
-            Bad("its bytes differ from the manifest's hash") if i in wrong else _expand_one(key, piece)
-            for i, key, piece in zip(places, keys, pieces, strict=True)
+            BadSample("its bytes differ from the manifest's hash") if i in corrupt else _parse_sample(key, part)
+            for i, key, part in zip(indices, keys, parts, strict=True)
         ]
 
-    def _pieces(self, shard: Shard, places: range, cache: ShardCache | None) -> tuple[bytes, list[memoryview]]:
-        """The samples' bytes, all in one and each alone."""
+    def _read_parts(self, shard: Shard, indices: range, cache: ShardCache | None) -> tuple[bytes, list[memoryview]]:
+        """Return the bytes of all samples together, and a view of each one's."""
         offsets, lengths = self._split.offsets, self._split.lengths
-        start, end = int(offsets[places[0]]), int(offsets[places[-1]] + lengths[places[-1]])
+        start, end = int(offsets[indices[0]]), int(offsets[indices[-1]] + lengths[indices[-1]])
         try:
-            data = self._range(shard, start, end, cache)
+            data = self._read_tar(shard, start, end, cache)
         except FileNotFoundError:
-            raise ValueError(f"{self._where(shard)}: is missing, though dataset.json lists it") from None
+            raise ValueError(f"{self._location(shard)}: is missing, though dataset.json lists it") from None
         if len(data) != end - start:
             raise ValueError(
-                f"{self._where(shard)}: {len(data)} bytes from {start} on; the manifest needs {end - start}"
+                f"{self._location(shard)}: {len(data)} bytes from {start} on; the manifest needs {end - start}"
             )
         view = memoryview(data)
-        return data, [view[offsets[i] - start : offsets[i] - start + lengths[i]] for i in places]
+        return data, [view[offsets[i] - start : offsets[i] - start + lengths[i]] for i in indices]
 
-    def _wrong(self, places: range, pieces: list[memoryview]) -> set[int]:
-        """Samples whose bytes are not those of the manifest."""
-        hashes = (hashlib.sha256(piece).digest() for piece in pieces)
-        return {i for i, found in zip(places, hashes, strict=True) if found != self._split.sha256(i)}
+    def _corrupt(self, indices: range, parts: list[memoryview]) -> set[int]:
+        """Return the samples whose bytes differ from the manifest's hash."""
+        hashes = (hashlib.sha256(part).digest() for part in parts)
+        return {i for i, digest in zip(indices, hashes, strict=True) if digest != self._split.sha256(i)}
 
-    def _forget(self, shard: Shard) -> None:
+    def _evict(self, shard: Shard) -> None:
         if self._cache is not None:
             self._cache.drop(shard)
         with self._lock:
             self._inflated.pop(shard.name, None)
 
-    def _where(self, shard: Shard) -> str:
+    def _location(self, shard: Shard) -> str:
         return storage.redact(storage.join(self._url, shard.name))
 
-    def _range(self, shard: Shard, start: int, end: int, cache: ShardCache | None) -> bytes:
+    def _read_tar(self, shard: Shard, start: int, end: int, cache: ShardCache | None) -> bytes:
         if not shard.name.endswith(".gz"):
-            return self._stored(shard, start, end, cache)
+            return self._read_stored(shard, start, end, cache)
         with self._lock:
             if shard.name not in self._inflated:
-                data = self._stored(shard, 0, shard.bytes, cache)
+                data = self._read_stored(shard, 0, shard.bytes, cache)
                 self._inflated[shard.name] = self._inflate(data, shard)
                 while len(self._inflated) > 1 and sum(map(len, self._inflated.values())) > _INFLATED_BYTES_KEPT:
                     self._inflated.popitem(last=False)
@@ -149,28 +165,28 @@ class ShardReader:
         try:
             return inflate(data, shard)
         except ValueError as error:
-            raise ValueError(f"{self._where(shard)}: {error}") from None
+            raise ValueError(f"{self._location(shard)}: {error}") from None
 
-    def _stored(self, shard: Shard, start: int, end: int, cache: ShardCache | None) -> bytes:
-        kept = None if cache is None else cache.read(shard, start, end)
-        if kept is not None:
-            return kept
+    def _read_stored(self, shard: Shard, start: int, end: int, cache: ShardCache | None) -> bytes:
+        cached = None if cache is None else cache.read(shard, start, end)
+        if cached is not None:
+            return cached
         url = storage.join(self._url, shard.name)
         return storage.read_bytes(url, start, end, endpoint_url=self._endpoint_url, stop=self._stop)
 
 
-def _expand(first_key: str, data: memoryview | bytes) -> dict[str, Encoded]:
-    """The pictures in consecutive samples' bytes, by key."""
+def _parse_samples(first_key: str, data: memoryview | bytes) -> dict[str, EncodedImage]:
+    """Parse the bytes of consecutive samples; returns their images by key."""
     if bytes(data[: len(first_key) + 1]) != f"{first_key}.".encode():
-        raise ValueError(f"no tar header of sample {first_key} at its place")  # so it is no compressed stream either
+        raise ValueError(f"no tar header of sample {first_key} at its offset")  # nor is it a compressed stream
     _check_members(data)
     source = [{"url": first_key, "stream": io.BytesIO(data)}]
-    samples = group_by_keys(tar_file_expander(source, select_files=_wanted))
-    return {sample["__key__"]: _picture(sample) for sample in samples}
+    samples = group_by_keys(tar_file_expander(source, select_files=_select_member))
+    return {sample["__key__"]: _encoded_image(sample) for sample in samples}
 
 
 def _check_members(data: memoryview | bytes) -> None:
-    """Raises ValueError for a member that is no plain file, and for sizes that do not fit the bytes."""
+    """Raise ValueError for a member that is not a plain file, and for sizes that do not match the bytes."""
     at = 0
     while at < len(data):
         header = bytes(data[at : at + tarfile.BLOCKSIZE])
@@ -184,25 +200,25 @@ def _check_members(data: memoryview | bytes) -> None:
         size = int(digits, 8)
         at += tarfile.BLOCKSIZE + size + -size % tarfile.BLOCKSIZE
     if at != len(data):
-        raise ValueError("its members do not fit its bytes")
+        raise ValueError("its members do not match its size")
 
 
-def _expand_one(key: str, data: memoryview) -> Encoded | Bad:
+def _parse_sample(key: str, data: memoryview) -> EncodedImage | BadSample:
     try:
-        return _expand(key, data)[key]
+        return _parse_samples(key, data)[key]
     except (KeyError, ValueError, tarfile.TarError, OSError, EOFError) as error:
-        return Bad(f"not readable in its shard: {error!r}"[:200])
+        return BadSample(f"not readable in its shard: {error!r}"[:200])
 
 
-def _wanted(name: str) -> bool:
-    """Whether to read a member; raises ValueError for a name that leaves its folder."""
+def _select_member(name: str) -> bool:
+    """Return whether to read a member; raises ValueError for a name that leaves its folder."""
     if name.startswith("/") or ".." in name.split("/") or "\\" in name:
         raise ValueError(f"member name {name[:100]!r} is not allowed")
     return not name.endswith(".json")
 
 
-def _picture(sample: dict[str, bytes]) -> Encoded:
+def _encoded_image(sample: dict[str, bytes]) -> EncodedImage:
     for extension in EXTENSIONS:
         if extension in sample:
-            return Encoded(sample[extension], extension, sample.get(VECTORS, b""))
-    raise ValueError(f"no picture ({', '.join(EXTENSIONS)}) among its members {[n for n in sample if n[:2] != '__']}")
+            return EncodedImage(sample[extension], extension, sample.get(VECTORS, b""))
+    raise ValueError(f"no image ({', '.join(EXTENSIONS)}) among its members {[n for n in sample if n[:2] != '__']}")

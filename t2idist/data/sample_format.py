@@ -1,7 +1,7 @@
-"""One sample as it lies in a shard: consecutive tar members ``<key>.<webp|png|jpg>``, ``<key>.json``, and in a set with
-sentence vectors ``<key>.vectors.npy``.
+"""The format of a sample in a shard.
 
-Kept free of heavy imports, because every process that makes samples loads it.
+Consecutive tar members ``<key>.<webp|png|jpg>``, ``<key>.json``, and in a set with sentence vectors
+``<key>.vectors.npy``. This module avoids heavy imports, because every process that makes samples loads it.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ MAX_VECTOR_DIM = 1 << 16
 
 @dataclass(frozen=True)
 class SampleRecord:
-    """One picture with what is known about it, as the writer takes it.
-
-    image: encoded bytes, stored as they are. extension: webp, png or jpg. class_id: samples of one class are not each
-    other's negatives (None: each sample is its own class). width, height: of the encoded picture, in pixels. vectors:
-    (captions, D) float16 or float32, one for each caption in their order (None: a set without).
-    """
+    """A sample as the shard writer takes it."""
 
     split: str
     key: str
     image: bytes
+    """Encoded image, stored unchanged."""
     extension: str
+    """webp, png or jpg."""
     captions: tuple[str, ...]
     width: int
+    """Of the encoded image, in pixels."""
     height: int
     attributes: tuple[str, ...] = ()
     class_id: int | None = None
+    """Samples of one class are not each other's negatives (None: a class of its own)."""
     vectors: NDArray[Any] | None = None
+    """Sentence vectors (captions, D), float16 or float32, in the order of the captions (None: the set has none)."""
 
     def __post_init__(self) -> None:
         if not KEY_PATTERN.fullmatch(self.key):
@@ -62,21 +62,23 @@ class SampleRecord:
 
 @dataclass(frozen=True)
 class PackedSample:
-    """A sample's tar members, headers and padding included, and its row of the manifest without shard and offset."""
+    """A sample as tar members."""
 
     tar: bytes
+    """The members, with headers and padding."""
     row: dict[str, Any]
+    """Its manifest row, without shard and offset."""
 
 
 def pack(sample: SampleRecord) -> PackedSample:
-    """The sample as bytes of a tar; the same sample gives the same bytes."""
-    facts = {"captions": sample.captions, "attributes": sample.attributes, "class_id": sample.class_id}
-    text = json.dumps(facts, ensure_ascii=False, sort_keys=True).encode()
+    """Encode a sample as tar members; deterministic."""
+    labels = {"captions": sample.captions, "attributes": sample.attributes, "class_id": sample.class_id}
+    text = json.dumps(labels, ensure_ascii=False, sort_keys=True).encode()
     tar = member(f"{sample.key}.{sample.extension}", sample.image) + member(f"{sample.key}.json", text)
-    seen = {"split": sample.split, "key": sample.key, "width": sample.width, "height": sample.height}
+    row = {"split": sample.split, "key": sample.key, "width": sample.width, "height": sample.height}
     if sample.vectors is not None:
         tar += member(f"{sample.key}.{VECTORS}", npy(sample.vectors))
-    return PackedSample(tar, {**seen, "size": len(tar), "sha256": hashlib.sha256(tar).hexdigest(), **facts})
+    return PackedSample(tar, {**row, "size": len(tar), "sha256": hashlib.sha256(tar).hexdigest(), **labels})
 
 
 def _check_vectors(key: str, vectors: NDArray[Any], captions: int) -> None:
@@ -84,32 +86,31 @@ def _check_vectors(key: str, vectors: NDArray[Any], captions: int) -> None:
         raise ValueError(f"sample {key}: vectors of {vectors.dtype.name}; allowed are {', '.join(VECTOR_TYPES)}")
     if vectors.ndim != 2 or len(vectors) != captions or not 1 <= vectors.shape[1] <= MAX_VECTOR_DIM:
         shape = " x ".join(str(size) for size in vectors.shape)
-        raise ValueError(f"sample {key}: vectors {shape}; give one for each of its {captions} captions")
+        raise ValueError(f"sample {key}: vectors {shape}; one for each of its {captions} captions is needed")
     if not (abs(vectors) < float("inf")).all():
-        raise ValueError(f"sample {key}: its vectors have values that are not finite")
+        raise ValueError(f"sample {key}: its sentence vectors have values that are not finite")
 
 
 def npy(vectors: NDArray[Any]) -> bytes:
-    """Vectors (n, D) as an .npy file."""
+    """Encode vectors (n, D) as an .npy file."""
     dtype = vectors.dtype.name
     return npy_header(dtype, *vectors.shape) + vectors.astype(VECTOR_TYPES[dtype], order="C").tobytes()
 
 
 def npy_header(dtype: str, rows: int, columns: int) -> bytes:
-    """What an .npy file (version 1.0) of such an array begins with, as numpy writes it; a reader compares and never
-    parses it."""
+    """Return the header of an .npy file (version 1.0) as NumPy writes it; readers compare it and never parse it."""
     text = f"{{'descr': '{VECTOR_TYPES[dtype]}', 'fortran_order': False, 'shape': ({rows}, {columns}), }}"
     length = -(-(10 + len(text) + 1) // 64) * 64 - 10
     return b"\x93NUMPY\x01\x00" + length.to_bytes(2, "little") + text.ljust(length - 1).encode() + b"\n"
 
 
 def member(name: str, data: bytes) -> bytes:
-    """One regular file of a tar: header, bytes, padding; no owner and no time."""
+    """Encode one regular file of a tar: header, data and padding; no owner, no time."""
     return b"".join([header(name.encode("ascii"), len(data)), data, bytes(-len(data) % tarfile.BLOCKSIZE)])
 
 
 def header(name: bytes, size: int) -> bytes:
-    """A USTAR header, as tarfile makes it in ten times the time."""
+    """Return a USTAR header, equal to that of tarfile and ten times as fast."""
     assert len(name) <= 100 and size < 8**11
     before = name.ljust(100, b"\0") + b"0000444\0" + 2 * b"0000000\0" + b"%011o\0" % size + b"00000000000\0"
     after = b"0" + bytes(100) + b"ustar\x0000" + bytes(247)

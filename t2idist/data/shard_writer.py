@@ -1,4 +1,4 @@
-"""Writing shard sets: shards from samples, then manifest.parquet, then dataset.json, which says that it is finished."""
+"""Write shard sets: the shards, then manifest.parquet, then dataset.json, which marks the set as finished."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ import pyarrow.parquet as pq
 
 from t2idist import storage
 from t2idist.data.sample_format import PackedSample, SampleRecord, pack
-from t2idist.data.shards import COLUMNS, DESCRIPTION, MANIFEST, SCHEMA_VERSION, Shard, VectorFacts
-from t2idist.data.tokenizer import Vocabulary, tokenise
+from t2idist.data.shards import COLUMNS, DESCRIPTION, MANIFEST, SCHEMA_VERSION, SentenceVectorInfo, Shard
+from t2idist.data.tokenizer import Vocabulary, tokenize
 
 _TAR_END = bytes(2 * tarfile.BLOCKSIZE)
 Row = dict[str, Any]
 
 
-class ShardPacker:
-    """Collects one shard's samples; the same samples give the same bytes."""
+class ShardBuilder:
+    """Collect the samples of one shard; deterministic."""
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
@@ -37,7 +37,7 @@ class ShardPacker:
         self.tar_bytes += len(packed.tar)
 
     def finish(self, name: str, compress: bool = False) -> tuple[Shard, bytes]:
-        """The shard's description and its bytes; fills in the rows' shard."""
+        """Return the shard's description and its bytes, and set the shard's name in the rows."""
         tar = b"".join([*self._parts, _TAR_END])
         self._parts.clear()
         data = gzip.compress(tar, compresslevel=9, mtime=0) if compress else tar
@@ -46,8 +46,8 @@ class ShardPacker:
         return Shard(name, len(self.rows), len(data), storage.sha256(data), len(tar)), data
 
 
-def cores() -> int:
-    """Those that this process may use: as many processes make samples where no number is given."""
+def available_cpus() -> int:
+    """Return the number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -64,39 +64,46 @@ def write_shards(
     min_count: int = 1,
     encoder: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a shard set of samples that are made already; the same samples in the same order give the same bytes.
+    """Write a shard set; the same samples in the same order give the same bytes.
 
-    samples: of all splits, mixed as they come; each split keeps its order. A shard ends at `shard_samples` samples or
-    `shard_bytes` bytes. compress: gzip the shards (for small sets that ship; a reader then takes whole shards).
-    min_count: words that are rarer are left out of the vocabulary, which is made of the captions of all splits.
-    encoder: what made the samples' sentence vectors, which all or none have. Raises ValueError for a key that comes
-    twice, for vectors of another kind than those before, and when there is no sample.
+    Args:
+        url: Folder of the new set.
+        samples: Samples of all splits, in any order; each split keeps its order.
+        source, licence, options: Recorded in dataset.json.
+        shard_samples, shard_bytes: A shard ends at either limit.
+        compress: Gzip the shards. Meant for small sets that ship with a package: readers then read whole shards.
+        min_count: Words that occur fewer times in the captions of all splits are left out of the vocabulary.
+        encoder: What identifies the encoder of the sentence vectors, which either all samples have or none has.
+
+    Raises:
+        ValueError: If `url` holds a finished set, a key occurs twice, the formats of sentence vectors differ, or there
+            is no sample.
     """
-    refuse_finished(url)
-    open_shards: dict[str, ShardPacker] = {}
+    check_unfinished(url)
+    open_shards: dict[str, ShardBuilder] = {}
     shards: dict[str, list[Shard]] = {}
     rows: dict[str, list[list[Row]]] = {}
     keys: set[str] = set()
-    vectors = _VectorsOfAll(dict(encoder or {}))
+    vector_format = _VectorFormatCheck(dict(encoder or {}))
 
     def close(split: str) -> None:
-        packer = open_shards.pop(split)
+        builder = open_shards.pop(split)
         name = f"{shard_name(split, len(shards[split]))}{'.gz' if compress else ''}"
-        shard, data = packer.finish(name, compress)
+        shard, data = builder.finish(name, compress)
         storage.write_bytes(storage.join(url, name), data)
         shards[split].append(shard)
-        rows[split].append(packer.rows)
+        rows[split].append(builder.rows)
 
     for sample in samples:
         if sample.key in keys:
-            raise ValueError(f"sample key {sample.key!r} comes twice; each sample needs a key of its own")
+            raise ValueError(f"sample key {sample.key!r} occurs twice; keys must be unique")
         keys.add(sample.key)
-        vectors.add(sample)
+        vector_format.check(sample)
         shards.setdefault(sample.split, [])
         rows.setdefault(sample.split, [])
-        packer = open_shards.setdefault(sample.split, ShardPacker())
-        packer.add(pack(sample))
-        if len(packer.rows) >= shard_samples or packer.tar_bytes >= shard_bytes:
+        builder = open_shards.setdefault(sample.split, ShardBuilder())
+        builder.add(pack(sample))
+        if len(builder.rows) >= shard_samples or builder.tar_bytes >= shard_bytes:
             close(sample.split)
     for split in sorted(open_shards):
         close(split)
@@ -104,41 +111,42 @@ def write_shards(
         raise ValueError(f"{storage.redact(url)}: no sample to write")
     write_index(
         url, {s: shards[s] for s in sorted(shards)}, (part for s in sorted(rows) for part in rows[s]),
-        facts={"source": source, "licence": licence, "options": dict(options or {}), **vectors.facts},
+        facts={"source": source, "licence": licence, "options": dict(options or {}), **vector_format.description},
         min_count=min_count,
     )  # fmt: skip
 
 
-class _VectorsOfAll:
-    """Holds that all samples of a set have sentence vectors of one kind, or none has any."""
+class _VectorFormatCheck:
+    """Check that all samples of a set have sentence vectors of one format, or none has any."""
 
     def __init__(self, encoder: dict[str, Any]) -> None:
         self._encoder = encoder
         self._kinds: list[tuple[int, str] | None] = []
 
-    def add(self, sample: SampleRecord) -> None:
-        kind = None if sample.vectors is None else (sample.vectors.shape[1], sample.vectors.dtype.name)
+    def check(self, sample: SampleRecord) -> None:
+        vectors = sample.vectors
+        kind = None if vectors is None else (vectors.shape[1], vectors.dtype.name)
         if not self._kinds:
             self._kinds.append(kind)
         if kind != self._kinds[0]:
-            ours, others = (f"{k[0]} numbers of {k[1]}" if k else "none" for k in (kind, self._kinds[0]))
-            raise ValueError(f"sample {sample.key}: sentence vectors: {ours}; samples before it have {others}")
+            own, others = (f"{f[0]} elements of {f[1]}" if f else "none" for f in (kind, self._kinds[0]))
+            raise ValueError(f"sample {sample.key}: sentence vectors: {own}; samples before it have {others}")
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """As dataset.json has them."""
+    def description(self) -> dict[str, Any]:
+        """Entries of dataset.json."""
         kind = self._kinds[0] if self._kinds else None
-        return {} if kind is None else {"vectors": asdict(VectorFacts(*kind, self._encoder))}
+        return {} if kind is None else {"vectors": asdict(SentenceVectorInfo(*kind, self._encoder))}
 
 
-def refuse_finished(url: str) -> None:
-    """Raises ValueError where a finished shard set is already."""
+def check_unfinished(url: str) -> None:
+    """Raise ValueError if `url` holds a finished shard set."""
     if storage.exists(storage.join(url, DESCRIPTION)):
-        raise ValueError(f"{storage.redact(url)}: holds a finished shard set already; remove it or give another folder")
+        raise ValueError(f"{storage.redact(url)}: holds a finished shard set already; remove it or use another folder")
 
 
-def shard_name(split: str, number: int) -> str:
-    return f"{split}-{number:05d}.tar"
+def shard_name(split: str, index: int) -> str:
+    return f"{split}-{index:05d}.tar"
 
 
 def write_index(
@@ -149,12 +157,19 @@ def write_index(
     facts: Mapping[str, Any],
     min_count: int,
 ) -> dict[str, Any]:
-    """Write manifest.parquet and then dataset.json for shards that are stored already; gives the latter.
+    """Write manifest.parquet and then dataset.json for shards that are stored already.
 
-    rows_of_shards: rows of one shard after the other, in the order of `shards`; one is held at a time. facts: source,
-    licence and options, and what else dataset.json shall say.
+    Args:
+        url: Folder of the set.
+        shards: The shards of each split.
+        rows_of_shards: The manifest rows of each shard, in the order of `shards`; one shard's are held at a time.
+        facts: Further entries of dataset.json, such as source, licence and options.
+        min_count: As for `write_shards`.
+
+    Returns:
+        The content of dataset.json.
     """
-    text: dict[str, _Text] = {split: _Text() for split in shards}
+    statistics: dict[str, _CaptionStatistics] = {split: _CaptionStatistics() for split in shards}
     attributes: Counter[str] = Counter()
     sink = io.BytesIO()
     with pq.ParquetWriter(sink, COLUMNS, compression="zstd") as writer:
@@ -163,11 +178,11 @@ def write_index(
             writer.write_table(pa.Table.from_pylist(columns, schema=COLUMNS))
             for row in rows:
                 attributes.update(row["attributes"])
-                text[row["split"]].add(row["captions"])
+                statistics[row["split"]].add(row["captions"])
     manifest = sink.getvalue()
     storage.write_bytes(storage.join(url, MANIFEST), manifest)
     counts: Counter[str] = Counter()
-    for of_split in text.values():
+    for of_split in statistics.values():
         counts.update(of_split.counts)
     known = Vocabulary.from_counts(counts, min_count).words[1:]
     splits = {
@@ -179,7 +194,7 @@ def write_index(
         **facts,
         "manifest": {"bytes": len(manifest), "sha256": storage.sha256(manifest)},
         "splits": splits,
-        "captions": {split: of_split.summary(set(known)) for split, of_split in text.items()},
+        "captions": {split: of_split.summary(set(known)) for split, of_split in statistics.items()},
         "attributes": sorted(attributes),
         "attribute_counts": {name: attributes[name] for name in sorted(attributes)},
         "vocabulary": {word: counts[word] for word in known},
@@ -189,40 +204,43 @@ def write_index(
 
 
 @dataclass
-class _Text:
-    """A split's captions, counted: how many a picture has, how many words each has, and which."""
+class _CaptionStatistics:
+    """Caption counts of a split."""
 
     captions: Counter[int] = field(default_factory=Counter)
+    """Number of images by their number of captions."""
     words: Counter[int] = field(default_factory=Counter)
+    """Number of captions by their number of words."""
     counts: Counter[str] = field(default_factory=Counter)
+    """Occurrences of each word."""
 
     def add(self, captions: Sequence[str]) -> None:
         self.captions[len(captions)] += 1
         for caption in captions:
-            words = tokenise(caption)
+            words = tokenize(caption)
             self.words[len(words)] += 1
             self.counts.update(words)
 
     def summary(self, known: set[str]) -> dict[str, Any]:
-        spoken = self.counts.total()
+        total = self.counts.total()
         unknown = sum(count for word, count in self.counts.items() if word not in known)
         return {
             "samples": self.captions.total(),
             "captions": self.words.total(),
-            "captions_per_picture": spread(self.captions),
-            "words_per_caption": spread(self.words),
-            "unknown_word_share": round(unknown / spoken, 6) if spoken else 0.0,
+            "captions_per_picture": summarize_histogram(self.captions),
+            "words_per_caption": summarize_histogram(self.words),
+            "unknown_word_share": round(unknown / total, 6) if total else 0.0,
         }
 
 
-def spread(histogram: Mapping[int, int]) -> dict[str, float]:
-    """min, mean, median, p95 and max of values that come `histogram[value]` times; empty for no value."""
+def summarize_histogram(histogram: Mapping[int, int]) -> dict[str, float]:
+    """Return min, mean, median, p95 and max of values that occur `histogram[value]` times; empty if there are none."""
     total = sum(histogram.values())
     if not total:
         return {}
 
     def quantile(share: float) -> int:
-        """The smallest value that at least `share` of all values do not surpass."""
+        """Return the smallest value that at least `share` of all values do not exceed."""
         seen = 0
         for value in sorted(histogram):
             seen += histogram[value]
@@ -230,7 +248,7 @@ def spread(histogram: Mapping[int, int]) -> dict[str, float]:
                 return value
         raise AssertionError("unreachable")
 
-    mean = sum(value * times for value, times in histogram.items()) / total
+    mean = sum(value * count for value, count in histogram.items()) / total
     return {
         "min": min(histogram),
         "mean": round(mean, 3),

@@ -1,7 +1,7 @@
-"""A shard set: tar shards, one manifest.parquet and one dataset.json; this file opens it, data/pack.py writes it.
+"""Shard sets: tar shards, manifest.parquet and dataset.json. This module opens them; shard_writer.py writes them.
 
-The manifest knows where each sample lies, so that a reader can take any range of samples. Any webdataset reader can
-use the shards alone. dataset.json is written last: a set without it is not finished.
+The manifest records the offset of each sample, so that a reader can read any range of samples. The shards alone can be
+read by any webdataset reader. dataset.json is written last: a set without it is unfinished.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from t2idist import storage
 from t2idist.contract import DataInfo
 from t2idist.data.sample_format import KEY_PATTERN, MAX_CAPTION_CHARACTERS, MAX_VECTOR_DIM, VECTOR_TYPES, npy_header
-from t2idist.data.tokenizer import END, Vocabulary
+from t2idist.data.tokenizer import END_TOKEN, Vocabulary
 
 SCHEMA_VERSION = 2
 DESCRIPTION = "dataset.json"
@@ -52,52 +52,60 @@ _MANIFEST_SPARE_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar. bytes, sha256: of the object as stored. tar_bytes: of the tar, which differs if it is compressed."""
+    """One tar file."""
 
     name: str
     samples: int
     bytes: int
+    """Size of the stored object."""
     sha256: str
+    """Of the stored object."""
     tar_bytes: int
+    """Size of the tar, which differs if the shard is compressed."""
 
 
 @dataclass(frozen=True)
-class VectorFacts:
-    """The sentence vectors of a set: one for each caption of each sample, in the captions' order.
-
-    dtype: float16 or float32. encoder: what made them: its name and what else tells it from others.
-    """
+class SentenceVectorInfo:
+    """The format of a set's sentence vectors: one for each caption of each sample, in the captions' order."""
 
     dim: int
     dtype: str
+    """float16 or float32."""
     encoder: dict[str, Any]
+    """Identifies the encoder: its name, and what else distinguishes it from others."""
 
     def __post_init__(self) -> None:
         if self.dtype not in VECTOR_TYPES:
             raise ValueError(f"vectors of {self.dtype!r}; allowed are {', '.join(VECTOR_TYPES)}")
         if isinstance(self.dim, bool) or not isinstance(self.dim, int) or not 1 <= self.dim <= MAX_VECTOR_DIM:
-            raise ValueError(f"vectors of {self.dim!r} numbers; allowed are 1 to {MAX_VECTOR_DIM}")
+            raise ValueError(f"vectors of {self.dim!r} elements; allowed are 1 to {MAX_VECTOR_DIM}")
         if not isinstance(self.encoder, dict):
             raise ValueError(f"the vectors' encoder is {self.encoder!r}; it must be a mapping")
 
-    def read(self, data: bytes, captions: int) -> NDArray[np.float32]:
-        """A sample's vectors (captions, dim). Raises ValueError with the reason where `data` is no such array."""
+    def decode(self, data: bytes, captions: int) -> NDArray[np.float32]:
+        """Decode a sample's .npy member to vectors (captions, dim).
+
+        Raises:
+            ValueError: If `data` is not such an array, or has values that are not finite; the message is the reason.
+        """
         if not data:
             raise ValueError("has no sentence vectors")
         header = npy_header(self.dtype, captions, self.dim)
-        numbers = np.dtype(VECTOR_TYPES[self.dtype])
-        if not data.startswith(header) or len(data) != len(header) + captions * self.dim * numbers.itemsize:
-            raise ValueError(f"its sentence vectors are not {captions} x {self.dim} numbers of {self.dtype}")
-        found = np.frombuffer(data, numbers, offset=len(header)).reshape(captions, self.dim).astype(np.float32)
-        if not np.isfinite(found).all():
+        dtype = np.dtype(VECTOR_TYPES[self.dtype])
+        if not data.startswith(header) or len(data) != len(header) + captions * self.dim * dtype.itemsize:
+            raise ValueError(f"its sentence vectors are not {captions} x {self.dim} elements of {self.dtype}")
+        vectors = np.frombuffer(data, dtype, offset=len(header)).reshape(captions, self.dim).astype(np.float32)
+        if not np.isfinite(vectors).all():
             raise ValueError("its sentence vectors have values that are not finite")
-        return found
+        return vectors
 
 
 class Split:
-    """The samples of one split, by index 0 .. len - 1, in the order of the shards.
+    """The n samples of one split, indexed in the order of the shards.
 
-    offsets, lengths: (n,) bytes in the tar. class_ids: (n,), a sample's own index where the data has none.
+    Attributes:
+        offsets, lengths: (n,) byte offset and length in the tar.
+        class_ids: (n,); a sample without a class has its own index.
     """
 
     def __init__(self, name: str, shards: tuple[Shard, ...], table: pa.Table) -> None:
@@ -120,100 +128,96 @@ class Split:
 
     @property
     def shard_sizes(self) -> list[int]:
-        """Samples per shard."""
+        """Number of samples of each shard."""
         return [shard.samples for shard in self.shards]
 
     def sha256(self, index: int) -> bytes:
-        """Of the sample's bytes in the tar, headers and padding included."""
-        found: bytes = self._hashes[index].as_py()
-        return found
+        """Return the hash of the sample's bytes in the tar, headers and padding included."""
+        digest: bytes = self._hashes[index].as_py()
+        return digest
 
     def has_class(self, index: int) -> bool:
-        """Whether the data gives the sample a class."""
+        """Return whether the data assigns a class to the sample."""
         return bool(self._has_class[index])
 
-    def picture_size(self, index: int) -> tuple[int, int]:
-        """Width and height in pixels."""
+    def image_size(self, index: int) -> tuple[int, int]:
+        """Return width and height in pixels."""
         return int(self._widths[index]), int(self._heights[index])
 
     def captions(self, index: int) -> list[str]:
-        found: list[str] = self._captions[index].as_py()
-        return found
+        captions: list[str] = self._captions[index].as_py()
+        return captions
 
     def attributes(self, index: int) -> list[str]:
-        found: list[str] = self._attributes[index].as_py()
-        return found
+        names: list[str] = self._attributes[index].as_py()
+        return names
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """An opened shard set.
-
-    vocabulary: of all its captions. word_counts: by word. source, licence: for reports. endpoint_url: of the object
-    store, where it is not the usual one. vectors: of its sentence vectors (None: it has none).
-    """
+    """An opened shard set."""
 
     url: str
     splits: dict[str, Split]
     vocabulary: Vocabulary
+    """Words of the captions of all splits."""
     word_counts: dict[str, int]
     attribute_names: tuple[str, ...]
     source: str
     licence: str
     options: dict[str, Any]
     endpoint_url: str | None = None
-    vectors: VectorFacts | None = None
+    """Of the object store (None: the environment's)."""
+    vector_info: SentenceVectorInfo | None = None
+    """Format of its sentence vectors (None: it has none)."""
 
     @classmethod
     def open(cls, url: str, check_sizes: bool = True, endpoint_url: str | None = None) -> Dataset:
         """Open the shard set at `url`.
 
-        check_sizes: also ask storage for the size of every shard. endpoint_url: of the object store. Raises
-        ValueError, naming the URL and what is wrong, for a missing or unfinished set, another schema version, and a
-        manifest or sizes that do not fit.
+        Args:
+            url: Folder of the shard set.
+            check_sizes: Also check the size of every shard in storage.
+            endpoint_url: Of the object store (None: the environment's).
+
+        Raises:
+            ValueError: If the set is missing or unfinished, has another schema version, or its manifest or sizes do not
+                match; the message names the URL and the problem.
         """
         where = storage.redact(url)
         description = _read_description(url, endpoint_url)
         try:
             listed = {name: split["shards"] for name, split in description["splits"].items()}
-            shards = {name: tuple(_shard(where, shard) for shard in of_split) for name, of_split in listed.items()}
+            shards = {name: tuple(_parse_shard(where, shard) for shard in entries) for name, entries in listed.items()}
             counts = {str(word): int(count) for word, count in description["vocabulary"].items()}
             names = tuple(str(name) for name in description["attributes"])
             source, licence, options = (description[key] for key in ("source", "licence", "options"))
             manifest_bytes, manifest_sha256 = (description["manifest"][key] for key in ("bytes", "sha256"))
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"{where}/{DESCRIPTION}: not a shard set's description: {error!r}") from None
-        vectors = _read_vector_facts(where, description)
+        vector_info = _read_vector_info(where, description)
         table = _read_manifest(url, manifest_bytes, manifest_sha256, endpoint_url)
         splits = _split_table(where, shards, table)
         if check_sizes:
             _check_sizes(url, [shard for of_split in shards.values() for shard in of_split], endpoint_url)
         return cls(
-            url,
-            splits,
-            Vocabulary([END, *counts]),
-            counts,
-            names,
-            str(source),
-            str(licence),
-            dict(options),
-            endpoint_url,
-            vectors,
-        )
+            url, splits, Vocabulary([END_TOKEN, *counts]), counts, names, str(source), str(licence), dict(options),
+            endpoint_url, vector_info,
+        )  # fmt: skip
 
     @property
-    def extent(self) -> DataInfo:
-        """What a system may know of it. Raises ValueError where there is no train split."""
+    def info(self) -> DataInfo:
+        """The facts that a system is built from. Raises ValueError if there is no train split."""
         words, images = tuple(self.vocabulary.words), len(self.split("train"))
         return DataInfo(words, images, self.vector_dim, (tuple(self.attribute_names),))
 
     @property
     def vector_dim(self) -> int:
-        """Of its sentence vectors, 0 where there are none."""
-        return 0 if self.vectors is None else self.vectors.dim
+        """Dimension of its sentence vectors; 0 if it has none."""
+        return 0 if self.vector_info is None else self.vector_info.dim
 
     def split(self, name: str) -> Split:
-        """The split `name`; raises ValueError that names what exists."""
+        """Return the split `name`. Raises ValueError, listing the splits, if there is none of that name."""
         if name not in self.splits:
             raise ValueError(f"{storage.redact(self.url)}: no split '{name}'; there are {', '.join(self.splits)}")
         return self.splits[name]
@@ -238,22 +242,22 @@ def _read_description(url: str, endpoint_url: str | None) -> dict[str, Any]:
     return description
 
 
-def _read_vector_facts(where: str, description: Mapping[str, Any]) -> VectorFacts | None:
-    said = description.get("vectors")
-    if said is None:
+def _read_vector_info(where: str, description: Mapping[str, Any]) -> SentenceVectorInfo | None:
+    info = description.get("vectors")
+    if info is None:
         return None
     try:
-        return VectorFacts(**said)
+        return SentenceVectorInfo(**info)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}/{DESCRIPTION}: vectors: {error}") from None
 
 
-def _shard(where: str, facts: Mapping[str, Any]) -> Shard:
-    shard = Shard(**facts)
+def _parse_shard(where: str, entry: Mapping[str, Any]) -> Shard:
+    shard = Shard(**entry)
     if not isinstance(shard.name, str) or not _NAME_PATTERN.fullmatch(shard.name):
         raise ValueError(f"{where}/{DESCRIPTION}: shard name {shard.name!r}; allowed are plain file names")
     for name in ("samples", "bytes", "tar_bytes"):
-        value = facts[name]
+        value = entry[name]
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**60:
             raise ValueError(f"{where}/{DESCRIPTION}: {name} of shard {shard.name} is {value!r}; it must be positive")
     return shard
@@ -271,10 +275,10 @@ def _read_manifest(url: str, size: int, sha256: str, endpoint_url: str | None) -
         )
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
-        facts = file.metadata
-        unpacked_bytes = sum(facts.row_group(group).total_byte_size for group in range(facts.num_row_groups))
-        if unpacked_bytes > _MANIFEST_SPARE_BYTES + facts.num_rows * _MANIFEST_MAX_ROW_BYTES:
-            raise ValueError(f"{where}: unpacks to {unpacked_bytes} bytes, too many for {facts.num_rows} samples")
+        metadata = file.metadata
+        unpacked_bytes = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+        if unpacked_bytes > _MANIFEST_SPARE_BYTES + metadata.num_rows * _MANIFEST_MAX_ROW_BYTES:
+            raise ValueError(f"{where}: unpacks to {unpacked_bytes} bytes, too many for {metadata.num_rows} samples")
         table = file.read()
         table.validate(full=True)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -287,12 +291,12 @@ def _read_manifest(url: str, size: int, sha256: str, endpoint_url: str | None) -
 
 
 def _check_values(where: str, table: pa.Table) -> None:
-    """No holes, keys as they must be, captions of a length that somebody could have written."""
+    """Check for missing values, invalid keys, and captions that are too long."""
     for name in COLUMNS.names:
         column = table[name]
-        items = column.null_count + (pc.list_flatten(column).null_count if name in ("captions", "attributes") else 0)
-        if items and name != "class_id":
-            raise ValueError(f"{where}: column {name} has {items} values that are missing")
+        missing = column.null_count + (pc.list_flatten(column).null_count if name in ("captions", "attributes") else 0)
+        if missing and name != "class_id":
+            raise ValueError(f"{where}: column {name} has {missing} missing values")
     good = pc.match_substring_regex(table["key"], f"^{KEY_PATTERN.pattern}$")
     if not pc.all(good, min_count=0).as_py():
         key = table["key"].filter(pc.invert(good))[0].as_py()
@@ -303,7 +307,7 @@ def _check_values(where: str, table: pa.Table) -> None:
 
 
 def _split_table(where: str, shards: Mapping[str, tuple[Shard, ...]], table: pa.Table) -> dict[str, Split]:
-    """The manifest's rows by split, checked against the list of shards."""
+    """Split the manifest's rows, and check them against the list of shards."""
     splits = {}
     start = 0
     counted = sum(shard.samples for of_split in shards.values() for shard in of_split)
@@ -314,12 +318,12 @@ def _split_table(where: str, shards: Mapping[str, tuple[Shard, ...]], table: pa.
         rows = table.slice(start, len(expected))
         start += len(expected)
         if rows["shard"].to_pylist() != expected or set(rows["split"].to_pylist()) - {name}:
-            raise ValueError(f"{where}/{MANIFEST}: its rows of split '{name}' do not fit the shards in {DESCRIPTION}")
+            raise ValueError(f"{where}/{MANIFEST}: its rows of split '{name}' do not match the shards in {DESCRIPTION}")
         splits[name] = Split(name, of_split, rows)
         _check_offsets(where, splits[name])
-    twice = [key for key, times in Counter(table["key"].to_pylist()).items() if times > 1]
-    if twice:
-        raise ValueError(f"{where}/{MANIFEST}: sample key {twice[0]!r} comes more than once")
+    duplicates = [key for key, count in Counter(table["key"].to_pylist()).items() if count > 1]
+    if duplicates:
+        raise ValueError(f"{where}/{MANIFEST}: sample key {duplicates[0]!r} occurs more than once")
     return splits
 
 
@@ -329,15 +333,19 @@ def _check_offsets(where: str, split: Split) -> None:
         offsets, lengths = (values[first : first + shard.samples] for values in (split.offsets, split.lengths))
         ends = np.concatenate([[0], offsets + lengths])
         if (lengths <= 0).any() or not np.array_equal(offsets, ends[:-1]) or ends[-1] > shard.tar_bytes:
-            raise ValueError(f"{where}/{MANIFEST}: the places of the samples of {shard.name} do not fit its size")
+            raise ValueError(f"{where}/{MANIFEST}: the offsets of the samples of {shard.name} do not match its size")
         first += shard.samples
 
 
 def inflate(data: bytes, shard: Shard) -> bytes:
-    """The tar of a gzipped shard's bytes; never makes more bytes than dataset.json promises, raises ValueError."""
-    machine = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+    """Decompress a gzipped shard; never to more bytes than dataset.json states.
+
+    Raises:
+        ValueError: If it is not a gzip file, or of another size.
+    """
+    decompressor = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
     try:
-        tar = machine.decompress(data, shard.tar_bytes + 1)
+        tar = decompressor.decompress(data, shard.tar_bytes + 1)
     except zlib.error as error:
         raise ValueError(f"not a gzip file: {error}") from None
     if len(tar) != shard.tar_bytes:
@@ -346,7 +354,7 @@ def inflate(data: bytes, shard: Shard) -> bytes:
 
 
 def stored_bytes(url: str, shard: Shard, endpoint_url: str | None = None) -> int | None:
-    """The size of the shard of that name in the set at `url`; None where it is missing."""
+    """Return the stored size of a shard of the set at `url`; None if it is missing."""
     try:
         return storage.size(storage.join(url, shard.name), endpoint_url=endpoint_url)
     except FileNotFoundError:
@@ -354,11 +362,11 @@ def stored_bytes(url: str, shard: Shard, endpoint_url: str | None = None) -> int
 
 
 def _check_sizes(url: str, shards: Sequence[Shard], endpoint_url: str | None) -> None:
-    def found(shard: Shard) -> int | None:
+    def stored(shard: Shard) -> int | None:
         return stored_bytes(url, shard, endpoint_url)
 
     with ThreadPoolExecutor(16) as pool:
-        for shard, size in zip(shards, pool.map(found, shards), strict=True):
+        for shard, size in zip(shards, pool.map(stored, shards), strict=True):
             if size != shard.bytes:
-                has = "is missing" if size is None else f"has {size} bytes"
-                raise ValueError(f"{storage.redact(url)}/{shard.name}: {has}; {DESCRIPTION} says {shard.bytes} bytes")
+                state = "is missing" if size is None else f"has {size} bytes"
+                raise ValueError(f"{storage.redact(url)}/{shard.name}: {state}; {DESCRIPTION} says {shard.bytes} bytes")

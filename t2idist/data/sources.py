@@ -1,4 +1,4 @@
-"""Which data a configuration means."""
+"""Open the data sets that a config names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _emoji(config: DataConfig) -> str:
 
 
 def _avatars(config: DataConfig) -> str:
-    from t2idist.data.embedded.avatar_cache import ensure_avatars  # its needs are not those of other data
+    from t2idist.data.embedded.avatar_cache import ensure_avatars  # its dependencies are needed for avatars only
 
     return ensure_avatars(config.samples, config.size, config.cache)
 
@@ -24,21 +24,26 @@ EMBEDDED: dict[str, Callable[[DataConfig], str]] = {"avatars": _avatars, "emoji"
 
 
 def open_dataset(config: DataConfig) -> Dataset:
-    """Open what `config.source` names: "avatars" (made on first use), "emoji" or the URL of a shard set.
+    """Open `config.source`: "avatars" (generated on first use), "emoji", or the URL of a shard set.
 
-    Raises ValueError for a name that is neither, and where the URL holds no shard set.
+    Raises:
+        ValueError: If the name is unknown, or the URL holds no shard set.
     """
     return _open(config, config.source, "data.source")
 
 
 def open_datasets(config: DataConfig) -> tuple[Dataset, ...]:
-    """Open `config.source` and all of `config.beside`. Raises ValueError as `open_dataset` does, and for one twice."""
+    """Open `config.source` and all of `config.beside`.
+
+    Raises:
+        ValueError: As for `open_dataset`; also if one is named twice.
+    """
     named = {"data.source": config.source} | {f"data.beside[{i}]": name for i, name in enumerate(config.beside)}
     for i, (key, name) in enumerate(named.items()):
         if not name:
-            raise ValueError(f"{key}: not given; give {', '.join(EMBEDDED)} or the URL of a shard set")
+            raise ValueError(f"{key}: missing; allowed are {', '.join(EMBEDDED)} and the URL of a shard set")
         if name in list(named.values())[:i]:
-            raise ValueError(f"{key}: {name!r} is there before; sets that take turns must differ")
+            raise ValueError(f"{key}: {name!r} is listed twice; the data sets must differ")
     return tuple(_open(config, name, key) for key, name in named.items())
 
 

@@ -1,4 +1,4 @@
-"""One picture: decode, resize, crop, flip, and its pyramid of sizes."""
+"""Image transforms: decode, resize, crop, flip, and the pyramid of sizes."""
 
 from __future__ import annotations
 
@@ -11,31 +11,36 @@ import torch
 from numpy.typing import NDArray
 
 from t2idist.data.pillow import Image
-from t2idist.data.reader import Encoded
+from t2idist.data.reader import EncodedImage
 from t2idist.data.sample_format import MAX_PIXELS
 
 _FORMATS = {"webp": "WEBP", "png": "PNG", "jpg": "JPEG"}
 
-CROP_X, CROP_Y, FLIP, CAPTION, WORDS = range(5)
-"""Which of a position's random words (`order.draws`) decides what."""
+CROP_X, CROP_Y, FLIP, CAPTION, WORD_SUBSET = range(5)
+"""Columns of `order.random_bits` and the choices that they decide."""
 
 _DRAFT_FACTOR = 2
 
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """A decoded RGB picture. size: (width, height) as it is stored; a large JPEG may be decoded at a fraction of it."""
+    """A decoded RGB image."""
 
     image: Image.Image
     size: tuple[int, int]
+    """(width, height) of the stored image; a large JPEG may be decoded at a fraction of it."""
 
 
-def decode(encoded: Encoded, shorter: int | None = None) -> DecodedImage:
-    """The picture, on white where it is transparent.
+def decode(encoded: EncodedImage, shorter: int | None = None) -> DecodedImage:
+    """Decode an image; transparent parts become white.
 
-    shorter: pixels of the shorter side that are needed (None: all there are); a JPEG of at least four times as many is
-    decoded at the smallest fraction that still has twice as many. Raises ValueError with the reason where it cannot be
-    had.
+    Args:
+        encoded: The image; only the decoder of its extension is tried.
+        shorter: Pixels of the shorter side that are needed (None: all). A JPEG with at least four times as many is
+            decoded at the smallest fraction that still has twice as many.
+
+    Raises:
+        ValueError: If the image is damaged, of another format or too large; the message is the reason.
     """
     try:
         image: Image.Image = Image.open(io.BytesIO(encoded.data), formats=[_FORMATS[encoded.extension]])
@@ -49,48 +54,58 @@ def decode(encoded: Encoded, shorter: int | None = None) -> DecodedImage:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
         return DecodedImage(image if image.mode == "RGB" else image.convert("RGB"), size)
-    except Exception as error:  # a damaged file makes Pillow raise nearly anything
+    except Exception as error:  # a damaged file makes Pillow raise almost any exception
         raise ValueError(f"does not decode: {type(error).__name__}: {error}"[:200]) from None
 
 
 def shorter_side(size: int, crop: float) -> int:
-    """Pixels of the shorter side of the picture that a (size, size) crop is taken from."""
+    """Return the shorter side in pixels of the resized image from which a (size, size) crop is taken."""
     return max(size, round(crop * size))
 
 
 def crop_and_flip(
-    picture: DecodedImage, size: int, crop: float, flip: bool, draw: NDArray[np.uint64] | None
+    decoded: DecodedImage, size: int, crop: float, flip: bool, bits: NDArray[np.uint64] | None
 ) -> Image.Image:
-    """The (size, size) picture: shorter side resized to round(crop * size), then cropped.
+    """Resize the shorter side to round(crop * size), then crop to (size, size) and flip.
 
-    draw: random words for the crop's place and, if `flip`, for a mirrored picture; None: the centre, never mirrored.
+    Args:
+        decoded: The image.
+        size: Pixels of each side of the result.
+        crop: Shorter side of the resized image, as a multiple of `size`.
+        flip: Whether to mirror half of the images.
+        bits: (8,) random bits for the position of the crop and the flip; None: centre crop, no flip.
     """
-    image = picture.image
-    width, height = picture.size
+    image = decoded.image
+    width, height = decoded.size
     scale = shorter_side(size, crop) / min(width, height)
-    wide, high = max(size, round(width * scale)), max(size, round(height * scale))
-    if draw is None:
-        x, y = (wide - size) // 2, (high - size) // 2
+    scaled_width, scaled_height = max(size, round(width * scale)), max(size, round(height * scale))
+    if bits is None:
+        x, y = (scaled_width - size) // 2, (scaled_height - size) // 2
     else:
-        x, y = int(draw[CROP_X]) % (wide - size + 1), int(draw[CROP_Y]) % (high - size + 1)
-    if (wide, high) == (width, height):
+        x, y = int(bits[CROP_X]) % (scaled_width - size + 1), int(bits[CROP_Y]) % (scaled_height - size + 1)
+    if (scaled_width, scaled_height) == (width, height):
         image = image.crop((x, y, x + size, y + size))
-    else:  # resizes only what the crop keeps; resizing all and then cropping gives the same to rounding
-        fraction = round(width / image.width)  # its last row and column may stand for less than a whole one
-        across, down = (x * width / wide, (x + size) * width / wide), (y * height / high, (y + size) * height / high)
-        box = (across[0] / fraction, down[0] / fraction, across[1] / fraction, down[1] / fraction)
+    else:  # resize only what the crop keeps; equal to a resize followed by a crop, up to rounding
+        fraction = round(width / image.width)  # exact only here: the last row and column may cover fewer pixels
+        left, right = x * width / scaled_width, (x + size) * width / scaled_width
+        top, bottom = y * height / scaled_height, (y + size) * height / scaled_height
+        box = (left / fraction, top / fraction, right / fraction, bottom / fraction)
         image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    if flip and draw is not None and int(draw[FLIP]) & 1:
+    if flip and bits is not None and int(bits[FLIP]) & 1:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return image
 
 
-def fill_pyramid(pictures: NDArray[np.uint8], outputs: Sequence[NDArray[np.uint8]]) -> None:
-    """Write pictures (N, S, S, 3) as planes at each size into outputs (N, 3, s, s), bilinear and antialiased.
+def fill_pyramid(images: NDArray[np.uint8], outputs: Sequence[NDArray[np.uint8]]) -> None:
+    """Resize images (N, S, S, 3) to every size of the pyramid, bilinear and antialiased.
 
-    The values are those of Pillow's resize of each, in a quarter of its time.
+    The values are those of Pillow's resize, in a quarter of its time.
+
+    Args:
+        images: The images at the largest size.
+        outputs: Arrays (N, 3, s, s) to write to, one for each size.
     """
-    source = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+    source = torch.from_numpy(images).permute(0, 3, 1, 2)
     for output in outputs:
         size = output.shape[-1]
         scaled = source

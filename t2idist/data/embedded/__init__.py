@@ -1,1 +1,1 @@
-"""Data that needs no download of pictures: emoji that ship with the package, avatars made on first use."""
+"""Data that needs no download: emoji that ship with the package, and avatars that are generated on first use."""

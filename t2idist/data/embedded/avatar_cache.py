@@ -1,4 +1,4 @@
-"""The avatars' shard set on this machine: made on first use by one process while others wait, and then kept."""
+"""The shard set of avatars on this node: generated on first use, by one process while others wait, and then kept."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from t2idist.data.embedded.avatars import LICENCE, VERSION, face
 from t2idist.data.sample_format import SampleRecord
-from t2idist.data.shard_writer import cores, write_shards
+from t2idist.data.shard_writer import available_cpus, write_shards
 from t2idist.data.shards import DESCRIPTION, SCHEMA_VERSION
 
 logger = logging.getLogger(__name__)
@@ -27,10 +27,18 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 def ensure_avatars(samples: int, size: int, cache: str | None, processes: int | None = None) -> str:
-    """The folder of the shard set of avatars 0 .. samples - 1, drawn at size x size pixels; made if it is not there.
+    """Return the folder of the shard set of avatars 0 to samples - 1, generating it if it does not exist.
 
-    cache: the folder that holds such sets (None: ~/.cache/t2idist). processes: that draw (None: one a core). A
-    half-made set is never seen: it is renamed into place when it is whole. Raises RuntimeError where drawing fails.
+    A half-made set is never visible: it is renamed into place when it is complete.
+
+    Args:
+        samples: Number of avatars.
+        size: Pixels of each side.
+        cache: Folder of such sets (None: ~/.cache/t2idist).
+        processes: Number of processes that render (None: one for each CPU).
+
+    Raises:
+        RuntimeError: If rendering fails.
     """
     root = Path(cache).expanduser() if cache else Path.home() / ".cache" / "t2idist"
     folder = root / f"avatars-{samples}-{size}-v{VERSION}-{SCHEMA_VERSION}"
@@ -42,10 +50,10 @@ def ensure_avatars(samples: int, size: int, cache: str | None, processes: int | 
             unfinished = root / f".{folder.name}.unfinished"
             for left_over in (folder, unfinished):
                 shutil.rmtree(left_over, ignore_errors=True)
-            logger.info("drawing %d avatars of %d pixels into %s (once)", samples, size, folder)
+            logger.info("generating %d avatars of %d pixels into %s (once)", samples, size, folder)
             write_shards(
                 str(unfinished),
-                _with_progress(_records(samples, size, processes or cores()), samples),
+                _with_progress(_records(samples, size, processes or available_cpus()), samples),
                 source="avatars",
                 licence=LICENCE,
                 options={"samples": samples, "size": size, "version": VERSION},
@@ -55,55 +63,55 @@ def ensure_avatars(samples: int, size: int, cache: str | None, processes: int | 
 
 
 def _records(samples: int, size: int, processes: int) -> Iterator[SampleRecord]:
-    for number, png in enumerate(_draw(samples, size, min(processes, samples))):
-        drawn = face(number)
+    for number, png in enumerate(_render(samples, size, min(processes, samples))):
+        avatar = face(number)
         yield SampleRecord(
-            drawn.split, drawn.key, png, "png", drawn.captions, size, size, drawn.attributes, drawn.class_id
+            avatar.split, avatar.key, png, "png", avatar.captions, size, size, avatar.attributes, avatar.class_id
         )
 
 
-def _draw(samples: int, size: int, processes: int) -> Iterator[bytes]:
-    """PNGs of faces 0, 1, ... in order; process k draws every `processes`-th.
+def _render(samples: int, size: int, processes: int) -> Iterator[bytes]:
+    """Yield the PNGs of faces 0, 1, ... in order; process k renders k, k + processes, ...
 
-    Programs of their own rather than multiprocessing: nothing is imported again from the caller's main program, and it
-    works inside a daemon, a thread or another framework's worker.
+    Subprocesses are used instead of multiprocessing, because they do not import the caller's main program again, and
+    work inside a daemon, a thread or another framework's worker.
     """
     command = [sys.executable, "-m", "t2idist.data.embedded.avatars"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     with contextlib.ExitStack() as stack:
-        painters = []
+        renderers = []
         for first in range(processes):
-            words = [str(number) for number in (first, processes, samples, size)]
-            painter = subprocess.Popen([*command, *words], stdout=subprocess.PIPE, env=environment)
-            stack.callback(_end, painter)
-            painters.append(painter)
+            arguments = [str(number) for number in (first, processes, samples, size)]
+            renderer = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, env=environment)
+            stack.callback(_terminate, renderer)
+            renderers.append(renderer)
         for number in range(samples):
-            yield _receive(painters[number % processes], number)
+            yield _receive(renderers[number % processes], number)
 
 
-def _receive(painter: subprocess.Popen[bytes], number: int) -> bytes:
-    assert painter.stdout is not None
-    head = _exactly(painter.stdout, 4)
-    data = _exactly(painter.stdout, struct.unpack("<I", head)[0]) if len(head) == 4 else b""
+def _receive(renderer: subprocess.Popen[bytes], number: int) -> bytes:
+    assert renderer.stdout is not None
+    head = _read_exactly(renderer.stdout, 4)
+    data = _read_exactly(renderer.stdout, struct.unpack("<I", head)[0]) if len(head) == 4 else b""
     if not data:
         raise RuntimeError(
-            f"avatar {number} could not be drawn (exit status {painter.wait()}); are dicebear-core, dicebear-styles "
-            "and resvg-py installed in the versions that t2idist asks for?"
+            f"avatar {number} could not be rendered (exit status {renderer.wait()}); are dicebear-core, "
+            "dicebear-styles and resvg-py installed in the versions that t2idist requires?"
         )
     return data
 
 
-def _exactly(stream: IO[bytes], count: int) -> bytes:
-    """`count` bytes, or none when the stream ends before."""
+def _read_exactly(stream: IO[bytes], count: int) -> bytes:
+    """Read `count` bytes; returns b"" if the stream ends earlier."""
     data = stream.read(count)
     return data if len(data) == count else b""
 
 
-def _end(painter: subprocess.Popen[bytes]) -> None:
-    assert painter.stdout is not None
-    painter.terminate()
-    painter.stdout.close()
-    painter.wait()
+def _terminate(renderer: subprocess.Popen[bytes]) -> None:
+    assert renderer.stdout is not None
+    renderer.terminate()
+    renderer.stdout.close()
+    renderer.wait()
 
 
 def _with_progress(records: Iterator[SampleRecord], total: int) -> Iterator[SampleRecord]:

@@ -1,8 +1,8 @@
-"""Cartoon faces with exact attributes and captions, drawn offline: face n is a function of n alone.
+"""Cartoon faces with exact attributes and captions, rendered offline; face n is a function of n alone.
 
-The art is "avataaars" by Pablo Stanley (free for personal and commercial use), drawn by DiceBear. As a program, this
-file draws for another process: ``python -m t2idist.data.embedded.avatars FIRST STEP END SIZE`` writes faces FIRST,
-FIRST + STEP, ... below END to standard output, each as four bytes of length and a PNG.
+The art is "avataaars" by Pablo Stanley (free for personal and commercial use), rendered by DiceBear. Run as a program
+(``python -m t2idist.data.embedded.avatars FIRST STEP END SIZE``), this module renders for another process: it writes
+faces FIRST, FIRST + STEP, ... below END to standard output, each as a length (uint32, little-endian) and a PNG.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from PIL import Image
 T = TypeVar("T")
 
 VERSION = 1
-"""Goes into the name of the cache: count it up whenever a face, its words or its split changes."""
+"""Part of the cache folder's name; increment it whenever a face, its captions or its split changes."""
 
 LICENCE = "avataaars by Pablo Stanley, free for personal and commercial use; drawn by DiceBear (MIT)"
 
@@ -113,18 +113,17 @@ BACKGROUNDS = ("ffffff", "f1f5f9", "dbeafe", "fee2e2", "dcfce7", "fef9c3")
 
 @dataclass(frozen=True)
 class Face:
-    """What face `number` looks like.
-
-    combination: of the traits that held-out captions are judged on: hair or hat, skin, glasses, beard. split: by
-    combination, so that no test combination is in the train split. options: for DiceBear.
-    """
+    """The description of face `number`."""
 
     number: int
     split: str
+    """Determined by `combination`, so that no test combination is in the train split."""
     combination: str
+    """The traits that held-out captions are evaluated on: hair or hat, skin, glasses, beard."""
     captions: tuple[str, ...]
     attributes: tuple[str, ...]
     options: dict[str, Any]
+    """For DiceBear."""
 
     @property
     def key(self) -> str:
@@ -132,12 +131,12 @@ class Face:
 
     @property
     def class_id(self) -> int:
-        """Faces of one combination are one class: their captions fit each other's pictures."""
+        """Faces of one combination are one class, because their captions match each other's images."""
         return _hash(self.combination) >> 1
 
 
 class _Traits:
-    """Draws a face's traits; collects the drawing's options and the attributes on the way."""
+    """Draw a face's traits at random, and collect its options for DiceBear and its attributes."""
 
     def __init__(self, number: int) -> None:
         self.random = random.Random(f"t2idist-avatar-{VERSION}-{number}")
@@ -216,10 +215,10 @@ class _Traits:
         eyes = self._weighted(EYES, (50, 10, 9, 8, 7, 7, 6, 3))
         self.options["eyesVariant"] = [eyes]
         if self.glasses == "sunglasses":
-            return ""  # nobody can see them
-        said, attribute = EYES[eyes]
+            return ""  # they are not visible
+        phrase, attribute = EYES[eyes]
         self.attributes |= {attribute} if attribute else set()
-        return said
+        return phrase
 
     def _clothes(self) -> str:
         clothes, colour = self.random.choice(list(CLOTHES)), self.random.choice(list(CLOTH_COLOURS))
@@ -229,7 +228,7 @@ class _Traits:
 
 
 def face(number: int) -> Face:
-    """Face `number` (from 0), with five captions: the first names all of hair or hat, skin, glasses and beard."""
+    """Return face `number`, with five captions; the first names the hair or hat, skin, glasses and beard."""
     traits = _Traits(number)
     combination = f"{traits.hair}|{traits.skin}|{traits.glasses}|{traits.beard}"
     share = _hash(combination) % 100
@@ -243,7 +242,7 @@ def _captions(traits: _Traits) -> tuple[str, ...]:
     extras = [trait for trait in (traits.glasses, traits.beard) if trait]
     eyes = [traits.eyes] if traits.eyes else []
 
-    def mixed(*parts: str) -> list[str]:
+    def shuffle(*parts: str) -> list[str]:
         shuffled = list(parts)
         traits.random.shuffle(shuffled)
         return shuffled
@@ -251,9 +250,9 @@ def _captions(traits: _Traits) -> tuple[str, ...]:
     return (
         f"a person with {_joined([traits.hair, skin, *extras])}",
         f"a {traits.mood} person with {_joined([traits.hair, *extras])} wearing {traits.clothes}",
-        f"this {traits.mood} face has {_joined([skin, *mixed(traits.hair, *extras, *eyes)])}",
-        f"a cartoon of a {traits.mood} face with {_joined(mixed(traits.hair, skin, *extras[:1]))}",
-        f"a person wearing {traits.clothes} with {_joined(mixed(traits.hair, skin, *extras))}",
+        f"this {traits.mood} face has {_joined([skin, *shuffle(traits.hair, *extras, *eyes)])}",
+        f"a cartoon of a {traits.mood} face with {_joined(shuffle(traits.hair, skin, *extras[:1]))}",
+        f"a person wearing {traits.clothes} with {_joined(shuffle(traits.hair, skin, *extras))}",
     )
 
 
@@ -265,30 +264,30 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def painter(size: int) -> Callable[[int], bytes]:
-    """A function that draws face n as a PNG of size x size pixels."""
+def face_renderer(size: int) -> Callable[[int], bytes]:
+    """Return a function that renders face n as a PNG of size x size pixels."""
     import resvg_py
     from dicebear import Avatar, Style
 
     style = Style(json.loads(files("dicebear_styles").joinpath("avataaars.json").read_text("utf-8")))
 
-    def paint(number: int) -> bytes:
+    def render(number: int) -> bytes:
         svg = Avatar(style, {**face(number).options, "size": size}).to_string()
         rendered = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True))
         out = io.BytesIO()
         Image.open(io.BytesIO(rendered)).convert("RGB").save(out, "PNG")
         return out.getvalue()
 
-    return paint
+    return render
 
 
 def main(first: int, step: int, end: int, size: int) -> None:
-    paint = painter(size)
+    render = face_renderer(size)
     for number in range(first, end, step):
-        data = paint(number)
+        data = render(number)
         sys.stdout.buffer.write(struct.pack("<I", len(data)) + data)
     sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":
-    main(*(int(word) for word in sys.argv[1:5]))
+    main(*(int(argument) for argument in sys.argv[1:5]))

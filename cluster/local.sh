@@ -8,4 +8,4 @@ python=${PYTHON:-$root/.venv/bin/python}
 if ! command -v "$python" >/dev/null; then
   python=python3
 fi
-exec "$python" "$root/tools/local_cluster.py" "$@"
+exec "$python" "$root/tools/chaos/local_cluster.py" "$@"

@@ -1,4 +1,4 @@
-"""The run's configuration: frozen dataclasses, and the strict loader that fills them from YAML and words."""
+"""The run's configuration: frozen dataclasses, filled from a recipe's YAML and ``key.path=value`` overrides."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from t2idist.config.strict import from_dict, parse_yaml, to_dict, unknown_key
 
 PRECISIONS = ("bfloat16", "float32", "float64")
 METRICS = ("fid", "kid", "is", "prdc", "r_precision", "clip_r", "damsm_r", "memorisation")
-"""What evaluate/score.py measures."""
+"""The metrics of evaluate/score.py."""
 DEEPSPEED = "0.19.8"
-"""The one version that works: engine/zero.py reads attributes that DeepSpeed does not promise."""
+"""The only supported version: engine/zero.py uses private attributes of DeepSpeed."""
 
 
 def _positive(config: Any, where: str, *names: str) -> None:
@@ -26,11 +26,11 @@ def _positive(config: Any, where: str, *names: str) -> None:
 
 def _check_deepspeed() -> None:
     try:
-        found = importlib.metadata.version("deepspeed")
+        version = importlib.metadata.version("deepspeed")
     except importlib.metadata.PackageNotFoundError:
-        found = "not installed"
-    if found != DEEPSPEED:
-        raise ValueError(f"strategy: deepspeed is {found}; install it with: pip install deepspeed=={DEEPSPEED}")
+        version = "not installed"
+    if version != DEEPSPEED:
+        raise ValueError(f"strategy: deepspeed is {version}; install it with: pip install deepspeed=={DEEPSPEED}")
 
 
 def _check_seed(where: str, seed: int) -> None:
@@ -38,37 +38,39 @@ def _check_seed(where: str, seed: int) -> None:
         raise ValueError(f"{where}: {seed}; allowed are 0 to {2**31 - 1}")
 
 
-# ------------------------------------------------------------ what a run is
+# ------------------------------------------------------------ sections
 @dataclass(frozen=True)
 class DataConfig:
-    """Which pictures and captions, and how they are read.
-
-    source: "avatars" (made on first use), "emoji" (shipped with the package) or the URL of a shard set. beside: more of
-    them, which take turns with `source`, a step each, for systems that learn from several (stargan).
-    samples, size: number and pixels of avatars to make. max_words: longer captions lose random words (training) or
-    their end (evaluation). vectors_mean_of: where data comes with sentence vectors, a picture's vector in training is
-    the mean of so many of its own, drawn at random (Reed et al. 2016: 4 for CUB, 3 for COCO). crop: the shorter side is
-    resized to crop * size, then cropped at random; 1 = no crop. threads: that decode. prefetch_mib: memory for samples
-    that are read or decoded ahead. max_bad: share of samples that may be unusable before the run stops. cache: folder
-    for avatars and cached shards (none: ~/.cache/t2idist). cache_gib: how much of a remote data set's shards may lie
-    there (0: read by ranges only). endpoint_url: the address of an S3 service (MinIO, Ceph, SeaweedFS) where it is not
-    the environment's.
-    """
+    """The training data, and how it is read."""
 
     source: str = "avatars"
+    """either "avatars" (drawn on first use), "emoji" (shipped with the package) or the URL of a shard set"""
     beside: tuple[str, ...] = ()
+    """further sources, which alternate with `source` step by step, for systems that train on several (stargan)"""
     samples: int = 4000
+    """number of avatars to draw"""
     size: int = 64
+    """pixels of an avatar's side"""
     max_words: int = 18
+    """longer captions lose random words in training, their end in evaluation"""
     vectors_mean_of: int = 1
+    """in training, average this many random sentence vectors of an image (Reed et al. 2016: 4 for CUB, 3 for COCO)"""
     crop: float = 76 / 64
+    """resize the shorter side to crop * size, then crop at random; 1 is no crop"""
     flip: bool = True
+    """mirror half of the training images"""
     threads: int = 2
+    """number of decoding threads"""
     prefetch_mib: int = 256
+    """memory for samples that are read or decoded in advance"""
     max_bad: float = 0.01
+    """share of unreadable samples above which the run stops"""
     cache: str | None = None
+    """folder for avatars and cached shards; null is ~/.cache/t2idist"""
     cache_gib: float = 0.0
+    """disk space for shards of a remote data set; 0 reads byte ranges without a cache"""
     endpoint_url: str | None = None
+    """address of an S3 service (MinIO, Ceph, SeaweedFS) other than the one in the environment"""
 
     def __post_init__(self) -> None:
         if self.endpoint_url is not None and "@" in self.endpoint_url:
@@ -84,29 +86,31 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One stage: a system, its scale and its budget.
-
-    group_size: samples that share BatchNorm statistics and negatives (the paper's batch size). groups: how many such
-    groups make a step. images: budget in images. uses: for each export slot of the system, the name of an earlier stage
-    or the URL of an export. model: the system's own settings (``Config`` in systems/<system>.py). data: over the run's
-    data settings. seed: another one than the run's (a judge's, say). scores_every_images: how often the averaged
-    weights are scored (0: not in training); what is measured is in `RunConfig.scores`. init_from: the URL of an export
-    whose networks the stage's training starts from, those that both have ("": fresh weights).
-    """
+    """One stage: a system, its scale and its budget."""
 
     system: str
+    """name of a file in systems/"""
     group_size: int
+    """samples that share BatchNorm statistics and negatives: the paper's batch size"""
     groups: int
+    """number of groups per step"""
     images: int
+    """budget in images"""
     uses: dict[str, str] = field(default_factory=dict)
+    """for each export slot of the system, the name of an earlier stage or the URL of an export"""
     model: dict[str, Any] = field(default_factory=dict)
+    """the system's own settings (``Config`` in systems/<system>.py)"""
     max_groups_per_worker: int = 64
     data: dict[str, Any] = field(default_factory=dict)
+    """overrides of the run's data settings"""
     seed: int | None = None
+    """seed of this stage, for example of a judge; null is the run's"""
     checkpoint_every_images: int = 50_000
     pictures_every_images: int = 50_000
     scores_every_images: int = 0
+    """how often the averaged weights are scored in training, as `RunConfig.scores` says; 0 is never"""
     init_from: str = ""
+    """URL of an export; networks that both have start from its weights; "" is fresh weights"""
 
     @property
     def images_per_step(self) -> int:
@@ -123,19 +127,18 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """How a stage's state is kept.
-
-    keep: how many of the newest committed checkpoints stay. keep_every_images: one for each so many images stays too
-    (0: none). when_busy: where one is due while the one before is still being written, "wait" for it or "skip". memory:
-    keep copies in the memory of the cluster's machines too. memory_every_steps: how often (0: as often as it costs less
-    than a hundredth of the time).
-    """
+    """How the state of a stage is saved."""
 
     keep: int = 2
+    """number of the newest committed checkpoints to keep"""
     keep_every_images: int = 0
+    """also keep one checkpoint per this many images; 0 keeps none"""
     when_busy: str = "wait"
+    """either "wait" or "skip" if a checkpoint is due while the previous one is still being written"""
     memory: bool = True
+    """also keep replicas in the memory of the cluster's nodes"""
     memory_every_steps: int = 0
+    """how often; 0 is as often as it costs less than 1% of the time"""
 
     def __post_init__(self) -> None:
         _positive(self, "checkpoint", "keep")
@@ -149,14 +152,12 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """What happens to steps whose losses or gradients are not finite: each is skipped.
-
-    skips_in_a_row: so many lead back to the last checkpoint, with fresh noise. rollbacks: after so many of a stage the
-    run ends.
-    """
+    """How many steps with losses or gradients that are not finite to tolerate; each is skipped."""
 
     skips_in_a_row: int = 10
+    """return to the last checkpoint, with new noise, after this many consecutive skips"""
     rollbacks: int = 3
+    """end the run after this many returns in one stage"""
 
     def __post_init__(self) -> None:
         _positive(self, "guard", "skips_in_a_row")
@@ -166,17 +167,16 @@ class GuardConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """What a person sees.
-
-    captions: fixed captions of the grids (none: taken from the test split). draws: noise draws per caption. ledger:
-    keep the ids of the samples of every step in {stage}/ledger/. json_logs: progress and log lines are JSON, with run,
-    stage, rank and images.
-    """
+    """Contents of the report and the logs."""
 
     captions: tuple[str, ...] = ()
+    """fixed captions of the sample grids; empty takes some of the test split"""
     draws: int = 4
+    """noise draws per caption"""
     ledger: bool = False
+    """record the sample ids of every step in {stage}/ledger/"""
     json_logs: bool = False
+    """write progress and log lines as JSON with run, stage, rank and images"""
 
     def __post_init__(self) -> None:
         _positive(self, "report", "draws")
@@ -184,11 +184,9 @@ class ReportConfig:
 
 @dataclass(frozen=True)
 class ScoresConfig:
-    """Scores during training, by a process of its own beside the first worker's, which goes on meanwhile.
+    """Scores during training, computed by a background process next to the first worker.
 
-    metrics, n, real, train, extractor, weights, weights_sha256, judge, device: as options of evaluate/score.py. best:
-    the row by which the best weights are kept ("": none are). share: of the wall time, the most that scoring takes;
-    what does not fit is left out.
+    metrics, n, real, train, extractor, weights, weights_sha256, judge and device are the options of ``t2idist score``.
     """
 
     metrics: tuple[str, ...] = ("kid",)
@@ -201,7 +199,9 @@ class ScoresConfig:
     judge: str = ""
     device: str = "cpu"
     best: str = "kid"
+    """metric by which the best weights are kept; "" keeps none"""
     share: float = 0.02
+    """largest share of the wall time for scoring; scores that do not fit are left out"""
 
     def __post_init__(self) -> None:
         _positive(self, "scores", "n", "real", "train", "share")
@@ -213,59 +213,60 @@ class ScoresConfig:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """How many workers, and what each one takes.
-
-    workers: a number, or [smallest, largest]: the run takes what the cluster has between the two. gpus_per_worker: 0 or
-    1. max_failures: failures of workers that restart them before the run gives up, and as many of Ray's controller.
-    dead_after_seconds: a worker that does not answer for so long is given up. hung_after_seconds: a collective that
-    takes longer counts as a failure. start_within_seconds: workers that are not all there by then are asked for again,
-    as many as the cluster then has. grow_after_seconds: how often the run looks whether it can have more workers.
-    wait_seconds: how long a cluster that is joined may take to have room for the smallest number (machines come up).
-    address: of a running Ray cluster; "auto": the one this process belongs to, else this machine.
-    """
+    """Number of workers, resources of each, and timeouts."""
 
     workers: tuple[int, int] = (1, 1)
+    """a number, or [smallest, largest]: the run takes what the cluster has between the two"""
     cpus_per_worker: float = 1.0
     gpus_per_worker: int = 0
+    """0 or 1"""
     max_failures: int = 10
+    """restarts after failed workers before the run gives up, and as many of Ray's controller"""
     dead_after_seconds: float = 10.0
+    """a worker that does not respond for this long is declared lost"""
     hung_after_seconds: float = 60.0
+    """a collective that takes longer counts as a failure"""
     start_within_seconds: float = 60.0
+    """if the workers have not all started by then, request as many as the cluster then has"""
     grow_after_seconds: float = 30.0
+    """how often to check whether the cluster has room for more workers"""
     wait_seconds: float = 600.0
+    """how long to wait until a joined cluster has room for the smallest number (nodes may be starting)"""
     address: str = "auto"
+    """address of a Ray cluster; "auto" is the one this process belongs to, else this machine"""
 
     def __post_init__(self) -> None:
         smallest, largest = self.workers
         if not 1 <= smallest <= largest:
             raise ValueError(
-                f"cluster.workers: {list(self.workers)}; give a number of at least 1, or [smallest, largest]"
+                f"cluster.workers: {list(self.workers)}; expected a number of at least 1, or [smallest, largest]"
             )
         if self.gpus_per_worker not in (0, 1):
             raise ValueError(f"cluster.gpus_per_worker: {self.gpus_per_worker}; allowed are 0 and 1")
         _positive(self, "cluster", "cpus_per_worker", "dead_after_seconds", "hung_after_seconds")
         _positive(self, "cluster", "start_within_seconds", "grow_after_seconds")
         if self.wait_seconds < 0:
-            raise ValueError(f"cluster.wait_seconds: {self.wait_seconds:g}; give 0 or more")
+            raise ValueError(f"cluster.wait_seconds: {self.wait_seconds:g}; it must be at least 0")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run.
-
-    name: the folder under `storage`; the same name again resumes. about: said in the first line. strategy: "ddp" (every
-    worker holds the whole optimiser) or "deepspeed". zero: what DeepSpeed divides among the workers: 1: the optimiser's
-    state, 2: the gradients too (0: nothing, which is ddp). A run may change both when it resumes.
-    """
+    """A whole run."""
 
     name: str
+    """folder below `storage`; submitting the same name again resumes the run"""
     stages: dict[str, StageConfig]
     about: str = ""
+    """printed as the first line"""
     storage: str = "runs"
+    """folder or URL for run folders"""
     seed: int = 0
     precision: str = "bfloat16"
+    """one of `PRECISIONS`; bfloat16 is autocast, the weights stay float32"""
     strategy: str = "ddp"
+    """either "ddp" (every worker has the whole optimizer) or "deepspeed"; may change when the run resumes"""
     zero: int = 0
+    """what DeepSpeed partitions: 1 the optimizer state, 2 also the gradients; 0 with ddp; may change on resume"""
     data: DataConfig = DataConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
@@ -277,7 +278,7 @@ class RunConfig:
         if not self.name or set(self.name) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-"):
             raise ValueError(f"name: {self.name!r}; allowed are letters, digits, '.', '_' and '-'")
         if self.name.startswith("."):
-            raise ValueError(f"name: {self.name!r}; it may not begin with a dot")
+            raise ValueError(f"name: {self.name!r}; it must not start with a dot")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision: {self.precision!r}; allowed are {', '.join(PRECISIONS)}")
         self._check_strategy()
@@ -299,28 +300,28 @@ class RunConfig:
             raise ValueError(f"strategy: {self.strategy!r}; allowed are ddp and deepspeed")
         if self.strategy == "ddp":
             if self.zero != 0:
-                raise ValueError(f"zero: {self.zero}; it goes with strategy: deepspeed, and the strategy is ddp")
+                raise ValueError(f"zero: {self.zero}; it needs strategy: deepspeed, and the strategy is ddp")
             return
         if self.zero == 3:
             raise ValueError(
-                "zero: 3; allowed are 1 and 2: stage 3 leaves no worker a whole network, which gradient penalties, "
-                "frozen use and averages (EMA) need"
+                "zero: 3; allowed are 1 and 2: with stage 3 no worker has a whole network, which gradient penalties, "
+                "frozen networks and averages (EMA) need"
             )
         if self.zero not in (1, 2):
             raise ValueError(
-                f"zero: {self.zero}; allowed with strategy: deepspeed are 1 (optimiser state is divided among the "
+                f"zero: {self.zero}; allowed with strategy: deepspeed are 1 (optimizer state is partitioned among the "
                 "workers) and 2 (gradients too)"
             )
         if self.precision == "float64":
-            raise ValueError("precision: float64; DeepSpeed keeps weights in float32: give strategy: ddp")
+            raise ValueError("precision: float64; DeepSpeed keeps weights in float32: use strategy: ddp")
         _check_deepspeed()
 
     def _check_scale(self, name: str, stage: StageConfig) -> None:
         smallest, largest = self.cluster.workers
         if smallest < stage.smallest_world:
             raise ValueError(
-                f"cluster.workers: {smallest} cannot hold stage {name}: {stage.groups} groups at most "
-                f"{stage.max_groups_per_worker} a worker need {stage.smallest_world}"
+                f"cluster.workers: {smallest} cannot run stage {name}: {stage.groups} groups, at most "
+                f"{stage.max_groups_per_worker} per worker, need {stage.smallest_world} workers"
             )
         if largest > stage.groups:
             raise ValueError(
@@ -329,34 +330,39 @@ class RunConfig:
             )
 
     def stage_seed(self, stage: str) -> int:
-        """The seed of a stage: its own, or the run's."""
+        """Return the seed of a stage: its own, or the run's."""
         own = self.stages[stage].seed
         return self.seed if own is None else own
 
     def stage_data(self, stage: str) -> DataConfig:
-        """The data settings of a stage: the run's, with the stage's own over them."""
+        """Return the data settings of a stage: the run's, overridden by the stage's own."""
         return from_dict(DataConfig, {**to_dict(self.data), **self.stages[stage].data}, f"stages.{stage}.data")
 
 
-# ------------------------------------------------------------ recipes and command-line words
+# ------------------------------------------------------------ recipes and overrides
 def configs_folder() -> Path:
-    """Where the recipes lie: `configs/` of the checkout, or beside the installed package."""
+    """Return the folder of the recipes: `configs/` of the checkout or of the installed package."""
     package = Path(__file__).parents[1]
     return next(p for p in (package.parent / "configs", package / "configs") if p.is_dir())
 
 
 def recipes() -> dict[str, list[str]]:
-    """Presets by recipe name."""
-    found = configs_folder()
-    return {d.name: sorted(p.stem for p in d.glob("*.yaml")) for d in sorted(found.iterdir()) if d.is_dir()}
+    """Return the names of the presets by recipe name."""
+    folder = configs_folder()
+    return {d.name: sorted(p.stem for p in d.glob("*.yaml")) for d in sorted(folder.iterdir()) if d.is_dir()}
 
 
-def load(recipe: str, words: Iterable[str] = ()) -> RunConfig:
-    """The configuration of a recipe (a name in configs/, or a .yaml file) under ``key.path=value`` words.
+def load(recipe: str, overrides: Iterable[str] = ()) -> RunConfig:
+    """Load a recipe and apply overrides.
 
-    ``preset=NAME`` picks configs/<recipe>/<NAME>.yaml; the default is ``demo``. Raises ValueError with one sentence.
+    Args:
+        recipe: a name in configs/, or a .yaml file.
+        overrides: ``key.path=value``; ``preset=NAME`` selects configs/<recipe>/<NAME>.yaml, by default ``demo``.
+
+    Raises:
+        ValueError: in one sentence, the file or key, its value and what is allowed.
     """
-    pairs = [_word(word) for word in words]
+    pairs = [_parse_override(override) for override in overrides]
     presets = [value for path, value in pairs if path == ["preset"]]
     values = _read_recipe(recipe, str(presets[-1]) if presets else None)
     for path, value in pairs:
@@ -368,7 +374,7 @@ def load(recipe: str, words: Iterable[str] = ()) -> RunConfig:
 def _read_recipe(recipe: str, preset: str | None) -> dict[str, Any]:
     if recipe.endswith((".yaml", ".yml")):
         if preset:
-            raise ValueError(f"preset={preset}: a preset goes with a recipe's name, not with the file {recipe}")
+            raise ValueError(f"preset={preset}: a preset needs a recipe's name, not the file {recipe}")
         file = Path(recipe)
         if not file.is_file():
             raise ValueError(f"{recipe}: no such file")
@@ -386,17 +392,17 @@ def _read_recipe(recipe: str, preset: str | None) -> dict[str, Any]:
     return values
 
 
-def _word(word: str) -> tuple[list[str], Any]:
-    key, equals, text = word.partition("=")
+def _parse_override(override: str) -> tuple[list[str], Any]:
+    key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ValueError(f"{word!r}: expected key.path=value")
-    return key.split("."), parse_yaml(text, word)
+        raise ValueError(f"{override!r}: expected key.path=value")
+    return key.split("."), parse_yaml(text, override)
 
 
 def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
     for i, key in enumerate(path[:-1]):
-        below = values.setdefault(key, {})
-        if not isinstance(below, dict):
+        section = values.setdefault(key, {})
+        if not isinstance(section, dict):
             raise ValueError(f"{'.'.join(path)}: '{'.'.join(path[: i + 1])}' is a value, not a section")
-        values = below
+        values = section
     values[path[-1]] = value

@@ -1,4 +1,4 @@
-"""Dataclasses from plain values and back, strictly: what is unknown or of another type is named with its path."""
+"""Convert dataclasses from and to plain values; unknown keys and wrong types raise an error that names their path."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar, Union
+from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
@@ -16,7 +16,7 @@ C = TypeVar("C")
 
 
 def from_dict(cls: type[C], values: Any, path: str = "") -> C:
-    """A dataclass from nested mappings; every unknown key and wrong type is a ValueError that names its path."""
+    """Build a dataclass from nested mappings; an unknown key or a wrong type raises ValueError that names its path."""
     if not isinstance(values, Mapping):
         raise ValueError(f"{path or 'config'}: {values!r}; expected a mapping of keys")
     hints = typing.get_type_hints(cls)
@@ -36,7 +36,7 @@ def from_dict(cls: type[C], values: Any, path: str = "") -> C:
 
 
 def unknown_key(path: str, key: str, known: Iterable[str]) -> str:
-    """The sentence for a key that is not there, with the nearest one that is."""
+    """Return the error sentence for an unknown key, with the closest known one."""
     names = sorted(known)
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     hint = f"; did you mean '{near[0]}'?" if near else f"; known are {', '.join(names)}"
@@ -56,8 +56,12 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         return _tuple(arguments, value, path)
     if origin is dict:
         if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
-            raise ValueError(f"{path}: {value!r}; expected a mapping of names")
+            raise ValueError(f"{path}: {value!r}; expected a mapping with text keys")
         return {k: _value(arguments[1], v, f"{path}.{k}") for k, v in value.items()}
+    if origin is Literal:
+        if not any(type(value) is type(allowed) and value == allowed for allowed in arguments):
+            raise ValueError(f"{path}: {value!r}; expected {' or '.join(map(repr, arguments))}")
+        return value
     if hint is Any:
         return value
     return _scalar(hint, value, path)
@@ -91,7 +95,7 @@ def _scalar(hint: Any, value: Any, path: str) -> Any:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain values of a dataclass (tuples as lists), ready for YAML or JSON."""
+    """Return the plain values of a dataclass (tuples as lists), ready for YAML or JSON."""
     plain: dict[str, Any] = _plain(dataclasses.asdict(config))
     return plain
 
@@ -105,7 +109,7 @@ def _plain(value: Any) -> Any:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML's safe subset; a key that stands twice is an error."""
+    """YAML's safe subset; a duplicate key is an error."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -114,19 +118,19 @@ class _StrictLoader(yaml.SafeLoader):
                 continue
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key '{key}'", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1 takes 1e-4 for a word; everybody means the number
+# YAML 1.1 parses 1e-4 as a string
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Plain values of a YAML text; `where` names it in messages."""
+    """Parse YAML into plain values; `where` names the text in error messages."""
     loader = _StrictLoader(text)
     try:
         return loader.get_single_data()

@@ -1,9 +1,7 @@
-"""Every byte to and from local disk and object storage."""
+"""Read and write files on local disk and in object storage."""
 
 from t2idist.storage.objects import (
     BLOCK_BYTES,
-    CONNECT_SECONDS,
-    READ_SECONDS,
     absolute,
     check_endpoint,
     check_url,
@@ -26,8 +24,6 @@ from t2idist.storage.retry import Cancelled
 
 __all__ = [
     "BLOCK_BYTES",
-    "CONNECT_SECONDS",
-    "READ_SECONDS",
     "Cancelled",
     "absolute",
     "check_endpoint",

@@ -1,9 +1,9 @@
-"""Every byte to and from local disk or an object store: the only file on fsspec and on S3's client.
+"""Read and write local files and objects in a store: the only file that uses fsspec and the S3 client.
 
 URLs are fsspec's (``s3://bucket/key``, ``memory://x``, ``gs://``...) or plain local paths. Credentials come from the
 usual environment and files and are never taken from, or written to, a URL or a config. `endpoint_url` is the address
-of an S3 service other than the environment's; local paths ignore it. Requests to a store are tried again as
-`retry.persist` says. S3 objects are read by S3's own client, which needs half of s3fs's CPU time, the rest by fsspec.
+of an S3 service other than the environment's; local paths ignore it. Requests to a store are retried (`retry.retry`).
+S3 objects are read with botocore, which needs half of s3fs's CPU time; everything else uses fsspec.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ from typing import Any
 
 import fsspec
 
-from t2idist.storage.retry import persist
+from t2idist.storage.retry import retry
 
 REFUSED = ("pipe", "simplecache", "filecache", "blockcache", "shell", "python")
-"""Protocols that would run a program, or that chain to another URL behind the reader's back."""
+"""Protocols that run a program or chain to another URL."""
 
 BLOCK_BYTES = 4 << 20
-"""A longer read is cut in such blocks; each is tried again alone, so that a fault costs no more than one."""
+"""Longer reads are split into blocks of this size; each is retried on its own, so that a fault costs one block."""
 _BLOCKS_IN_FLIGHT = 4
 _CONNECTIONS = 32
 CONNECT_SECONDS = 10.0
 READ_SECONDS = 30.0
-"""Without a connection, or a byte on it, for so long: a fault."""
+"""After this long without a connection, or without a byte on it, a request fails and is retried."""
 _S3 = ("s3", "s3a")
-_VALUES_KEPT = 8
+_CLIENTS_CACHED = 8
 
 _SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*)(::|://|:(?!\\))")
 
 
 def _scheme(url: str) -> str:
-    found = _SCHEME.match(url)
-    return found.group(1).lower() if found else ""
+    match = _SCHEME.match(url)
+    return match.group(1).lower() if match else ""
 
 
 def check_url(url: str, endpoint_url: str | None = None) -> None:
-    """Raises ValueError for a refused protocol, credentials in URL or endpoint, and an endpoint of no S3 URL."""
+    """Raise ValueError for a refused protocol, for credentials in a URL, and for an endpoint without an S3 URL."""
     scheme = _scheme(url)
     if scheme in REFUSED or "::" in url:
         raise ValueError(
-            f"{redact(url)}: the protocol '{scheme}' is not allowed; give a local path or an object store URL"
+            f"{redact(url)}: the protocol '{scheme}' is not allowed; use a local path or an object store URL"
         )
     if re.search(r"://[^/]*@", url):
         raise ValueError(
@@ -60,7 +60,7 @@ def check_url(url: str, endpoint_url: str | None = None) -> None:
     if endpoint_url is not None and scheme not in ("", "file"):
         check_endpoint(endpoint_url)
         if scheme not in _S3:
-            raise ValueError(f"{redact(url)}: an endpoint URL goes with s3:// only, not with {scheme}://")
+            raise ValueError(f"{redact(url)}: an endpoint URL is for s3:// only, not for {scheme}://")
 
 
 def _filesystem(url: str, endpoint_url: str | None) -> tuple[Any, str]:
@@ -71,23 +71,23 @@ def _filesystem(url: str, endpoint_url: str | None) -> tuple[Any, str]:
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:
-        raise ValueError(f"{redact(url)}: no way to open this URL: {error}") from None
+        raise ValueError(f"{redact(url)}: this URL cannot be opened: {error}") from None
     if scheme not in ("", "file", "memory"):
         filesystem.invalidate_cache()
     return filesystem, path
 
 
 def _identity() -> tuple[object, ...]:
-    """What a client depends on: this process, and the environment that names keys and endpoint."""
+    """Return what a client depends on: this process, and the environment's keys and endpoint."""
     return (os.getpid(), *sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
 
 
 def _client_settings() -> dict[str, Any]:
-    once = {"total_max_attempts": 1, "mode": "standard"}  # trying again is ours
+    once = {"total_max_attempts": 1, "mode": "standard"}  # we retry ourselves
     return {"retries": once, "connect_timeout": CONNECT_SECONDS, "read_timeout": READ_SECONDS}
 
 
-@functools.lru_cache(_VALUES_KEPT)
+@functools.lru_cache(_CLIENTS_CACHED)
 def _s3_filesystem(endpoint_url: str | None, identity: tuple[object, ...]) -> Any:
     filesystem = fsspec.filesystem(
         "s3", endpoint_url=endpoint_url, config_kwargs=_client_settings(), use_listings_cache=False,
@@ -97,9 +97,9 @@ def _s3_filesystem(endpoint_url: str | None, identity: tuple[object, ...]) -> An
     return filesystem
 
 
-@functools.lru_cache(_VALUES_KEPT)
+@functools.lru_cache(_CLIENTS_CACHED)
 def _s3_client(endpoint_url: str | None, identity: tuple[object, ...]) -> Any:
-    import botocore.session  # slow to import, and of no use to who reads local files
+    import botocore.session  # slow to import, and not needed for local files
     from botocore.config import Config
 
     config = Config(
@@ -109,18 +109,18 @@ def _s3_client(endpoint_url: str | None, identity: tuple[object, ...]) -> Any:
 
 
 def redact(url: str) -> str:
-    """The URL without user name, password and query, for messages."""
+    """Return the URL without user name, password and query, for messages."""
     return re.sub(r"\?.*$", "", re.sub(r"(://)[^/]*@", r"\1", url))
 
 
 def check_endpoint(endpoint_url: str) -> None:
-    """Raises ValueError where this is not a plain http(s) address, or holds credentials."""
+    """Raise ValueError unless this is a plain http(s) address without credentials."""
     if re.search(r"://[^/]*@", endpoint_url):
         raise ValueError(
             f"endpoint_url {redact(endpoint_url)}: credentials do not belong in it; use the environment or files"
         )
     if not re.fullmatch(r"https?://[A-Za-z0-9.:\[\]_-]+(/[^?#\s]*)?", endpoint_url):
-        raise ValueError(f"endpoint_url {redact(endpoint_url)!r}: give an address such as http://host:9000")
+        raise ValueError(f"endpoint_url {redact(endpoint_url)!r}: expected an address such as http://host:9000")
 
 
 def is_local(url: str) -> bool:
@@ -128,13 +128,13 @@ def is_local(url: str) -> bool:
 
 
 def local_path(url: str) -> Path | None:
-    """The path of a local URL, else None."""
+    """Return the path of a local URL, else None."""
     name = local_name(url)
     return None if name is None else Path(name)
 
 
 def local_name(url: str) -> str | None:
-    """The path of a local URL as a text, in a fraction of the time, else None."""
+    """Return the path of a local URL as a string, else None; much faster than `local_path`."""
     if not is_local(url):
         return None
     path = url.removeprefix("file://")
@@ -142,7 +142,7 @@ def local_name(url: str) -> str | None:
 
 
 def absolute(url: str) -> str:
-    """The URL as another process would need it: local paths made absolute."""
+    """Return the URL with a local path made absolute, for use by other processes."""
     path = local_path(url)
     return url if path is None else str(path.resolve())
 
@@ -159,10 +159,13 @@ def read_bytes(
     endpoint_url: str | None = None,
     stop: threading.Event | None = None,
 ) -> bytes:
-    """The object's bytes, or those of the range [start, end), fewer where the object ends before.
+    """Return the object's bytes, or those of the range [start, end) as far as the object goes.
 
-    stop: when it is set, a read that would be tried again ends with retry.Cancelled. Raises FileNotFoundError,
-    PermissionError and ConnectionError as `retry.persist` does.
+    Args:
+        stop: if set, a read raises `Cancelled` instead of retrying.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError: as `retry.retry`.
     """
     path = local_path(url)
     if path is not None:
@@ -172,21 +175,23 @@ def read_bytes(
     if _scheme(url) in _S3:
         return _S3Object(url, endpoint_url, stop).read(start or 0, end)
     filesystem, key = _filesystem(url, endpoint_url)
-    data: bytes = persist(lambda: filesystem.cat_file(key, start=start, end=end), redact(url), stop)
+    data: bytes = retry(lambda: filesystem.cat_file(key, start=start, end=end), redact(url), stop)
     return data
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Bytes of an object, and of the whole object: its size and its version's tag."""
+    """A range of an object's bytes."""
 
     data: bytes
     object_bytes: int
+    """size of the whole object"""
     tag: str
+    """ETag of the object's version"""
 
 
 class _S3Object:
-    """An object that is read in blocks, several at a time."""
+    """An S3 object that is read in blocks, several in parallel."""
 
     def __init__(self, url: str, endpoint_url: str | None, stop: threading.Event | None) -> None:
         check_url(url, endpoint_url)
@@ -198,45 +203,45 @@ class _S3Object:
     def read(self, start: int, end: int | None) -> bytes:
         blocks = []
         if end is None:
-            blocks = [self._block(start, start + BLOCK_BYTES)]  # tells how long the object is
+            blocks = [self._block(start, start + BLOCK_BYTES)]  # its response has the size of the object
             start, end = start + BLOCK_BYTES, blocks[0].object_bytes
-        firsts = range(start, end, BLOCK_BYTES)
-        if len(firsts) > 1:
-            with ThreadPoolExecutor(min(_BLOCKS_IN_FLIGHT, len(firsts)), "block") as pool:
-                blocks += pool.map(lambda first: self._block(first, min(first + BLOCK_BYTES, end)), firsts)
+        starts = range(start, end, BLOCK_BYTES)
+        if len(starts) > 1:
+            with ThreadPoolExecutor(min(_BLOCKS_IN_FLIGHT, len(starts)), "block") as pool:
+                blocks += pool.map(lambda at: self._block(at, min(at + BLOCK_BYTES, end)), starts)
         else:
-            blocks += [self._block(first, end) for first in firsts]
+            blocks += [self._block(at, end) for at in starts]
         if len({block.tag for block in blocks if block.data}) > 1:
-            raise OSError(f"{self._where}: was written anew while it was read; read it again")
+            raise OSError(f"{self._where}: the object was overwritten while it was read; read it again")
         return blocks[0].data if len(blocks) == 1 else b"".join(block.data for block in blocks)
 
     def _block(self, start: int, end: int) -> _Block:
-        return persist(lambda: self._try(start, end), self._where, self._stop)
+        return retry(lambda: self._get(start, end), self._where, self._stop)
 
-    def _try(self, start: int, end: int) -> _Block:
+    def _get(self, start: int, end: int) -> _Block:
         from botocore.exceptions import ClientError
 
         if start >= end:
             return _Block(b"", 0, "")
         try:
-            answer = self._client.get_object(Bucket=self._bucket, Key=self._key, Range=f"bytes={start}-{end - 1}")
+            response = self._client.get_object(Bucket=self._bucket, Key=self._key, Range=f"bytes={start}-{end - 1}")
         except ClientError as error:
             if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 416:
                 return _Block(b"", 0, "")  # the object ends before this range
             raise
-        data: bytes = answer["Body"].read()
-        tag = str(answer.get("ETag", ""))
-        if "ContentRange" not in answer:  # a store without ranges sends all
+        data: bytes = response["Body"].read()
+        tag = str(response.get("ETag", ""))
+        if "ContentRange" not in response:  # a store without range requests sends everything
             return _Block(data[start:end], len(data), tag)
-        total = int(answer["ContentRange"].rpartition("/")[2])
-        wanted = min(end, total) - start
-        if len(data) != wanted:
-            raise EOFError(f"{len(data)} bytes came where {wanted} were asked for")
+        total = int(response["ContentRange"].rpartition("/")[2])
+        expected = min(end, total) - start
+        if len(data) != expected:
+            raise EOFError(f"received {len(data)} bytes instead of {expected}")
         return _Block(data, total, tag)
 
 
 def write_bytes(url: str, data: bytes | memoryview, *, endpoint_url: str | None = None) -> None:
-    """Write the whole object: a reader sees the old bytes or the new ones, never a part."""
+    """Write the whole object atomically: a reader sees the old bytes or the new ones, never a part."""
     path = local_path(url)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -251,8 +256,8 @@ def write_bytes(url: str, data: bytes | memoryview, *, endpoint_url: str | None 
             temporary.unlink(missing_ok=True)
         return
     filesystem, key = _filesystem(url, endpoint_url)
-    body = data if isinstance(data, bytes) else bytes(data)  # clients take nothing else
-    persist(lambda: filesystem.pipe_file(key, body), redact(url))
+    body = data if isinstance(data, bytes) else bytes(data)  # clients accept nothing else
+    retry(lambda: filesystem.pipe_file(key, body), redact(url))
 
 
 def exists(url: str, *, endpoint_url: str | None = None) -> bool:
@@ -260,7 +265,7 @@ def exists(url: str, *, endpoint_url: str | None = None) -> bool:
     if path is not None:
         return path.exists()
     filesystem, key = _filesystem(url, endpoint_url)
-    return bool(persist(lambda: filesystem.exists(key), redact(url)))
+    return bool(retry(lambda: filesystem.exists(key), redact(url)))
 
 
 def size(url: str, *, endpoint_url: str | None = None) -> int:
@@ -268,32 +273,32 @@ def size(url: str, *, endpoint_url: str | None = None) -> int:
     if path is not None:
         return path.stat().st_size
     filesystem, key = _filesystem(url, endpoint_url)
-    return int(persist(lambda: filesystem.size(key), redact(url)))
+    return int(retry(lambda: filesystem.size(key), redact(url)))
 
 
 def list_dir(url: str, *, endpoint_url: str | None = None) -> list[str]:
-    """Names in a folder, sorted; empty when there is no such folder."""
+    """Return the sorted names in a folder; empty if there is no such folder."""
     path = local_path(url)
     if path is not None:
         return sorted(p.name for p in path.iterdir() if not p.name.startswith(".")) if path.is_dir() else []
     filesystem, key = _filesystem(url, endpoint_url)
     try:
-        entries = persist(lambda: filesystem.ls(key, detail=False), redact(url))
+        entries = retry(lambda: filesystem.ls(key, detail=False), redact(url))
     except FileNotFoundError:
         return []
     return sorted({str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries} - {"", key.rsplit("/", 1)[-1]})
 
 
 def remove(url: str, *, endpoint_url: str | None = None) -> None:
-    """Remove an object, or a folder with all in it; nothing happens when it is not there."""
+    """Remove an object, or a folder with its content, if it exists."""
     filesystem, key = _filesystem(url, endpoint_url)
-    if persist(lambda: filesystem.exists(key), redact(url)):
-        with contextlib.suppress(FileNotFoundError):  # gone in an earlier try
-            persist(lambda: filesystem.rm(key, recursive=True), redact(url))
+    if retry(lambda: filesystem.exists(key), redact(url)):
+        with contextlib.suppress(FileNotFoundError):  # removed by an earlier attempt
+            retry(lambda: filesystem.rm(key, recursive=True), redact(url))
 
 
 def read_json(url: str, *, endpoint_url: str | None = None) -> Any:
-    """Raises ValueError, naming the URL, where the object is not JSON."""
+    """Parse an object as JSON; raises ValueError that names the URL if it is not JSON."""
     try:
         return json.loads(read_bytes(url, endpoint_url=endpoint_url))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -1,4 +1,4 @@
-"""Trying again: which errors of an object store pass by themselves, how long to wait, and the sentence at the end."""
+"""Retry requests to an object store: which errors are transient, how long to wait, and the final error sentence."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 TOTAL_SECONDS = 180.0
-"""How long one request is tried again: a store may be gone for a minute or two."""
+"""How long one request is retried: a store may be unavailable for a minute or two."""
 FIRST_WAIT_SECONDS = 0.2
 LONGEST_WAIT_SECONDS = 10.0
-_TRIES_BEFORE_WARNING = 3
+_ATTEMPTS_BEFORE_WARNING = 3
 _JITTER = random.SystemRandom()
 
 _BUSY = frozenset(
@@ -61,15 +61,21 @@ _ABSENT = frozenset({"NoSuchKey", "NoSuchBucket", "NoSuchVersion"})
 
 
 class Cancelled(Exception):
-    """Whoever asked for the bytes does not want them any more."""
+    """The caller no longer needs the bytes."""
 
 
-def persist(attempt: Callable[[], T], where: str, stop: threading.Event | None = None) -> T:
-    """What `attempt` returns, tried again with growing random waits while its errors may pass by themselves.
+def retry(attempt: Callable[[], T], where: str, stop: threading.Event | None = None) -> T:
+    """Call `attempt`, again after growing random waits while its errors are transient, and return its result.
 
-    where: names the object in messages, without secrets. stop: ends the waiting, with Cancelled. Raises PermissionError
-    and FileNotFoundError at once, with a sentence, other lasting errors as OSError, and ConnectionError when
-    TOTAL_SECONDS are over.
+    Args:
+        where: names the object in messages, without secrets.
+        stop: if set, no further attempt is made.
+
+    Raises:
+        PermissionError, FileNotFoundError: at once, with a sentence.
+        OSError: other permanent errors.
+        ConnectionError: TOTAL_SECONDS are over.
+        Cancelled: `stop` was set.
     """
     began = time.monotonic()
     for tries in itertools.count(1):
@@ -78,26 +84,29 @@ def persist(attempt: Callable[[], T], where: str, stop: threading.Event | None =
         try:
             return attempt()
         except Exception as error:
-            final = lasting(error, where)
-            if final is not None:
-                raise final from None  # the chain could hold headers and signed queries
-            said = describe(error)
+            permanent = permanent_error(error, where)
+            if permanent is not None:
+                raise permanent from None  # the chain could hold headers and signed queries
+            reason = describe(error)
         wait = _JITTER.uniform(0, min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2 ** min(tries - 1, 16)))
         waited = time.monotonic() - began
         if waited + wait > TOTAL_SECONDS:
-            raise ConnectionError(f"{where}: no answer in {waited:.0f} s and {tries} tries; the last error was: {said}")
-        if tries == _TRIES_BEFORE_WARNING:
-            logger.warning("%s: %d tries failed (%s); trying on for %.0f s", where, tries, said, TOTAL_SECONDS - waited)
+            raise ConnectionError(
+                f"{where}: no response in {waited:.0f} s and {tries} attempts; the last error: {reason}"
+            )
+        if tries == _ATTEMPTS_BEFORE_WARNING:
+            left = TOTAL_SECONDS - waited
+            logger.warning("%s: %d attempts failed (%s); retrying for %.0f s", where, tries, reason, left)
         if stop is None:
             time.sleep(wait)
         else:
             stop.wait(wait)
-    raise AssertionError("itertools.count ends never")
+    raise AssertionError("itertools.count never ends")
 
 
-def lasting(error: Exception, where: str) -> Exception | None:
-    """The error to raise where trying again is of no use, else None."""
-    status, code = _answer(error)
+def permanent_error(error: Exception, where: str) -> Exception | None:
+    """Return the error to raise if a retry cannot succeed, else None."""
+    status, code = _response(error)
     if code in _BUSY or status in (408, 425, 429) or (status >= 500 and status != 501):
         return None
     if status in (401, 403) or code in _REFUSED or isinstance(error, PermissionError):
@@ -111,33 +120,33 @@ def lasting(error: Exception, where: str) -> Exception | None:
             f"AWS_SECRET_ACCESS_KEY, AWS_PROFILE) or in the store's own files"
         )
     if status == 404 or code in _ABSENT or isinstance(error, FileNotFoundError):
-        return FileNotFoundError(f"{where}: not there")
+        return FileNotFoundError(f"{where}: no such object")
     if (
         300 <= status < 500
         or status == 501
         or isinstance(error, FileExistsError | IsADirectoryError | NotADirectoryError)
     ):
-        return OSError(f"{where}: the store cannot do this: {describe(error)}")
-    return _unless_passing(error, where)
+        return OSError(f"{where}: the store does not support this request: {describe(error)}")
+    return _unless_transient(error, where)
 
 
 def describe(error: Exception) -> str:
-    """One short line for an error: no query strings, no keys."""
-    status, code = _answer(error)
+    """Return one short line for an error, without query strings and keys."""
+    status, code = _response(error)
     if status or code:
         return f"{code or 'HTTP'} ({status})"
     text = re.sub(r"[?]\S*", "", str(error))
     return f"{type(error).__name__}: {text}"[:200]
 
 
-def _answer(error: BaseException) -> tuple[int, str]:
-    """HTTP status and error code of an S3 answer behind the error; (0, "") where there is none."""
-    from botocore.exceptions import ClientError  # slow to import, and needed only when something went wrong
+def _response(error: BaseException) -> tuple[int, str]:
+    """Return the HTTP status and error code of the S3 response behind an error; (0, "") if there is none."""
+    from botocore.exceptions import ClientError  # slow to import, and needed only after an error
 
-    for found in (error, error.__cause__):
-        if isinstance(found, ClientError):
-            code = str(found.response.get("Error", {}).get("Code", ""))
-            status = found.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    for candidate in (error, error.__cause__):
+        if isinstance(candidate, ClientError):
+            code = str(candidate.response.get("Error", {}).get("Code", ""))
+            status = candidate.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
             return int(status), "" if code.isdigit() else code
     return 0, ""
 
@@ -148,23 +157,23 @@ def _no_credentials(error: Exception) -> bool:
     return isinstance(error, NoCredentialsError | PartialCredentialsError | CredentialRetrievalError)
 
 
-def _unless_passing(error: Exception, where: str) -> Exception | None:
-    """None where an error without an answer of the store looks like the network's, else what to raise."""
-    from aiohttp import ClientError as AnyClientError
+def _unless_transient(error: Exception, where: str) -> Exception | None:
+    """Return None if an error without a response looks like a network failure, else the error to raise."""
+    from aiohttp import ClientError as AiohttpError
     from botocore import exceptions as boto
     from botocore.parsers import ResponseParserError
-    from urllib3.exceptions import HTTPError  # comes through where the body of an error breaks off
+    from urllib3.exceptions import HTTPError  # raised if the body of an error response breaks off
 
     if isinstance(error, boto.SSLError):
         return OSError(f"{where}: {describe(error)}")
-    passing = (
+    transient = (
         boto.ConnectionError,
         boto.HTTPClientError,
         boto.IncompleteReadError,
         ResponseParserError,
-        AnyClientError,
+        AiohttpError,
         HTTPError,
     )
-    if isinstance(error, (OSError, EOFError, http.client.HTTPException, *passing)):
+    if isinstance(error, (OSError, EOFError, http.client.HTTPException, *transient)):
         return None
     return ValueError(f"{where}: {describe(error)}") if isinstance(error, boto.BotoCoreError) else error

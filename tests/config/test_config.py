@@ -48,7 +48,7 @@ def changed(path: str, value: object) -> dict[str, object]:
         ("precision", "float16", "precision: 'float16'; allowed are bfloat16, float32, float64"),
         ("name", "a/b", "name: 'a/b'; allowed are letters"),
         ("seed", -1, "seed: -1; allowed are 0"),
-        ("cluster.workers", [3, 2], r"cluster.workers: \[3, 2\]; give a number"),
+        ("cluster.workers", [3, 2], r"cluster.workers: \[3, 2\]; expected a number"),
         ("cluster.workers", [1, 2, 3], "expected 2 values"),
         ("cluster.workers", 3, "cluster.workers: 3 is more than the 2 groups of stage a"),
         ("stages.a.max_groups_per_worker", 1, "cluster.workers: 1 cannot run stage a: 2 groups, at most 1 per worker"),

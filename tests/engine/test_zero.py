@@ -243,11 +243,11 @@ def test_a_finished_stage_leaves_nothing_in_memory(workers: Workers, zero: int) 
     ("values", "sentence"),
     [
         ({"strategy": "fsdp"}, "strategy: 'fsdp'; allowed are ddp and deepspeed"),
-        ({"zero": 2}, "zero: 2; it goes with strategy: deepspeed, and the strategy is ddp"),
+        ({"zero": 2}, "zero: 2; it needs strategy: deepspeed, and the strategy is ddp"),
         ({"strategy": "deepspeed"}, "zero: 0; allowed with strategy: deepspeed are 1"),
         (
             {"strategy": "deepspeed", "zero": 3},
-            "zero: 3; allowed are 1 and 2: stage 3 leaves no worker a whole network",
+            "zero: 3; allowed are 1 and 2: with stage 3 no worker has a whole network",
         ),
         (
             {"strategy": "deepspeed", "zero": 1, "precision": "float64"},

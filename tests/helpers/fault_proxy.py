@@ -1,6 +1,6 @@
-"""An HTTP proxy that stands before an object store and does to some requests what networks do.
+"""An HTTP proxy in front of an object store that injects network faults into some requests.
 
-Requests are passed on as they came, the Host header too, since that is what was signed. One request a connection.
+Requests are forwarded unchanged, including the Host header, which is signed. One request per connection.
 """
 
 from __future__ import annotations
@@ -16,39 +16,45 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-Plan = Callable[[int, str, str], str | None]
-"""From a request's number, method and target to its fault, or None."""
+FaultPlan = Callable[[int, str, str], str | None]
+"""Maps a request's number, method and target to its fault, or None."""
 
 FAULTS = ("busy", "reset", "cut", "short", "stall")
-"""503 SlowDown; connection reset in mid-body; body that ends before what its length promises; a 206 of fewer bytes than
-asked for, with lengths that fit them; two seconds of silence in mid-body. And "refuse", not in any storm: 403."""
+"""503 SlowDown; connection reset in mid-body; body shorter than its length header; a consistent 206 with fewer bytes
+than requested; two seconds without data in mid-body. Not drawn by `random_faults`: "refuse", a 403."""
 STALL_SECONDS = 2.0
 _SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 _DENIED = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
 
 
-def storm(seed: int, share: float, faults: tuple[str, ...] = FAULTS, burst: int = 3) -> Plan:
-    """Faults on about `share` of the requests for objects, 503 in bursts of `burst`; the same for the same seed."""
+def random_faults(seed: int, share: float, faults: tuple[str, ...] = FAULTS, burst: int = 3) -> FaultPlan:
+    """Plan faults for about `share` of the GET requests, 503 in bursts of `burst`; deterministic in the seed."""
     left = [0]
 
     def plan(number: int, method: str, target: str) -> str | None:
-        chance = random.Random(f"{seed} {number}")
+        generator = random.Random(f"{seed} {number}")
         if left[0] > 0:
             left[0] -= 1
             return "busy"
-        if method != "GET" or chance.random() > share:
+        if method != "GET" or generator.random() > share:
             return None
-        fault = chance.choice(faults)
+        fault = generator.choice(faults)
         left[0] = burst - 1 if fault == "busy" else 0
         return fault
 
     return plan
 
 
-class Proxy:
-    """A running proxy. address: http://host:port. done: how often each fault was done. plan: may be replaced."""
+class FaultProxy:
+    """A running proxy.
 
-    def __init__(self, upstream: str, plan: Plan, host: str = "127.0.0.1") -> None:
+    Attributes:
+        address: http://host:port.
+        plan: the faults; may be replaced while the proxy runs.
+        done: number of injections by fault.
+    """
+
+    def __init__(self, upstream: str, plan: FaultPlan, host: str = "127.0.0.1") -> None:
         name, port = upstream.removeprefix("http://").split(":")
         self.plan = plan
         self.done: Counter[str] = Counter()
@@ -86,31 +92,33 @@ class Proxy:
                 self.done[fault or "none"] += 1
             if fault in ("busy", "refuse"):
                 body, line = (_SLOW_DOWN, "503 Slow Down") if fault == "busy" else (_DENIED, "403 Forbidden")
-                answer = f"HTTP/1.1 {line}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n"
-                client.sendall(f"{answer}Connection: close\r\n\r\n".encode() + (b"" if method == "HEAD" else body))
+                response = f"HTTP/1.1 {line}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n"
+                client.sendall(f"{response}Connection: close\r\n\r\n".encode() + (b"" if method == "HEAD" else body))
                 return
             with socket.create_connection(self._upstream) as store:
                 store.sendall(
                     re.sub(rb"(?i)\r\nconnection: [^\r]*", b"", head)[:-2] + b"Connection: close\r\n\r\n" + rest
                 )
-                if method in ("PUT", "POST"):  # a thread that reads the client would keep a reset from going out
+                if method in ("PUT", "POST"):  # for GET, a thread that reads the client would block a reset
                     threading.Thread(target=_pump, args=(client, store), daemon=True).start()
-                self._answer(store, client, fault if method == "GET" else None)
+                self._respond(store, client, fault if method == "GET" else None)
                 with contextlib.suppress(OSError):
                     client.shutdown(socket.SHUT_WR) if fault != "reset" else None
 
-    def _answer(self, store: socket.socket, client: socket.socket, fault: str | None) -> None:
+    def _respond(self, store: socket.socket, client: socket.socket, fault: str | None) -> None:
         head, body = _until_blank_line(store)
-        found = re.search(rb"(?i)\r\ncontent-length: (\d+)", head)
-        length = int(found.group(1)) if found else 0
+        match = re.search(rb"(?i)\r\ncontent-length: (\d+)", head)
+        length = int(match.group(1)) if match else 0
         if fault is None or length < 2:
             client.sendall(head + body)
             _pump(store, client)
             return
         half = length // 2
         if fault == "short":
-            head = head.replace(found.group(0), b"\r\nContent-Length: %d" % half) if found else head
-        while len(body) < length and (more := store.recv(1 << 18)):  # all of it: the store shall not see the fault
+            head = head.replace(match.group(0), b"\r\nContent-Length: %d" % half) if match else head
+        while len(body) < length and (
+            more := store.recv(1 << 18)
+        ):  # read everything, so that the store does not see the fault
             body += more
         client.sendall(head + body[:half])
         if fault == "reset":
@@ -121,7 +129,7 @@ class Proxy:
 
 
 def _until_blank_line(source: socket.socket) -> tuple[bytes, bytes]:
-    """A head with its blank line, and what came after it; empty where the other side left."""
+    """Return a head with its blank line, and the bytes after it; empty if the connection was closed."""
     data = b""
     while b"\r\n\r\n" not in data:
         more = source.recv(1 << 16)
@@ -139,9 +147,9 @@ def _pump(source: socket.socket, target: socket.socket) -> None:
 
 
 @contextmanager
-def fault_proxy(upstream: str, plan: Plan, host: str = "127.0.0.1") -> Iterator[Proxy]:
-    """A proxy before the store at `upstream` (http://host:port), at an address of this machine."""
-    proxy = Proxy(upstream, plan, host)
+def fault_proxy(upstream: str, plan: FaultPlan, host: str = "127.0.0.1") -> Iterator[FaultProxy]:
+    """Run a proxy in front of the store at `upstream` (http://host:port)."""
+    proxy = FaultProxy(upstream, plan, host)
     try:
         yield proxy
     finally:

@@ -1,4 +1,4 @@
-"""What a process of its own does in the test of the shared cache; imports little, so that it starts fast."""
+"""Entry point of the processes in the test of the shared shard cache; imports little, so that it starts fast."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from t2idist.data.shards import Dataset
 
 
 def fetch_all(url: str, folder: str, endpoint_url: str) -> None:
-    """Read every shard of the split train through a cache in `folder`, and check its hash."""
+    """Read every shard of the split train through a cache in `folder`, and check the hashes."""
     dataset = Dataset.open(url, check_sizes=False, endpoint_url=endpoint_url)
     shards = dataset.split("train").shards
     cache = ShardCache(Path(folder), 1 << 30, url, shards, endpoint_url=endpoint_url)

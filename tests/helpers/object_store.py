@@ -1,4 +1,4 @@
-"""A real object store on loopback, started and ended by the test that asks for it."""
+"""A real object store on loopback for tests."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ KEY, SECRET = "testkey", "testsecret-that-must-not-leak"
 
 @contextmanager
 def seaweedfs(host: str = "127.0.0.1") -> Iterator[dict[str, str]]:
-    """A running store with a bucket `bucket` at an address of this machine: the environment that reaches it."""
+    """Run a store with a bucket `bucket`; yields the environment of its users."""
     with tempfile.TemporaryDirectory(prefix="t2idist-store-", ignore_cleanup_errors=True) as folder:
         process, address = weed.start(Path(folder), host, KEY, SECRET)
         try:
             weed.make_bucket(address, KEY, SECRET)
             yield {**os.environ, **weed.environment(address, KEY, SECRET)}
         finally:
-            process.kill()  # a polite end takes it half a minute, and its data go with it
+            process.kill()  # a graceful shutdown takes half a minute, and the data is not needed
             process.wait(30)
 
 

@@ -1,4 +1,4 @@
-"""A whole run on a real object store: shards read from it, checkpoints and everything else written to it."""
+"""A whole run on a real object store: it reads shards from it and writes its run folder to it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from tests.helpers.runs import ROOT, command_environment, command_line, write_re
 
 
 @pytest.mark.whole
-def test_a_run_lives_in_an_object_store_and_is_taken_up_from_it(tmp_path: Path) -> None:
-    with seaweedfs() as reach:
-        remote = store(reach["AWS_ENDPOINT_URL"])
+def test_run_in_an_object_store_resumes_and_leaks_no_secret(tmp_path: Path) -> None:
+    with seaweedfs() as store_env:
+        remote = store(store_env["AWS_ENDPOINT_URL"])
         remote.put(str(files("t2idist.data.embedded").joinpath("emoji")) + "/", "bucket/emoji/", recursive=True)
         file = write_recipe(tmp_path, storage="s3://bucket/runs")
-        env = {**reach, **command_environment(), **{k: v for k, v in reach.items() if k.startswith("AWS")}}
+        env = {**store_env, **command_environment(), **{k: v for k, v in store_env.items() if k.startswith("AWS")}}
 
-        def run(*words: str) -> subprocess.CompletedProcess[str]:
-            data = ["data.source=s3://bucket/emoji", *words]
+        def run(*overrides: str) -> subprocess.CompletedProcess[str]:
+            data = ["data.source=s3://bucket/emoji", *overrides]
             line = command_line(str(file), "--local", *data)
             return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False)
 
@@ -33,13 +33,13 @@ def test_a_run_lives_in_an_object_store_and_is_taken_up_from_it(tmp_path: Path) 
         assert done.returncode == 0, done.stderr
         assert "restarts 1" in done.stdout
         remote.invalidate_cache()
-        found = {name.removeprefix("bucket/runs/tiny/") for name in remote.find("bucket/runs/tiny")}
-        assert {"report.html", "config.yaml", "attngan/metrics.jsonl", "attngan/export/generator.safetensors"} <= found
-        assert any(name.startswith("attngan/events/") for name in found)
-        assert "attngan/pictures/images_000000064.png" in found
-        kept = {name.split("/")[2] for name in found if name.startswith("attngan/checkpoints/")}
+        names = {name.removeprefix("bucket/runs/tiny/") for name in remote.find("bucket/runs/tiny")}
+        assert {"report.html", "config.yaml", "attngan/metrics.jsonl", "attngan/export/generator.safetensors"} <= names
+        assert any(name.startswith("attngan/events/") for name in names)
+        assert "attngan/pictures/images_000000064.png" in names
+        kept = {name.split("/")[2] for name in names if name.startswith("attngan/checkpoints/")}
         assert len(kept) == 2 and all(name.startswith("0000000000") for name in kept)
-        everything = b"".join(remote.cat(f"bucket/runs/tiny/{name}") for name in found)
+        everything = b"".join(remote.cat(f"bucket/runs/tiny/{name}") for name in names)
         assert SECRET.encode() not in everything
         assert SECRET not in half.stdout + half.stderr + done.stdout + done.stderr
         missing = run("data.source=s3://bucket/nothere", "name=other")

@@ -11,10 +11,10 @@ import torch
 from t2idist import config as configuration
 from t2idist import systems
 from t2idist.engine.metrics import read_metrics
-from t2idist.sampling.loading import load
+from t2idist.sampling.loading import load_export
 from tests.helpers import nan_system
 from tests.helpers.runs import run_command, write_recipe
-from tools.chaos.story import order_of
+from tools.chaos.history import order_of
 
 
 def test_a_name_with_a_dot_is_a_module() -> None:
@@ -50,14 +50,14 @@ def test_a_poisoned_step_is_skipped_and_the_export_loads_again(tmp_path: Path) -
     words = [
         "stages.attngan.system=tests.poisoned",
         "stages.attngan.model.nan_steps=[3]",
-        f"stages.attngan.model.nan_samples=['{keys[order.sample_index(3, 1)[0]]}']",
+        f"stages.attngan.model.nan_samples=['{keys[order.sample_indices(3, 1)[0]]}']",
     ]
     done = run_command(str(file), "--local", *words)
     assert done.returncode == 0, done.stderr
     stage = tmp_path / "runs/tiny/attngan"
     assert [line["guard/skipped_steps"] for line in read_metrics(str(stage))] == [0, 0, 0, 1, 1, 1, 1, 1]
     with pytest.raises(ValueError, match=r"if you trust it, give --system tests\.poisoned"):
-        load(str(stage / "export"), torch.device("cpu"))
-    loaded = load(str(stage / "export"), torch.device("cpu"), "tests.helpers.nan_system")
+        load_export(str(stage / "export"), torch.device("cpu"))
+    loaded = load_export(str(stage / "export"), torch.device("cpu"), "tests.helpers.nan_system")
     assert loaded.name == "tests.helpers.nan_system" and isinstance(loaded.system, nan_system.Poisoned)
     assert all(value.isfinite().all() for net in loaded.nets.values() for value in net.state_dict().values())

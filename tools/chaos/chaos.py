@@ -1,27 +1,28 @@
-"""A run on several hosts of this machine that are hurt while it trains; then whether it came out the same.
+"""Inject faults into a run on several hosts of this machine, and compare the result with an undisturbed run.
 
     python tools/chaos/chaos.py --schedule "30:kill_host:2 60:stop_worker:1" [--steps 120] [key.path=value ...]
     python tools/chaos/chaos.py --random 10 --seed 1 [--json FILE] [--keep FOLDER]
 
-Each host is a network namespace with a Ray node (root and iproute2 needed); the run folder lies in an object store. A
-schedule is a list of WHEN:KIND[:HOST]: WHEN is a step ("30"), or seconds after the injury before ("+8s"). Kinds:
+Each host is a network namespace with a Ray node (needs root and iproute2); the run folder is in an object store. A
+schedule is a list of WHEN:KIND[:HOST]: WHEN is a step ("30"), or seconds after the previous fault ("+8s"). Kinds:
 
   kill_worker, stop_worker   SIGKILL, SIGSTOP of the host's training worker
   kill_raylet, kill_host     SIGKILL of the host's Ray node, of all its processes (with its link down)
-  partition                  the host's link is down for a while; its processes run on
-  drain_host                 Ray is told that the host goes in 20 s, and then it goes
-  kill_driver                SIGKILL of the run's driver; some seconds later it is submitted again
-  kill_head                  the head is lost, and the Ray cluster with it; both are built again and the run submitted
-  nan                        the step's loss is not a number in one group (of the undisturbed run too: all skip it)
-  store_errors               the store answers 503 to everybody for a while
+  partition                  the host's link is down for a while; its processes keep running
+  drain_host                 Ray is notified that the host shuts down in 20 s; then it does
+  kill_driver                SIGKILL of the run's driver; some seconds later the run is submitted again
+  kill_head                  the head and with it the Ray cluster are lost, started again, and the run submitted again
+  nan                        the loss of one group is NaN in this step (also in the undisturbed run: both skip it)
+  store_errors               the store responds 503 to every request for a while
   disk_full                  the host's TMPDIR is full for a while
   return_host                a host that is down comes back now
 
-A host that is lost comes back after --return-seconds at the latest. Printed: for each recovery when it was injured,
-when workers ended, when the new group trained, its first new step, and steps lost; goodput (steps kept x median step
-time / wall time). Checked: the run ends by itself (its last driver with 0), its ledger is whole, its checkpoints are
-whole, and its exports equal those of the same recipe left in peace on one worker (in float64: float32 strays by 0.1 of
-a norm within 60 steps on three workers that nobody disturbs). Exit status 1 where a check fails.
+A lost host comes back after --return-seconds at the latest. Printed for each recovery: when the fault was injected,
+when workers ended, when the new group trained, its first new step, and lost steps; then the goodput (steps kept x
+median step time / wall time). Checked: the run ends by itself (its last driver with status 0), its ledger and its
+checkpoints are complete, and its exports equal those of an undisturbed run of the same recipe on one worker (in
+float64: in float32, even undisturbed runs on three workers differ by 0.1 of a norm after 60 steps). Exit status 1 if a
+check fails.
 """
 
 from __future__ import annotations
@@ -48,16 +49,15 @@ from t2idist.config import RunConfig
 from t2idist.config.strict import from_dict, parse_yaml
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # the several-host cluster lies among the tests
+sys.path.insert(0, str(ROOT))  # the cluster of several hosts is a test helper
 
 from tests.helpers.network_hosts import RUNS, cluster
-from tools.chaos.hosts import Missing
-from tools.chaos.injuries import Injury, Tormentor, nan_steps, parse_schedule, random_schedule, torment
-from tools.chaos.story import (
+from tools.chaos.faults import Fault, FaultInjector, inject_faults, nan_steps, parse_schedule, random_schedule
+from tools.chaos.history import (
     RUN,
     STAGE,
     Recovery,
-    Story,
+    RunHistory,
     check_checkpoints,
     check_ledger,
     check_skipped,
@@ -65,16 +65,18 @@ from tools.chaos.story import (
     median_step_seconds,
     order_of,
 )
+from tools.chaos.hosts import Unsupported
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
 IMAGES_PER_STEP = 24
 
 
 # ------------------------------------------------------------------------------------------------ the recipe
-def recipe(folder: Path, words: Sequence[str], steps: int, seed: int, failures: int, nan: list[int]) -> Path:
-    """DAMSM and AttnGAN on the emoji that ship: six groups, so that one to three workers share them.
+def recipe(folder: Path, arguments: Sequence[str], steps: int, seed: int, failures: int, nan: list[int]) -> Path:
+    """Write the recipe: DAMSM and AttnGAN on the shipped emoji, in six groups for one to three workers.
 
-    nan: steps in which the loss of one group is not a number.
+    Args:
+        nan: steps in which the loss of one group is NaN.
     """
     scale = {"groups": 6, "group_size": 4, "max_groups_per_worker": 6}
     images = IMAGES_PER_STEP * steps
@@ -87,7 +89,8 @@ def recipe(folder: Path, words: Sequence[str], steps: int, seed: int, failures: 
         "residuals": 1,
     }
     tree |= {"z_dim": 32, "condition_dim": 16, "ema_half_life_images": 500}
-    tree |= {"generator_lr": 5e-5, "discriminator_lr": 5e-5}  # at 2e-4 rounding grows a million times in 240 steps
+    # at 2e-4 rounding errors grow by a factor of a million in 240 steps
+    tree |= {"generator_lr": 5e-5, "discriminator_lr": 5e-5}
     rare: dict[str, Any] = {"pictures_every_images": images}
     values: dict[str, Any] = {
         "name": RUN,
@@ -107,16 +110,16 @@ def recipe(folder: Path, words: Sequence[str], steps: int, seed: int, failures: 
     file = folder / f"{RUN}.yaml"
     file.write_text(yaml.safe_dump(values, sort_keys=False))
     if nan:
-        order, keys = order_of(configuration.load(str(file), words), STAGE)
-        poison = {"nan_steps": nan, "nan_samples": [keys[order.sample_index(step, step % 6)[0]] for step in nan]}
+        order, keys = order_of(configuration.load(str(file), arguments), STAGE)
+        poison = {"nan_steps": nan, "nan_samples": [keys[order.sample_indices(step, step % 6)[0]] for step in nan]}
         values["stages"][STAGE] |= {"system": "tests.helpers.nan_system", "model": tree | poison}
         file.write_text(yaml.safe_dump(values, sort_keys=False))
     return file
 
 
-def undisturbed(file: Path, folder: Path, words: Sequence[str]) -> str:
-    """The same recipe on one worker in one process; gives its run folder."""
-    line = [sys.executable, "-m", "t2idist.run", str(file), *words, f"storage={folder}", "--local"]
+def reference_run(file: Path, folder: Path, arguments: Sequence[str]) -> str:
+    """Run the same recipe undisturbed on one worker in one process; returns its run folder."""
+    line = [sys.executable, "-m", "t2idist.run", str(file), *arguments, f"storage={folder}", "--local"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -124,12 +127,13 @@ def undisturbed(file: Path, folder: Path, words: Sequence[str]) -> str:
     return str(folder / RUN)
 
 
-# ------------------------------------------------------------------------------------------------ the verdict
+# ------------------------------------------------------------------------------------------------ the result
 @dataclass
-class Verdict:
-    """What came of the run. faults: checks that failed, a sentence each."""
+class Result:
+    """Result of the run."""
 
-    faults: list[str]
+    failures: list[str]
+    """failed checks, a sentence each"""
     recoveries: list[Recovery]
     goodput: float
     median_step_seconds: float
@@ -142,66 +146,68 @@ class Verdict:
     warnings: list[str]
 
 
-def judge(story: Story, faults: list[str], reference: str) -> Verdict:
-    """faults: what is known already."""
+def check_run(history: RunHistory, failures: list[str], reference: str) -> Result:
+    """Check the run against the reference; failed checks are added to `failures`."""
     run_url = storage.join(RUNS, RUN)
     text = storage.read_bytes(storage.join(run_url, "config.yaml")).decode()
     config = from_dict(RunConfig, parse_yaml(text, "config.yaml"))
-    good, apart, where = 0, float("inf"), "no export"
-    with _noted(faults, "ledger"):
+    checkpoints, distance, where = 0, float("inf"), "no export"
+    with _collect(failures, "ledger"):
         check_ledger(run_url, config)
-    with _noted(faults, "checkpoints"):
-        good = check_checkpoints(run_url, config)
-    with _noted(faults, "exports"):
-        apart, where = largest_difference(run_url, reference, config)
+    with _collect(failures, "checkpoints"):
+        checkpoints = check_checkpoints(run_url, config)
+    with _collect(failures, "exports"):
+        distance, where = largest_difference(run_url, reference, config)
         tolerance = TOLERANCE[config.precision]
-        if apart > tolerance:
-            raise ValueError(f"{where} is {apart:.2g} of its norm away from the undisturbed run's, above {tolerance:g}")
-    bad = [text for text in story.warnings if "passed over" in text and "was never completed" not in text]
-    faults += [f"checkpoints: {text}" for text in bad]  # one that was being written when its workers died is none
-    each = median_step_seconds(run_url)
-    wall = (story.main_ended or story.now()) - (story.main_began or 0.0)
+        if distance > tolerance:
+            raise ValueError(
+                f"{where} differs from the undisturbed run by {distance:.2g} of its norm, above {tolerance:g}"
+            )
+    bad = [text for text in history.warnings if "passed over" in text and "was never completed" not in text]
+    failures += [f"checkpoints: {text}" for text in bad]  # a save cut short by the death of its workers is no failure
+    step_seconds = median_step_seconds(run_url)
+    wall = (history.main_ended or history.now()) - (history.main_began or 0.0)
     steps = config.stages[STAGE].steps
-    return Verdict(
-        faults,
-        story.recoveries,
-        steps * each / wall,
-        each,
+    return Result(
+        failures,
+        history.recoveries,
+        steps * step_seconds / wall,
+        step_seconds,
         wall,
         steps,
-        story.restarts,
-        good,
-        apart,
+        history.restarts,
+        checkpoints,
+        distance,
         where,
-        story.warnings,
+        history.warnings,
     )
 
 
 @contextlib.contextmanager
-def _noted(faults: list[str], what: str) -> Iterator[None]:
+def _collect(failures: list[str], what: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, KeyError) as error:
-        faults.append(f"{what}: {error}")
+        failures.append(f"{what}: {error}")
 
 
-def tell(verdict: Verdict, story: Story) -> None:
-    for text in verdict.warnings:
+def print_result(result: Result) -> None:
+    for text in result.warnings:
         print(text)
     print(
-        f"{verdict.steps} steps of {verdict.median_step_seconds:.3f} s in {verdict.wall_seconds:.1f} s: "
-        f"goodput {verdict.goodput:.1%}; {verdict.restarts} restarts; {verdict.checkpoints_read} checkpoints whole; "
-        f"largest difference {verdict.largest_difference:.2g} of its norm ({verdict.largest_at})"
+        f"{result.steps} steps of {result.median_step_seconds:.3f} s in {result.wall_seconds:.1f} s: "
+        f"goodput {result.goodput:.1%}; {result.restarts} restarts; {result.checkpoints_read} complete checkpoints; "
+        f"largest difference {result.largest_difference:.2g} of its norm ({result.largest_at})"
     )
-    for fault in verdict.faults:
-        print(f"FAULT {fault}")
-    print("all checks passed" if not verdict.faults else f"{len(verdict.faults)} checks failed", flush=True)
+    for failure in result.failures:
+        print(f"FAILED {failure}")
+    print("all checks passed" if not result.failures else f"{len(result.failures)} checks failed", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------ the program
 def run(
-    words: Sequence[str],
-    schedule: list[Injury],
+    arguments: Sequence[str],
+    schedule: list[Fault],
     *,
     folder: Path,
     steps: int,
@@ -209,59 +215,61 @@ def run(
     hosts: int = 3,
     return_seconds: float = 15.0,
     limit_seconds: float = 3600.0,
-) -> Verdict:
-    """The undisturbed run, then the injured one on a cluster of `hosts`; logs and the reference stay in `folder`."""
+) -> Result:
+    """Do the undisturbed run, then the one with faults on a cluster of `hosts`; `folder` takes logs and reference."""
     nan = nan_steps(schedule)
-    file = recipe(folder, words, steps, seed, 10 + 10 * len(schedule), nan)
-    reference = undisturbed(file, folder / "reference", words)
+    file = recipe(folder, arguments, steps, seed, 10 + 10 * len(schedule), nan)
+    reference = reference_run(file, folder / "reference", arguments)
     check_skipped(reference, nan)
-    with cluster(hosts, keep=folder / "hosts") as (made, proxy):
-        story = Story(made, images_per_step=IMAGES_PER_STEP)
-        by = Tormentor(made, [str(file), *words], proxy, story, seed, return_seconds)
-        faults = torment(schedule, story, by, limit_seconds)
-        verdict = judge(story, faults, reference)
-        tell(verdict, story)
-    return verdict
+    with cluster(hosts, keep=folder / "hosts") as (several, proxy):
+        history = RunHistory(several, images_per_step=IMAGES_PER_STEP)
+        injector = FaultInjector(several, [str(file), *arguments], proxy, history, seed, return_seconds)
+        failures = inject_faults(schedule, history, injector, limit_seconds)
+        result = check_run(history, failures, reference)
+        print_result(result)
+    return result
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="*", metavar="key.path=value", help="over the tool's recipe")
-    parser.add_argument("--schedule", default="", help="WHEN:KIND[:HOST] words")
-    parser.add_argument("--random", type=int, default=0, metavar="COUNT", help="so many injuries of mixed kinds")
+    parser.add_argument("settings", nargs="*", metavar="key.path=value", help="overrides of the tool's recipe")
+    parser.add_argument("--schedule", default="", help="WHEN:KIND[:HOST] entries")
+    parser.add_argument("--random", type=int, default=0, metavar="COUNT", help="number of random faults")
     parser.add_argument("--seed", type=int, default=0, help="of the random schedule, of drawn hosts and of the run")
     parser.add_argument("--hosts", type=int, default=3)
     parser.add_argument("--steps", type=int, help="of the GAN (default: enough for the schedule)")
-    parser.add_argument("--gap-steps", type=int, default=24, help="most steps between two random injuries")
-    parser.add_argument("--return-seconds", type=float, default=15.0, help="how long a lost host stays away")
-    parser.add_argument("--limit-seconds", type=float, default=7200.0, help="a run that takes longer has failed")
+    parser.add_argument("--gap-steps", type=int, default=24, help="most steps between two random faults")
+    parser.add_argument("--return-seconds", type=float, default=15.0, help="how long a lost host stays down")
+    parser.add_argument("--limit-seconds", type=float, default=7200.0, help="a run that takes longer fails")
     parser.add_argument("--keep", type=Path, help="folder for the reference run and the hosts' logs")
     parser.add_argument("--json", type=Path, help="file for all figures")
-    words = parser.parse_intermixed_args()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the hosts are taken down
-    folder = words.keep or Path(tempfile.mkdtemp(prefix="t2idist-chaos-"))
+    arguments = parser.parse_intermixed_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the hosts are removed
+    folder = arguments.keep or Path(tempfile.mkdtemp(prefix="t2idist-chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        schedule = parse_schedule(words.schedule, words.hosts)
-        schedule += random_schedule(words.random, words.seed, 12, words.gap_steps) if words.random else []
-        # training goes on while an injury waits for its moment, so that those after it come later than scheduled
-        steps = words.steps or max([injury.step or 0 for injury in schedule], default=20) + 40 + 15 * len(schedule)
-        verdict = run(
-            words.settings, schedule, folder=folder.resolve(), steps=steps, seed=words.seed, hosts=words.hosts,
-            return_seconds=words.return_seconds, limit_seconds=words.limit_seconds,
+        schedule = parse_schedule(arguments.schedule, arguments.hosts)
+        if arguments.random:
+            schedule += random_schedule(arguments.random, arguments.seed, 12, arguments.gap_steps)
+        # training continues while a fault waits for its target, so that later faults come later than scheduled
+        steps = arguments.steps or max([fault.step or 0 for fault in schedule], default=20) + 40 + 15 * len(schedule)
+        result = run(
+            arguments.settings, schedule, folder=folder.resolve(), steps=steps, seed=arguments.seed,
+            hosts=arguments.hosts, return_seconds=arguments.return_seconds, limit_seconds=arguments.limit_seconds,
         )  # fmt: skip
-    except (ValueError, Missing) as error:
+    except (ValueError, Unsupported) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, OSError) as error:
-        print(f"FAULT {error}", file=sys.stderr)
+        print(f"FAILED {error}", file=sys.stderr)
         return 1
     finally:
-        if words.keep is None:
+        if arguments.keep is None:
             shutil.rmtree(folder, ignore_errors=True)
-    if words.json is not None:
-        words.json.write_text(json.dumps(asdict(verdict), indent=1) + "\n")
-    return 1 if verdict.faults else 0
+    if arguments.json is not None:
+        figures = asdict(result)
+        arguments.json.write_text(json.dumps({"faults": figures.pop("failures"), **figures}, indent=1) + "\n")
+    return 1 if result.failures else 0
 
 
 if __name__ == "__main__":

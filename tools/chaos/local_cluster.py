@@ -1,17 +1,17 @@
-"""A cluster of several hosts on this one Linux machine: what cluster/local.sh runs. Root and iproute2 are needed.
+"""A cluster of several hosts on one Linux machine, run by cluster/local.sh. Needs root and iproute2.
 
     cluster/local.sh up [--hosts 3] [--cpus 1]   a head, hosts and an object store
-    eval "$(cluster/local.sh env)"               where they are and the keys to them, for this shell
-    cluster/local.sh kill N                      host N is gone: its link, then all that runs on it
-    cluster/local.sh partition N                 host N's link is down; its processes run on
-    cluster/local.sh heal N                      the link is up again
-    cluster/local.sh drain N [--seconds 20]      host N goes in so many seconds, and is told before
-    cluster/local.sh start N                     host N comes (back) up
-    cluster/local.sh down                        all of it is ended and removed
+    eval "$(cluster/local.sh env)"               addresses, token and keys, for this shell
+    cluster/local.sh kill N                      lose host N: its link, then all its processes
+    cluster/local.sh partition N                 take host N's link down; its processes keep running
+    cluster/local.sh heal N                      take the link up again
+    cluster/local.sh drain N [--seconds 20]      shut host N down in that time, with notice
+    cluster/local.sh start N                     start host N (again)
+    cluster/local.sh down                        end and remove everything
 
-Every host is a network namespace with an address and a Ray node of its own; the head takes no workers. The dashboard
-listens on the head's loopback address and is reached through a port of this machine's, as `kubectl port-forward` and
-`ray dashboard` do. Ray asks for a token. The store (SeaweedFS) has a bucket named "bucket".
+Every host is a network namespace with an address and a Ray node of its own; the head runs no workers. The dashboard
+listens on the head's loopback address and is forwarded to a port of this machine, as `kubectl port-forward` and
+`ray dashboard` do. Ray requires a token. The store (SeaweedFS) has a bucket named "bucket".
 """
 
 from __future__ import annotations
@@ -39,28 +39,28 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tools.chaos import seaweedfs
-from tools.chaos.hosts import DASHBOARD_PORT, HEAD, Cluster, Missing, check_machine, environment, free_subnet
+from tools.chaos.hosts import DASHBOARD_PORT, HEAD, Cluster, Unsupported, check_machine, environment, free_subnet
 
 STATE = "state.json"
 HEALTH_MS = 2000
-"""Of a check's period and of its time-out: README.md, "When machines go"."""
+"""Period and timeout of Ray's health checks; three failed checks declare a node dead."""
 MOST_HOSTS = 50
-_NAME_LETTERS = 8  # names of network links have at most 15
+_NAME_LETTERS = 8  # names of network links have at most 15 characters
 
 
-# ------------------------------------------------------------ what is kept between two commands
+# ------------------------------------------------------------ state between two commands
 def folder_of(name: str) -> Path:
-    """Short, for sockets lie in it."""
+    """Return the cluster's folder; its path is short because sockets are in it."""
     return Path(tempfile.gettempdir()) / f"t2idist-{name}"
 
 
 def load(name: str) -> tuple[Cluster, dict[str, str], int]:
-    """The cluster of this name, what its users have in their environment, and its store's process."""
+    """Load a cluster by its name; returns it, the environment of its users, and its store's process id."""
     try:
         state = json.loads((folder_of(name) / STATE).read_text())
     except FileNotFoundError:
-        raise ValueError(f"there is no local cluster named {name}; cluster/local.sh up makes one") from None
-    made = Cluster(
+        raise ValueError(f"there is no local cluster named {name}; cluster/local.sh up creates one") from None
+    cluster = Cluster(
         name,
         state["hosts"],
         folder_of(name),
@@ -69,22 +69,22 @@ def load(name: str) -> tuple[Cluster, dict[str, str], int]:
         state["cpus"],
         dashboard=True,
     )
-    return made, state["users"], state["store"]
+    return cluster, state["users"], state["store"]
 
 
-def write_state(made: Cluster, subnet: ipaddress.IPv4Network, users: dict[str, str], store: int) -> None:
-    state = {"hosts": len(made.hosts), "cpus": made.cpus, "subnet": str(subnet), "env": dict(made.env)}
-    file = made.folder / STATE
+def write_state(cluster: Cluster, subnet: ipaddress.IPv4Network, users: dict[str, str], store: int) -> None:
+    state = {"hosts": len(cluster.hosts), "cpus": cluster.cpus, "subnet": str(subnet), "env": dict(cluster.env)}
+    file = cluster.folder / STATE
     file.touch(mode=0o600)
     file.write_text(json.dumps({**state, "users": users, "store": store}))
 
 
 # ------------------------------------------------------------ up and down
 def up(name: str, hosts: int, cpus: int, port: int) -> None:
-    """Raises ValueError where one of this name is up, `Missing` where this machine cannot have one."""
+    """Start a cluster; raises ValueError if it is up already, `Unsupported` if this machine cannot run one."""
     folder = folder_of(name)
     if folder.exists():
-        raise ValueError(f"{folder} is there: cluster/local.sh down ends the cluster that it belongs to")
+        raise ValueError(f"{folder} exists: end its cluster with cluster/local.sh down")
     check_machine()
     with _listen(port) as listening:
         folder.mkdir(mode=0o700)
@@ -92,21 +92,21 @@ def up(name: str, hosts: int, cpus: int, port: int) -> None:
         subnet = free_subnet()
         env = environment(token, health_period_ms=HEALTH_MS, health_timeout_ms=HEALTH_MS)
         env["PATH"] = f"{Path(sys.executable).parent}:{env.get('PATH', os.defpath)}"
-        made = Cluster(name, hosts, folder, subnet, env, cpus, dashboard=True)
-        write_state(made, subnet, {}, 0)
+        cluster = Cluster(name, hosts, folder, subnet, env, cpus, dashboard=True)
+        write_state(cluster, subnet, {}, 0)
         try:
-            made.make_bridge()
+            cluster.make_bridge()
             (folder / "store").mkdir(mode=0o700)
-            store, endpoint = seaweedfs.start(folder / "store", made.gate, key, secret)
+            store, endpoint = seaweedfs.start(folder / "store", cluster.gateway, key, secret)
             reach = seaweedfs.environment(endpoint, key, secret)
-            made.env = {**env, **reach}
+            cluster.env = {**env, **reach}
             address = f"http://127.0.0.1:{listening.getsockname()[1]}"
             users = {"RAY_API_SERVER_ADDRESS": address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, **reach}
-            write_state(made, subnet, users, store.pid)
+            write_state(cluster, subnet, users, store.pid)
             seaweedfs.make_bucket(endpoint, key, secret)
-            made.start()
+            cluster.start()
             line = [sys.executable, str(Path(__file__).resolve()), "forward", "--listening", str(listening.fileno())]
-            made.popen(HEAD, line, folder / "forward.log", pass_fds=(listening.fileno(),))
+            cluster.popen(HEAD, line, folder / "forward.log", pass_fds=(listening.fileno(),))
             _wait_for_dashboard(address, token)
         except BaseException:
             down(name)
@@ -115,23 +115,23 @@ def up(name: str, hosts: int, cpus: int, port: int) -> None:
 
 
 def down(name: str) -> None:
-    """End and remove all that `up` made, as far as it came."""
-    made, _, store = load(name)
-    made.close()
-    if seaweedfs.serves(store, made.folder / "store"):
+    """End and remove everything that `up` created, even if it did not finish."""
+    cluster, _, store = load(name)
+    cluster.close()
+    if seaweedfs.serves(store, cluster.folder / "store"):
         with contextlib.suppress(ProcessLookupError):
             os.kill(store, signal.SIGKILL)
         deadline = time.monotonic() + 30
-        while seaweedfs.serves(store, made.folder / "store") and time.monotonic() < deadline:
+        while seaweedfs.serves(store, cluster.folder / "store") and time.monotonic() < deadline:
             time.sleep(0.05)
-    shutil.rmtree(made.folder)
+    shutil.rmtree(cluster.folder)
 
 
 def _listen(port: int) -> socket.socket:
     try:
         return socket.create_server(("127.0.0.1", port))
     except OSError as error:
-        raise ValueError(f"--port {port}: {error.strerror}; 0 takes any that is free") from None
+        raise ValueError(f"--port {port}: {error.strerror}; 0 selects any free port") from None
 
 
 def _wait_for_dashboard(address: str, token: str, seconds: float = 120.0) -> None:
@@ -144,19 +144,19 @@ def _wait_for_dashboard(address: str, token: str, seconds: float = 120.0) -> Non
             return
         except (OSError, urllib.error.URLError) as error:
             if time.monotonic() > deadline:
-                raise RuntimeError(f"the head's dashboard did not answer within {seconds:g} s: {error}") from None
+                raise RuntimeError(f"the head's dashboard did not respond within {seconds:g} s: {error}") from None
             time.sleep(0.5)
 
 
-# ------------------------------------------------------------ the way to the dashboard
+# ------------------------------------------------------------ forwarding to the dashboard
 def forward(listening: socket.socket, target: tuple[str, int]) -> None:
-    """Pass on every connection; the socket may have been made in another network namespace. Does not end."""
+    """Forward every connection, forever; the socket may have been created in another network namespace."""
     while True:
         client, _ = listening.accept()
-        threading.Thread(target=_pass_on, args=(client, target), daemon=True).start()
+        threading.Thread(target=_forward_one, args=(client, target), daemon=True).start()
 
 
-def _pass_on(client: socket.socket, target: tuple[str, int]) -> None:
+def _forward_one(client: socket.socket, target: tuple[str, int]) -> None:
     with client, contextlib.suppress(OSError), socket.create_connection(target) as server:
         back = threading.Thread(target=_pump, args=(server, client), daemon=True)
         back.start()
@@ -173,42 +173,41 @@ def _pump(source: socket.socket, target: socket.socket) -> None:
 
 
 # ------------------------------------------------------------ the command
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
         prog="cluster/local.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--name", default="local", help="of one of several clusters on this machine (%(default)s)")
-    doing = made.add_subparsers(dest="do", required=True, metavar="COMMAND")
-    starting = doing.add_parser("up")
-    starting.add_argument("--hosts", type=int, default=3, metavar="N", help="beside the head (%(default)s)")
-    starting.add_argument("--cpus", type=int, default=1, metavar="N", help="that Ray counts on each (%(default)s)")
-    starting.add_argument(
-        "--port", type=int, default=DASHBOARD_PORT, help="of the dashboard here (%(default)s; 0: any)"
+    parser.add_argument("--name", default="local", help="name of the cluster on this machine (%(default)s)")
+    commands = parser.add_subparsers(dest="do", required=True, metavar="COMMAND")
+    up_parser = commands.add_parser("up")
+    up_parser.add_argument("--hosts", type=int, default=3, metavar="N", help="number without the head (%(default)s)")
+    up_parser.add_argument("--cpus", type=int, default=1, metavar="N", help="CPUs of each host (%(default)s)")
+    up_parser.add_argument(
+        "--port", type=int, default=DASHBOARD_PORT, help="port of the dashboard on this machine (%(default)s; 0: any)"
     )
-    doing.add_parser("env")
-    doing.add_parser("down")
+    commands.add_parser("env")
+    commands.add_parser("down")
     for command in ("kill", "partition", "heal", "start", "drain"):
-        doing.add_parser(command).add_argument("host", type=int, metavar="N")
-    doing.choices["drain"].add_argument("--seconds", type=int, default=20, metavar="N")
-    passing = doing.add_parser("forward")  # not for people: how `up` reaches into the head's namespace
-    passing.add_argument("--listening", type=int, required=True)
-    return made
+        commands.add_parser(command).add_argument("host", type=int, metavar="N")
+    commands.choices["drain"].add_argument("--seconds", type=int, default=20, metavar="N")
+    forward_parser = commands.add_parser("forward")  # internal: started by `up` in the head's namespace
+    forward_parser.add_argument("--listening", type=int, required=True)
+    return parser
 
 
-def main(words: list[str] | None = None) -> int:
-    """Gives the exit status: 0 done, 1 failed, 2 bad input."""
-    arguments = parser().parse_args(words)
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0 done, 1 failed, 2 bad input."""
     try:
-        return _do(arguments)
+        return _run(build_parser().parse_args(arguments))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (Missing, RuntimeError, OSError, subprocess.SubprocessError) as error:
+    except (Unsupported, RuntimeError, OSError, subprocess.SubprocessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
-def _do(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> int:
     name: str = arguments.name
     if not (name.isascii() and name.isalpha() and len(name) <= _NAME_LETTERS):
         raise ValueError(f"--name {name!r}; allowed are 1 to {_NAME_LETTERS} letters")
@@ -222,30 +221,30 @@ def _do(arguments: argparse.Namespace) -> int:
     if arguments.do == "down":
         down(name)
         return 0
-    made, users, _ = load(name)
+    cluster, users, _ = load(name)
     if arguments.do == "env":
         print("\n".join(f"export {key}={shlex.quote(value)}" for key, value in users.items()))
         return 0
-    if arguments.host not in made.hosts:
-        raise ValueError(f"host {arguments.host}; there are hosts 1 to {len(made.hosts)}")
-    return _befall(made, arguments)
+    if arguments.host not in cluster.hosts:
+        raise ValueError(f"host {arguments.host}; there are hosts 1 to {len(cluster.hosts)}")
+    return _change_host(cluster, arguments)
 
 
-def _befall(made: Cluster, arguments: argparse.Namespace) -> int:
+def _change_host(cluster: Cluster, arguments: argparse.Namespace) -> int:
     host: int = arguments.host
     if arguments.do == "kill":
-        made.kill_host(host)
+        cluster.kill_host(host)
     elif arguments.do == "partition":
-        made.partition(host)
+        cluster.partition(host)
     elif arguments.do == "heal":
-        made.heal(host)
+        cluster.heal(host)
     elif arguments.do == "start":
-        made.start_host(host)
+        cluster.start_host(host)
     else:
-        if made.drain(host, arguments.seconds).wait() != 0:
-            raise RuntimeError(f"Ray was not told: {made.folder / 'drain.log'}")
+        if cluster.drain(host, arguments.seconds).wait() != 0:
+            raise RuntimeError(f"Ray could not be notified: {cluster.folder / 'drain.log'}")
         time.sleep(arguments.seconds)
-        made.kill_host(host)
+        cluster.kill_host(host)
     return 0
 
 

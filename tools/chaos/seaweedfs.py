@@ -16,24 +16,24 @@ BUCKET = "bucket"
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """Ports that are free, and so is each one plus 10,000 (SeaweedFS takes that for its own calls)."""
-    found: list[int] = []
-    while len(found) < count:
+    """Find free ports whose number plus 10,000 is free too (SeaweedFS uses it for its own calls)."""
+    ports: list[int] = []
+    while len(ports) < count:
         with socket.socket() as low, socket.socket() as high:
             low.bind((host, 0))
             port = low.getsockname()[1]
-            if port + 10_000 > 65_000 or port in found:
+            if port + 10_000 > 65_000 or port in ports:
                 continue
             try:
                 high.bind((host, port + 10_000))
             except OSError:
                 continue
-            found.append(port)
-    return found
+            ports.append(port)
+    return ports
 
 
 def start(folder: Path, host: str, key: str, secret: str) -> tuple[subprocess.Popen[bytes], str]:
-    """A store at an address of this machine, its data in `folder`: its process, and its endpoint (http://host:port)."""
+    """Start a store with its data in `folder`; returns its process and endpoint (http://host:port)."""
     master, volume, filer, s3 = free_ports(4, host)
     identity = {
         "name": "owner",
@@ -46,7 +46,7 @@ def start(folder: Path, host: str, key: str, secret: str) -> tuple[subprocess.Po
     ports = {"s3": s3, "master": master, "volume": volume, "filer": filer}
     options = [f"-{kind}.port={port}" for kind, port in ports.items()]
     options += [f"-dir={folder}", f"-s3.config={identities}", "-volume.max=20", "-master.volumeSizeLimitMB=64"]
-    # no servers on fixed ports, so that two stores never meet; nothing is told to anybody
+    # no servers on fixed ports, so that several stores can run; no telemetry
     options += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
     weed = Path(sys.executable).parent / "weed"
     if not weed.exists():
@@ -62,7 +62,7 @@ def start(folder: Path, host: str, key: str, secret: str) -> tuple[subprocess.Po
 
 
 def environment(endpoint: str, key: str, secret: str) -> dict[str, str]:
-    """What a process that uses the store has in its environment."""
+    """Return the environment variables of a process that uses the store."""
     return {
         "AWS_ACCESS_KEY_ID": key,
         "AWS_SECRET_ACCESS_KEY": secret,
@@ -72,7 +72,7 @@ def environment(endpoint: str, key: str, secret: str) -> dict[str, str]:
 
 
 def make_bucket(endpoint: str, key: str, secret: str, seconds: float = 60.0) -> None:
-    """Make BUCKET as soon as the store answers. Raises what it last said where that takes longer than `seconds`."""
+    """Create BUCKET once the store responds; raises its last error after `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -85,9 +85,9 @@ def make_bucket(endpoint: str, key: str, secret: str, seconds: float = 60.0) -> 
 
 
 def serves(process_id: int, folder: Path) -> bool:
-    """Whether this process is a store with its data in `folder`."""
+    """Return whether this process is a store with its data in `folder`."""
     try:
-        words = Path(f"/proc/{process_id}/cmdline").read_bytes().split(b"\0")
+        arguments = Path(f"/proc/{process_id}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
-    return os.fsencode(f"-dir={folder}") in words
+    return os.fsencode(f"-dir={folder}") in arguments

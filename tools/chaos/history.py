@@ -1,4 +1,4 @@
-"""What tools/chaos/chaos.py sees of a run on several hosts, and what it checks afterwards."""
+"""Observation of a run by tools/chaos/chaos.py, and the checks afterwards."""
 
 from __future__ import annotations
 
@@ -19,49 +19,51 @@ from t2idist.engine.batches import LEDGER, read_ledger
 from t2idist.engine.checkpoint import export
 from t2idist.engine.checkpoint.format import COMMIT, read_marker, read_part
 from t2idist.engine.metrics import read_metrics
-from t2idist.engine.noise import key
+from t2idist.engine.noise import derive_seed
 from tests.helpers.network_hosts import RUNS, progress
 from tools.chaos.hosts import Cluster
 
 RUN, STAGE = "chaos", "attngan"
 QUIET_STEPS = 4
-"""Steps after an injury, and after it has passed, from which on it counts as survived without a restart."""
+"""After this many steps, and after the fault is over, the run counts as not restarted by it."""
 
 
-# ------------------------------------------------------------------------------------------------ what is seen
+# ------------------------------------------------------------------------------------------------ observation
 @dataclass
 class Recovery:
-    """From an injury (or from a returned host's joining) to the first new step. Moments are seconds of the run.
-
-    step: the latest known then (progress is told every two seconds). lost_steps: steps, by progress and ledger, that
-    were done again. pause_seconds: the longest time without a step, where no restart was needed.
-    """
+    """From a fault (or the return of a host) to the first new step. Times are seconds since the start of the run."""
 
     causes: list[str]
     began: float
     step: int
+    """the latest step known at `began`; progress is reported every two seconds"""
     workers: int
     restarts: int
     ended: float | None = None
+    """when workers ended"""
     restarted: float | None = None
+    """when the new group trained"""
     resumed_step: int = 0
     first_step: float | None = None
+    """when the first new step was done"""
     workers_after: int = 0
     lost_steps: int = 0
+    """steps that were repeated, according to progress and ledger"""
     pause_seconds: float = 0.0
+    """longest time without a step, if no restart was needed"""
 
     def line(self) -> str:
         head = f"{self.began:7.1f} s  step {self.step:4d}  {' + '.join(self.causes)}: "
         if self.first_step is None:
             return head + (f"no restart, longest pause {self.pause_seconds:.1f} s")
-        moments = (("workers ended", self.ended), ("new group", self.restarted), ("first step", self.first_step))
-        told = ", ".join(f"{name} +{at - self.began:.1f} s" for name, at in moments if at is not None)
-        return head + f"{told}; {self.lost_steps} steps lost, workers {self.workers} -> {self.workers_after}"
+        times = (("workers ended", self.ended), ("new group", self.restarted), ("first step", self.first_step))
+        events = ", ".join(f"{name} +{at - self.began:.1f} s" for name, at in times if at is not None)
+        return head + f"{events}; {self.lost_steps} steps lost, workers {self.workers} -> {self.workers_after}"
 
 
 @dataclass
-class Story:
-    """What happened, from the run's progress and from the hosts' processes."""
+class RunHistory:
+    """Events of a run, from its progress messages and the processes of the hosts."""
 
     cluster: Cluster
     images_per_step: int
@@ -84,9 +86,9 @@ class Story:
     def now(self) -> float:
         return time.monotonic() - self.began
 
-    def injured(self, cause: str, victims: Sequence[int], lasts_seconds: float) -> None:
+    def record_fault(self, cause: str, victims: Sequence[int], duration_seconds: float) -> None:
         self._victims |= set(victims)
-        self._quiet_from = max(self._quiet_from, self.now() + lasts_seconds)
+        self._quiet_from = max(self._quiet_from, self.now() + duration_seconds)
         if self._open is None:
             self._begin([])
         assert self._open is not None
@@ -97,10 +99,10 @@ class Story:
     def recovering(self) -> bool:
         return self._open is not None
 
-    def look(self) -> None:
-        """Take in what can be seen now; call it several times a second."""
+    def poll(self) -> None:
+        """Record the present state; call this several times per second."""
         at = self.now()
-        self._see_workers(at)
+        self._poll_workers(at)
         message = progress(RUN)
         if message is None:
             return
@@ -109,64 +111,65 @@ class Story:
             if text not in self.warnings:
                 self.warnings.append(text)
         if self.stage == STAGE:
-            self._see_progress(at, message)
+            self._read_progress(at, message)
 
     def _begin(self, causes: list[str]) -> None:
         self._open = Recovery(causes, self.now(), self.step, self.workers, self.restarts)
         self._moved = self._open.began
 
-    def _see_workers(self, at: float) -> None:
+    def _poll_workers(self, at: float) -> None:
         alive = {pid for host in self.cluster.hosts for pid in self.cluster.workers(host)}
-        alive |= {pid for pid in self._group if lives(pid)}  # a process that writes its title has none for a moment
+        # a worker is missing above for a moment while it changes the title of its process
+        alive |= {pid for pid in self._group if is_running(pid)}
         ended = self._group - alive - self._victims
         if ended and self.state != "done":
             if self._open is None:
-                self._begin(["a new size"])
+                self._begin(["a resize"])
             if self._open is not None and self._open.ended is None:
                 self._open.ended = at
         self._group = alive
 
-    def _see_progress(self, at: float, message: dict[str, Any]) -> None:
+    def _read_progress(self, at: float, message: dict[str, Any]) -> None:
         step = message["images"] // self.images_per_step
         if self.main_began is None:
             self.main_began = at
         if message["restarts"] > self.restarts:
             if self.restarts >= 0:
-                self._restarted(at, step)
+                self._record_restart(at, step)
             self.restarts, self.step, self.workers = message["restarts"], step, message["workers"]
         if step > self.step:
-            self._stepped(at, step)
+            self._record_step(at, step)
         if self.state == "done" and self.main_ended is None:
             self.main_ended = at
 
-    def _restarted(self, at: float, step: int) -> None:
+    def _record_restart(self, at: float, step: int) -> None:
         if self._open is None:
-            self._begin(["a new size"])
+            self._begin(["a resize"])
         assert self._open is not None
         self._open.restarted, self._open.resumed_step = at, step
-        done = max(self.step, self._steps_in_ledger())
-        self._open.lost_steps += max(0, done - step)
+        completed = max(self.step, self._steps_in_ledger())
+        self._open.lost_steps += max(0, completed - step)
 
     def _steps_in_ledger(self) -> int:
-        """Steps that some worker has noted: it does so as often as it writes metrics."""
+        """Return the number of steps in the ledger, which workers write as often as metrics."""
         names = storage.list_dir(storage.join(RUNS, RUN, STAGE, LEDGER))
         return max((int(name[:12]) + 1 for name in names), default=0)
 
-    def _stepped(self, at: float, step: int) -> None:
+    def _record_step(self, at: float, step: int) -> None:
         self.step = step
-        found = self._open
-        if found is None:
+        recovery = self._open
+        if recovery is None:
             return
-        found.pause_seconds = max(found.pause_seconds, at - self._moved)
+        recovery.pause_seconds = max(recovery.pause_seconds, at - self._moved)
         self._moved = at
-        if found.restarted is not None:
-            found.first_step, found.workers_after = at, self.workers
-        elif found.ended is not None or at < self._quiet_from or step < found.step + QUIET_STEPS:
+        if recovery.restarted is not None:
+            recovery.first_step, recovery.workers_after = at, self.workers
+        elif recovery.ended is not None or at < self._quiet_from or step < recovery.step + QUIET_STEPS:
             return
         self.close()
 
     def close(self) -> None:
-        """What is under way is over: it recovered, or the run ended without a restart for it."""
+        """Close the open recovery: the run recovered, or ended without a restart."""
         if self._open is not None:
             self.recoveries.append(self._open)
             print(self._open.line(), flush=True)
@@ -175,40 +178,42 @@ class Story:
 
 # ------------------------------------------------------------------------------------------------ the checks
 def order_of(config: RunConfig, stage: str) -> tuple[Order, list[str]]:
-    """The order of a stage's samples, and their keys."""
+    """Return the order of a stage's samples, and the sample keys."""
     train, scale = open_dataset(config.stage_data(stage)).split("train"), config.stages[stage]
-    seed = key(config.stage_seed(stage), stage, "data")
+    seed = derive_seed(config.stage_seed(stage), stage, "data")
     return Order(seed, train.shard_sizes, scale.groups, scale.group_size), list(train.keys)
 
 
 def check_ledger(run_url: str, config: RunConfig) -> None:
-    """Every step and group took what the order says, and every sample came once an epoch. Raises ValueError."""
+    """Check that every step and group used the samples of the order, each once per epoch; raises ValueError."""
     for stage, scale in config.stages.items():
         order, keys = order_of(config, stage)
         taken = read_ledger(storage.join(run_url, stage))
-        wanted = [(step, group) for step in range(scale.steps) for group in range(scale.groups)]
-        if list(taken) != wanted:
-            missing = sorted(set(wanted) - set(taken)) or sorted(set(taken) - set(wanted))
-            raise ValueError(f"{stage}: {len(missing)} of {len(wanted)} (step, group) missing or extra: {missing[:3]}")
+        expected = [(step, group) for step in range(scale.steps) for group in range(scale.groups)]
+        if list(taken) != expected:
+            missing = sorted(set(expected) - set(taken)) or sorted(set(taken) - set(expected))
+            raise ValueError(
+                f"{stage}: {len(missing)} of {len(expected)} (step, group) missing or extra: {missing[:3]}"
+            )
         for (step, group), ids in taken.items():
-            if ids != [keys[i] for i in order.sample_index(step, group)]:
-                raise ValueError(f"{stage}: step {step} of group {group} took other samples than the order says")
+            if ids != [keys[i] for i in order.sample_indices(step, group)]:
+                raise ValueError(f"{stage}: step {step} of group {group} used other samples than the order says")
         stream = [sample for ids in taken.values() for sample in ids]
         for start in range(0, len(stream) - len(keys) + 1, len(keys)):
             if set(Counter(stream[start : start + len(keys)]).values()) != {1}:
-                raise ValueError(f"{stage}: a sample came twice in the epoch from place {start} on")
+                raise ValueError(f"{stage}: a sample is repeated in the epoch that starts at position {start}")
 
 
 def check_skipped(run_url: str, steps: Sequence[int]) -> None:
-    """Of a run that was left in peace: exactly so many steps were skipped. Raises ValueError."""
+    """Check that the reference run skipped exactly the steps with a NaN loss; raises ValueError."""
     skipped = read_metrics(storage.join(run_url, STAGE))[-1]["guard/skipped_steps"]
     if skipped != len(steps):
-        raise ValueError(f"the undisturbed run skipped {skipped:g} steps; those with nan are {list(steps)}")
+        raise ValueError(f"the reference run skipped {skipped:g} steps; the steps with a NaN loss are {list(steps)}")
 
 
 def check_checkpoints(run_url: str, config: RunConfig) -> int:
-    """Read every committed checkpoint and check its hashes; gives their number. Raises ValueError."""
-    good = 0
+    """Check the hashes of every committed checkpoint; returns their number, raises ValueError."""
+    count = 0
     for stage in config.stages:
         folder = storage.join(run_url, stage, "checkpoints")
         for name in storage.list_dir(folder):
@@ -217,26 +222,26 @@ def check_checkpoints(run_url: str, config: RunConfig) -> int:
                 continue
             for file, facts in read_marker(url)["files"].items():
                 read_part(url, file, facts)
-            good += 1
-    return good
+            count += 1
+    return count
 
 
 def largest_difference(ours: str, theirs: str, config: RunConfig) -> tuple[float, str]:
-    """Over all tensors of all exports: the largest distance, relative to the tensor's norm, and where it is."""
+    """Return the largest distance of two exports' tensors, relative to the tensor's norm, and its position."""
     largest, where = 0.0, "nowhere"
     for stage in config.stages:
         one, other = (export.read(storage.join(run, stage, "export")).weights for run in (ours, theirs))
         for network, tensors in other.items():
-            for name, wanted in tensors.items():
-                norm = float(wanted.double().norm())
-                apart = float((one[network][name].double() - wanted.double()).norm())
-                if apart > largest * max(norm, 1e-12):
-                    largest, where = apart / max(norm, 1e-12), f"{stage} {network} {name}"
+            for name, expected in tensors.items():
+                norm = float(expected.double().norm())
+                distance = float((one[network][name].double() - expected.double()).norm())
+                if distance > largest * max(norm, 1e-12):
+                    largest, where = distance / max(norm, 1e-12), f"{stage} {network} {name}"
     return largest, where
 
 
-def lives(pid: int) -> bool:
-    """Whether a process runs, or is stopped: not where it has ended and nobody has asked for its status."""
+def is_running(pid: int) -> bool:
+    """Return whether a process runs or is stopped; a zombie does not count."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -244,7 +249,7 @@ def lives(pid: int) -> bool:
 
 
 def median_step_seconds(run_url: str) -> float:
-    """Of steps that were done one after the other by one group of workers; nan where there are none."""
+    """Return the median over consecutive steps of one worker group; nan if there are none."""
     lines = [line for line in read_metrics(storage.join(run_url, STAGE)) if "step" in line]
     spans = [
         (after["seconds"] - before["seconds"]) / (after["step"] - before["step"])

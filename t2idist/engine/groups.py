@@ -1,7 +1,7 @@
-"""A group is a virtual worker: BatchNorm and dropout of a network written for one group, made right for several.
+"""BatchNorm and dropout per group: a group is a virtual worker, and networks are written for one group.
 
-A worker holds whole groups, one after the other on dimension 0. `convert_layers` swaps the classes of the layers in place, so
-parameter names stay as they are.
+A worker has whole groups, contiguous on dimension 0. `convert_layers` replaces the classes of the layers in place, so
+parameter names do not change.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from t2idist.engine.noise import Noise
 
 
 class GroupedBatchNorm(_BatchNorm):
-    """BatchNorm with the statistics of each group of `group_size` samples.
+    """BatchNorm that normalizes each group of `group_size` samples by its own statistics.
 
-    Running statistics move by the mean over the groups; they are linear in the batch statistics, so their mean over
-    workers by share is what one worker with all groups would have.
+    Running statistics are updated with the mean over the groups. They are linear in the batch statistics, so their
+    mean over workers, weighted by share, is what a single worker with all groups would have.
     """
 
     group_size: int
@@ -32,12 +32,12 @@ class GroupedBatchNorm(_BatchNorm):
         if not self.training or input.shape[0] == self.group_size:
             return super().forward(input)
         assert input.shape[0] % self.group_size == 0, (
-            f"{input.shape[0]} samples are not whole groups of {self.group_size}"
+            f"{input.shape[0]} samples are not a multiple of the group size {self.group_size}"
         )
         groups = torch.split(input, self.group_size)
         if self.running_mean is None or self.running_var is None or self.momentum is None:
             raise ValueError(
-                "BatchNorm without running statistics, or with a cumulative average, does not run in groups"
+                "BatchNorm without running statistics, or with a cumulative average, is not supported in groups"
             )
         means = [self.running_mean.clone() for _ in groups]
         variances = [self.running_var.clone() for _ in groups]
@@ -55,7 +55,7 @@ class GroupedBatchNorm(_BatchNorm):
 
 @contextlib.contextmanager
 def track_statistics(net: nn.Module, momentum: float) -> Iterator[None]:
-    """Inside, BatchNorm of `net` normalises each group by itself and its running statistics move by `momentum`."""
+    """Within the context, run the BatchNorm layers of `net` in training mode, with this momentum."""
     norms = [module for module in net.modules() if isinstance(module, _BatchNorm)]
     before = [(norm.training, norm.momentum) for norm in norms]
     for norm in norms:
@@ -63,12 +63,12 @@ def track_statistics(net: nn.Module, momentum: float) -> Iterator[None]:
     try:
         yield
     finally:
-        for norm, (training, own) in zip(norms, before, strict=True):
-            norm.training, norm.momentum = training, own
+        for norm, (training, own_momentum) in zip(norms, before, strict=True):
+            norm.training, norm.momentum = training, own_momentum
 
 
 def running_statistics(net: nn.Module) -> list[str]:
-    """Names of the floating buffers of BatchNorm."""
+    """Return the names of BatchNorm's running means and variances."""
     return [
         f"{name}.{key}" if name else key
         for name, module in net.named_modules()
@@ -78,7 +78,7 @@ def running_statistics(net: nn.Module) -> list[str]:
 
 
 class GroupedDropout(nn.Dropout):
-    """Dropout whose mask is a function of (seed, step, group, place)."""
+    """Dropout whose mask is a function of (seed, step, group, position in the group)."""
 
     noise: Noise
 
@@ -90,17 +90,20 @@ class GroupedDropout(nn.Dropout):
 
 
 def convert_layers(net: nn.Module, group_size: int, noise: Noise) -> None:
-    """Make every BatchNorm and Dropout of a trained network run in groups.
+    """Make every BatchNorm and Dropout layer of a trained network work per group, in place.
 
-    Raises ValueError for layers that couple samples or draw in ways that are not known here.
+    Raises:
+        ValueError: a layer couples samples or draws random values in a way that is not supported.
     """
     for name, module in net.named_modules():
         if isinstance(
             module, nn.SyncBatchNorm | nn.modules.dropout.AlphaDropout | nn.modules.dropout._DropoutNd
         ) and not (isinstance(module, nn.Dropout)):
-            raise ValueError(f"{name}: {type(module).__name__} does not run in groups; use BatchNorm or Dropout")
+            raise ValueError(f"{name}: {type(module).__name__} is not supported in groups; use BatchNorm or Dropout")
         if isinstance(module, nn.RNNBase) and module.dropout > 0:
-            raise ValueError(f"{name}: dropout inside a recurrent layer draws by itself; use nn.Dropout around it")
+            raise ValueError(
+                f"{name}: dropout inside a recurrent layer has its own random draws; use nn.Dropout around it"
+            )
         if isinstance(module, _BatchNorm):
             module.__class__ = GroupedBatchNorm
             module.group_size = group_size  # type: ignore[assignment]

@@ -1,6 +1,6 @@
-"""Non-finite values stay out of the state: an update whose loss or gradients are not finite changes nothing.
+"""Keeps non-finite values out of the state: an update with a non-finite loss or gradient changes nothing.
 
-Nothing here waits for the device: a flag on it decides, the same on every worker, because every worker sees the same
+There is no host sync: a flag on the device decides. It is equal on every worker, because every worker has the same
 averaged gradients.
 """
 
@@ -13,71 +13,74 @@ from torch import Tensor, nn
 
 
 class Diverged(Exception):
-    """So many steps in a row were skipped that the run goes back to a checkpoint; the message says what went first."""
+    """Too many steps in a row were skipped: the run must return to a checkpoint. The message names the first cause."""
 
 
 class Guard:
-    """Watches the updates of a stage's networks.
+    """Checks every update of a stage and restores the buffers after a skipped one.
 
-    nets: every network that a step may write floating buffers of. They are moved into one tensor, so that a skipped
-    step can put them back at once.
+    Args:
+        nets: every network whose floating buffers a step may write. The buffers are moved into one tensor, so that
+            one copy restores them all.
     """
 
     def __init__(self, nets: Iterable[nn.Module], device: torch.device) -> None:
         self._buffers = _flatten_buffers(nets)
         self._saved = torch.empty_like(self._buffers)
-        self._bad = torch.zeros((), device=device)
-        self._skipped = torch.zeros((), device=device)
-        self._in_a_row = torch.zeros((), device=device)
+        self._found_inf = torch.zeros((), device=device)
+        self._skipped_steps = torch.zeros((), device=device)
+        self._skips_in_a_row = torch.zeros((), device=device)
 
     def start_step(self) -> None:
         self._saved.copy_(self._buffers)
-        self._bad = torch.zeros_like(self._bad)
+        self._found_inf = torch.zeros_like(self._found_inf)
 
-    def weigh(self, loss: Tensor, weight: float) -> Tensor:
-        """The loss to differentiate; where it is not finite, so are its gradients, on every worker."""
+    def scale_loss(self, loss: Tensor, weight: float) -> Tensor:
+        """Return the weighted loss to differentiate. If it is not finite, its gradients are NaN on every worker."""
         return loss * torch.where(loss.detach().isfinite(), weight, torch.nan)
 
     def check(self, gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """() float32 on the gradients' device: 1 where one of them is not finite (or their norm overflows), else 0.
+        """Check averaged gradients.
 
-        And the 2-norm of them all together, which is not finite there.
+        Returns:
+            found_inf: () float32 on the gradients' device, 1 if one of them is not finite or their norm overflows.
+            norm: () float64, the 2-norm of them all, not finite if found_inf is 1.
         """
         norm = torch.stack(torch._foreach_norm(list(gradients))).double().norm()
-        bad = (~norm.isfinite()).float()
-        self._bad = torch.maximum(self._bad, bad)
-        return bad, norm
+        found_inf = (~norm.isfinite()).float()
+        self._found_inf = torch.maximum(self._found_inf, found_inf)
+        return found_inf, norm
 
     def end_step(self) -> None:
-        """Put the buffers back where an update of this step was bad, and count."""
-        torch.where(self._bad > 0, self._saved, self._buffers, out=self._buffers)
-        self._skipped += self._bad
-        self._in_a_row = (self._in_a_row + self._bad) * self._bad
+        """Restore the buffers if an update of this step was skipped, and count."""
+        torch.where(self._found_inf > 0, self._saved, self._buffers, out=self._buffers)
+        self._skipped_steps += self._found_inf
+        self._skips_in_a_row = (self._skips_in_a_row + self._found_inf) * self._found_inf
 
     @property
-    def skipped(self) -> int:
-        """Steps so far, in this process, in which an update was skipped. Waits for the device."""
-        return int(self._skipped)
+    def skipped_steps(self) -> int:
+        """Steps of this process in which an update was skipped. Waits for the device."""
+        return int(self._skipped_steps)
 
     @property
-    def in_a_row(self) -> int:
-        """How many of them were the latest. Waits for the device."""
-        return int(self._in_a_row)
+    def skips_in_a_row(self) -> int:
+        """Skipped steps since the last one that was not skipped. Waits for the device."""
+        return int(self._skips_in_a_row)
 
 
 def _flatten_buffers(nets: Iterable[nn.Module]) -> Tensor:
-    """One tensor of which all floating buffers become views."""
-    places = [
+    """Move all floating buffers into one tensor, of which they become views, and return it."""
+    buffers = [
         (module, name, buffer)
         for net in nets
         for module in net.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None and buffer.is_floating_point()
     ]
-    if not places:
+    if not buffers:
         return torch.empty(0)
-    flat = torch.cat([buffer.flatten() for _, _, buffer in places])
-    parts = torch.split(flat, [buffer.numel() for _, _, buffer in places])
-    for (module, name, buffer), part in zip(places, parts, strict=True):
-        module._buffers[name] = part.view_as(buffer)
+    flat = torch.cat([buffer.flatten() for _, _, buffer in buffers])
+    views = torch.split(flat, [buffer.numel() for _, _, buffer in buffers])
+    for (module, name, buffer), view in zip(buffers, views, strict=True):
+        module._buffers[name] = view.view_as(buffer)
     return flat

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard events and progress.json of a stage. Only the first worker writes."""
+"""The records of a stage: metrics.jsonl, TensorBoard events and progress.json. Only the first worker writes them."""
 
 from __future__ import annotations
 
@@ -19,15 +19,21 @@ PROGRESS = "progress.json"
 
 
 def now() -> str:
+    """Return the time in UTC as ISO 8601, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 class MetricLogger:
-    """The record of one stage on the first worker.
+    """Writes the metrics and the progress of one stage.
 
-    Lines that a dead attempt wrote after the checkpoint that this one resumes from are dropped, so each number of
-    images stands once. `facts` are fixed values of every progress message (run, stage, workers, restarts...).
-    `watch` is called with each progress message.
+    Lines that an earlier attempt wrote after the checkpoint from which this one resumes are dropped, so that each image
+    count occurs once.
+
+    Args:
+        images: images seen so far.
+        step: steps done so far.
+        metadata: constant values of every progress message (run, stage, workers, restarts, ...).
+        on_progress: called with each progress message.
     """
 
     def __init__(
@@ -38,32 +44,32 @@ class MetricLogger:
         images: int,
         step: int,
         budget_images: int,
-        facts: Mapping[str, Any],
-        watch: Callable[[dict[str, Any]], None] | None,
+        metadata: Mapping[str, Any],
+        on_progress: Callable[[dict[str, Any]], None] | None,
         progress_every_seconds: float = 2.0,
     ) -> None:
         self.run_url, self.url = run_url, storage.join(run_url, stage)
         self.images, self.budget_images = images, budget_images
-        self.facts, self.watch, self.progress_every_seconds = facts, watch, progress_every_seconds
+        self.metadata, self.on_progress, self.progress_every_seconds = metadata, on_progress, progress_every_seconds
         self.lines = [line for line in read_metrics(self.url) if line["images"] <= images]
         self.seconds_before = float(self.lines[-1]["seconds"]) if self.lines else 0.0
         self._stored = len(self.lines)
         self.losses: dict[str, float] = {}
         self.values: dict[str, float] = {}
         self._events = _Events(self.url, step)
-        self._started = self._told = self._written = time.monotonic()
+        self._started = self._reported = self._flushed = time.monotonic()
         self._start_images = images
         self._window = (self._started, images)
         self._rate = 0.0
 
-    def stepped(self, images: int) -> None:
-        """Called after every step: tells progress when it is time."""
+    def log_step(self, images: int) -> None:
+        """Count a step, and report progress if the last report is long enough ago."""
         self.images = images
-        if time.monotonic() - self._told >= self.progress_every_seconds:
-            self.tell("training")
+        if time.monotonic() - self._reported >= self.progress_every_seconds:
+            self.log_state("training")
 
-    def add(self, losses: Mapping[str, float], others: Mapping[str, float], step: int) -> None:
-        """One line of metrics at the present number of images."""
+    def log_metrics(self, losses: Mapping[str, float], others: Mapping[str, float], step: int) -> None:
+        """Add a line of metrics at the current image count."""
         moment = time.monotonic()
         start, images = self._window
         self._rate = (self.images - images) / max(moment - start, 1e-9)
@@ -75,47 +81,47 @@ class MetricLogger:
             "step": step,
             "seconds": round(self.seconds_before + moment - self._started, 3),
             "images_per_second": round(self._rate, 2),
-            "restarts": self.facts["restarts"],
+            "restarts": self.metadata["restarts"],
             "time": now(),
             **values,
         }
         self.lines.append(line)
         self._events.add({**values, "speed/images_per_second": self._rate}, self.images)
-        if moment - self._written >= 20:
+        if moment - self._flushed >= 20:
             self.flush()
 
-    def note(self, values: Mapping[str, float]) -> None:
-        """Measured values (``val/...``) that join the newest line."""
+    def log_values(self, values: Mapping[str, float]) -> None:
+        """Add values of an evaluation (``val/...``) to the line of the current image count."""
         if self.lines and self.lines[-1]["images"] == self.images:
             self.lines[-1].update(values)
         else:
             self.lines.append({"images": self.images, "time": now(), "seconds": self._seconds(), **values})
         self._events.add(values, self.images)
 
-    def pause(self, seconds: float) -> None:
-        """Time that was not training (pictures, checkpoints) does not count against images per second."""
+    def exclude_seconds(self, seconds: float) -> None:
+        """Leave time that was not training (evaluation, checkpoints) out of the images per second."""
         start, images = self._window
         self._window = (start + seconds, images)
 
     def flush(self) -> None:
-        """Put everything where others see it."""
-        self._written = time.monotonic()
+        """Write all lines and events to storage."""
+        self._flushed = time.monotonic()
         data = "".join(json.dumps(line) + "\n" for line in self.lines).encode()
         storage.write_bytes(storage.join(self.url, "metrics.jsonl"), data)
         self._stored = len(self.lines)
         self._events.flush()
 
     def unwritten(self) -> list[dict[str, Any]]:
-        """Lines that are not stored yet."""
+        """Return the lines that are not in storage yet."""
         return self.lines[self._stored :]
 
-    def tell(self, state: str) -> None:
-        """Write progress.json and call `watch`."""
-        self._told = time.monotonic()
-        average = (self.images - self._start_images) / max(self._told - self._started, 1e-9)
+    def log_state(self, state: str) -> None:
+        """Write progress.json with this state ("training", "stopped", "done") and call `on_progress`."""
+        self._reported = time.monotonic()
+        average = (self.images - self._start_images) / max(self._reported - self._started, 1e-9)
         rate = self._rate or average
         message = {
-            **self.facts,
+            **self.metadata,
             "images": self.images,
             "budget_images": self.budget_images,
             "images_per_second": round(rate, 2),
@@ -127,8 +133,8 @@ class MetricLogger:
             "time": now(),
         }
         storage.write_json(storage.join(self.run_url, PROGRESS), message)
-        if self.watch is not None:
-            self.watch(message)
+        if self.on_progress is not None:
+            self.on_progress(message)
 
     def close(self) -> None:
         self.flush()
@@ -139,7 +145,7 @@ class MetricLogger:
 
 
 def read_metrics(stage_url: str) -> list[dict[str, Any]]:
-    """The metric lines of a stage so far; a last line that was cut is left out."""
+    """Read the metric lines of a stage, up to a line that was cut off."""
     try:
         text = storage.read_bytes(storage.join(stage_url, "metrics.jsonl")).decode()
     except FileNotFoundError:
@@ -154,7 +160,7 @@ def read_metrics(stage_url: str) -> list[dict[str, Any]]:
 
 
 def append_lines(stage_url: str, lines: Sequence[dict[str, Any]]) -> None:
-    """Store lines that come after those that are there; the rest are there already."""
+    """Append the lines whose image count is larger than that of the last stored line."""
     stored = read_metrics(stage_url)
     last = stored[-1]["images"] if stored else -1
     data = "".join(json.dumps(line) + "\n" for line in [*stored, *(line for line in lines if line["images"] > last)])
@@ -162,9 +168,9 @@ def append_lines(stage_url: str, lines: Sequence[dict[str, Any]]) -> None:
 
 
 class _Events:
-    """TensorBoard events: straight into a local run folder, or by way of a temporary one into an object store.
+    """TensorBoard events, written to a local run folder, or by way of a temporary one to an object store.
 
-    They end with a warning where they cannot be written (a full disk, say): metrics.jsonl has all that is in them.
+    If they cannot be written (the disk is full, say), they stop with a warning: metrics.jsonl has the same values.
     """
 
     def __init__(self, stage_url: str, step: int) -> None:
@@ -175,22 +181,22 @@ class _Events:
         self._temporary = None if local is not None else tempfile.TemporaryDirectory(prefix="t2idist-events-")
         self._folder = local if local is not None else Path(self._temporary.name)  # type: ignore[union-attr]
         self._writer = SummaryWriter(str(self._folder), purge_step=step or None)  # type: ignore[no-untyped-call]
-        self._ended = False
+        self._stopped = False
 
     def add(self, values: Mapping[str, float], images: int) -> None:
         def write() -> None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, images)  # type: ignore[no-untyped-call]
 
-        self._or_end(write)
+        self._or_stop(write)
 
     def flush(self) -> None:
-        self._or_end(self._writer.flush)
-        self._or_end(self._upload)
+        self._or_stop(self._writer.flush)
+        self._or_stop(self._upload)
 
     def close(self) -> None:
-        self._or_end(self._writer.close)
-        self._or_end(self._upload)
+        self._or_stop(self._writer.close)
+        self._or_stop(self._upload)
         if self._temporary is not None:
             self._temporary.cleanup()
 
@@ -199,11 +205,11 @@ class _Events:
             for file in self._folder.iterdir():
                 storage.write_bytes(storage.join(self._target, file.name), file.read_bytes())
 
-    def _or_end(self, work: Callable[[], None]) -> None:
-        if self._ended:
+    def _or_stop(self, write: Callable[[], None]) -> None:
+        if self._stopped:
             return
         try:
-            work()
+            write()
         except OSError as error:
-            self._ended = True
-            logger.warning("TensorBoard events end here: %s", error)
+            self._stopped = True
+            logger.warning("TensorBoard events stop here: %s", error)

@@ -1,4 +1,4 @@
-"""Random draws that do not know how many workers there are: functions of (seed, step, group, place)."""
+"""Random draws as functions of (seed, step, group, position in the group), whatever the number of workers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from whole numbers and names, the same on every machine."""
+    """Hash integers and names into a 63-bit seed, the same on every machine."""
     packed = b"".join(
         b"i" + struct.pack("<q", part) if isinstance(part, int) else b"s" + part.encode() + b"\0" for part in parts
     )
@@ -19,9 +19,9 @@ def derive_seed(*parts: int | str) -> int:
 
 
 class Noise:
-    """Draws for the samples of one worker: group by group, each from a generator of its own.
+    """Draws for the samples of one worker, group by group, each group from its own generator.
 
-    Drawn on the CPU in float32 whatever the device and precision, so that every worker and machine agrees.
+    Values are drawn on the CPU in float32 and then converted, so that every device and machine gets the same ones.
     """
 
     def __init__(
@@ -32,20 +32,21 @@ class Noise:
         self.step, self.calls = 0, 0
 
     def start(self, step: int) -> None:
+        """Begin a step: its draws are numbered from 1."""
         self.step, self.calls = step, 0
 
     def normal(self, *shape: int) -> Tensor:
-        """(N, *shape) standard normal."""
-        return self._each(lambda g: torch.randn(self.group_size, *shape, generator=g))
+        """Draw (N, *shape) standard normal values."""
+        return self._draw(lambda g: torch.randn(self.group_size, *shape, generator=g))
 
     def uniform(self, *shape: int) -> Tensor:
-        """(N, *shape) uniform in [0, 1)."""
-        return self._each(lambda g: torch.rand(self.group_size, *shape, generator=g))
+        """Draw (N, *shape) uniform values in [0, 1)."""
+        return self._draw(lambda g: torch.rand(self.group_size, *shape, generator=g))
 
-    def _each(self, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
+    def _draw(self, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
         self.calls += 1
-        parts = []
+        groups = []
         for lane in self.lanes:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, self.stage, self.step, lane, self.calls))
-            parts.append(draw(generator))
-        return torch.cat(parts).to(self.device, self.dtype, non_blocking=True)
+            groups.append(draw(generator))
+        return torch.cat(groups).to(self.device, self.dtype, non_blocking=True)

@@ -1,6 +1,6 @@
-"""Announced ends: a signal to this process, a machine that a cloud takes back, new workers in place of these.
+"""Announced interruptions: SIGTERM to this process, a node that the cloud reclaims, a resize of the worker group.
 
-What is not saved then is saved.
+The state is saved before the interruption.
 """
 
 from __future__ import annotations
@@ -17,100 +17,105 @@ from t2idist.engine.world import World
 
 logger = logging.getLogger(__name__)
 
-_HOLD_SECONDS = 5.0
+_WAIT_SECONDS = 5.0
 _GRACE_SECONDS = 60.0
 
 Poll = Callable[[], "PreemptionNotice | None"]
-"""Gives what is announced, the same on all workers; a collective where there are several."""
+"""Returns the current notice, the same on all workers. A collective if there are several workers."""
 
 
 @dataclass(frozen=True)
 class PreemptionNotice:
-    """seconds_left: until a machine of the run goes (math.inf: nobody said); 0: this process is to end now.
-
-    regroup: new workers, more or fewer, are to take the place of these as soon as they stand still.
-    """
+    """An announced interruption."""
 
     seconds_left: float
-    regroup: bool = False
+    """Until a node of the run is shut down; math.inf if unknown; 0 if this process is to end now."""
+    resize: bool = False
+    """Whether more or fewer workers replace the current ones as soon as these pause."""
 
 
 class StateSaver(Protocol):
-    """Where the state of a stage goes."""
+    """Saves the state of a stage."""
 
     def save(self) -> None:
-        """Begin a checkpoint; the steps that it counts as done are on record before."""
+        """Begin a checkpoint, after the records of the steps that it includes are stored."""
         ...
 
     def finish(self) -> None:
-        """Wait until it is written."""
+        """Wait until the checkpoint is committed."""
         ...
 
-    def keep(self) -> None:
-        """Keep the state where other workers find it, in memory or in storage, and wait until that is done."""
+    def replicate_or_save(self) -> None:
+        """Copy the state to replicas or, if that is not possible, save a checkpoint; wait until that is done."""
         ...
 
 
 class StopRequested(Exception):
-    """The run ended because it was asked to; its state is saved."""
+    """The run stopped on request; its state is saved."""
 
 
 class PreemptionHandler:
-    """What a stage does about notices.
+    """Reacts to preemption notices during a stage.
 
-    ask: None where nobody could give one. look_seconds: about how often to ask (0: after every step). stand: tells that
-    this worker stands still and waits for its end, or, if that does not come, until `ask` says so no more.
+    Args:
+        poll: None if there is no source of notices.
+        poll_seconds: approximate time between two polls; 0 polls after every step.
+        pause: reports that this worker is ready to be replaced and blocks until it is ended or, failing that, until
+            the resize is called off. Required if notices can announce a resize.
     """
 
     def __init__(
-        self, ask: Poll | None, look_seconds: float, world: World, stand: Callable[[], None] | None = None
+        self, poll: Poll | None, poll_seconds: float, world: World, pause: Callable[[], None] | None = None
     ) -> None:
-        self._ask, self._look_seconds, self._world, self._stand = ask, look_seconds, world, stand
-        self._every_steps, self._hold_seconds = 1, _HOLD_SECONDS
-        self._heard = self._held = False
-        self._looked_step: int | None = None
+        self._poll, self._poll_seconds, self._world, self._pause = poll, poll_seconds, world, pause
+        self._every_steps, self._wait_seconds = 1, _WAIT_SECONDS
+        self._saved = self._saved_last = False
+        self._polled_step: int | None = None
 
-    def pace(self, step_seconds: float) -> None:
-        """Set how often to look, from what a step takes; all workers give the same."""
-        self._every_steps = max(1, round(self._look_seconds / max(step_seconds, 1e-6)))
-        self._hold_seconds = max(_HOLD_SECONDS, 2 * self._every_steps * step_seconds)  # else the last look is too early
+    def set_step_seconds(self, step_seconds: float) -> None:
+        """Set the number of steps between polls from the duration of a step, which must be equal on all workers."""
+        self._every_steps = max(1, round(self._poll_seconds / max(step_seconds, 1e-6)))
+        # with less, a poll may be too early for the last save and the next one too late
+        self._wait_seconds = max(_WAIT_SECONDS, 2 * self._every_steps * step_seconds)
 
     def check(self, trainer: Trainer, state: StateSaver) -> None:
-        """Look for a notice after a step, where it is time. A collective.
+        """Poll for a notice after a step, if it is time, and react to it. A collective.
 
-        At the first one the state is saved, and training goes on; shortly before the machine goes it is saved again and
-        training waits for that, so that no step is lost; if it does not go after all, training goes on. Where the
-        workers are to be replaced, the state is kept and they wait for that. Raises `StopRequested` where this process itself is
-        to end.
+        After the first notice the state is saved and training continues. Shortly before the node is shut down the state
+        is saved again and training waits for the shutdown, so that no step is lost; it continues if the node stays.
+        Before a resize the state is copied to replicas and the worker pauses.
+
+        Raises:
+            StopRequested: this process is to end; the state is saved.
         """
-        if self._looked_step is None:
-            self._looked_step = trainer.step - 1
-        if self._ask is None or trainer.step - self._looked_step < self._every_steps:
+        if self._polled_step is None:
+            self._polled_step = trainer.step - 1
+        if self._poll is None or trainer.step - self._polled_step < self._every_steps:
             return
-        self._looked_step = trainer.step
-        notice = self._world.broadcast_object(self._ask())
+        self._polled_step = trainer.step
+        notice = self._world.broadcast_object(self._poll())
         if notice is None:
-            self._heard = self._held = False
+            self._saved = self._saved_last = False
             return
-        if notice.regroup:
-            assert self._stand is not None
-            state.keep()
-            self._stand()
+        if notice.resize:
+            assert self._pause is not None
+            state.replicate_or_save()
+            self._pause()
             return
-        if not self._heard and self._world.is_main:
-            logger.warning("a machine of this run is about to go%s; saving", _time_left(notice.seconds_left))
+        if not self._saved and self._world.is_main:
+            logger.warning("a node of this run will be shut down%s; saving", _time_left(notice.seconds_left))
         began = time.monotonic()
-        if notice.seconds_left <= self._hold_seconds and not self._held:
-            self._held = True
+        if notice.seconds_left <= self._wait_seconds and not self._saved_last:
+            self._saved_last = True
             state.save()
             state.finish()
             if notice.seconds_left == 0:
                 raise StopRequested(f"saved at {trainer.images} images")
             time.sleep(max(0.0, notice.seconds_left + _GRACE_SECONDS - (time.monotonic() - began)))
-        elif not self._heard:
+        elif not self._saved:
             state.save()
-        self._heard = True
+        self._saved = True
 
 
-def _time_left(seconds_left: float) -> str:
-    return f" in {seconds_left:.0f} s" if 0 < seconds_left < math.inf else ""
+def _time_left(seconds: float) -> str:
+    return f" in {seconds:.0f} s" if 0 < seconds < math.inf else ""

@@ -1,4 +1,4 @@
-"""Learning rates and averaging as functions of images seen."""
+"""Learning-rate schedules and EMA decay as functions of images seen."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from t2idist.contract import Schedule
 
 
 def lr_factor(schedule: Schedule, images: int) -> float:
-    """What the learning rate is multiplied by after `images` images. Raises ValueError for an unknown kind."""
+    """Return the factor on the learning rate after `images` images. Raises ValueError for an unknown kind."""
     if schedule.kind == "constant":
         return 1.0
     if schedule.kind == "exponential":
@@ -20,5 +20,5 @@ def lr_factor(schedule: Schedule, images: int) -> float:
 
 
 def ema_decay(half_life_images: float, images_per_step: int) -> float:
-    """What the old average keeps in a step, so that half of it is left after `half_life_images`."""
+    """Return the weight of the old average in a step, so that it is halved every `half_life_images`."""
     return float(0.5 ** (images_per_step / half_life_images))

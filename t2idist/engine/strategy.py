@@ -1,10 +1,11 @@
-"""How a role's network is wrapped and updated: one module whose forward runs any function of the network, and Adam.
+"""Strategies: how a role's network is wrapped for distributed training and updated by Adam.
 
-Everything that a step does with a trained network happens inside one entry of the wrapper (`RoleModule`), so several passes,
-BatchNorm, sub-modules and gradient penalties are all exact under DDP and DeepSpeed. Here are the plain worker and DDP;
-engine/zero.py is DeepSpeed. (DDP reads its hook's annotations as they stand: no `from __future__ import annotations`
-here.)
+All that a step does with a trained network happens inside one forward of the wrapper (`RoleModule`), which runs any
+function of the network. So several passes, BatchNorm, sub-modules and gradient penalties are exact under DDP and
+DeepSpeed. This file has the single worker and DDP; engine/zero.py has DeepSpeed.
 """
+
+# no `from __future__ import annotations`: DDP checks the annotations of its communication hook, and takes no strings
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
@@ -23,9 +24,10 @@ from t2idist.engine.world import World
 
 @dataclass(frozen=True)
 class Precision:
-    """What weights are kept in, and what matrix products run in. The one place that knows autocast."""
+    """The precision of a run. The only user of autocast."""
 
     name: str
+    """float32, float64, or bfloat16 (float32 weights, matrix products in bfloat16)."""
 
     @property
     def weights(self) -> torch.dtype:
@@ -51,38 +53,46 @@ class RoleModule(nn.Module):
 
 
 class Strategy(Protocol):
-    """A role's network at work. An update is one `enter`, one `backward` and one `step`."""
+    """Trains a role's network. An update is one `run`, one `backward` and one `step`."""
 
     def run(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run ``fn(net, *args)`` inside the distributed wrapper."""
         ...
 
     def backward(self, loss: Tensor) -> list[Tensor]:
-        """Differentiate a scalar; gradients are averaged over workers.
+        """Compute gradients of a scalar loss and average them over the workers.
 
-        Gives tensors that are the same on every worker and all finite exactly where every averaged gradient is.
+        Returns:
+            Tensors that are equal on every worker, and all finite if and only if every averaged gradient is.
         """
         ...
 
-    def step(self, lr: float, bad: Tensor) -> None:
-        """Clip and update the weights; where `bad` (() float32 on the device) is 1, neither they nor moments change."""
+    def step(self, lr: float, found_inf: Tensor) -> None:
+        """Clip the gradients and update the weights.
+
+        Args:
+            found_inf: () float32 on the device. If it is 1, weights and optimizer state do not change.
+        """
         ...
 
-    def moments(self) -> dict[str, Tensor]:
-        """``<parameter>/{exp_avg,exp_avg_sq,step}``, whole. May be a collective; `load_optimizer_state` ends what a load begins."""
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Return Adam's whole state as ``<parameter>/{exp_avg,exp_avg_sq,step}``. May be a collective.
+
+        To load a state, write into these tensors, then call `load_optimizer_state`.
+        """
         ...
 
-    def load_optimizer_state(self, moments: Mapping[str, Tensor]) -> None:
-        """Go on from what was loaded into the network and into the tensors that `moments` gave."""
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        """Resume from what was loaded into the network and into the tensors that `optimizer_state` returned."""
         ...
 
     def optimizer_bytes(self) -> int:
-        """Bytes of Adam's state that this worker keeps."""
+        """Return the bytes of Adam's state on this worker."""
         ...
 
 
 class DDPStrategy:
-    """Every worker holds the whole optimiser: DDP, or the bare network on one worker."""
+    """Keeps the whole optimizer on every worker: DDP, or the bare network on a single worker."""
 
     def __init__(self, name: str, role: Role, precision: Precision, world: World) -> None:
         self._name, self._role = name, role
@@ -103,40 +113,40 @@ class DDPStrategy:
             gradients.append(parameter.grad)
         return gradients
 
-    def step(self, lr: float, bad: Tensor) -> None:
+    def step(self, lr: float, found_inf: Tensor) -> None:
         if self._role.clip_norm is not None:
             clipped = [p for name, p in self._trained.items() if name.startswith(self._role.clip_prefix)]
             nn.utils.clip_grad_norm_(clipped, self._role.clip_norm)
-        adam_step(self._optimizer, lr, bad)
+        adam_step(self._optimizer, lr, found_inf)
 
-    def moments(self) -> dict[str, Tensor]:
+    def optimizer_state(self) -> dict[str, Tensor]:
         return {
-            f"{name}/{moment}": value
+            f"{name}/{key}": value
             for name, parameter in self._trained.items()
-            for moment, value in self._optimizer.state[parameter].items()
+            for key, value in self._optimizer.state[parameter].items()
         }
 
-    def load_optimizer_state(self, moments: Mapping[str, Tensor]) -> None:
-        """Nothing: they are the live tensors."""
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        """Do nothing: `optimizer_state` returned the optimizer's own tensors."""
 
     def optimizer_bytes(self) -> int:
         return state_bytes(self._optimizer)
 
 
 def trainable_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by name."""
+    """Return the parameters that require gradients, by name."""
     return {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
 
 
 def make_adam(parameters: Iterable[Any], settings: Adam) -> torch.optim.Adam:
-    """Fused Adam of parameters, or of groups of them, without any state."""
+    """Create fused Adam over parameters or parameter groups, without state."""
     return torch.optim.Adam(
         parameters, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True
     )
 
 
 def init_optimizer_state(optimizer: torch.optim.Adam) -> None:
-    """State of zeros, so that it is there, and has a name, before the first step."""
+    """Create zero state for every parameter, so that it exists under its name before the first step."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {
@@ -146,12 +156,16 @@ def init_optimizer_state(optimizer: torch.optim.Adam) -> None:
             }
 
 
-def adam_step(optimizer: torch.optim.Adam, lr: float, bad: Tensor) -> None:
-    """A step of fused Adam, on tensors as they lie in memory: it copies those that are laid out channels last."""
+def adam_step(optimizer: torch.optim.Adam, lr: float, found_inf: Tensor) -> None:
+    """Run a step of fused Adam on views in memory order: the kernel would copy channels-last tensors.
+
+    Args:
+        found_inf: () float32. If it is 1, nothing changes.
+    """
     for group in optimizer.param_groups:
         states = [optimizer.state[parameter] for parameter in group["params"]]
-        kinds = [_contiguous(parameter, state) for parameter, state in zip(group["params"], states, strict=True)]
-        parameters, gradients, means, squares = (list(column) for column in zip(*kinds, strict=True))
+        rows = [_contiguous(parameter, state) for parameter, state in zip(group["params"], states, strict=True)]
+        parameters, gradients, means, squares = (list(column) for column in zip(*rows, strict=True))
         with torch.no_grad():
             adam(
                 parameters,
@@ -161,7 +175,7 @@ def adam_step(optimizer: torch.optim.Adam, lr: float, bad: Tensor) -> None:
                 [],
                 [state["step"] for state in states],
                 fused=True,
-                found_inf=bad,
+                found_inf=found_inf,
                 amsgrad=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
@@ -173,39 +187,43 @@ def adam_step(optimizer: torch.optim.Adam, lr: float, bad: Tensor) -> None:
 
 
 def _contiguous(parameter: Tensor, state: Mapping[str, Tensor]) -> list[Tensor]:
-    """The parameter, its gradient and its two moments: contiguous where they lie channels last.
+    """Return the parameter, its gradient and its two moments; channels-last tensors as contiguous views.
 
-    All in the parameter's layout: on tensors of several, the fused kernel for CPUs silently computes something else.
+    All have the parameter's layout: with mixed layouts the fused CPU kernel silently computes wrong values.
     """
     gradient = parameter.grad
     assert gradient is not None
     if gradient.stride() != parameter.stride():
         gradient = torch.empty_like(parameter).copy_(gradient)
     tensors = [parameter.detach(), gradient, state["exp_avg"], state["exp_avg_sq"]]
-    assert all(t.stride() == parameter.stride() for t in tensors), "Adam's moments lie as their parameter does"
+    assert all(t.stride() == parameter.stride() for t in tensors), "Adam's moments must have their parameter's layout"
     if parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last):
         return [t.permute(0, 2, 3, 1) for t in tensors]
     return tensors
 
 
 def state_bytes(optimizer: torch.optim.Adam) -> int:
+    """Return the size of an optimizer's state."""
     return sum(value.nbytes for state in optimizer.state.values() for value in state.values())
 
 
-def set_up_step(optimizer: torch.optim.Adam, lr: float, bad: Tensor) -> None:
-    """Set what the next step of fused Adam goes by. Where `bad` is 1 it changes nothing, and nobody waits for that."""
-    setattr(optimizer, "found_inf", bad)  # noqa: B010 (mypy does not know it)
+def set_up_step(optimizer: torch.optim.Adam, lr: float, found_inf: Tensor) -> None:
+    """Set the learning rate and `found_inf` for the next step of fused Adam.
+
+    If `found_inf` is 1, the step is skipped on the device, without a host sync.
+    """
+    setattr(optimizer, "found_inf", found_inf)  # noqa: B010 (mypy does not know it)
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
 def wrap_module(net: nn.Module, precision: Precision, world: World) -> nn.Module:
-    """The role's distributed wrapper; enter it once an update."""
-    held = RoleModule(net, precision, world.device)
+    """Wrap a role's network for this world; call its forward once an update."""
+    module = RoleModule(net, precision, world.device)
     if world.group is None:
-        return held
+        return module
     wrapped = DistributedDataParallel(
-        held,
+        module,
         process_group=world.group,
         forward_sync_buffers=False,
         gradient_as_bucket_view=True,
@@ -217,17 +235,17 @@ def wrap_module(net: nn.Module, precision: Precision, world: World) -> nn.Module
 
 
 def _average_in_rank_order(world: World, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
-    """The mean of a bucket over workers, each element summed in the order of ranks.
+    """Average a bucket over the workers, adding the summands of each element in rank order.
 
-    A ring adds an element's parts in an order that depends on where the element lies in the bucket, and DDP lays its
-    buckets out anew after the first step: a resumed run would round differently. Same bytes as a ring.
+    A ring all-reduce adds them in an order that depends on the element's position in the bucket, and DDP rebuilds its
+    buckets after the first step, so a resumed run would round differently. This sends as many bytes as a ring.
     """
     gradient = bucket.buffer()
     length = -(-gradient.numel() // world.size)
     padded = torch.nn.functional.pad(gradient, (0, length * world.size - gradient.numel()))
-    mine = torch.empty_like(padded)
-    dist.all_to_all_single(mine, padded, group=world.group)
-    parts = mine.view(world.size, length).unbind()
+    received = torch.empty_like(padded)
+    dist.all_to_all_single(received, padded, group=world.group)
+    parts = received.view(world.size, length).unbind()
     total = parts[0].clone()
     for part in parts[1:]:
         total += part

@@ -1,4 +1,7 @@
-"""The trainer: a system's roles with their optimisers and averages, and `contract.Train` over them."""
+"""The trainer: a system's roles with their optimizers and EMA networks, and the engine that a system's step sees.
+
+`Trainer` implements `contract.Train`: `run_step` calls ``system.step(batch, train)`` with the trainer as `train`.
+"""
 
 from __future__ import annotations
 
@@ -23,27 +26,40 @@ from t2idist.engine.zero import ZeroStrategy
 from t2idist.nn.fast.layers import clear_cached_casts, use_fast_layers
 
 GRADIENTS = "gradients of "
-"""Begins the name under which the norm of a role's gradients stands among the reports where it is not finite..."""
+"""Prefix of a report of a role's gradient norm, as it is named if it is not finite."""
 NORM = "norm/"
-"""...and where it is."""
+"""Prefix of the metric that these reports become."""
 
 
 @dataclass
 class _RoleState:
-    """A role at work."""
+    """A role while it is trained."""
 
     role: Role
-    engine: Strategy
+    strategy: Strategy
     ema: nn.Module | None
-    entered: bool = False
-    again: Callable[[nn.Module], Any] | None = None
+    in_update: bool = False
+    """Whether `forward` was called and `apply` was not yet."""
+    ema_forward: Callable[[nn.Module], Any] | None = None
+    """The step's forward, to repeat with the EMA network so that its BatchNorm statistics follow."""
 
 
 class Trainer:
-    """Runs a system's steps on one worker; implements `contract.Train`.
+    """Runs a system's steps on one worker. Implements `contract.Train`.
 
-    group_size x groups is the global batch; `share` says which groups this worker runs. zero: 1 or 2: DeepSpeed's
-    stage, where there are several workers; 0: DDP.
+    - `images` and `step` count what is done.
+    - `forward` runs a function of a role's network inside its distributed wrapper; `apply` runs backward, clipping, the
+      optimizer step and the EMA; `update` is both. Each role has one forward, then one apply, at a time.
+    - `frozen` yields bare networks without gradients to their weights.
+    - `noise` and `report` draw values and log scalars.
+
+    All other methods are for the loop, for checkpoints and for exports.
+
+    Args:
+        stage: name of the stage; with `seed` it seeds the noise.
+        group_size: samples in a group; the global batch is `share.groups` of them.
+        share: the groups that this worker runs.
+        zero: 0 for DDP; 1 or 2 for this ZeRO stage of DeepSpeed, if there are several workers.
     """
 
     def __init__(
@@ -63,26 +79,26 @@ class Trainer:
         self.step = 0
         self._momentum = 0.0
         self.noise_source = Noise(seed, stage, share.lanes, group_size, world.device, precision.weights)
-        self._frozen = {name: self._place(f.net).eval().requires_grad_(False) for name, f in system.frozen.items()}
-        self._live = {name: self._start(name, role) for name, role in system.roles.items()}
-        nets = [net for live in self._live.values() for net in (live.role.net, live.ema) if net is not None]
+        self._frozen = {name: self._prepare(f.net).eval().requires_grad_(False) for name, f in system.frozen.items()}
+        self._role_states = {name: self._start_role(name, role) for name, role in system.roles.items()}
+        nets = [net for state in self._role_states.values() for net in (state.role.net, state.ema) if net is not None]
         self.guard = Guard(nets, world.device)
         self._reports: list[tuple[int, str, Tensor]] = []
-        self.first_bad = ""
+        self.first_nonfinite = ""
 
     # -------------------------------------------------------------------------------------------- set-up
-    def _place(self, net: nn.Module) -> nn.Module:
+    def _prepare(self, net: nn.Module) -> nn.Module:
         return use_fast_layers(net.to(self.world.device, self.precision.weights))
 
-    def _start(self, name: str, role: Role) -> _RoleState:
-        self._place(role.net).train()
+    def _start_role(self, name: str, role: Role) -> _RoleState:
+        self._prepare(role.net).train()
         convert_layers(role.net, self.group_size, self.noise_source)
         ema = None
         if role.ema_half_life_images is not None:
             ema = copy.deepcopy(role.net).eval().requires_grad_(False)
-        return _RoleState(role, self._engine(name, role), ema)
+        return _RoleState(role, self._make_strategy(name, role), ema)
 
-    def _engine(self, name: str, role: Role) -> Strategy:
+    def _make_strategy(self, name: str, role: Role) -> Strategy:
         if self.zero and self.world.group is not None:
             return ZeroStrategy(name, role, self.precision, self.world, self.zero)
         return DDPStrategy(name, role, self.precision, self.world)
@@ -90,31 +106,40 @@ class Trainer:
     # -------------------------------------------------------------------------------------------- contract.Train
     @property
     def images(self) -> int:
+        """Images seen by the run, over all workers (`Train.images`)."""
         return self.step * self.group_size * self.share.groups
 
     def forward(self, role: str, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        live = self._live[role]
-        assert not live.entered, f"{role}: a second forward before apply"
-        live.entered = True
-        if live.ema is not None and self._momentum:
-            live.again = lambda net: fn(net, *args, **kwargs)
-        return live.engine.run(fn, *args, **kwargs)
+        """Run ``fn(net, *args, **kwargs)`` inside the role's distributed wrapper (`Train.forward`)."""
+        state = self._role_states[role]
+        assert not state.in_update, f"{role}: a second forward before apply"
+        state.in_update = True
+        if state.ema is not None and self._momentum:
+            state.ema_forward = lambda net: fn(net, *args, **kwargs)
+        return state.strategy.run(fn, *args, **kwargs)
 
     def apply(self, role: str, loss: Tensor) -> None:
-        live = self._live[role]
-        assert live.entered, f"{role}: apply without forward"
+        """Update the role by a scalar loss: backward, clipping, optimizer step, EMA (`Train.apply`).
+
+        If the loss or an averaged gradient is not finite on any worker, no weight and no moment changes.
+        """
+        state = self._role_states[role]
+        assert state.in_update, f"{role}: apply without forward"
         assert loss.dim() == 0, f"{role}: the loss has shape {tuple(loss.shape)}; it must be a scalar"
-        live.entered = False
-        bad, norm = self.guard.check(live.engine.backward(self.guard.weigh(loss, self.share.weight)))
+        state.in_update = False
+        scaled = self.guard.scale_loss(loss, self.share.weight)
+        found_inf, norm = self.guard.check(state.strategy.backward(scaled))
         self._reports.append((self.step, f"{GRADIENTS}{role}", norm))
-        live.engine.step(live.role.optimizer.lr * lr_factor(live.role.optimizer.schedule, self.images), bad)
-        clear_cached_casts(live.role.net)
-        if live.ema is not None:
-            assert live.role.ema_half_life_images is not None
-            keep = ema_decay(live.role.ema_half_life_images, self.group_size * self.share.groups)
-            _update_ema(live.ema, live.role.net, keep, statistics=not self._momentum)
+        optimizer = state.role.optimizer
+        state.strategy.step(optimizer.lr * lr_factor(optimizer.schedule, self.images), found_inf)
+        clear_cached_casts(state.role.net)
+        if state.ema is not None:
+            assert state.role.ema_half_life_images is not None
+            decay = ema_decay(state.role.ema_half_life_images, self.group_size * self.share.groups)
+            _update_ema(state.ema, state.role.net, decay, with_statistics=not self._momentum)
 
     def update(self, role: str, fn: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """`forward` of a function that returns the loss, then `apply` (`Train.update`); return the detached loss."""
         loss = self.forward(role, fn, *args, **kwargs)
         self.apply(role, loss)
         detached: Tensor = loss.detach()
@@ -122,152 +147,156 @@ class Trainer:
 
     @contextlib.contextmanager
     def frozen(self, *names: str) -> Iterator[Any]:
-        nets = self._bare(names)
+        """Yield bare networks, without gradients to their weights, under autocast (`Train.frozen`)."""
+        nets = self._select(names)
         with frozen_parameters(nets), self.precision.autocast(self.world.device):
             yield nets[0] if len(nets) == 1 else tuple(nets)
 
-    def _bare(self, names: Sequence[str]) -> list[nn.Module]:
-        """Frozen networks, and the live ones that ``role`` or ``role.part`` names."""
-        return select_networks(names, self._frozen, {name: live.role.net for name, live in self._live.items()})
+    def _select(self, names: Sequence[str]) -> list[nn.Module]:
+        return select_networks(names, self._frozen, {name: s.role.net for name, s in self._role_states.items()})
 
     def noise(self, *shape: int) -> Tensor:
+        """Draw (N, *shape) standard normal values, the same whatever the number of workers (`Train.noise`)."""
         return self.noise_source.normal(*shape)
 
     def report(self, name: str, value: Tensor) -> None:
+        """Log a scalar; `reduce_reports` averages it (`Train.report`)."""
         self._reports.append((self.step, name, value.detach()))
 
     # -------------------------------------------------------------------------------------------- for the loop
     def run_step(self, batch: Any, momentum: float = 0.0) -> None:
-        """One step of the system on a host batch.
+        """Run one step of the system on a host batch.
 
-        momentum: by how much the BatchNorm statistics of averaged networks move to what these networks themselves see
-        in this step (0: they are averages of the live networks' statistics, which are those of other weights).
+        Args:
+            momentum: if not 0, the EMA networks repeat the step's forward, and their BatchNorm statistics move by this
+                momentum. If 0, their statistics are averages of the live networks' statistics.
         """
         self._momentum = momentum
         self.noise_source.start(self.step)
         self.guard.start_step()
         self.system.step(batch.to(self.world.device, self.precision.weights), self)
-        pending = [name for name, live in self._live.items() if live.entered]
+        pending = [name for name, state in self._role_states.items() if state.in_update]
         assert not pending, f"{pending}: forward without apply"
-        for live in self._live.values():
-            if live.ema is not None and live.again is not None:
-                with torch.no_grad(), self.precision.autocast(self.world.device), track_statistics(live.ema, momentum):
-                    live.again(live.ema)
-                live.again = None
+        for state in self._role_states.values():
+            if state.ema is not None and state.ema_forward is not None:
+                autocast = self.precision.autocast(self.world.device)
+                with torch.no_grad(), autocast, track_statistics(state.ema, momentum):
+                    state.ema_forward(state.ema)
+                state.ema_forward = None
         self.guard.end_step()
         self.step += 1
 
     def reduce_reports(self) -> dict[str, float]:
-        """Means of what was reported since the last call, over steps and, by share, over workers. A collective.
+        """Average the reports since the last call, over steps and, weighted by share, over workers. A collective.
 
-        With "norm/<role>", the 2-norm of the role's averaged gradients before they are clipped. Values that are not
-        finite are left out; `first_bad` names those of the first step that had any.
+        "norm/<role>" is the 2-norm of the role's averaged gradients before clipping. Values that are not finite are
+        left out; `first_nonfinite` names those of the first step that had any.
         """
         reports, self._reports = self._reports, []
         values = torch.stack([value.double() for _, _, value in reports]).tolist() if reports else []
         finite: dict[str, list[float]] = {}
-        bad: list[tuple[int, bool, str]] = []
+        nonfinite: list[tuple[int, bool, str]] = []  # losses sort before gradients
         for (step, name, _), value in zip(reports, values, strict=True):
             if not math.isfinite(value):
-                bad.append((step, name.startswith(GRADIENTS), name))
+                nonfinite.append((step, name.startswith(GRADIENTS), name))
             else:
                 finite.setdefault(name.replace(GRADIENTS, NORM, 1), []).append(value)
-        mine = {name: math.fsum(of_name) / len(of_name) for name, of_name in finite.items()}
-        parts = self.world.all_gather_object(
-            (self.share.fraction, mine, [entry for entry in bad if entry[0] == bad[0][0]])
+        means = {name: math.fsum(of_name) / len(of_name) for name, of_name in finite.items()}
+        gathered = self.world.all_gather_object(
+            (self.share.fraction, means, [entry for entry in nonfinite if entry[0] == nonfinite[0][0]])
         )
-        firsts = sorted({entry for part in parts for entry in part[2]})
+        firsts = sorted({entry for _, _, entries in gathered for entry in entries})
         if firsts:
             step = firsts[0][0]
-            self.first_bad = ", ".join(name for at, _, name in firsts if at == step) + f" in step {step}"
-        names = dict.fromkeys(name for _, means, _ in parts for name in means)
-        return {name: _mean([(share, means[name]) for share, means, _ in parts if name in means]) for name in names}
+            self.first_nonfinite = ", ".join(name for at, _, name in firsts if at == step) + f" in step {step}"
+        names = dict.fromkeys(name for _, means, _ in gathered for name in means)
+        return {name: _mean([(share, means[name]) for share, means, _ in gathered if name in means]) for name in names}
 
     def evaluation_nets(self) -> dict[str, nn.Module]:
-        """Copies of the networks to export or to look at: EMA where a role has it, settled buffers, eval mode.
+        """Copy the networks to export or to evaluate: EMA weights if the role has an EMA, averaged buffers, eval mode.
 
-        A collective. Keys are the system's `exports`, each by the last part of its name.
+        A collective. Keys are the last parts of the names in the system's `exports`.
         """
-        settled = self.settled_buffers()
+        buffers = self.averaged_buffers()
         nets: dict[str, nn.Module] = {}
         for name in self.system.exports:
             if name in self._frozen:
                 nets[name] = self._frozen[name]
                 continue
             role, _, part = name.partition(".")
-            live = self._live[role]
-            kind, source = ("net", live.role.net) if live.ema is None else ("ema", live.ema)
-            whole = copy.deepcopy(source).eval().requires_grad_(False)
+            state = self._role_states[role]
+            kind, source = ("net", state.role.net) if state.ema is None else ("ema", state.ema)
+            net = copy.deepcopy(source).eval().requires_grad_(False)
             prefix = f"{role}/{kind}/"
-            own = {k.removeprefix(prefix): v for k, v in settled.items() if k.startswith(prefix)}
-            whole.load_state_dict(own, strict=False)
-            nets[part.rpartition(".")[2] or role] = whole.get_submodule(part)
+            own = {k.removeprefix(prefix): v for k, v in buffers.items() if k.startswith(prefix)}
+            net.load_state_dict(own, strict=False)
+            nets[part.rpartition(".")[2] or role] = net.get_submodule(part)
         return nets
 
     # -------------------------------------------------------------------------------------------- state by name
     def _float_buffers(self) -> dict[str, Tensor]:
         return {
             f"{name}/{kind}/{key}": buffer
-            for name, live in self._live.items()
-            for kind, net in (("net", live.role.net), ("ema", live.ema))
+            for name, state in self._role_states.items()
+            for kind, net in (("net", state.role.net), ("ema", state.ema))
             if net is not None
             for key, buffer in net.named_buffers()
             if buffer.is_floating_point()
         }
 
-    def settled_buffers(self) -> dict[str, Tensor]:
-        """Floating buffers' means over workers by share: what one worker with all groups would hold. A collective."""
+    def averaged_buffers(self) -> dict[str, Tensor]:
+        """Average the floating buffers over workers by share: what one worker would have. A collective."""
         return weighted_mean(self._float_buffers(), self.world, self.share)
 
     def state(self) -> dict[str, Tensor]:
-        """The whole training state by name: load into these tensors, then call `finish_load`.
+        """Return the whole training state by name. To load a state, write into these tensors, then call `finish_load`.
 
-        ``<role>/net/<name>``, ``<role>/ema/<name>``, ``<role>/adam/<parameter>/{exp_avg,exp_avg_sq,step}``. Live
-        tensors; under DeepSpeed the moments are gathered from all workers, a collective.
+        Names are ``<role>/net/<name>``, ``<role>/ema/<name>``, ``<role>/adam/<parameter>/{exp_avg,exp_avg_sq,step}``.
+        The tensors are live; under DeepSpeed the moments are gathered from all workers, a collective.
         """
         tensors: dict[str, Tensor] = {}
-        for name, live in self._live.items():
-            tensors |= {f"{name}/net/{key}": value for key, value in live.role.net.state_dict().items()}
-            if live.ema is not None:
-                tensors |= {f"{name}/ema/{key}": value for key, value in live.ema.state_dict().items()}
-            tensors |= {f"{name}/adam/{key}": value for key, value in live.engine.moments().items()}
+        for name, state in self._role_states.items():
+            tensors |= {f"{name}/net/{key}": value for key, value in state.role.net.state_dict().items()}
+            if state.ema is not None:
+                tensors |= {f"{name}/ema/{key}": value for key, value in state.ema.state_dict().items()}
+            tensors |= {f"{name}/adam/{key}": value for key, value in state.strategy.optimizer_state().items()}
         return tensors
 
-    def finish_load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what was loaded into the tensors that `state` gave."""
-        for name, live in self._live.items():
+    def finish_load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Resume from what was loaded into the tensors that `state` returned."""
+        for name, state in self._role_states.items():
             prefix = f"{name}/adam/"
-            live.engine.load_optimizer_state(
-                {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
+            state.strategy.load_optimizer_state(
+                {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
             )
-            clear_cached_casts(live.role.net)
+            clear_cached_casts(state.role.net)
 
     def optimizer_bytes(self) -> int:
-        """Bytes of optimiser state that this worker keeps."""
-        return sum(live.engine.optimizer_bytes() for live in self._live.values())
+        """Return the bytes of optimizer state on this worker."""
+        return sum(state.strategy.optimizer_bytes() for state in self._role_states.values())
 
-    def own_buffers(self) -> dict[str, Tensor]:
-        """This worker's own floating buffers, for a resume at the same number of workers that is bitwise the same."""
+    def local_buffers(self) -> dict[str, Tensor]:
+        """Return this worker's own floating buffers by name, so that the same number of workers resumes bitwise."""
         if self.world.size == 1:
             return {}
-        place = f"local/{self.world.rank}_of_{self.world.size}"
-        return {f"{place}/{key}": buffer for key, buffer in self._float_buffers().items()}
+        prefix = f"local/{self.world.rank}_of_{self.world.size}"
+        return {f"{prefix}/{key}": buffer for key, buffer in self._float_buffers().items()}
 
 
 def select_networks(
-    names: Sequence[str], frozen: Mapping[str, nn.Module], live: Mapping[str, nn.Module]
+    names: Sequence[str], frozen: Mapping[str, nn.Module], trained: Mapping[str, nn.Module]
 ) -> list[nn.Module]:
-    """Networks by name: a frozen one's, else ``role`` or ``role.part`` of the live ones."""
-    found = []
+    """Return networks by name: that of a frozen one, else ``role`` or ``role.part`` of the trained ones."""
+    nets = []
     for name in names:
         role, _, part = name.partition(".")
-        found.append(frozen[name] if name in frozen else live[role].get_submodule(part))
-    return found
+        nets.append(frozen[name] if name in frozen else trained[role].get_submodule(part))
+    return nets
 
 
 @contextlib.contextmanager
 def frozen_parameters(nets: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, no gradient goes to the weights of these networks."""
+    """Within the context, compute no gradients for the weights of these networks."""
     weights = [p for net in nets for p in net.parameters() if p.requires_grad]
     for weight in weights:
         weight.requires_grad_(False)
@@ -282,15 +311,16 @@ def _mean(weighted: list[tuple[float, float]]) -> float:
     return math.fsum(weight * value for weight, value in weighted) / math.fsum(weight for weight, _ in weighted)
 
 
-def _update_ema(ema: nn.Module, net: nn.Module, keep: float, *, statistics: bool) -> None:
-    """ema <- keep * ema + (1 - keep) * net, for parameters and floating buffers; other buffers are copied.
+def _update_ema(ema: nn.Module, net: nn.Module, decay: float, *, with_statistics: bool) -> None:
+    """ema <- decay * ema + (1 - decay) * net, for parameters and floating buffers; copy all other buffers.
 
-    statistics: whether those of BatchNorm are among them.
+    Args:
+        with_statistics: whether to average BatchNorm's running statistics too.
     """
     with torch.no_grad():
-        theirs, ours = ema.state_dict(), net.state_dict()
-        kept = set() if statistics else set(running_statistics(ema))
-        floating = [key for key, value in theirs.items() if value.is_floating_point() and key not in kept]
-        torch._foreach_lerp_([theirs[k] for k in floating], [ours[k] for k in floating], 1 - keep)
-        for key in theirs.keys() - set(floating) - kept:
-            theirs[key].copy_(ours[key])
+        averages, values = ema.state_dict(), net.state_dict()
+        left_out = set() if with_statistics else set(running_statistics(ema))
+        floating = [key for key, value in averages.items() if value.is_floating_point() and key not in left_out]
+        torch._foreach_lerp_([averages[k] for k in floating], [values[k] for k in floating], 1 - decay)
+        for key in averages.keys() - set(floating) - left_out:
+            averages[key].copy_(values[key])

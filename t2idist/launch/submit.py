@@ -49,12 +49,12 @@ logger = logging.getLogger(__name__)
 _POLL_SECONDS = 2.0
 
 
-def submit(config: RunConfig, stop: StopAfter | None, watch: OnProgress, own: bool) -> None:
+def submit(config: RunConfig, stop: StopAfter | None, on_progress: OnProgress, own: bool) -> None:
     """Train the run on the workers of a Ray cluster.
 
     Args:
         stop: the stage and number of images after which the run ends early.
-        watch: called with every progress message.
+        on_progress: called with every progress message.
         own: whether the cluster was started for this run alone (`connection.start_local_cluster`); if not, the run
             joins the cluster that its config or environment names.
 
@@ -67,14 +67,14 @@ def submit(config: RunConfig, stop: StopAfter | None, watch: OnProgress, own: bo
     joined = contextlib.nullcontext() if own else connection.join_cluster(config.cluster)
     with joined, tempfile.TemporaryDirectory(prefix="t2idist-train-", ignore_cleanup_errors=True) as folder:
         _wait_for_resources(config, 0.0 if own else config.cluster.wait_seconds)
-        _fit(config, folder, own, stop, watch)
+        _fit(config, folder, own, stop, on_progress)
 
 
-def _fit(config: RunConfig, folder: str, own: bool, stop: StopAfter | None, watch: OnProgress) -> None:
+def _fit(config: RunConfig, folder: str, own: bool, stop: StopAfter | None, on_progress: OnProgress) -> None:
     """Run the trainer to its end, again if Ray's controller fails, which FailureConfig does not cover."""
     on_sigterm, stopped = callbacks.StopOnSigterm(), None
     replicas, foreign_groups = RayReplicaStore(_run_id(config)), resources.own_placement_groups()
-    with _Progress(config, watch), resources.Reservation(run_url(config), config.cluster) as reservation:
+    with _Progress(config, on_progress), resources.Reservation(run_url(config), config.cluster) as reservation:
         for retry in range(config.cluster.max_failures + 1):
             try:
                 trainer = _trainer(config, folder, own, stop, on_sigterm)
@@ -167,25 +167,24 @@ def _work(settings: dict[str, Any]) -> str | None:
     """Entry point of a Ray Train worker. Returns the stop message if the worker was asked to stop, else None."""
     from t2idist.training import worker  # not needed by the driver, which starts a second sooner without it
 
-    config, place = from_dict(RunConfig, settings["config"]), LogContext()
-    logs.configure(logging.WARNING, place if config.report.json_logs else None)
+    config, log_context = from_dict(RunConfig, settings["config"]), LogContext()
+    logs.configure(logging.WARNING, log_context if config.report.json_logs else None)
     stop = from_dict(StopAfter, settings["stop"]) if settings["stop"] else None
     if not config.cluster.gpus_per_worker:
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-    keepers = RayReplicaStore(settings["run_id"])
     with callbacks.pause_at_exit():
-        around = worker.WorkerContext(
-            replica_store=keepers,
+        context = worker.WorkerContext(
+            replica_store=RayReplicaStore(settings["run_id"]),
             poll_preemption=_poll,
             poll_seconds=_POLL_SECONDS,
             pause=callbacks.pause,
             stop_after=stop,
-            log_context=place,
+            log_context=log_context,
         )
         try:
-            worker.main(config, get_device(), around)
-        except StopRequested as left:
-            return str(left)
+            worker.main(config, get_device(), context)
+        except StopRequested as stopped:
+            return str(stopped)
     return None
 
 
@@ -202,7 +201,7 @@ def _poll() -> PreemptionNotice | None:
 
 
 def _run_id(config: RunConfig) -> str:
-    """Return the id of this run folder, unlike that of an earlier folder of the same name; write it at first."""
+    """Return the unique id of this run folder; it is drawn on the first call and stored in the folder."""
     url = storage.join(run_url(config), RUN_ID)
     if not storage.exists(url):
         storage.write_json(url, {"id": uuid.uuid4().hex})
@@ -220,10 +219,10 @@ def _cause(error: BaseException) -> str:
 class _Progress:
     """Prints the run's progress, read from storage, while the driver waits, and exports it to Prometheus."""
 
-    def __init__(self, config: RunConfig, watch: OnProgress) -> None:
+    def __init__(self, config: RunConfig, on_progress: OnProgress) -> None:
         self._url = storage.join(run_url(config), PROGRESS)
         self._printer = ProgressPrinter(sys.stdout, as_json=config.report.json_logs)
-        self._watch, self._gauges = watch, Gauges(config.name, Gauge)
+        self._on_progress, self._gauges = on_progress, Gauges(config.name, Gauge)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._seen: Any = self._read()
@@ -255,5 +254,5 @@ class _Progress:
                         self._printed.add(text)
                         self._printer.message(text)
                 self._printer.show(message)
-                self._watch(message)
+                self._on_progress(message)
                 self._gauges.update(message)

@@ -66,7 +66,7 @@ def test_a_ledger_tells_where_an_order_changed_or_a_step_was_taken_twice(tmp_pat
     other = intake(tmp_path, Stream(step=1), attempt="b")
     next(other)
     other.write_ledger()
-    with pytest.raises(ValueError, match="took other samples before"):
+    with pytest.raises(ValueError, match="had other samples before"):
         read_ledger(str(tmp_path))
     file = next((tmp_path / "ledger").glob("*-a-*"))
     file.write_text(file.read_text() * 2)
@@ -77,10 +77,10 @@ def test_a_ledger_tells_where_an_order_changed_or_a_step_was_taken_twice(tmp_pat
 def test_bad_samples_are_listed_and_too_many_stop_the_run(tmp_path: Path) -> None:
     few = intake(tmp_path, Stream(bad={5}))
     next(few), next(few)
-    assert few.settle()["data/bad_samples"] == 1.0
+    assert few.report()["data/bad_samples"] == 1.0
     assert json.loads((tmp_path / QUARANTINE).read_text()) == {"s5": "does not decode"}
     many = intake(tmp_path, Stream(bad={0, 2}), attempt="b")
     next(many)
-    with pytest.raises(ValueError, match=r"max_bad: 2 of 4 samples .* s0 \(does not decode\), s2"):
-        many.settle()
+    with pytest.raises(ValueError, match=r"max_bad: 2 of 4 samples were unreadable, .* s0 \(does not decode\), s2"):
+        many.report()
     assert set(json.loads((tmp_path / QUARANTINE).read_text())) == {"s0", "s2", "s5"}

@@ -26,11 +26,11 @@ def accelerator() -> str:
 def test_two_steps_are_those_of_the_cpu(system: str) -> None:
     reports = []
     for device in ("cpu", accelerator()):
-        words = bench_step.parser().parse_args(
+        words = bench_step.build_parser().parse_args(
             [system, "--group-size", "4", "--precision", "float64", "--device", device]
         )
         torch.manual_seed(1)
-        way = bench_step.make_way("best", words)
+        way = bench_step.make_benchmark("best", words)
         way.timed_steps(2)
         reports.append(way.trainer.reduce_reports())
     theirs, ours = reports
@@ -41,10 +41,10 @@ def test_two_steps_are_those_of_the_cpu(system: str) -> None:
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_half_precision_steps_are_finite_and_both_ways_are_measured(system: str) -> None:
-    words = bench_step.parser().parse_args([system, "--group-size", "4", "--device", accelerator()])
-    ways = {name: bench_step.make_way(name, words) for name in ("authors", "best")}
+    words = bench_step.build_parser().parse_args([system, "--group-size", "4", "--device", accelerator()])
+    ways = {name: bench_step.make_benchmark(name, words) for name in ("authors", "best")}
     found = bench_step.measure(ways, 1)
-    assert ways["best"].trainer.guard.skipped == 0
+    assert ways["best"].trainer.guard.skipped_steps == 0
     assert all(each.seconds > 0 and each.memory > 0 for each in found.values())
 
 
@@ -52,7 +52,7 @@ def test_pictures_are_those_of_the_cpu() -> None:
     drawn = []
     for device in ("cpu", accelerator()):
         torch.manual_seed(0)
-        made = bench_sample.ways(bench_sample.parser().parse_args(["attngan", "--batch-size", "3", "--device", device]))
+        made = bench_sample.samplers(bench_sample.build_parser().parse_args(["attngan", "--batch-size", "3", "--device", device]))
         drawn.append([draw().images[-1].cpu() for draw in made.values()])
     for (name, theirs), ours in zip(zip(made, drawn[0], strict=True), drawn[1], strict=True):
         assert (ours - theirs).abs().max() < (0.2 if name == "bfloat16" else 5e-3), name

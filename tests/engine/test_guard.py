@@ -59,10 +59,10 @@ def poisoned(world: World, how: str) -> tuple[dict[str, Tensor], dict[str, Tenso
     before = snapshot(made)
     step(made, 1)
     after = snapshot(made)
-    in_a_row = made.guard.in_a_row
+    in_a_row = made.guard.skips_in_a_row
     step(made, 3)
     values = made.reduce_reports()
-    return before, after, in_a_row, made.guard.in_a_row, made.first_bad, values | {"skipped": made.guard.skipped}
+    return before, after, in_a_row, made.guard.skips_in_a_row, made.first_nonfinite, values | {"skipped": made.guard.skipped_steps}
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -13,7 +13,7 @@ from t2idist.engine.metrics import MetricLogger, append_lines, read_metrics
 
 def log(folder: Path, images: int = 0) -> MetricLogger:
     facts = {"restarts": 0, "run": "x", "stage": "gan"}
-    return MetricLogger(str(folder), "gan", images=images, step=images, budget_images=10, facts=facts, watch=None)
+    return MetricLogger(str(folder), "gan", images=images, step=images, budget_images=10, metadata=facts, on_progress=None)
 
 
 def test_events_that_cannot_be_written_are_a_warning(
@@ -23,21 +23,21 @@ def test_events_that_cannot_be_written_are_a_warning(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     made = log(tmp_path)
-    made.add({"loss": 1.0}, {}, 0)
+    made.log_metrics({"loss": 1.0}, {}, 0)
     monkeypatch.setattr(SummaryWriter, "add_scalar", full)
     for images in range(1, 4):
-        made.stepped(images)
-        made.add({"loss": 1.0}, {}, images)
+        made.log_step(images)
+        made.log_metrics({"loss": 1.0}, {}, images)
     made.close()
-    assert caplog.text.count("TensorBoard events end here") == 1
+    assert caplog.text.count("TensorBoard events stop here") == 1
     assert [line["images"] for line in read_metrics(str(tmp_path / "gan"))] == [0, 1, 2, 3]
 
 
 def test_lines_of_a_lost_worker_come_after_those_that_are_stored(tmp_path: Path) -> None:
     made = log(tmp_path)
     for images in range(4):
-        made.stepped(images)
-        made.add({"loss": float(images)}, {"data/wait_share": 0.5}, images)
+        made.log_step(images)
+        made.log_metrics({"loss": float(images)}, {"data/wait_share": 0.5}, images)
         if images == 1:
             made.flush()
     assert made.losses == {"loss": 3.0}

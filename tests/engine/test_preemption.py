@@ -146,7 +146,7 @@ def test_workers_that_are_to_be_replaced_keep_their_state_and_stand(tmp_path: Pa
         else ReplicaManager(keepers, "toy/0", ALONE, CheckpointConfig(memory_every_steps=3), "a")
     )
     notices = PreemptionHandler(
-        lambda: PreemptionNotice(math.inf, regroup=True) if made.step == 4 else None, 0.0, ALONE, replaced
+        lambda: PreemptionNotice(math.inf, resize=True) if made.step == 4 else None, 0.0, ALONE, replaced
     )
     with pytest.raises(Replaced):
         train(made, str(tmp_path), notices, memory)
@@ -162,7 +162,7 @@ def test_workers_that_are_to_be_replaced_keep_their_state_and_stand(tmp_path: Pa
 
 def test_workers_that_were_to_be_replaced_and_were_not_go_on() -> None:
     made, done = trainer(ALONE), []
-    answers = iter([PreemptionNotice(math.inf, regroup=True), None, PreemptionNotice(math.inf, regroup=True)])
+    answers = iter([PreemptionNotice(math.inf, resize=True), None, PreemptionNotice(math.inf, resize=True)])
     notices = PreemptionHandler(lambda: next(answers), 0.0, ALONE, lambda: done.append(("stood", made.step)))
     for _ in range(3):
         step(made, 1)
@@ -178,13 +178,13 @@ def test_looks_keep_to_their_pace() -> None:
         asked.append(made.step)
 
     notices = PreemptionHandler(ask, 2.0, ALONE)
-    notices.pace(1.0)
+    notices.set_step_seconds(1.0)
     for _ in range(6):
         step(made, 1)
         notices.check(made, Goes())
     assert asked == [2, 4, 6]
     for step_seconds in (0.4, 0.67, 0.5, 0.67, 0.5):  # no step is a multiple of what is right at its moment
-        notices.pace(step_seconds)
+        notices.set_step_seconds(step_seconds)
         step(made, 1)
         notices.check(made, Goes())
     assert asked == [2, 4, 6, 10]
@@ -196,7 +196,7 @@ def test_slow_steps_are_held_at_the_last_look(tmp_path: Path, monkeypatch: pytes
     made, checkpoints = trainer(ALONE), CheckpointManager(str(tmp_path), ALONE, CheckpointConfig(), {})
     notices = PreemptionHandler(lambda: PreemptionNotice(30.0), 2.0, ALONE)
     for step_seconds, held in ((10.0, 0), (20.0, 1)):
-        notices.pace(step_seconds)
+        notices.set_step_seconds(step_seconds)
         step(made, 1)
         notices.check(made, Goes(lambda: checkpoints.save(made), checkpoints.finish))
         assert len(waited) == held

@@ -56,7 +56,7 @@ def train_and_keep(world: World, folder: Path, steps: int) -> dict[str, Tensor]:
     memory = ReplicaManager(FolderKeepers(folder), "gan/0", world, EVERY, "a")
     for _ in range(steps):
         step(made, 1)
-        memory.take(made, {"rank": world.rank})
+        memory.copy(made, {"rank": world.rank})
     memory.close(forget=False)
     return snapshot(made)
 
@@ -113,7 +113,7 @@ def test_a_part_that_is_gone_or_damaged_is_no_copy(tmp_path: Path, caplog: pytes
     held, data = pickle.loads(file.read_bytes())
     file.write_bytes(pickle.dumps((held, data[: len(data) // 2])))
     assert restored(ALONE, tmp_path)[0] is None
-    assert "passed over" in caplog.text
+    assert "not used" in caplog.text
 
 
 def test_copies_keep_to_a_hundredth_of_the_time(tmp_path: Path) -> None:
@@ -125,8 +125,8 @@ def test_copies_keep_to_a_hundredth_of_the_time(tmp_path: Path) -> None:
     memory = ReplicaManager(Slow(tmp_path), "gan/0", ALONE, CheckpointConfig(), "a")
     for _ in range(5):
         step(made, 1)
-        memory.take(made, None)
-    memory.settle(0.05)
+        memory.copy(made, None)
+    memory.report(0.05)
     assert 40 <= memory.every_steps < 1000  # a copy takes 0.02 s and more, a step 0.05 s
     assert [memory.due(number) for number in (0, 1, memory.every_steps)] == [True, False, True]
 
@@ -140,7 +140,7 @@ def test_keepers_that_fail_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptu
     memory = ReplicaManager(Gone(tmp_path), "gan/0", ALONE, EVERY, "a")
     for _ in range(3):
         step(made, 1)
-        memory.take(made, None)
+        memory.copy(made, None)
         memory.close(forget=False)
-        memory.settle(0.1)
+        memory.report(0.1)
     assert caplog.text.count("no keeper answers") == 1

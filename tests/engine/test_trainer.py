@@ -50,7 +50,7 @@ def step(made: Trainer, count: int) -> None:
 
 
 def snapshot(made: Trainer) -> dict[str, Tensor]:
-    return {k: v.detach().clone() for k, v in (made.state() | made.settled_buffers()).items()}
+    return {k: v.detach().clone() for k, v in (made.state() | made.averaged_buffers()).items()}
 
 
 def saved(checkpoints: CheckpointManager, made: Trainer) -> Path:
@@ -394,7 +394,7 @@ def test_averaged_networks_get_the_statistics_of_their_own_passes() -> None:
     made = trainer(ALONE)
     step(made, 2)
     seen: list[Tensor] = []
-    average = made._live["generator"].ema
+    average = made._role_states["generator"].ema
     assert average is not None
     first = next(module for module in average.modules() if isinstance(module, GroupedBatchNorm))
 

@@ -75,7 +75,7 @@ def steps(made: Trainer, count: int) -> None:
 
 def snapshot(made: Trainer) -> dict[str, Tensor]:
     """Parameters, EMA, settled buffers and optimiser moments by name."""
-    return {k: v.detach().clone() for k, v in (made.state() | made.settled_buffers()).items()}
+    return {k: v.detach().clone() for k, v in (made.state() | made.averaged_buffers()).items()}
 
 
 def after(world: World, system: str, zero: int, precision: str = "float32") -> dict[str, Tensor]:
@@ -138,7 +138,7 @@ def poisoned(world: World, how: str, zero: int) -> tuple[dict[str, Tensor], dict
     steps(made, 1)
     skipped = snapshot(made)
     steps(made, 3)
-    return before, skipped, snapshot(made), made.guard.skipped
+    return before, skipped, snapshot(made), made.guard.skipped_steps
 
 
 @pytest.mark.parametrize("zero", [1, 2])
@@ -227,7 +227,7 @@ def left_over(world: World, zero: int) -> int:
     made = trainer(world, "toy", zero)
     steps(made, 2)
     made.evaluation_nets()
-    parts = [weakref.ref(part) for live in made._live.values() for part in (live.engine, live.role.net)]
+    parts = [weakref.ref(part) for live in made._role_states.values() for part in (live.strategy, live.role.net)]
     del made
     gc.collect()
     return sum(part() is not None for part in parts)

@@ -1,6 +1,6 @@
-"""Exports: what a stage leaves for the next one and for users. Weights in safetensors, all else in ``export.json``.
+"""Exports: the result of a stage, for the next one and for users. Weights are safetensors, the rest is ``export.json``.
 
-``export.json`` is written last, so an export is there whole or not at all.
+``export.json`` is written last, so an export is complete if it has one.
 """
 
 from __future__ import annotations
@@ -21,16 +21,21 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Export:
-    """A stage's result. config, plan: what the system was built from; weights: by network, then by parameter name."""
+    """An export that was read."""
 
     url: str
     system: str
     config: dict[str, Any]
+    """The config of the system (``systems/<system>.py``'s `Config`)."""
     plan: dict[str, Any]
+    """The `BuildInfo` from which the system was built (`BuildInfo.describe`)."""
     vocabulary: list[str]
     images: int
+    """Images seen in training."""
     weights: dict[str, dict[str, Tensor]]
+    """By network, then by parameter name."""
     meta: dict[str, Any]
+    """The other values of ``export.json``."""
 
 
 def exists(url: str) -> bool:
@@ -38,9 +43,10 @@ def exists(url: str) -> bool:
 
 
 def write(url: str, nets: Mapping[str, nn.Module], index: dict[str, Any]) -> None:
-    """Write networks, a file each, and the index.
+    """Write networks, one file each, and the index.
 
-    index: at least ``system``, ``config``, ``plan``, ``vocabulary`` and ``images``.
+    Args:
+        index: at least ``system``, ``config``, ``plan``, ``vocabulary`` and ``images``.
     """
     networks = {}
     for name, net in nets.items():
@@ -53,22 +59,26 @@ def write(url: str, nets: Mapping[str, nn.Module], index: dict[str, Any]) -> Non
 
 
 def read_index(url: str) -> dict[str, Any]:
-    """The index of an export. Raises ValueError with one sentence where there is none or it is not one."""
-    where = storage.join(url, INDEX)
+    """Read the index of an export. Raises ValueError if it is missing or invalid."""
+    index_url = storage.join(url, INDEX)
     try:
-        index = storage.read_json(where)
+        index = storage.read_json(index_url)
     except FileNotFoundError:
         raise ValueError(f"{storage.redact(url)}: no export here ({INDEX} is missing)") from None
     if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise ValueError(f"{storage.redact(where)}: not an export index of format {FORMAT}")
+        raise ValueError(f"{storage.redact(index_url)}: not an export index of format {FORMAT}")
     missing = {"system", "config", "plan", "vocabulary", "images", "networks"} - index.keys()
     if missing:
-        raise ValueError(f"{storage.redact(where)}: lacks '{sorted(missing)[0]}'")
+        raise ValueError(f"{storage.redact(index_url)}: lacks '{sorted(missing)[0]}'")
     return index
 
 
 def read(url: str, networks: tuple[str, ...] | None = None) -> Export:
-    """An export with its weights, hashes checked (`networks`: only these). Raises ValueError that names the file."""
+    """Read an export and check its hashes. Raises ValueError that names the file.
+
+    Args:
+        networks: names of the networks to read; None for all.
+    """
     index = read_index(url)
     weights = {}
     for name in networks if networks is not None else index["networks"]:
@@ -83,31 +93,32 @@ def read(url: str, networks: tuple[str, ...] | None = None) -> Export:
 
 
 def _read_network(url: str, entry: dict[str, Any]) -> dict[str, Tensor]:
-    where = storage.join(url, entry["file"])
+    file_url = storage.join(url, entry["file"])
     try:
-        data = storage.read_bytes(where)
+        data = storage.read_bytes(file_url)
     except FileNotFoundError:
-        raise ValueError(f"{storage.redact(where)}: missing from the export") from None
+        raise ValueError(f"{storage.redact(file_url)}: missing from the export") from None
     if len(data) != entry["bytes"] or storage.sha256(data) != entry["sha256"]:
-        raise ValueError(f"{storage.redact(where)}: broken: its size or sha256 is not what {INDEX} says")
+        raise ValueError(f"{storage.redact(file_url)}: damaged: its size or sha256 differs from {INDEX}")
     try:
         return safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{storage.redact(where)}: not a safetensors file: {error}") from None
+        raise ValueError(f"{storage.redact(file_url)}: not a safetensors file: {error}") from None
 
 
 def check_fits(net: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
-    """Raises ValueError that names the first key or shape of the weights that is not the network's."""
-    own = net.state_dict()
-    for key in sorted(own.keys() ^ weights.keys()):
-        side = "lacks" if key in own else "has an unknown"
-        raise ValueError(f"{where}: {side} '{key}'")
-    for key, value in own.items():
+    """Raise ValueError that names the first key or shape that differs between the weights and the network."""
+    state = net.state_dict()
+    for key in sorted(state.keys() ^ weights.keys()):
+        difference = "lacks" if key in state else "has an unknown"
+        raise ValueError(f"{where}: {difference} '{key}'")
+    for key, value in state.items():
         if value.shape != weights[key].shape:
-            raise ValueError(f"{where}: '{key}' is {list(weights[key].shape)} there and {list(value.shape)} here")
+            shape = list(weights[key].shape)
+            raise ValueError(f"{where}: '{key}' has shape {shape}; the network has {list(value.shape)}")
 
 
 def load_into(net: nn.Module, weights: dict[str, Tensor], where: str) -> None:
-    """Strictly load weights into a network. Raises ValueError as `check_fits` does."""
+    """Load weights into a network, strictly. Raises ValueError as `check_fits` does."""
     check_fits(net, weights, where)
     net.load_state_dict(weights)

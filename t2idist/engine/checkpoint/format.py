@@ -1,6 +1,6 @@
-"""The folders of a stage's checkpoints: how they are called, which of them are whole, and what is read of them.
+"""The folders of a stage's checkpoints: their names, commit markers and parts.
 
-Without torch: drivers and status pages look here too.
+Without torch: drivers and status pages read checkpoints too.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 from t2idist import storage
 
 COMMIT = "commit.json"
-"""Written last: a folder without it is no checkpoint."""
+"""The commit marker, written last: a folder without it is not a checkpoint."""
 FORMAT = 1
-"""Of the commit marker."""
+"""Version of the commit marker."""
 TYPES = {
     "float64": "F64",
     "float32": "F32",
@@ -24,26 +24,26 @@ TYPES = {
     "uint8": "U8",
     "bool": "BOOL",
 }
-"""Tensor types that a checkpoint may hold: torch's names, and what safetensors calls them."""
+"""Tensor types of a checkpoint: PyTorch's name to that of safetensors."""
 _DIGITS = 12
 
 
 class CorruptCheckpoint(ValueError):
-    """A checkpoint that is torn, rotten, or not one of ours; the message names the file."""
+    """A checkpoint is incomplete, damaged, or in another format; the message names the file."""
 
 
 def folder_name(images: int, attempt: str) -> str:
-    """Of the checkpoint that an attempt made after so many images."""
+    """Return the folder name of an attempt's checkpoint after `images` images."""
     return f"{images:0{_DIGITS}d}-{attempt}"
 
 
 def images_of(folder: str) -> int:
-    """Images seen at the checkpoint in a folder of this name."""
+    """Return the images seen at the checkpoint in a folder with this name."""
     return int(folder[:_DIGITS])
 
 
 def list_folders(url: str) -> list[str]:
-    """Names of checkpoint folders, newest first, complete or not."""
+    """Return the names of checkpoint folders, newest first, complete or not."""
     return sorted((name for name in storage.list_dir(url) if name[:_DIGITS].isdigit()), reverse=True)
 
 
@@ -52,47 +52,47 @@ def is_committed(url: str, folder: str) -> bool:
 
 
 def list_committed(url: str) -> list[str]:
-    """Names of the folders of whole checkpoints, newest first."""
+    """Return the names of the folders of complete checkpoints, newest first."""
     return [folder for folder in list_folders(url) if is_committed(url, folder)]
 
 
 def milestones_of(images: Sequence[int], every_images: int) -> set[int]:
-    """Of checkpoints at these numbers of images, the first at or after each multiple of `every_images`."""
-    found: dict[int, int] = {}
-    for number in sorted(images):
-        found.setdefault(number // every_images, number)
-    return {number for multiple, number in found.items() if multiple > 0}
+    """Return the image count of the first checkpoint at or after each multiple of `every_images`."""
+    firsts: dict[int, int] = {}
+    for count in sorted(images):
+        firsts.setdefault(count // every_images, count)
+    return {count for multiple, count in firsts.items() if multiple > 0}
 
 
 def read_marker(url: str) -> dict[str, Any]:
-    """The commit marker of a checkpoint. Raises `CorruptCheckpoint`."""
-    where = storage.join(url, COMMIT)
+    """Read the commit marker of a checkpoint. Raises `CorruptCheckpoint`."""
+    marker_url = storage.join(url, COMMIT)
     try:
-        marker = storage.read_json(where)
+        marker = storage.read_json(marker_url)
         if marker["format"] != FORMAT:
-            raise CorruptCheckpoint(f"{where}: format {marker['format']}; this version reads {FORMAT}")
+            raise CorruptCheckpoint(f"{marker_url}: format {marker['format']}; this version reads {FORMAT}")
         if not all(
             tensor["dtype"] in TYPES and tensor["file"] in marker["files"] for tensor in marker["tensors"].values()
         ):
-            raise CorruptCheckpoint(f"{where}: names a tensor type or a file that it does not describe")
+            raise CorruptCheckpoint(f"{marker_url}: names an unknown tensor type or file")
     except CorruptCheckpoint:
         raise
     except FileNotFoundError:
-        raise CorruptCheckpoint(f"{where}: missing; the checkpoint was never completed") from None
+        raise CorruptCheckpoint(f"{marker_url}: missing; the checkpoint was never completed") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptCheckpoint(f"{where}: not a commit marker: {error}") from None
+        raise CorruptCheckpoint(f"{marker_url}: not a commit marker: {error}") from None
     return dict(marker)
 
 
 def read_part(url: str, name: str, expected: dict[str, Any]) -> bytes:
-    """The bytes of one file, checked against size and hash. Raises `CorruptCheckpoint`."""
-    where = storage.join(url, name)
+    """Return the bytes of a part after checking size and hash. Raises `CorruptCheckpoint`."""
+    part_url = storage.join(url, name)
     try:
-        data = storage.read_bytes(where)
+        data = storage.read_bytes(part_url)
     except FileNotFoundError:
-        raise CorruptCheckpoint(f"{where}: missing") from None
+        raise CorruptCheckpoint(f"{part_url}: missing") from None
     if len(data) != expected["bytes"]:
-        raise CorruptCheckpoint(f"{where}: {len(data)} bytes; {expected['bytes']} were written")
+        raise CorruptCheckpoint(f"{part_url}: {len(data)} bytes; {expected['bytes']} were written")
     if storage.sha256(data) != expected["sha256"]:
-        raise CorruptCheckpoint(f"{where}: its bytes changed since they were written (sha256 differs)")
+        raise CorruptCheckpoint(f"{part_url}: its content changed since it was written (sha256 differs)")
     return data

@@ -1,4 +1,4 @@
-"""Checkpoints of a stage: where they lie, which one is the newest good one, how many stay."""
+"""The checkpoints of a stage: save, find and load the newest valid one, delete old ones."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CommittedCheckpoint:
-    """A committed checkpoint."""
+    """A checkpoint that was loaded."""
 
     url: str
     images: int
@@ -40,27 +40,31 @@ class CommittedCheckpoint:
 
 
 class CheckpointManager:
-    """The checkpoints under `url` (a folder a save, named by images seen and by the attempt that wrote it).
+    """Saves and restores the checkpoints under a folder, each in a folder named by images seen and attempt.
 
-    Saving stalls the training for the copy into host memory; a thread writes it out, one save at a time. meta: plain
-    values that go into every commit marker (config, vocabulary, versions). newest: on the first worker, what is known
-    of the newest whole one: "images", "time" (ISO), and "stall_seconds" that the training stood still for it.
+    A save blocks the training only while the state is copied to host memory; a thread writes it, one save at a time.
+
+    Args:
+        meta: plain values for every commit marker (config, vocabulary, versions).
     """
 
     def __init__(self, url: str, world: World, config: CheckpointConfig, meta: dict[str, Any]) -> None:
         self.url, self.world, self.config, self.meta = url, world, config, meta
         self.attempt = world.broadcast_object(uuid.uuid4().hex[:8])
         self.newest: dict[str, Any] = {}
-        self._placement: sharded.PartPlan | None = None
-        self._part: sharded.PartBuffer | None = None
+        """On the first worker, of the newest checkpoint: images, time (ISO), stall_seconds (training was blocked)."""
+        self._plan: sharded.PartPlan | None = None
+        self._buffer: sharded.PartBuffer | None = None
         self._writing: threading.Thread | None = None
-        self._fault: str | None = None
+        self._error: str | None = None
 
     def save(self, trainer: Trainer) -> str | None:
-        """Take the trainer's state with all workers and begin to write it. A collective.
+        """Copy the trainer's state on all workers and begin to write it. A collective.
 
-        Gives the folder's URL, or None where the save before is still being written and the config says to skip. A
-        save that cannot be written is a warning, and the training goes on: the next one may be.
+        A failure to write is a warning, and training continues: the next save may succeed.
+
+        Returns:
+            URL of the checkpoint; None if the save before is still in progress and the config says to skip.
         """
         if self.config.when_busy == "skip" and any(self.world.all_gather_object(self.busy)):
             return None
@@ -68,10 +72,10 @@ class CheckpointManager:
         self._join()
         folder = storage.join(self.url, folder_name(trainer.images, self.attempt))
         state = checkpoint_state(trainer)
-        if self._placement is None or self._part is None:
-            self._placement = sharded.plan_parts(state, self.world)
-            self._part = sharded.PartBuffer(state, self._placement.mine)
-        self._part.fill(state)
+        if self._plan is None or self._buffer is None:
+            self._plan = sharded.plan_parts(state, self.world)
+            self._buffer = sharded.PartBuffer(state, self._plan.names)
+        self._buffer.fill(state)
         meta = {"time": now(), **marker_fields(trainer), **self.meta}
         stall_seconds = round(time.monotonic() - began, 4)
         arguments = (folder, meta, stall_seconds)
@@ -80,15 +84,15 @@ class CheckpointManager:
         return folder
 
     def finish(self) -> None:
-        """Wait until the last save is committed. A collective; raises OSError on every worker where it was not."""
+        """Wait until the last save is committed. A collective; raises OSError on every worker if that failed."""
         self._join()
-        faults = [fault for fault in self.world.all_gather_object(self._fault) if fault is not None]
-        if faults:
-            raise OSError(faults[0])
+        errors = [error for error in self.world.all_gather_object(self._error) if error is not None]
+        if errors:
+            raise OSError(errors[0])
 
     @property
     def busy(self) -> bool:
-        """Whether a save is being written."""
+        """Whether a save is in progress."""
         return self._writing is not None and self._writing.is_alive()
 
     def _join(self) -> None:
@@ -97,52 +101,57 @@ class CheckpointManager:
             self._writing = None
 
     def _write(self, folder: str, meta: dict[str, Any], stall_seconds: float) -> None:
-        """Write this worker's part; when all are written, the first worker commits and prunes. On a thread."""
-        assert self._placement is not None and self._part is not None
-        facts, fault = {}, None
+        """Write this worker's part; once all are written, the first worker commits and prunes. Runs on a thread."""
+        assert self._plan is not None and self._buffer is not None
+        entry, failure = {}, None
         try:
-            if self._placement.mine:
-                facts = sharded.write_part(folder, sharded.part_name(self.world.rank), self._part)
+            if self._plan.names:
+                entry = sharded.write_part(folder, sharded.part_name(self.world.rank), self._buffer)
         except Exception as error:
-            fault = f"checkpoint {storage.redact(folder)}: part {self.world.rank} is not written: {error}"
-        parts = self.world.all_gather_object_side_group((self._placement.mine, facts, fault))
-        self._fault = next((part[2] for part in parts if part[2] is not None), None)
+            failure = f"checkpoint {storage.redact(folder)}: part {self.world.rank} was not written: {error}"
+        parts = self.world.all_gather_object_side_group((self._plan.names, entry, failure))
+        self._error = next((part[2] for part in parts if part[2] is not None), None)
         if not self.world.is_main:
             return
         try:
-            if self._fault is None:
-                assert self._placement.metadata is not None
-                sharded.commit(folder, self._placement.metadata, [part[:2] for part in parts], meta)
+            if self._error is None:
+                assert self._plan.dcp_metadata is not None
+                sharded.commit(folder, self._plan.dcp_metadata, [part[:2] for part in parts], meta)
                 self.newest.update(images=meta["images"], time=meta["time"], stall_seconds=stall_seconds)
                 self._prune()
         except Exception as error:
-            self._fault = f"checkpoint {storage.redact(folder)} is not committed: {error}"
-        if self._fault is not None:
-            logger.warning("%s; the training goes on, and the checkpoints before stay", self._fault)
+            self._error = f"checkpoint {storage.redact(folder)} was not committed: {error}"
+        if self._error is not None:
+            logger.warning("%s; training continues, and earlier checkpoints are kept", self._error)
 
     def restore(self, trainer: Trainer) -> CommittedCheckpoint | None:
-        """Load the newest good checkpoint into the trainer; None where there is none at all. A collective.
+        """Load the newest valid checkpoint into the trainer. A collective.
 
-        A torn or rotten one is passed over with a warning that names the file. Raises ValueError where checkpoints
-        exist but none can be used, or where the newest was made with another group size or number of groups.
+        An incomplete or damaged one is skipped with a warning that names the file.
+
+        Returns:
+            The checkpoint; None if there is none.
+
+        Raises:
+            ValueError: no existing checkpoint is valid, or the newest one has another group size or number of groups.
         """
-        faults = []
+        errors = []
         for folder in self.world.broadcast_object(list_folders(self.url)):
             url = storage.join(self.url, folder)
             try:
-                found = load_checkpoint(trainer, url, read_marker(url))
-                self.newest.update(images=found.images, time=found.marker.get("time"))
-                return found
+                checkpoint = load_checkpoint(trainer, url, read_marker(url))
+                self.newest.update(images=checkpoint.images, time=checkpoint.marker.get("time"))
+                return checkpoint
             except CorruptCheckpoint as error:
-                faults.append(str(error))
+                errors.append(str(error))
                 if self.world.is_main:
-                    logger.warning("checkpoint passed over: %s", error)
-        if faults:
-            raise ValueError(f"{self.url}: no checkpoint can be used: {faults[0]}")
+                    logger.warning("checkpoint not used: %s", error)
+        if errors:
+            raise ValueError(f"{self.url}: no checkpoint is valid: {errors[0]}")
         return None
 
     def newest_images(self) -> int:
-        """Images seen at the newest committed checkpoint; -1 where there is none. A collective."""
+        """Return the images seen at the newest committed checkpoint; -1 if there is none. A collective."""
         images = -1
         if self.world.is_main:
             committed = (name for name in list_folders(self.url) if is_committed(self.url, name))
@@ -150,24 +159,25 @@ class CheckpointManager:
         return self.world.broadcast_object(images)
 
     def _prune(self) -> None:
+        """Delete all folders but the newest `config.keep` checkpoints and the milestones."""
         committed: list[str] = []
-        torn: list[str] = []
+        incomplete: list[str] = []
         for folder in list_folders(self.url):
-            (committed if is_committed(self.url, folder) else torn).append(folder)
+            (committed if is_committed(self.url, folder) else incomplete).append(folder)
         every = self.config.keep_every_images
         milestones = milestones_of([images_of(folder) for folder in committed], every) if every else set()
         old = [folder for folder in committed[self.config.keep :] if images_of(folder) not in milestones]
-        for folder in old + torn:
+        for folder in old + incomplete:
             storage.remove(storage.join(self.url, folder))
 
 
 def checkpoint_state(trainer: Trainer) -> dict[str, Tensor]:
-    """All that a checkpoint holds, by name. A collective."""
-    return trainer.state() | trainer.settled_buffers() | trainer.own_buffers()
+    """Return all tensors of a checkpoint by name. A collective."""
+    return trainer.state() | trainer.averaged_buffers() | trainer.local_buffers()
 
 
 def marker_fields(trainer: Trainer) -> dict[str, Any]:
-    """What a marker says of the moment and of the scale."""
+    """Return the marker's fields about progress and scale."""
     return {
         "images": trainer.images,
         "step": trainer.step,
@@ -180,26 +190,31 @@ def marker_fields(trainer: Trainer) -> dict[str, Any]:
 def load_checkpoint(
     trainer: Trainer, url: str, marker: dict[str, Any], read: sharded.ReadPart | None = None
 ) -> CommittedCheckpoint:
-    """Put a checkpoint into the trainer. A collective; raises `CorruptCheckpoint`, or ValueError for one of another scale.
+    """Load a checkpoint into the trainer. A collective.
 
-    read: gives its parts; None: they are the files under `url`.
+    Args:
+        read: returns a part by its name. By default it is the file under `url`.
+
+    Raises:
+        CorruptCheckpoint: a part is missing or damaged.
+        ValueError: the checkpoint has another group size or number of groups.
     """
     _check_scale(url, marker, trainer)
     state = trainer.state()
-    places = dict(state)
+    targets = dict(state)
     if marker["workers"] == trainer.world.size:
-        own = {key.split("/", 2)[2]: key for key in trainer.own_buffers()}
-        places = {own.get(key, key): value for key, value in state.items()}
-    sharded.load(places, url, marker, trainer.world.group, read)
+        local = {key.split("/", 2)[2]: key for key in trainer.local_buffers()}
+        targets = {local.get(key, key): value for key, value in state.items()}
+    sharded.load(targets, url, marker, trainer.world.group, read)
     trainer.finish_load(state)
     trainer.step = marker["step"]
     return CommittedCheckpoint(url, marker["images"], marker)
 
 
 def _check_scale(url: str, marker: dict[str, Any], trainer: Trainer) -> None:
-    for name, here in (("groups", trainer.share.groups), ("group_size", trainer.group_size)):
-        if marker[name] != here:
+    for name, configured in (("groups", trainer.share.groups), ("group_size", trainer.group_size)):
+        if marker[name] != configured:
             raise ValueError(
-                f"{url}: made with {name} {marker[name]}, and this run has {name} {here}; "
-                "give the run another name, or the same scale"
+                f"{url}: written with {name} {marker[name]}, but this run has {name} {configured}; "
+                f"give the run another name, or the same {name}"
             )

@@ -1,4 +1,4 @@
-"""Weights from outside: files, checked against their hash and only then opened, and exports to fine-tune from."""
+"""Pretrained weights: files, which are checked against their hash before they are opened, and exports to fine-tune."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from t2idist.engine.checkpoint import export
 
 
 def check(pretrained: Pretrained, where: str) -> None:
-    """Whether the file is named with its hash and is there. Raises ValueError that names the key under `where`."""
+    """Check that the file exists and that its hash is given. Raises ValueError that names the key under `where`."""
     if not pretrained.url:
         raise ValueError(f"{where}.{pretrained.key}: missing; give the path or URL of the weights, and their sha256")
     path = storage.local_path(pretrained.url)
@@ -26,9 +26,7 @@ def check(pretrained: Pretrained, where: str) -> None:
             f"{where}.{pretrained.key}: {pretrained.url}: workers may run elsewhere; give an absolute path or a URL"
         )
     if len(pretrained.sha256) != 64:
-        raise ValueError(
-            f"{where}: {pretrained.key} has no sha256 of 64 digits beside it; an unchecked file is not opened"
-        )
+        raise ValueError(f"{where}: {pretrained.key} has no sha256 of 64 digits; an unchecked file is not opened")
     if not storage.exists(pretrained.url):
         raise ValueError(f"{where}.{pretrained.key}: {storage.redact(pretrained.url)}: no such file")
 
@@ -38,8 +36,8 @@ def load(pretrained: Pretrained, where: str) -> None:
     check(pretrained, where)
     file = storage.redact(pretrained.url)
     data = storage.read_bytes(pretrained.url)
-    if (found := storage.sha256(data)) != pretrained.sha256.lower():
-        raise ValueError(f"{where}.{pretrained.key}: {file} has sha256 {found}; {pretrained.sha256} was expected")
+    if (digest := storage.sha256(data)) != pretrained.sha256.lower():
+        raise ValueError(f"{where}.{pretrained.key}: {file} has sha256 {digest}; {pretrained.sha256} was expected")
     try:
         pretrained.load(_tensors(data))
     except (ValueError, pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError) as error:
@@ -47,25 +45,27 @@ def load(pretrained: Pretrained, where: str) -> None:
 
 
 def _tensors(data: bytes) -> dict[str, Tensor]:
-    """A safetensors file, or a torch file (plain tensors only: torch's restricted reader)."""
+    """Parse a safetensors file, or a PyTorch file of plain tensors (weights_only)."""
     if data[:2] != b"PK":
         return safetensors.torch.load(data)
-    found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ValueError("holds something else than named tensors")
-    return found
+    tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError("contains other values than named tensors")
+    return tensors
 
 
 def check_init(system: System, url: str, vocabulary: Sequence[str], where: str) -> None:
-    """Whether the export at `url` can be what the system's training starts from. Raises ValueError that names `where`.
+    """Check that the system can start from the export at `url`. Raises ValueError that names `where`.
 
-    The system may be on the meta device; vocabulary: of the stage.
+    Args:
+        system: may be on the meta device.
+        vocabulary: that of the stage.
     """
     _matching_networks(system, url, vocabulary, where)
 
 
 def load_init(system: System, url: str, vocabulary: Sequence[str], where: str) -> None:
-    """Start the roles that an export holds from its weights; the others keep theirs. Raises as `check_init` does."""
+    """Load an export's weights into the roles that it contains. Raises ValueError as `check_init` does."""
     for net, weights in _matching_networks(system, url, vocabulary, where):
         net.load_state_dict(weights)
 
@@ -73,26 +73,26 @@ def load_init(system: System, url: str, vocabulary: Sequence[str], where: str) -
 def _matching_networks(
     system: System, url: str, vocabulary: Sequence[str], where: str
 ) -> list[tuple[nn.Module, dict[str, Tensor]]]:
-    """The networks that are trained here and that the export holds, each with its weights there."""
-    place = f"{where}: {storage.redact(url)}"
+    """Return the networks that are trained and that the export contains, with their weights from the export."""
+    location = f"{where}: {storage.redact(url)}"
     dotted = {name.rpartition(".")[2]: name for name in system.exports if name.partition(".")[0] in system.roles}
-    held = export.read_index(url)
-    shared = tuple(name for name in dotted if name in held["networks"])
+    index = export.read_index(url)
+    shared = tuple(name for name in dotted if name in index["networks"])
     if not shared:
         raise ValueError(
-            f"{place}: holds {', '.join(held['networks'])} of system {held['system']}; the stage trains "
+            f"{location}: contains {', '.join(index['networks'])} of system {index['system']}; the stage trains "
             f"{', '.join(dotted)}"
         )
-    found, fitting = export.read(url, shared), []
+    source, matches = export.read(url, shared), []
     for name in shared:
         role, _, part = dotted[name].partition(".")
         net = system.roles[role].net.get_submodule(part)
-        export.check_fits(net, found.weights[name], f"{place}: network '{name}'")
-        numbered = [m for m in net.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == len(vocabulary)]
-        if numbered and list(vocabulary) != found.vocabulary:
+        export.check_fits(net, source.weights[name], f"{location}: network '{name}'")
+        embeds = any(isinstance(m, nn.Embedding) and m.num_embeddings == len(vocabulary) for m in net.modules())
+        if embeds and list(vocabulary) != source.vocabulary:
             raise ValueError(
-                f"{place}: network '{name}' numbers words by its vocabulary of {len(found.vocabulary)}, which is not "
-                f"this stage's of {len(vocabulary)}"
+                f"{location}: network '{name}' was trained with a vocabulary of {len(source.vocabulary)} words, which "
+                f"differs from the stage's vocabulary of {len(vocabulary)}"
             )
-        fitting.append((net, found.weights[name]))
-    return fitting
+        matches.append((net, source.weights[name]))
+    return matches

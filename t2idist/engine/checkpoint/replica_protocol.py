@@ -1,4 +1,4 @@
-"""What is held of a training's state outside its workers, and by whom. Without torch: the holders do not need it."""
+"""The interface to replicas: in-memory copies of checkpoint parts on other nodes. It does not import torch."""
 
 from __future__ import annotations
 
@@ -9,31 +9,30 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class ReplicaInfo:
-    """What a keeper knows of one worker's part of one copy.
-
-    attempt: of the workers that made it together. images, step: the training's. rank, workers: whose part, of how many.
-    facts: of the whole copy (only with the first worker's part) and notes (with each).
-    """
+    """Describes a replica: a copy of one worker's checkpoint part."""
 
     attempt: str
+    """Id of the attempt at the run; its workers copied all parts of a step together."""
     step: int
     images: int
     rank: int
     workers: int
-    facts: Mapping[str, Any]
+    """Number of workers, so of parts."""
+    metadata: Mapping[str, Any]
+    """"notes": the worker's unwritten records. "marker", only with part 0: as a commit marker, of all parts."""
 
 
 class ReplicaStore(Protocol):
-    """Other processes that hold parts by key. All raise OSError where they cannot be reached."""
+    """Processes on the nodes that store replicas by key. All methods raise OSError if they cannot be reached."""
 
     def put(self, key: str, info: ReplicaInfo, data: memoryview) -> None:
-        """Give a part to keepers on two machines, where there are two; of each worker they hold the last two."""
+        """Store a part on two nodes if there are two. Each node keeps a worker's last two."""
 
     def list_replicas(self, key: str) -> list[ReplicaInfo]:
-        """What all keepers that still live hold."""
+        """Return the replicas on all nodes that respond."""
 
     def get(self, key: str, info: ReplicaInfo) -> bytes:
-        """The bytes of a part."""
+        """Return the bytes of a part."""
 
     def forget(self, prefix: str) -> None:
-        """Let go of what is held under keys with this prefix."""
+        """Delete the replicas under keys with this prefix."""

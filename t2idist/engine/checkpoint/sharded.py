@@ -1,9 +1,9 @@
-"""How torch.distributed.checkpoint meets storage: safetensors files written by all workers, and one JSON commit marker.
+"""Sharded checkpoints with torch.distributed.checkpoint (DCP): a safetensors file per worker and a JSON commit marker.
 
-DCP plans who writes which tensor (each once, evenly over the workers) and loads them at any number of workers; this
-file keeps the plan, fills a buffer that is a file already, and gives DCP a reader. Nothing is pickled: every part is a
-safetensors file, and ``commit.json``, written last, holds their sizes and hashes and which tensor lies where. A folder
-without a commit marker is not a checkpoint.
+DCP plans which worker writes which tensor (each once, evenly over the workers) and loads them at any number of workers.
+This file keeps the plan, fills a buffer in the format of the file, and implements DCP's reader. Nothing is pickled:
+every part is a safetensors file, and ``commit.json``, written last, has their sizes, their hashes and the file of each
+tensor. A folder without a commit marker is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -46,30 +46,28 @@ DTYPES = {name: getattr(torch, name) for name in TYPES}
 
 @dataclass(frozen=True)
 class PartPlan:
-    """Which tensors a worker writes (each is written once, evenly over the workers), and the whole checkpoint's list.
+    """The tensors that this worker writes; every tensor is written by one worker."""
 
-    mine: names. metadata: on the first worker, of all tensors.
-    """
-
-    mine: tuple[str, ...]
-    metadata: Metadata | None
+    names: tuple[str, ...]
+    dcp_metadata: Metadata | None
+    """Of all tensors; only on the first worker."""
 
 
 def plan_parts(state: Mapping[str, Tensor], world: World) -> PartPlan:
-    """Plan a checkpoint of `state`; holds for every save of the same names and shapes. A collective."""
+    """Plan checkpoints of `state`. The plan is valid for all saves of the same names and shapes. A collective."""
     planner = DefaultSavePlanner(flatten_state_dict=False)
     planner.set_up_planner(dict(state), is_coordinator=world.is_main)
     plans = world.all_gather_object(planner.create_local_plan())
-    made = planner.create_global_plan(plans) if world.is_main else None
-    plan = world.broadcast_object(made[0] if made is not None else [])[world.rank]
-    return PartPlan(tuple(item.index.fqn for item in plan.items), made[1] if made is not None else None)
+    planned = planner.create_global_plan(plans) if world.is_main else None
+    plan = world.broadcast_object(planned[0] if planned is not None else [])[world.rank]
+    return PartPlan(tuple(item.index.fqn for item in plan.items), planned[1] if planned is not None else None)
 
 
 class PartBuffer:
-    """A worker's part of a checkpoint as the bytes of a safetensors file in host memory, filled again for each save."""
+    """A worker's part of a checkpoint in host memory, in the format of a safetensors file; filled for each save."""
 
     def __init__(self, state: Mapping[str, Tensor], names: Sequence[str]) -> None:
-        ordered = sorted(names, key=lambda name: (-state[name].element_size(), name))  # so that all are aligned
+        ordered = sorted(names, key=lambda name: (-state[name].element_size(), name))  # aligns all of them
         header: dict[str, Any] = {}
         end = 0
         for name in ordered:
@@ -89,7 +87,7 @@ class PartBuffer:
         }
 
     def fill(self, state: Mapping[str, Tensor]) -> None:
-        """Copy the tensors' values of now."""
+        """Copy the current values of the tensors."""
         devices = set()
         with torch.no_grad():
             for name, view in self._views.items():
@@ -105,45 +103,50 @@ class PartBuffer:
 
 
 def part_name(rank: int) -> str:
-    """The name of a worker's part."""
+    """Return the file name of a worker's part."""
     return f"part-{rank:05d}.safetensors"
 
 
-def write_part(url: str, name: str, part: PartBuffer) -> dict[str, Any]:
-    """Store a part, hashed meanwhile; gives its facts for the commit marker."""
+def write_part(url: str, name: str, buffer: PartBuffer) -> dict[str, Any]:
+    """Store a part and hash it in parallel; return its entry for `commit`: file, bytes, sha256."""
     with ThreadPoolExecutor(1, "hash") as pool:
-        digest = pool.submit(storage.sha256, part.data)
-        storage.write_bytes(storage.join(url, name), part.data)
-        return {"file": name, "bytes": len(part.data), "sha256": digest.result()}
+        digest = pool.submit(storage.sha256, buffer.data)
+        storage.write_bytes(storage.join(url, name), buffer.data)
+        return {"file": name, "bytes": len(buffer.data), "sha256": digest.result()}
 
 
 def commit(
     url: str, metadata: Metadata, parts: Sequence[tuple[Sequence[str], dict[str, Any]]], meta: Mapping[str, Any]
 ) -> None:
-    """Write the marker that makes a checkpoint of its parts (names and facts, one a worker)."""
-    files = {facts["file"]: {"bytes": facts["bytes"], "sha256": facts["sha256"]} for names, facts in parts if names}
+    """Write the commit marker, which completes a checkpoint.
+
+    Args:
+        parts: for each worker, the names of its tensors and the result of `write_part`.
+        meta: further values of the marker.
+    """
+    files = {entry["file"]: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for names, entry in parts if names}
     tensors = describe_tensors(metadata, [names for names, _ in parts])
     storage.write_json(storage.join(url, COMMIT), {"format": FORMAT, **meta, "files": files, "tensors": tensors})
 
 
 def describe_tensors(metadata: Metadata, names_by_rank: Sequence[Sequence[str]]) -> dict[str, dict[str, Any]]:
-    """File, type and shape of each tensor of a checkpoint."""
+    """Return file, type and shape of each tensor of a checkpoint."""
     tensors: dict[str, dict[str, Any]] = {}
     for rank, names in enumerate(names_by_rank):
         for name in names:
-            kind = metadata.state_dict_metadata[name]
-            assert isinstance(kind, TensorStorageMetadata)
-            dtype = str(kind.properties.dtype).removeprefix("torch.")
-            tensors[name] = {"file": part_name(rank), "dtype": dtype, "shape": list(kind.size)}
+            tensor = metadata.state_dict_metadata[name]
+            assert isinstance(tensor, TensorStorageMetadata)
+            dtype = str(tensor.properties.dtype).removeprefix("torch.")
+            tensors[name] = {"file": part_name(rank), "dtype": dtype, "shape": list(tensor.size)}
     return tensors
 
 
 ReadPart = Callable[[str], bytes]
-"""Gives the bytes of a part by its name; raises `CorruptCheckpoint`."""
+"""Returns the bytes of a part by its file name; raises `CorruptCheckpoint`."""
 
 
 class CheckpointReader(StorageReader):
-    """Reads a complete checkpoint by its marker; `read` gives the parts."""
+    """Reads a checkpoint for DCP, from its commit marker and its parts."""
 
     def __init__(self, marker: dict[str, Any], read: ReadPart) -> None:
         self.marker, self.read = marker, read
@@ -153,17 +156,17 @@ class CheckpointReader(StorageReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         entries: dict[str, Any] = {}
-        places: dict[MetadataIndex, str] = {}
+        files: dict[MetadataIndex, str] = {}
         for name, tensor in self.marker["tensors"].items():
             shape = torch.Size(tensor["shape"])
             start = torch.Size([0] * len(shape))
             properties = TensorProperties(dtype=DTYPES[tensor["dtype"]])
             entries[name] = TensorStorageMetadata(properties, shape, [ChunkStorageMetadata(start, shape)])
-            places[MetadataIndex(name, start)] = tensor["file"]
-        return Metadata(state_dict_metadata=entries, storage_data=places)
+            files[MetadataIndex(name, start)] = tensor["file"]
+        return Metadata(state_dict_metadata=entries, storage_data=files)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        self.places = metadata.storage_data
+        self.files = metadata.storage_data
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         return plan
@@ -172,12 +175,12 @@ class CheckpointReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        files = {self.places[item.storage_index] for item in plan.items}
+        files = {self.files[item.storage_index] for item in plan.items}
         parts = {file: _tensors(file, self.read(file)) for file in sorted(files)}
         for item in plan.items:
             name = item.storage_index.fqn
             target = planner.resolve_tensor(item)
-            target.copy_(parts[self.places[item.storage_index]][name])
+            target.copy_(parts[self.files[item.storage_index]][name])
             planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)
@@ -197,7 +200,7 @@ def _tensors(name: str, data: bytes) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without DCP's advice to a process that works alone on purpose, and its log of every failure that is handled."""
+    """Silence DCP's advice against running without torch.distributed, and its log of failures that are handled here."""
     log = logging.getLogger("torch.distributed.checkpoint")
     level = log.level
     with warnings.catch_warnings():
@@ -210,9 +213,13 @@ def _quiet() -> Iterator[None]:
 
 
 def load(state: dict[str, Tensor], url: str, marker: dict[str, Any], group: Any, read: ReadPart | None = None) -> None:
-    """Fill the tensors of `state` in place. Raises `CorruptCheckpoint` on every worker where one finds a fault.
+    """Load the tensors of `state` in place. A collective if `group` is not None.
 
-    read: gives the parts by name; None: the files under `url`, checked against the marker.
+    Args:
+        read: returns a part by its name. By default it is the file under `url`, checked against the marker.
+
+    Raises:
+        CorruptCheckpoint: on every worker, if a part is missing or damaged on any of them.
     """
     _check_names(state, url, marker)
     planner = DefaultLoadPlanner(flatten_state_dict=False)
@@ -228,8 +235,8 @@ def _check_names(state: dict[str, Tensor], url: str, marker: dict[str, Any]) -> 
     for name, tensor in state.items():
         saved = marker["tensors"].get(name)
         if saved is None:
-            raise CorruptCheckpoint(f"{url}: has no '{name}'; it was made by another system or configuration")
+            raise CorruptCheckpoint(f"{url}: has no '{name}'; it was written by another system or configuration")
         if list(tensor.shape) != saved["shape"]:
             raise CorruptCheckpoint(
-                f"{url}: '{name}' is {saved['shape']} there and {list(tensor.shape)} in this configuration"
+                f"{url}: '{name}' has shape {saved['shape']}; this configuration has {list(tensor.shape)}"
             )

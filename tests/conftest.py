@@ -1,5 +1,8 @@
+"""Fixtures that several test folders use."""
+
 from __future__ import annotations
 
+import stat
 import sys
 import types
 from collections.abc import Iterator
@@ -13,14 +16,14 @@ from tests.helpers.worker_processes import Workers
 
 @pytest.fixture(scope="session")
 def workers() -> Iterator[Workers]:
-    made = Workers()
-    yield made
-    made.close()
+    processes = Workers()
+    yield processes
+    processes.close()
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the small recipe and its run, which is done; not to be changed."""
+    """A folder with the small recipe and its finished run; tests must not change it."""
     from tests.helpers.runs import run_command, write_recipe
 
     folder = tmp_path_factory.mktemp("finished")
@@ -30,19 +33,32 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _begin_with_one_thread() -> None:
+def _start_with_one_thread() -> None:
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _go_on_with_one_thread() -> Iterator[None]:
-    """After commands that set their own: two threads beside another process take thirty times as long."""
+def _reset_to_one_thread() -> Iterator[None]:
+    """Undo what commands set: with another busy process, two threads are thirty times slower."""
     yield
     torch.set_num_threads(1)
 
 
-class _Absent(types.ModuleType):
-    """A module of which everything can be imported and nothing works."""
+@pytest.fixture
+def hook_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hook that writes its events and environment to files `events` and `environment` next to it."""
+    program = tmp_path / "hook_program"
+    program.write_text(
+        f"#!/bin/sh\ncat >> {tmp_path}/events; env > {tmp_path}/environment; exit $T2IDIST_HOOK_STATUS\n"
+    )
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("T2IDIST_HOOK_STATUS", "0")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a secret of the environment")
+    return program
+
+
+class _StubModule(types.ModuleType):
+    """A module that provides any name as an empty class."""
 
     def __getattr__(self, name: str) -> type:
         if name.startswith("__"):
@@ -52,10 +68,10 @@ class _Absent(types.ModuleType):
 
 @pytest.fixture(scope="session")
 def fidelity() -> None:
-    """torch-fidelity can be imported; what it takes of torchvision, which is not installed, is used by no test."""
+    """Make torch-fidelity importable without torchvision, of which no test uses anything."""
     names = ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional")
     for name in names:
-        sys.modules[name] = _Absent(name)
+        sys.modules[name] = _StubModule(name)
         parent, _, child = name.rpartition(".")
         if parent:
             setattr(sys.modules[parent], child, sys.modules[name])

@@ -101,7 +101,7 @@ def test_unrecoverable_fault_ends_the_run_with_its_message(finished: Path, tmp_p
         marker.write_text("{")
     failed = run_command(str(file))
     assert failed.returncode == 1
-    assert "the run failed: " in failed.stderr and "no checkpoint can be used" in failed.stderr
+    assert "the run failed: " in failed.stderr and "no checkpoint is valid" in failed.stderr
 
 
 @pytest.mark.whole
@@ -157,7 +157,10 @@ def interrupt(folder: Path, number: signal.Signals, images: int) -> tuple[int, s
 @pytest.mark.parametrize(("number", "images"), [(signal.SIGINT, 80), (signal.SIGINT, 0), (signal.SIGTERM, 0)])
 def test_signal_ends_the_run_and_all_its_processes(tmp_path: Path, number: signal.Signals, images: int) -> None:
     status, stderr = interrupt(tmp_path, number, images)
-    assert (status, stderr) == (128 + number, "interrupted; run the same command again to resume from the last checkpoint\n")
+    assert (status, stderr) == (
+        128 + number,
+        "interrupted; run the same command again to resume from the last checkpoint\n",
+    )
     assert json.loads((tmp_path / "runs/tiny/outcome.json").read_text())["state"] == "interrupted"
 
 

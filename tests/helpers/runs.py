@@ -15,7 +15,10 @@ from typing import Any
 import yaml
 from safetensors.torch import load_file
 
+from t2idist.config import RunConfig, load
 from t2idist.engine.checkpoint import export
+from t2idist.engine.metrics import MetricLogger
+from t2idist.training.stages import with_absolute_paths
 from tests.helpers import small_systems
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +47,11 @@ def write_recipe(folder: Path, system: str = "attngan", **top: Any) -> Path:
     file = folder / "tiny.yaml"
     file.write_text(yaml.safe_dump(values, sort_keys=False))
     return file
+
+
+def load_config(folder: Path, *settings: str) -> RunConfig:
+    """Write the recipe and load it with `settings`, its paths made absolute as the command does."""
+    return with_absolute_paths(load(str(write_recipe(folder)), settings))
 
 
 def command_line(*arguments: str) -> list[str]:
@@ -91,6 +99,13 @@ def copy_run(finished: Path, folder: Path) -> Path:
     """Copy the finished run into another folder and return the recipe there."""
     shutil.copytree(finished / "runs", folder / "runs")
     return write_recipe(folder)
+
+
+def copy_without_last_stage(finished: Path, folder: Path) -> Path:
+    """Copy the finished run without its last stage and return the recipe there."""
+    file = copy_run(finished, folder)
+    shutil.rmtree(folder / "runs/tiny/attngan")
+    return file
 
 
 def images_in_progress(at: Path, stage: str) -> int:
@@ -157,3 +172,23 @@ def train_with_killed_worker(folder: Path, *settings: str, **top: Any) -> tuple[
         assert float((ours[name].double() - value.double()).norm()) <= 1e-2 * float(value.double().norm()) + 1e-6, name
     (resumed,) = (attempt["resumed"] for attempt in json.loads((at / "attempts.json").read_text())[1:])
     return out, images, resumed["attngan"]
+
+
+def progress_message(folder: Path, **more: Any) -> dict[str, Any]:
+    """A progress message as MetricLogger sends it."""
+    sent: list[dict[str, Any]] = []
+    facts = {"run": "x", "stage": "gan", "stage_index": 0, "stages": 1, "restarts": 2, "workers": 3, "messages": []}
+    facts["checkpoint"] = {"images": 8, "time": "2026-11-22T05:00:00+00:00", "stall_seconds": 0.25}
+    log = MetricLogger(str(folder), "gan", images=0, step=0, budget_images=80, metadata=facts, on_progress=sent.append)
+    log.log_step(16)
+    others = {"data/wait_share": 0.25, "data/bad_samples": 1.0, "data/quarantined": 4.0, "guard/skipped_steps": 5.0}
+    others |= {"time/step": 2.0, "time/data": 0.5, "time/pictures": 0.25, "time/checkpoint": 0.25}
+    log.log_metrics({"generator/adversarial_64": 1.5}, others | more, 2)
+    log.log_state("training")
+    log.close()
+    return sent[-1]
+
+
+def received_events(program: Path) -> list[dict[str, Any]]:
+    """Return the events that the program of fixture `hook_program` received."""
+    return [json.loads(line) for line in (program.parent / "events").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""What ``--plan`` counts, says and refuses."""
+"""The page of ``--plan``: measured costs, estimates and error messages."""
 
 from __future__ import annotations
 
@@ -20,62 +20,66 @@ from tests.helpers import small_systems, toy_gan
 
 SYSTEMS = [
     system for system in small_systems.MODELS if system != "stargan"
-]  # torch's counter does not stand its penalty
+]  # PyTorch's counter fails on its gradient penalty
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_what_is_counted_without_data_is_what_a_step_does(system: str) -> None:
-    made = small_systems.trainer(World(), system, "float32", groups=1)
+def test_cost_on_the_meta_device_is_that_of_a_real_step(system: str) -> None:
+    trainer = small_systems.trainer(World(), system, "float32", groups=1)
     with FlopCounterMode(display=False) as counter:
-        small_systems.run_steps(made, 1)
+        small_systems.run_steps(trainer, 1)
     config = small_systems.config(system)
     with torch.device("meta"):
         stage = StageRun(config, system)
-        bare = stage.build(stage.build_info(toy_gan.EXTENT))
+        system_on_meta = stage.build(stage.build_info(toy_gan.DATA_INFO))
     cost = measure_step(
-        bare, small_systems.GROUP_SIZE, small_systems.MAX_WORDS, toy_gan.EXTENT.vector_dim, toy_gan.EXTENT.attributes
+        system_on_meta,
+        small_systems.GROUP_SIZE,
+        small_systems.MAX_WORDS,
+        toy_gan.DATA_INFO.vector_dim,
+        toy_gan.DATA_INFO.attributes,
     )
-    # rnn kernels of the CPU are not in torch's table, and pairs of one class are left out where there is data
+    # PyTorch's table lacks the CPU's RNN kernels, and real steps leave out pairs of one class
     assert cost.flops == pytest.approx(counter.get_total_flops(), rel=0.1)
-    trained = [p.numel() for role in made.system.roles.values() for p in role.net.parameters() if p.requires_grad]
+    trained = [p.numel() for role in trainer.system.roles.values() for p in role.net.parameters() if p.requires_grad]
     assert cost.gradients == sum(trained)
     assert cost.activations > 0
 
 
-def test_roles_that_are_updated_now_and_then_are_counted_so() -> None:
+def test_cost_counts_how_often_a_role_is_updated() -> None:
     config = small_systems.config("stargan")
     with torch.device("meta"):
         stage = StageRun(config, "stargan")
-        system = stage.build(stage.build_info(toy_gan.TWO_SETS))
-    cost = measure_step(system, small_systems.GROUP_SIZE, small_systems.MAX_WORDS, 0, toy_gan.TWO_SETS.attributes)
+        system = stage.build(stage.build_info(toy_gan.TWO_DOMAINS))
+    cost = measure_step(system, small_systems.GROUP_SIZE, small_systems.MAX_WORDS, 0, toy_gan.TWO_DOMAINS.attributes)
     sizes = {name: sum(p.numel() for p in role.net.parameters()) for name, role in system.roles.items()}
     steps = 3  # two data sets in turns, the generator at every second turn: steps 0, 1 and 2
     assert cost.gradients == pytest.approx(sizes["discriminator"] + sizes["generator"] / steps)
 
 
-def plan_page(text: str, *words: str) -> str:
-    return plan.page(stages.with_absolute_paths(load("attngan", ["preset=coco", *words])), text)
+def plan_page(text: str, *settings: str) -> str:
+    return plan.page(stages.with_absolute_paths(load("attngan", ["preset=coco", *settings])), text)
 
 
 SCALE = ("stages.damsm.groups=8", "stages.attngan.groups=8")
 
 
 @pytest.mark.whole
-def test_the_papers_run_on_eight_gpus() -> None:
+def test_plan_of_the_paper_run_on_eight_gpus() -> None:
     page = plan_page("8xa100-80,efficiency=0.15", *SCALE)
-    assert "compute 278.8 GFLOP an image, 83.4 ms a step" in page  # 304 without what is shared
+    assert "compute 278.8 GFLOP an image, 83.4 ms a step" in page  # 304 without sharing of computations
     assert "network 1,615 MB sent a step and worker inside the node" in page  # 2 x 7/8 of 923 MB
     assert "speed 1,343 images/s" in page and "2.1 hours for 9,933,960 images" in page
     assert "assumed, not measured" in page
-    slow = plan_page("16xa100-80,gbit=25", *(word.replace("8", "16") for word in SCALE))
+    slow = plan_page("16xa100-80,gbit=25", *(setting.replace("8", "16") for setting in SCALE))
     assert "sent a step and worker between nodes: 553.7 ms, 498.1 of them not hidden" in slow
-    sentence = r"stage attngan needs .* GiB a worker .* and the a10g has 22; give more GPUs or fewer groups"
-    with pytest.raises(ValueError, match=sentence):
+    message = r"stage attngan needs .* GiB a worker .* and the a10g has 22; give more GPUs or fewer groups"
+    with pytest.raises(ValueError, match=message):
         plan_page("1xa10g", *SCALE)
 
 
 @pytest.mark.parametrize(
-    ("text", "words", "sentence"),
+    ("text", "settings", "message"),
     [
         ("8xa100-80", (), "cluster.workers: 8 is more than the 1 groups of stage damsm"),
         ("a100", (), "give a number of GPUs and their kind"),
@@ -86,20 +90,20 @@ def test_the_papers_run_on_eight_gpus() -> None:
         ("1xh100", ("precision=float64",), "precision is float64"),
     ],
 )
-def test_what_cannot_be_is_a_sentence(text: str, words: tuple[str, ...], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        plan_page(text, *words)
+def test_plan_rejects_hardware_and_settings(text: str, settings: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_page(text, *settings)
 
 
-def test_the_command_prints_it_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["dcgan", f"storage={tmp_path}", "--plan", "1xl4"]
-    assert run.main(words) == 0
+def test_plan_option_prints_the_page_and_writes_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["dcgan", f"storage={tmp_path}", "--plan", "1xl4"]
+    assert run.main(arguments) == 0
     assert "minutes in all" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", configuration.recipes())
-def test_every_recipe_can_be_planned(recipe: str) -> None:
+def test_plan_of_every_recipe(recipe: str) -> None:
     for preset in configuration.recipes()[recipe]:
         assert "in all" in plan.page(stages.with_absolute_paths(load(recipe, [f"preset={preset}"])), "1xh200")

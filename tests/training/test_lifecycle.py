@@ -1,0 +1,52 @@
+"""Start and end of a run: events for the hook, and the stored outcome."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from t2idist import storage
+from t2idist.engine.preemption import StopRequested
+from t2idist.observability import hook
+from t2idist.training import lifecycle, stages
+from tests.helpers.runs import (
+    load_config,
+    received_events,
+)
+
+
+def test_hook_receives_start_restart_and_end_without_secrets(hook_program: Path, tmp_path: Path) -> None:
+    config = load_config(tmp_path)
+    message = {"stage": "damsm", "images": 8, "budget_images": 64, "restarts": 0, "losses": {"a": 1.0}, "run": "tiny"}
+    with lifecycle.run_lifecycle(config, hook.Hook([str(hook_program)]), stops=False) as notifier:
+        notifier.on_progress(message)
+        notifier.on_progress({**message, "images": 16, "restarts": 1})
+        notifier.on_progress({**message, "images": 24, "restarts": 1})
+    events = received_events(hook_program)
+    assert [event["event"] for event in events] == ["start", "restart", "end"]
+    assert events[1]["images"] == 16 and events[2]["restarts"] == 1 and events[0]["run"] == "tiny"
+    environment = (tmp_path / "environment").read_text()
+    assert "T2IDIST_HOOK_STATUS=0" in environment and "PATH=" in environment and "AWS_" not in environment
+    assert storage.read_json(storage.join(stages.run_url(config), lifecycle.OUTCOME))["state"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "last_event"),
+    [
+        (RuntimeError("storage failed: a secret of the environment"), "failed", "failure"),
+        (StopRequested("saved at 8 images"), "stopped", "end"),
+        (KeyboardInterrupt(), "interrupted", "end"),
+    ],
+)
+def test_outcome_is_sent_to_the_hook_and_stored(
+    error: BaseException, state: str, last_event: str, hook_program: Path, tmp_path: Path
+) -> None:
+    config = load_config(tmp_path)
+    with pytest.raises(type(error)), lifecycle.run_lifecycle(config, hook.Hook([str(hook_program)]), stops=False):
+        raise error
+    outcome = storage.read_json(storage.join(stages.run_url(config), lifecycle.OUTCOME))
+    assert outcome["state"] == state and received_events(hook_program)[-1]["event"] == last_event
+    assert "a secret" not in json.dumps(received_events(hook_program)) + json.dumps(outcome)
+    assert state != "failed" or outcome["error"] == "storage failed: ***"

@@ -1,11 +1,11 @@
-"""The seam between mathematics and machinery: what a system declares, and all that it sees of the engine.
+"""The interface between systems and engine: what a system declares, and all that it sees of the engine.
 
 A *system* (one file in ``systems/``) is written as if there were one device and one group of samples. The engine
-turns it into a distributed run: it wraps each role's network, runs its BatchNorm and dropout per group, places the
-data, and averages gradients by each worker's share of the groups.
+turns it into a distributed run: it wraps each role's network, runs BatchNorm and dropout per group, moves the data to
+the device, and averages gradients by each worker's share of the groups.
 
-Shapes: ``N = groups * group_size`` is the number of samples that a worker holds in a step; samples of one group are
-contiguous.
+Shapes: ``N = groups * group_size`` is the number of samples that a worker processes in a step; samples of one group
+are contiguous.
 """
 
 from __future__ import annotations
@@ -22,18 +22,17 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-# ------------------------------------------------------------ what data gives
+# ------------------------------------------------------------ data
 @dataclass(frozen=True)
 class Captions:
-    """A caption for each of N pictures.
-
-    tokens: (N, max_words) int64, 0 = padding. lengths: (N,) int64, at least 1; they stay on the host, where packing
-    reads them. vectors: (N, D) float32, sentence vectors that came with the data, D = 0 where none did.
-    """
+    """One caption for each of N images."""
 
     tokens: Tensor
+    """(N, max_words) int64, 0 = padding."""
     lengths: Tensor
+    """(N,) int64, at least 1; always on the host, where packing reads them."""
     vectors: Tensor
+    """(N, D) float32, the sentence vectors of the data; D is 0 if it has none."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -42,39 +41,39 @@ class Captions:
         return Captions(self.tokens[rows], self.lengths[rows], self.vectors[rows])
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Captions:
-        """On `device`, but for the lengths; the vectors as `dtype`."""
+        """Move all but the lengths to `device`; the vectors become `dtype`."""
         tokens = self.tokens.to(device, non_blocking=True)
         return Captions(tokens, self.lengths, self.vectors.to(device, dtype, non_blocking=True))
 
-    def each(self, times: int) -> Captions:
-        """Every caption so many times, one after the other."""
+    def repeat_each(self, times: int) -> Captions:
+        """Repeat every caption `times` times, the repetitions of one caption contiguous."""
         return self[torch.arange(len(self)).repeat_interleave(times)]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's samples on one worker.
-
-    images: the pyramid, lowest size first, each (N, 3, S, S): uint8 on the host, after `to` floats in [-1, 1].
-    captions: one of each picture's. class_ids: (N,) int64 (samples of one class do not serve as each other's
-    negatives). attributes: (N, A) float32, 1 where a picture has the attribute, in the order of `Extent.attributes`
-    of its domain. ids: sample keys, in order. domain: which of the stage's data sets all are from (0: there is one).
-    """
+    """The samples of one step on one worker."""
 
     images: tuple[Tensor, ...]
+    """Image pyramid, lowest size first, (N, 3, S, S) each: uint8 on the host, floats in [-1, 1] after `to`."""
     captions: Captions
+    """One caption of each image."""
     class_ids: Tensor
+    """(N,) int64; samples of one class are not negatives of each other."""
     attributes: Tensor
+    """(N, A) float32, 1 if the image has the attribute; columns as in `DataInfo.attributes` of the domain."""
     ids: tuple[str, ...]
+    """Sample keys."""
     groups: int
     domain: int = 0
+    """Index of the stage's data set that all samples are from."""
 
     @property
     def group_size(self) -> int:
         return len(self.ids) // self.groups
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
-        """The batch on `device`; uint8 pictures become `dtype` in [-1, 1] there."""
+        """Move the batch to `device`; uint8 images become `dtype` in [-1, 1] there."""
         return replace(
             self,
             images=tuple(to_float(image.to(device, non_blocking=True), dtype) for image in self.images),
@@ -85,22 +84,23 @@ class Batch:
 
 
 def to_float(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Pictures in [-1, 1], whether they come so or as uint8."""
+    """Convert uint8 images to floats in [-1, 1]; floats keep their values."""
     return images.to(dtype).div_(127.5).sub_(1.0) if images.dtype == torch.uint8 else images.to(dtype)
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Pictures in [-1, 1] as uint8; what lies outside is cut off."""
+    """Convert images in [-1, 1] to uint8; values outside are clamped."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
-# ------------------------------------------------------------ what a system declares
+# ------------------------------------------------------------ systems
 @dataclass(frozen=True)
 class Schedule:
     """A factor on the learning rate, as a function of images seen.
 
-    "constant": 1. "exponential": factor ** floor(images / every_images), not below `floor`.
-    "linear": 1 until `start_images`, then straight to `floor` at `end_images`.
+    - "constant": 1.
+    - "exponential": factor ** floor(images / every_images), at least `floor`.
+    - "linear": 1 until `start_images`, then linear to `floor` at `end_images`.
     """
 
     kind: str = "constant"
@@ -113,7 +113,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Adam:
-    """Adam's settings; the defaults are the ones that every system of this family was published with."""
+    """Settings of Adam; the defaults are those that most of the systems were published with."""
 
     lr: float = 2e-4
     beta1: float = 0.5
@@ -124,114 +124,113 @@ class Adam:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Weights from a file that a part of a network starts from.
-
-    url: a safetensors file, or a torch file of plain tensors; sha256: of its bytes. key: the config key that gives the
-    URL, for messages. load: takes the tensors by name; raises ValueError where they do not fit.
-    """
+    """Weights from a file that initialise part of a network."""
 
     url: str
+    """A safetensors file, or a torch file of plain tensors."""
     sha256: str
+    """Hash of the file."""
     key: str
+    """The config key of the URL, for error messages."""
     load: Callable[[dict[str, Tensor]], None]
+    """Load the tensors by name; raises ValueError if they do not fit."""
 
 
 @dataclass
 class Role:
-    """A trained network: its optimiser, its EMA, its clipping.
-
-    ema_half_life_images: half-life of the exponential moving average of parameters and buffers, in images; None: no
-    EMA. clip_norm: largest 2-norm of the gradients of the parameters whose name starts with `clip_prefix`.
-    """
+    """A trained network with its optimiser, EMA and gradient clipping."""
 
     net: nn.Module
     optimizer: Adam = field(default_factory=Adam)
     ema_half_life_images: float | None = None
+    """Half-life of the exponential moving average of parameters and buffers, in images; None: no EMA."""
     clip_norm: float | None = None
+    """Largest 2-norm of the gradients of the parameters whose name starts with `clip_prefix`; None: no clipping."""
     clip_prefix: str = ""
     pretrained: Pretrained | None = None
 
 
 @dataclass
 class Frozen:
-    """A network that is used and not trained: eval mode, no gradient to its weights, not in checkpoints.
-
-    Its weights come from network `network` of the export in slot `source` (the stage's `uses`).
-    """
+    """A network that is used but not trained: eval mode, no gradient to its weights, not in checkpoints."""
 
     net: nn.Module
     source: str
+    """The slot (a key of the stage's `uses`) of the export that has its weights."""
     network: str
+    """Name of the network in that export."""
 
 
 @dataclass(frozen=True)
 class DataInfo:
-    """What a stage's data is like.
-
-    words: its vocabulary by number, 0 = padding. epoch_images: training samples in one epoch. vector_dim: of the
-    sentence vectors that come with it, 0 where none do. attributes: names of each data set's attributes.
-    """
+    """Facts about the data of a stage."""
 
     words: tuple[str, ...]
+    """Vocabulary by token id, 0 = padding."""
     epoch_images: int
+    """Training samples of an epoch."""
     vector_dim: int = 0
+    """Length of the sentence vectors of the data, 0 if it has none."""
     attributes: tuple[tuple[str, ...], ...] = ((),)
+    """Attribute names of each data set."""
 
 
 @dataclass(frozen=True)
 class BuildInfo:
-    """What a system may know when it is built.
-
-    sources: for each export slot, the `config.json` of that export (``{"system", "config", "plan", ...}``), also
-    in a dry run, before the export exists.
-    """
+    """All that a system knows when it is built."""
 
     group_size: int
     max_words: int
-    extent: DataInfo
+    data: DataInfo
     sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By slot, the index of that export (``{"system", "config", "plan", ...}``); in a dry run even before it exists."""
 
     @property
     def vocabulary_size(self) -> int:
-        return len(self.extent.words)
+        return len(self.data.words)
+
+    def require_pairs(self, system: str) -> None:
+        """Raise ValueError if groups are too small to pair images with wrong captions."""
+        if self.group_size < 2:
+            raise ValueError(
+                f"group_size is {self.group_size}; {system} pairs images with wrong captions and needs at least 2"
+            )
 
     def describe(self) -> dict[str, Any]:
-        """Plain values for an export's index, which holds the words elsewhere."""
-        extent = asdict(self.extent)
-        del extent["words"]
+        """Return plain values for the index of an export, which stores the vocabulary separately."""
+        data = asdict(self.data)
+        del data["words"]
         sizes = {"group_size": self.group_size, "max_words": self.max_words, "vocabulary_size": self.vocabulary_size}
-        return {**sizes, **extent, "sources": dict(self.sources)}
+        return {**sizes, **data, "sources": dict(self.sources)}
 
     @classmethod
-    def of(cls, described: Mapping[str, Any], words: Sequence[str]) -> BuildInfo:
-        """The plan that `describe` was asked of. Raises KeyError or TypeError for values that are none."""
+    def from_description(cls, described: Mapping[str, Any], words: Sequence[str]) -> BuildInfo:
+        """Invert `describe`. Raises KeyError or TypeError if `described` is not its result."""
         attributes = tuple(tuple(names) for names in described["attributes"])
-        extent = DataInfo(tuple(words), described["epoch_images"], described["vector_dim"], attributes)
-        return cls(described["group_size"], described["max_words"], extent, described["sources"])
+        data = DataInfo(tuple(words), described["epoch_images"], described["vector_dim"], attributes)
+        return cls(described["group_size"], described["max_words"], data, described["sources"])
 
 
 NoiseFn = Callable[..., Tensor]
-"""``draw(*shape) -> (N, *shape)`` standard normal."""
+"""``noise(*shape) -> (N, *shape)``, standard normal."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Generated pictures.
-
-    images: lowest size first, each (N, 3, S, S) in [-1, 1]. attention: one (N, T, H, W) map per attention stage
-    (weights of each word at each place), or empty.
-    """
+    """Generated images."""
 
     images: tuple[Tensor, ...]
+    """Lowest size first, (N, 3, S, S) each, in [-1, 1]."""
     attention: tuple[Tensor, ...] = ()
+    """Weight of each word at each position, (N, T, H, W) for each attention stage; may be empty."""
 
 
 class Train(Protocol):
-    """All that a system's step sees of the engine."""
+    """All that the step of a system sees of the engine."""
 
     @property
     def images(self) -> int:
-        """Images seen by the run before this step, over all workers."""
+        """Images seen before this step, over all workers."""
         ...
 
     @property
@@ -244,23 +243,28 @@ class Train(Protocol):
         ...
 
     def apply(self, role: str, loss: Tensor) -> None:
-        """Backward of a scalar mean over the worker's samples, clip, optimiser step, EMA."""
+        """Back-propagate a scalar mean over the worker's samples; then clip, step the optimiser, update the EMA."""
         ...
 
     def update(self, role: str, fn: Callable[Concatenate[Any, P], Tensor], *args: P.args, **kwargs: P.kwargs) -> Tensor:
-        """`forward` of a function that returns the loss, then `apply`; gives the detached loss."""
+        """Run `forward` with a function that returns the loss, then `apply`; returns the detached loss."""
         ...
 
     def frozen(self, *names: str) -> contextlib.AbstractContextManager[Any]:
-        """Bare networks (one: the network; more: a tuple), without gradient to their weights, under autocast.
+        """Enter a context with unwrapped networks, under autocast and without gradient to their weights.
 
-        Names of roles (in their training mode) or of the system's `frozen` networks (in eval mode). Gradients
-        still flow to their inputs.
+        Gradients still flow to their inputs.
+
+        Args:
+            names: Roles (their networks stay in training mode) or `System.frozen` networks (in eval mode).
+
+        Returns:
+            The network if one name is given, else a tuple.
         """
         ...
 
     def noise(self, *shape: int) -> Tensor:
-        """(N, *shape) standard normal: a function of (seed, step, group, place) and of the number of the call."""
+        """Return (N, *shape) standard normal: a function of (seed, step, group, position) and of the call's index."""
         ...
 
     def report(self, name: str, value: Tensor) -> None:
@@ -269,72 +273,73 @@ class Train(Protocol):
 
 
 class System(Protocol):
-    """A published model: its networks and its one training step.
+    """A published model: its networks and its training step.
 
-    A module ``systems/<name>.py`` holds ``Config`` (a frozen dataclass; defaults are the paper's, with their source)
-    and ``build(config: Config, plan: Plan) -> System``, which draws initial weights from torch's global generator and
-    touches no device, file or clock.
-
-    roles: trained networks. frozen: networks of earlier exports. sizes: picture sizes that `step` wants, lowest first.
-    exports: names among roles and frozen that the stage's export holds (EMA weights where a role has EMA).
+    A module ``systems/<name>.py`` defines ``Config`` (a frozen dataclass whose defaults are the paper's, with their
+    source) and ``build(config: Config, info: BuildInfo) -> System``, which draws initial weights from torch's global
+    generator and uses no device, file or clock.
     """
 
     roles: dict[str, Role]
+    """Trained networks."""
     frozen: dict[str, Frozen]
+    """Networks of earlier exports."""
     sizes: tuple[int, ...]
+    """Image sizes that `step` needs, lowest first."""
     exports: tuple[str, ...]
+    """Roles, frozen networks, or parts of them ("damsm.text") that the stage exports; EMA weights if a role has EMA."""
 
-    def step(self, batch: Batch, train: Train) -> None: ...
+    def step(self, batch: Batch, train: Train) -> None:
+        """Train on one batch."""
+        ...
 
 
 @runtime_checkable
 class SupportsSample(Protocol):
-    """A system that draws pictures from captions."""
+    """A system that generates images from captions."""
 
-    def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: NoiseFn) -> Sample:
-        """Pictures of N captions by `nets` (the exported networks, in eval mode), under no_grad by the caller."""
+    def sample(self, nets: Mapping[str, nn.Module], captions: Captions, noise: NoiseFn) -> Sample:
+        """Generate images for N captions. `nets`: the exported networks, in eval mode; the caller sets no_grad."""
         ...
 
 
 @runtime_checkable
 class SupportsInvert(Protocol):
-    """A system that finds the noise of a picture (for the style of one picture with the text of another)."""
+    """A system that finds the noise of an image, to combine the style of an image with another text."""
 
     def invert(self, nets: Mapping[str, nn.Module], images: Tensor) -> Tensor:
-        """z (N, z_dim) of pictures (N, 3, S, S) in [-1, 1] of any size; what `sample` draws first."""
+        """Return z (N, z_dim), the first noise of `sample`, of images (N, 3, S, S) in [-1, 1] of any size."""
         ...
 
 
 @runtime_checkable
 class SupportsTranslate(Protocol):
-    """A system that changes attributes of pictures; it may be trained on several data sets, its domains.
-
-    labels: for each domain, the names of the A attributes that it changes, in the order of the tensors below.
-    exclusive: for each domain, whether exactly one of them holds for a picture.
-    """
+    """A system that changes attributes of images; it may be trained on several data sets, its domains."""
 
     labels: tuple[tuple[str, ...], ...]
+    """For each domain, the names of its A attributes, in the order of the tensors' columns."""
     exclusive: tuple[bool, ...]
+    """For each domain, whether exactly one attribute holds for an image."""
 
     def translate(self, nets: Mapping[str, nn.Module], images: Tensor, attributes: Tensor, domain: int) -> Tensor:
-        """Pictures (N, 3, S, S) in [-1, 1] with these attributes (N, A) of a domain instead of their own."""
+        """Return images (N, 3, S, S) in [-1, 1] changed to have the given attributes (N, A) of a domain."""
         ...
 
     def read(self, nets: Mapping[str, nn.Module], images: Tensor, domain: int) -> Tensor:
-        """What it takes the attributes (N, A) of a domain of pictures (N, 3, S, S) in [-1, 1] to be: 0 or 1."""
+        """Classify images (N, 3, S, S) in [-1, 1]: (N, A), 0 or 1 for each attribute of a domain."""
         ...
 
 
 @runtime_checkable
 class SupportsEmbed(Protocol):
-    """A system that places pictures and captions in one space (for R-precision)."""
+    """A system that embeds images and captions in one space, for R-precision."""
 
-    def embed_pictures(self, nets: Mapping[str, nn.Module], images: Tensor) -> Tensor:
-        """Codes (N, D) of pictures (N, 3, S, S) in [-1, 1] of any size."""
+    def embed_images(self, nets: Mapping[str, nn.Module], images: Tensor) -> Tensor:
+        """Embed images (N, 3, S, S) in [-1, 1] of any size: (N, D)."""
         ...
 
     def embed_captions(self, nets: Mapping[str, nn.Module], captions: Captions) -> Tensor:
-        """Codes (N, D) of captions."""
+        """Embed captions: (N, D)."""
         ...
 
 

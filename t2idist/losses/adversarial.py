@@ -1,7 +1,7 @@
-"""Adversarial losses on logits: binary cross-entropy as published, in full precision.
+"""Adversarial losses on logits: binary cross-entropy, as published, in float32 at least.
 
-``real`` pairs a picture with its own caption, ``wrong`` a real picture with another's, ``fake`` a generated picture
-with the caption that it was drawn from; the unconditional head sees pictures alone.
+``real`` is a real image with its own caption, ``wrong`` a real image with a mismatched caption, ``fake`` a generated
+image with its caption. ``_alone`` marks the terms of the unconditional head, which sees images only.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def bce_fake(logits: Tensor) -> Tensor:
 
 
 def masked_bce_fake(logits: Tensor, keep: Tensor, groups: int) -> Tensor:
-    """Cross-entropy against target 0 over the kept of each group (0 for a group that keeps none), mean over groups.
+    """Cross-entropy against target 0 over the kept samples of each group, mean over groups.
 
-    logits and keep (N,), N = groups * samples of a group.
+    logits and keep are (N,). A group that keeps no sample contributes 0.
     """
     terms = F.softplus(upcast(logits)).view(groups, -1)
     kept = keep.view(groups, -1).to(terms.dtype)
@@ -38,7 +38,7 @@ def masked_bce_fake(logits: Tensor, keep: Tensor, groups: int) -> Tensor:
 
 @dataclass(frozen=True)
 class UnconditionalLosses:
-    """A discriminator's mean cross-entropies on pictures alone, and the shares of them that it judges rightly."""
+    """A discriminator's mean cross-entropies on images without captions, and its accuracies (without gradient)."""
 
     real: Tensor
     fake: Tensor
@@ -47,17 +47,13 @@ class UnconditionalLosses:
 
 
 def unconditional_losses(real: Tensor, fake: Tensor) -> UnconditionalLosses:
-    """By the logits (N,) of real and of generated pictures. The accuracies have no gradient."""
+    """Losses from the logits (N,) of real and of generated images."""
     return UnconditionalLosses(bce_real(real), bce_fake(fake), _fraction(real > 0), _fraction(fake < 0))
 
 
 @dataclass(frozen=True)
 class PairLosses:
-    """A discriminator's mean cross-entropies on the three kinds of pairs in its own update.
-
-    accuracy_...: shares of pairs that it judges rightly. accuracy_matching: of real pictures that get a higher logit
-    with their own condition than with the wrong one. None of them has a gradient.
-    """
+    """A discriminator's mean cross-entropies on the three kinds of pairs, and its accuracies (without gradient)."""
 
     real: Tensor
     wrong: Tensor
@@ -66,18 +62,19 @@ class PairLosses:
     accuracy_wrong: Tensor
     accuracy_fake: Tensor
     accuracy_matching: Tensor
+    """Share of real images with a higher logit for their own condition than for the wrong one."""
 
 
 @dataclass(frozen=True)
 class JointLosses(PairLosses):
-    """And on pictures alone."""
+    """`PairLosses`, and the mean cross-entropies of the unconditional head."""
 
     real_alone: Tensor
     fake_alone: Tensor
 
 
 class ConditionalDiscriminator(Protocol):
-    """A discriminator that judges pictures with their captions."""
+    """A discriminator of images with conditions."""
 
     def features(self, images: Tensor) -> Tensor: ...
 
@@ -87,7 +84,7 @@ class ConditionalDiscriminator(Protocol):
 
 
 class JointDiscriminator(ConditionalDiscriminator, Protocol):
-    """A discriminator of two heads on one trunk."""
+    """A discriminator with a conditional and an unconditional head on one trunk."""
 
     def unconditional(self, features: Tensor) -> Tensor: ...
 
@@ -95,9 +92,9 @@ class JointDiscriminator(ConditionalDiscriminator, Protocol):
 def joint_losses(
     net: JointDiscriminator, real: Tensor, fake: Tensor, condition: Tensor, pairs: WrongPairs, groups: int
 ) -> JointLosses:
-    """A discriminator's verdict on real and generated pictures (N, 3, S, S) of conditions (N, D).
+    """Compute the discriminator's losses of both heads on images (N, 3, S, S) with conditions (N, D).
 
-    One pass over the real pictures serves their own condition, the wrong one and the unconditional head.
+    One pass over the real images serves their own condition, the wrong one and the unconditional head.
     """
     real_features = net.features(real)
     fake_features = net.features(fake)
@@ -111,58 +108,69 @@ def joint_losses(
 def matching_aware_losses(
     net: ConditionalDiscriminator, real: Tensor, fake: Tensor, condition: Tensor, pairs: WrongPairs, groups: int
 ) -> PairLosses:
-    """A matching-aware discriminator's verdict (GAN-CLS, section 4.2) on pictures (N, 3, S, S) of conditions (N, D)."""
+    """Compute the losses of GAN-CLS (section 4.2, algorithm 1) on images (N, 3, S, S) with conditions (N, D)."""
     return _pair_losses(net, net.features(real), net.features(fake), condition, pairs, groups)
 
 
 def _pair_losses(
     net: ConditionalDiscriminator, real: Tensor, fake: Tensor, condition: Tensor, pairs: WrongPairs, groups: int
 ) -> PairLosses:
-    """By the features of real and generated pictures."""
+    """Compute the pair losses from the features of real and generated images."""
     own, other = net.conditionals(real, condition, condition[pairs.caption])
-    drawn = net.conditional(fake, condition)
+    generated = net.conditional(fake, condition)
     return PairLosses(
         real=bce_real(own),
         wrong=masked_bce_fake(other, pairs.keep, groups),
-        fake=bce_fake(drawn),
+        fake=bce_fake(generated),
         accuracy_real=_fraction(own > 0),
         accuracy_wrong=_fraction(other < 0, pairs.keep),
-        accuracy_fake=_fraction(drawn < 0),
+        accuracy_fake=_fraction(generated < 0),
         accuracy_matching=_fraction(own > other, pairs.keep),
     )
 
 
-def _fraction(right: Tensor, among: Tensor | None = None) -> Tensor:
-    """Of these (n,) answers, or of those `among` them; 0 where there are none."""
+def _fraction(correct: Tensor, among: Tensor | None = None) -> Tensor:
+    """Fraction of true elements in `correct` (N,), of those selected by `among` if given; 0 if there are none."""
     if among is None:
-        return right.sum() / max(len(right), 1)
-    return (right & among).sum() / among.sum().clamp(min=1)
+        return correct.sum() / max(len(correct), 1)
+    return (correct & among).sum() / among.sum().clamp(min=1)
 
 
 def generator_loss(net: JointDiscriminator, fake: Tensor, condition: Tensor) -> Tensor:
-    """The generator's side of `joint_losses`: both heads ought to call its pictures (N, 3, S, S) real."""
+    """The generator's counterpart of `joint_losses`: both heads should classify its images (N, 3, S, S) as real."""
     features = net.features(fake)
     return bce_real(net.conditional(features, condition)) + bce_real(net.unconditional(features))
 
 
-def attngan_discriminator_loss(v: JointLosses) -> Tensor:
-    """AttnGAN, MirrorGAN and StackGAN v1's second stage: (real + real_alone) / 2 + (fake + wrong + fake_alone) / 3."""
-    return (v.real + v.real_alone) / 2 + (v.fake + v.wrong + v.fake_alone) / 3
+def conditional_generator_loss(net: ConditionalDiscriminator, fake: Tensor, condition: Tensor) -> Tensor:
+    """The generator's counterpart of `matching_aware_losses`."""
+    return bce_real(net.conditional(net.features(fake), condition))
 
 
-def matching_aware_loss(real: Tensor, wrong: Tensor, fake: Tensor) -> Tensor:
-    """GAN-CLS, StackGAN v1's first stage and AttnDCGAN: real + (wrong + fake) / 2."""
-    return real + (wrong + fake) / 2
+def unconditional_generator_loss(net: JointDiscriminator, fake: Tensor) -> Tensor:
+    """The generator's counterpart of `unconditional_losses`."""
+    return bce_real(net.unconditional(net.features(fake)))
 
 
-def stackgan_pp_discriminator_loss(v: JointLosses) -> Tensor:
-    """StackGAN++'s joint loss (section 4.2, eq. 6) with a wrong-pair term: both heads weigh real and fake alike."""
-    return matching_aware_loss(v.real, v.wrong, v.fake) + v.real_alone + v.fake_alone
+def attngan_discriminator_loss(losses: JointLosses) -> Tensor:
+    """Loss of AttnGAN, MirrorGAN and StackGAN v1's stage II, as released: the mean of real and of fake terms."""
+    real = (losses.real + losses.real_alone) / 2
+    return real + (losses.fake + losses.wrong + losses.fake_alone) / 3
 
 
-def stackgan_v2_released_loss(v: JointLosses) -> Tensor:
-    """StackGAN-v2's released joint loss, which has the unconditional head call the wrong pair's picture real, too.
+def matching_aware_loss(losses: PairLosses) -> Tensor:
+    """Loss of GAN-CLS (algorithm 1), StackGAN v1's stage I and AttnDCGAN."""
+    return losses.real + (losses.wrong + losses.fake) / 2
 
-    That picture is a real one; here it is the same as in the real pair, so its term counts twice.
+
+def stackgan_pp_discriminator_loss(losses: JointLosses) -> Tensor:
+    """Joint loss of StackGAN++ (section 4.2, eq. 6) with a term for mismatched pairs; both heads have equal weight."""
+    return matching_aware_loss(losses) + losses.real_alone + losses.fake_alone
+
+
+def stackgan_v2_released_loss(losses: JointLosses) -> Tensor:
+    """Joint loss of StackGAN-v2's released code, whose unconditional head also sees the images of mismatched pairs.
+
+    Those are real, and here the same as in the matching pairs, so their term counts twice.
     """
-    return v.real + v.wrong + v.fake + 2 * v.real_alone + v.fake_alone
+    return losses.real + losses.wrong + losses.fake + 2 * losses.real_alone + losses.fake_alone

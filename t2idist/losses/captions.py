@@ -1,4 +1,4 @@
-"""Losses of captions, word by word."""
+"""The captioning loss of MirrorGAN."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from t2idist.nn.precision import upcast
 
 
 def word_cross_entropy(logits: Tensor, tokens: Tensor, lengths: Tensor, groups: int) -> Tensor:
-    """Cross-entropy of the words that captions have, mean over the words of each group, then over groups.
+    """Cross-entropy of caption words: mean over the words of each group, then over groups.
 
-    logits (N, T, V), tokens (N, T), lengths (N,). L_stream of MirrorGAN (section 3.3, eq. 9) sums over a caption's
-    words; the released code takes this mean.
+    L_stream of MirrorGAN (section 3.3, eq. 9) sums over the words of a caption; the released code takes this mean.
+
+    Args:
+        logits: (N, T, V).
+        tokens: (N, T) int64.
+        lengths: (N,).
     """
     count, length = tokens.shape
     terms = F.cross_entropy(upcast(logits).flatten(0, 1), tokens.flatten(), reduction="none").view(count, length)
     lengths = lengths.to(tokens.device, non_blocking=True)
-    there = torch.arange(length, device=tokens.device) < lengths.unsqueeze(1)
-    of_group = (terms * there).view(groups, -1).sum(1) / lengths.view(groups, -1).sum(1)
-    return of_group.mean()
+    present = torch.arange(length, device=tokens.device) < lengths.unsqueeze(1)
+    group_means = (terms * present).view(groups, -1).sum(1) / lengths.view(groups, -1).sum(1)
+    return group_means.mean()

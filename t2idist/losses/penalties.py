@@ -1,4 +1,4 @@
-"""Penalties on the slope of a discriminator. They differentiate twice: call them inside a role's forward."""
+"""Gradient penalties of a discriminator. They differentiate twice: call them inside a role's forward."""
 
 from __future__ import annotations
 
@@ -10,23 +10,27 @@ from torch import Tensor
 from t2idist.nn.precision import upcast
 
 
-def slope_penalty(scores: Tensor, images: Tensor) -> Tensor:
-    """Mean over pictures of (norm of the slope of the picture's summed scores - 1) squared; differentiable again.
+def unit_gradient_penalty(scores: Tensor, images: Tensor) -> Tensor:
+    """Mean over images of (norm of the gradient of the image's summed scores - 1) squared; differentiable.
 
-    scores: (N, ...), made of `images` (N, ...), which require a gradient.
+    Args:
+        scores: (N, ...), computed from `images`.
+        images: (N, ...), which require a gradient.
     """
-    (slope,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
-    norms: Tensor = torch.linalg.vector_norm(slope.flatten(1), dim=1)
+    (gradient,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
+    norms: Tensor = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
     return (norms - 1).square().mean()
 
 
 def gradient_penalty(score: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, mixing: Tensor) -> Tensor:
-    """WGAN-GP (Gulrajani et al. 2017, eq. 3), between real and generated pictures (N, 3, S, S).
+    """Gradient penalty of WGAN-GP (Gulrajani et al. 2017, eq. 3), between real and generated images (N, 3, S, S).
 
-    score: (N, 3, S, S) -> (N, ...), each picture's own, with no statistics over pictures. mixing: (N,) in [0, 1], the
-    share of the real picture. The pictures between and the norms are in full precision; what `score` does, and so the
-    slope, in the precision that it is called in.
+    Interpolates and norms are in float32 at least; `score`, and so the gradient, is in the precision of the caller.
+
+    Args:
+        score: (N, 3, S, S) -> (N, ...), the scores of each image, without statistics over images.
+        mixing: (N,) in [0, 1], the share of the real image.
     """
     share = upcast(mixing).view(-1, 1, 1, 1)
     mixed = (share * upcast(real) + (1 - share) * upcast(fake)).detach().requires_grad_()
-    return slope_penalty(upcast(score(mixed)), mixed)
+    return unit_gradient_penalty(upcast(score(mixed)), mixed)

@@ -1,4 +1,4 @@
-"""The captioner of MirrorGAN's STREAM: a picture to a vector, the vector to a caption word by word."""
+"""The captioner of MirrorGAN's STREAM (section 3.3): an image encoder and a word-by-word decoder."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2idist.nn.image_encoders import SmallTrunk, resize
-from t2idist.nn.precision import upcast, no_autocast
+from t2idist.nn.precision import no_autocast, upcast
 from t2idist.nn.resnet import ResNetTrunk, imagenet_scale
 
 TRUNKS = ("resnet152", "small")
 
 
 class ResNetCaptionCNN(nn.Module):
-    """ResNet-152, not trained, and a trained projection: pictures (N, 3, S, S) in [-1, 1] -> (N, word_dim).
+    """Frozen ResNet-152 and a trained projection: images (N, 3, S, S) in [-1, 1] -> (N, word_dim).
 
-    The trunk has no gradient to its weights and stays in eval mode. compat "authors": it gets the pictures in [-1, 1]
-    as they are, as the released captioner did, not with ImageNet's mean and deviation.
+    The trunk has no gradient to its weights and stays in eval mode. compat "authors": it gets images in [-1, 1], as in
+    the released captioner, without ImageNet's mean and standard deviation.
     """
 
     def __init__(self, word_dim: int, image_size: int, compat: str) -> None:
@@ -43,7 +43,7 @@ class ResNetCaptionCNN(nn.Module):
 
 
 class SmallCaptionCNN(SmallTrunk):
-    """The small trunk and the projection, trained together: pictures (N, 3, S, S) in [-1, 1] -> (N, word_dim)."""
+    """Small trunk and projection, trained together: images (N, 3, S, S) in [-1, 1] -> (N, word_dim)."""
 
     def __init__(self, word_dim: int, image_size: int, width: int) -> None:
         super().__init__(image_size, width)
@@ -55,17 +55,17 @@ class SmallCaptionCNN(SmallTrunk):
 
 
 def _project(features: Tensor, linear: nn.Linear, norm: nn.BatchNorm1d) -> Tensor:
-    # The BatchNorm cancels the bias: its gradient is 0 but for rounding, from which Adam would make steps.
+    # BatchNorm cancels the bias: its gradient is rounding noise, which Adam would scale up to full steps.
     projected = F.linear(features, linear.weight, linear.bias.detach()) + 0.0 * linear.bias
     out: Tensor = norm(projected)
     return out
 
 
 class CaptionRNN(nn.Module):
-    """The decoder: an LSTM that is fed the picture's vector, then word after word.
+    """The decoder: an LSTM that reads the image vector, then one word after the other.
 
-    picture (N, word_dim), tokens (N, T) int64 -> logits (N, T, vocabulary) of each word, given the picture and the
-    words before it. What follows a caption's end takes no part in what is before it.
+    image (N, word_dim), tokens (N, T) int64 -> logits (N, T, vocabulary) of each word, given the image and the words
+    before it.
     """
 
     def __init__(self, vocabulary_size: int, word_dim: int, hidden_dim: int) -> None:
@@ -75,31 +75,31 @@ class CaptionRNN(nn.Module):
         self.linear = nn.Linear(hidden_dim, vocabulary_size)
 
     def train(self, mode: bool = True) -> Self:
-        """The LSTM has no dropout and stays in train mode: in eval mode cuDNN gives no gradient to its input."""
+        """Keep the LSTM, which has no dropout, in train mode: in eval mode cuDNN has no gradient to its input."""
         super().train(mode)
         self.lstm.train()
         return self
 
-    def forward(self, picture: Tensor, tokens: Tensor) -> Tensor:
-        before = torch.cat([upcast(picture).unsqueeze(1), self.embed(tokens[:, :-1])], dim=1)
+    def forward(self, image: Tensor, tokens: Tensor) -> Tensor:
+        before = torch.cat([upcast(image).unsqueeze(1), self.embed(tokens[:, :-1])], dim=1)
         with no_autocast(before):
             states, _ = self.lstm(before)
-        rows: Tensor = self.linear(states.flatten(0, 1))  # as they come, torch would repeat the weight for each picture
+        rows: Tensor = self.linear(states.flatten(0, 1))  # on 3-D input torch would repeat the weight for each image
         return rows.view(*tokens.shape, -1)
 
-    def describe(self, picture: Tensor, words: int) -> Tensor:
-        """The likeliest word each time: (N, word_dim) -> tokens (N, words)."""
+    def greedy_decode(self, image: Tensor, length: int) -> Tensor:
+        """Choose the most likely word at every step: (N, word_dim) -> tokens (N, length)."""
         tokens: list[Tensor] = []
-        given, state = upcast(picture).unsqueeze(1), None
-        for _ in range(words):
-            out, state = self.lstm(given, state)
+        inputs, state = upcast(image).unsqueeze(1), None
+        for _ in range(length):
+            out, state = self.lstm(inputs, state)
             tokens.append(self.linear(out[:, 0]).argmax(dim=1))
-            given = self.embed(tokens[-1]).unsqueeze(1)
+            inputs = self.embed(tokens[-1]).unsqueeze(1)
         return torch.stack(tokens, dim=1)
 
 
 def caption_cnn(config: Mapping[str, Any]) -> ResNetCaptionCNN | SmallCaptionCNN:
-    """The image part that a `captioner` stage with this config trains; drawn anew."""
+    """Build the image encoder of a `captioner` stage with this config, with new weights."""
     if config["trunk"] == "resnet152":
         return ResNetCaptionCNN(config["word_dim"], config["image_size"], config["compat"])
     if config["trunk"] == "small":
@@ -108,16 +108,16 @@ def caption_cnn(config: Mapping[str, Any]) -> ResNetCaptionCNN | SmallCaptionCNN
 
 
 def caption_rnn(config: Mapping[str, Any], vocabulary_size: int) -> CaptionRNN:
-    """The decoder that a `captioner` stage with this config trains; drawn anew."""
+    """Build the decoder of a `captioner` stage with this config, with new weights."""
     return CaptionRNN(vocabulary_size, config["word_dim"], config["hidden_dim"])
 
 
 def captioner_from_export(
     export: Mapping[str, Any], vocabulary_size: int
 ) -> tuple[ResNetCaptionCNN | SmallCaptionCNN, CaptionRNN]:
-    """Both parts that fit a `captioner` stage's export, by its index (``{"system", "config", "plan", ...}``).
+    """Build both parts for the export of a `captioner` stage, given its index (``{"system", "config", "plan", ...}``).
 
-    Raises ValueError where the export is another system's, or knows another number of words than the data.
+    Raises ValueError if the export is of another system or its vocabulary has another size than the data's.
     """
     if export["system"] != "captioner":
         raise ValueError(f"uses.captioner: the export is of system '{export['system']}'; it must be of 'captioner'")

@@ -112,9 +112,9 @@ class DcganGenerator(nn.Module):
 
 
 def trunk(
-    width: int, image_size: int, *, residual: bool = False, second_last_leaks: bool = True
+    width: int, image_size: int, *, residual: bool = False, second_last_activation: bool = True
 ) -> tuple[nn.Sequential, int]:
-    """Pictures (N, 3, S, S) -> features (N, C, 4, 4), and C. second_last_leaks: see `DcganDiscriminator`."""
+    """Pictures (N, 3, S, S) -> features (N, C, 4, 4), and C. second_last_activation: see `DcganDiscriminator`."""
     channels = [3, *(width << i for i in range(num_doublings(image_size)))]
     last = len(channels) - 2
     layers: list[nn.Module] = []
@@ -123,7 +123,7 @@ def trunk(
         layers += layer
         if residual and place == last:
             layers.append(Bottleneck(here, nn.LeakyReLU(LEAKY_SLOPE, inplace=True)))
-        if second_last_leaks or place != last - 1 or place == 0:
+        if second_last_activation or place != last - 1 or place == 0:
             layers.append(leak)
     return nn.Sequential(*layers), channels[-1]
 
@@ -133,7 +133,7 @@ class DcganDiscriminator(PairDiscriminator):
 
     text_norm: BatchNorm after the text's linear map. joins: a 1x1 convolution and a LeakyReLU join picture and text
     before the logit (Reed et al., section 4.1); the port has none, so that its logit is a sum of one term for the
-    picture and one for the text, and no pair can be told from a mismatch. second_last_leaks: false leaves the LeakyReLU
+    picture and one for the text, and no pair can be told from a mismatch. second_last_activation: false leaves the LeakyReLU
     after the last but one BatchNorm of the trunk out, as Reed's GAN-INT-CLS script does.
     """
 
@@ -147,10 +147,12 @@ class DcganDiscriminator(PairDiscriminator):
         residual: bool = False,
         text_norm: bool = True,
         joins: bool = True,
-        second_last_leaks: bool = True,
+        second_last_activation: bool = True,
     ) -> None:
         super().__init__()
-        self.netD_1, channels = trunk(width, image_size, residual=residual, second_last_leaks=second_last_leaks)
+        self.netD_1, channels = trunk(
+            width, image_size, residual=residual, second_last_activation=second_last_activation
+        )
         if text_dim is None:
             self.netD_2 = nn.Sequential(LogitConv2d(channels, bias=False))
             return

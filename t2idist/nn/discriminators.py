@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2idist.nn.blocks import LEAKY_SLOPE, JointSequential, JointConv2d, down_block, leaky_block
+from t2idist.nn.blocks import LEAKY_SLOPE, JointConv2d, JointSequential, down_block, leaky_block
 
 SIZES = (16, 32, 64, 128, 256)
 

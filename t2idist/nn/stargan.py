@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2idist.nn.blocks import conv3x3
+from t2idist.nn.fast import blocks as fast
 from t2idist.nn.precision import upcast
 
 LEAKY_SLOPE = 0.01
@@ -17,14 +18,19 @@ BORDER = 3
 """Pixels of padding that the generator's first convolution reads on each side."""
 
 
+def instance_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Normalise each channel of each image (N, C, H, W), then scale and shift it by weight and bias (C,) or (N, C)."""
+    normalised = F.instance_norm(x, use_input_stats=True, eps=eps)
+    return normalised * weight[..., None, None] + bias[..., None, None]
+
+
 class ConditionalInstanceNorm2d(nn.InstanceNorm2d):
-    """Instance normalisation by the picture's own statistics, in training and after.
+    """Instance normalisation by the image's own statistics, in training and evaluation.
 
-    The published weights carry running averages, so there are buffers for them; nothing moves or reads them: the
-    authors draw in training mode, and pictures normalised by the averages are grossly other ones. Channels-last
-    pictures go one by one: torch's own layer would lay them out anew, there and back.
+    The published weights have running averages, so the buffers exist, but they are neither updated nor used: the
+    released code samples in training mode, and normalising by the averages gives very different images.
 
-    label_dim: above 0, labels (N, label_dim) then scale and shift the channels (Dumoulin et al. 2017, eq. 5).
+    label_dim: if above 0, labels (N, label_dim) also scale and shift the channels (Dumoulin et al. 2017, eq. 5).
     """
 
     def __init__(self, channels: int, label_dim: int = 0) -> None:
@@ -34,15 +40,9 @@ class ConditionalInstanceNorm2d(nn.InstanceNorm2d):
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:  # type: ignore[override]
         weight, bias = self.weight, self.bias
         if self.by_labels is not None:
-            more, shift = self.by_labels(labels).chunk(2, dim=1)
-            weight, bias = weight + more, bias + shift  # of each picture
-        if x.is_contiguous(memory_format=torch.channels_last):
-            each = zip(x.split(1), weight.expand(len(x), -1), bias.expand(len(x), -1), strict=True)
-            return torch.cat([F.batch_norm(p, None, None, w, b, True, 0.0, self.eps) for p, w, b in each])
-        if self.by_labels is None:
-            return F.instance_norm(x, None, None, weight, bias, use_input_stats=True, eps=self.eps)
-        plain = F.instance_norm(x, use_input_stats=True, eps=self.eps)
-        return plain * weight[:, :, None, None] + bias[:, :, None, None]
+            scale, shift = self.by_labels(labels).chunk(2, dim=1)
+            weight, bias = weight + scale, bias + shift  # (N, C)
+        return fast.instance_norm(x, weight, bias, self.eps)
 
 
 class ConditionalSequential(nn.Sequential):

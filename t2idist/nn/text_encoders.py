@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from t2idist.nn.char_encoder import char_text_encoder
-from t2idist.nn.precision import upcast, no_autocast
+from t2idist.nn.fast import lstm as fast
+from t2idist.nn.precision import no_autocast, upcast
 
 MIN_NORM = 1e-8
 
@@ -35,33 +36,29 @@ class BiLSTM(nn.Module):
     def forward(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         embedded = self.drop(self.encoder(tokens))
         with no_autocast(embedded):
-            return self._each_way(embedded, lengths) if embedded.is_cpu else self._packed(embedded, lengths)
+            run = fast.bidirectional_lstm if embedded.is_cpu else bidirectional_lstm
+            return run(self.rnn, embedded, lengths)
 
-    def _packed(self, embedded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """By torch's packed sequences, sorted here: where torch sorts them, the host waits for the device."""
-        ordered, order = lengths.cpu().sort(descending=True)
-        sort, restore = (index.to(embedded.device, non_blocking=True) for index in (order, order.argsort()))
-        packed = pack_padded_sequence(embedded[sort], ordered, batch_first=True)
-        states, (last, _) = self.rnn(packed)
-        words, _ = pad_packed_sequence(states, batch_first=True, total_length=embedded.shape[1])
-        return words[restore].transpose(1, 2), torch.cat([last[0], last[1]], dim=1)[restore]
 
-    def _each_way(self, embedded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """The same by two LSTMs over whole rows, each caption turned round for the second.
+def bidirectional_lstm(rnn: nn.LSTM, embedded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Run a one-layer bidirectional LSTM over packed captions.
 
-        On CPUs torch goes through packed captions a step and a gate at a time, whole rows it gives to oneDNN.
-        """
-        count, length, _ = embedded.shape
-        rows, ends = torch.arange(count), lengths - 1
-        turned = (ends.unsqueeze(1) - torch.arange(length)).clamp(min=0).unsqueeze(2)  # the place of each word in it
-        start = embedded.new_zeros(1, count, self.rnn.hidden_size)
-        states: list[Tensor] = []
-        for given, weights in zip((embedded, embedded.take_along_dim(turned, 1)), self.rnn.all_weights, strict=True):
-            states.append(torch.lstm(given, (start, start), [*weights], True, 1, 0.0, self.training, False, True)[0])
-        ahead, back = states
-        words = torch.cat([ahead, back.take_along_dim(turned, 1)], dim=2).transpose(1, 2)
-        sentence = torch.cat([ahead[rows, ends], back[rows, ends]], dim=1)
-        return words.masked_fill(padding_mask(lengths, words).unsqueeze(1), 0.0), sentence
+    Captions are sorted here on the host: if torch sorted them, the host would wait for the device.
+
+    Args:
+        embedded: (N, T, word_dim).
+        lengths: (N,), at least 1, on the host.
+
+    Returns:
+        Words (N, embedding_dim, T), zero past the length, and sentence (N, embedding_dim), the last state of both
+        directions.
+    """
+    ordered, order = lengths.cpu().sort(descending=True)
+    sort, restore = (index.to(embedded.device, non_blocking=True) for index in (order, order.argsort()))
+    packed = pack_padded_sequence(embedded[sort], ordered, batch_first=True)
+    states, (last, _) = rnn(packed)
+    words, _ = pad_packed_sequence(states, batch_first=True, total_length=embedded.shape[1])
+    return words[restore].transpose(1, 2), torch.cat([last[0], last[1]], dim=1)[restore]
 
 
 def damsm_text_encoder(config: Mapping[str, Any], vocabulary_size: int) -> BiLSTM:

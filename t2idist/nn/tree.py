@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from t2idist.nn.attention import GlobalLocalAttention, WordAttention
-from t2idist.nn.blocks import GLU, GLUResidual, JointSequential, JointConv2d, conv3x3, up_block
+from t2idist.nn.blocks import GLU, GLUResidual, JointConv2d, JointSequential, conv3x3, up_block
 from t2idist.nn.conditioning import ConditioningAugmentation
 from t2idist.nn.precision import upcast
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t2idist.nn.blocks import JointSequential, JointConv2d, UpConv2d, conv3x3
+from t2idist.nn.blocks import JointConv2d, JointSequential, UpConv2d, conv3x3
 from t2idist.nn.conditioning import LinearConditioning
 from t2idist.nn.init import BATCH_NORMS
 from t2idist.nn.precision import upcast

@@ -15,6 +15,7 @@ from t2idist.contract import BuildInfo, System
 from t2idist.data.tokenizer import Vocabulary
 from t2idist.engine.checkpoint import export
 from t2idist.nn.init import shapes_only
+from t2idist.systems import is_custom
 from t2idist.systems import load as load_system
 
 
@@ -50,7 +51,7 @@ def load_export(url: str, device: torch.device, custom_system: str = "") -> Load
     """
     where = storage.redact(url)
     index = export.read_index(url)
-    if "." in index["system"] and index["system"] != custom_system:
+    if is_custom(index["system"]) and index["system"] != custom_system:
         raise ValueError(
             f"{where}: is of the custom system '{index['system']}', a module whose code would run; if you trust it, "
             f"give --system {index['system']}"

@@ -1,4 +1,4 @@
-"""The sentence vectors of a system: of its frozen network "text", or those that came with the captions."""
+"""Sentence vectors of captions: by the system's frozen network "text", or those of the data."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ from t2idist.nn.text_encoders import sentence_vectors
 
 
 def for_step(captions: Captions, train: Train, frozen: Mapping[str, Frozen], unit: bool) -> Tensor:
-    """(N, D) in training. frozen: the system's; unit: scaled by `unit_scale`."""
+    """Return the sentence vectors (N, D) of a training step.
+
+    Args:
+        frozen: The system's frozen networks.
+        unit: Whether to scale the vectors by `unit_scale`.
+    """
     with torch.no_grad(), train.frozen("text") if "text" in frozen else contextlib.nullcontext() as encoder:
-        return _read(encoder, captions, unit)
+        return _vectors(encoder, captions, unit)
 
 
 def for_sample(captions: Captions, nets: Mapping[str, nn.Module], unit: bool) -> Tensor:
-    """(N, D) of an export's networks. Raises ValueError where vectors are needed and none were given."""
-    return _read(nets.get("text"), captions, unit)
+    """Return the sentence vectors (N, D) by an export's networks. Raises ValueError if the captions lack vectors."""
+    return _vectors(nets.get("text"), captions, unit)
 
 
-def _read(encoder: nn.Module | None, captions: Captions, unit: bool) -> Tensor:
+def _vectors(encoder: nn.Module | None, captions: Captions, unit: bool) -> Tensor:
     return sentence_vectors(encoder, captions.tokens, captions.lengths, captions.vectors, unit)

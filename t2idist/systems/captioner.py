@@ -1,10 +1,11 @@
-"""A captioner, convolutional image encoder and LSTM (Vinyals et al. 2015), as in MirrorGAN's STREAM (section 3.3)."""
+"""Captioner of a convolutional image encoder and an LSTM (Vinyals et al. 2015): MirrorGAN's STREAM (section 3.3)."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -16,27 +17,28 @@ from t2idist.nn.resnet import load_resnet
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults: MirrorGAN's released captioner, trained as the code that it was built on (yunjey's tutorial).
-
-    trunk: "resnet152" (weights from `trunk_weights`, a file with torchvision's names and the given sha256; only the
-    projection is trained) or "small" (trained from scratch, `trunk_width` channels after its first layer).
-    compat: "authors" for the released weights, whose ResNet got pictures without ImageNet's mean and deviation.
-    """
+    """Defaults: MirrorGAN's released captioner, trained like the code that it derives from (yunjey's tutorial)."""
 
     trunk: str = "resnet152"
+    """"resnet152", of which only the projection is trained, or "small", which is trained from scratch."""
     trunk_width: int = 32
+    """Channels after the first layer of the small trunk."""
     trunk_weights: str = ""
+    """Weights of ResNet-152: a file with torchvision's names."""
     trunk_sha256: str = ""
-    image_size: int = 224  # that ResNet-152 was trained at
+    """Hash of that file."""
+    image_size: int = 224
+    """The size that ResNet-152 was trained at."""
     word_dim: int = 256
     hidden_dim: int = 512
     lr: float = 1e-3
     beta1: float = 0.9
-    compat: str = ""
+    compat: Literal["", "authors"] = ""
+    """"authors", for the released weights: ResNet gets images without ImageNet's mean and standard deviation."""
 
 
 class Captioner(nn.Module):
-    """Both parts as one role: one Adam trains them."""
+    """Image encoder and decoder as one role, trained by one Adam."""
 
     def __init__(self, cnn: ResNetCaptionCNN | SmallCaptionCNN, rnn: CaptionRNN) -> None:
         super().__init__()
@@ -49,15 +51,15 @@ class Captioner(nn.Module):
 
 
 class Captioning:
-    """The system; its export holds the networks "cnn" and "rnn"."""
+    """The system. Exports: "cnn", "rnn"."""
 
-    def __init__(self, config: Config, plan: BuildInfo) -> None:
+    def __init__(self, config: Config, info: BuildInfo) -> None:
         fields = asdict(config)
-        net = Captioner(caption_cnn(fields), caption_rnn(fields, plan.vocabulary_size))
+        net = Captioner(caption_cnn(fields), caption_rnn(fields, info.vocabulary_size))
         pretrained = None
         if isinstance(net.cnn, ResNetCaptionCNN):
-            fill = functools.partial(load_resnet, net.cnn.resnet)
-            pretrained = Pretrained(config.trunk_weights, config.trunk_sha256, "trunk_weights", fill)
+            load = functools.partial(load_resnet, net.cnn.resnet)
+            pretrained = Pretrained(config.trunk_weights, config.trunk_sha256, "trunk_weights", load)
         self.roles = {"captioner": Role(net, Adam(lr=config.lr, beta1=config.beta1), pretrained=pretrained)}
         self.frozen: dict[str, Frozen] = {}
         self.sizes = (config.image_size,)
@@ -67,14 +69,20 @@ class Captioning:
         loss = train.update("captioner", _loss, batch)
         train.report("captioner/cross_entropy", loss)
 
-    def describe(self, nets: Mapping[str, nn.Module], images: Tensor, words: int) -> Tensor:
-        """So many words of pictures (N, 3, S, S) in [-1, 1] of any size, the likeliest one by one: tokens (N, words).
+    def describe(self, nets: Mapping[str, nn.Module], images: Tensor, length: int) -> Tensor:
+        """Caption images by greedy decoding.
 
-        Captions have no mark at their end here, so where to stop is the caller's choice.
+        Captions have no end token, so the caller chooses the length.
+
+        Args:
+            images: (N, 3, S, S) in [-1, 1], of any size.
+
+        Returns:
+            Tokens (N, length).
         """
         rnn = nets["rnn"]
         assert isinstance(rnn, CaptionRNN)
-        return rnn.describe(nets["cnn"](images), words)
+        return rnn.greedy_decode(nets["cnn"](images), length)
 
 
 def _loss(net: Captioner, batch: Batch) -> Tensor:
@@ -83,16 +91,14 @@ def _loss(net: Captioner, batch: Batch) -> Tensor:
     return word_cross_entropy(logits, captions.tokens, captions.lengths, batch.groups)
 
 
-def build(config: Config, plan: BuildInfo) -> Captioning:
-    """The system with newly drawn weights; the ResNet trunk's come from `trunk_weights` afterwards."""
-    if config.compat not in ("", "authors"):
-        raise ValueError(f"compat is '{config.compat}'; it must be '' or 'authors'")
+def build(config: Config, info: BuildInfo) -> Captioning:
+    """Build the system with new weights; those of ResNet-152 are loaded later from `trunk_weights`."""
     if config.trunk == "resnet152" and config.image_size < 32:
         raise ValueError(
-            f"image_size is {config.image_size}; the trunk 'resnet152' takes 32 and more, and was trained at 224"
+            f"image_size is {config.image_size}; the trunk 'resnet152' needs at least 32 and was trained at 224"
         )
     if config.trunk != "resnet152" and config.trunk_weights:
         raise ValueError(f"trunk_weights is given, but trunk is '{config.trunk}'; only 'resnet152' takes weights")
-    if plan.group_size < 2:
-        raise ValueError(f"group_size is {plan.group_size}; the captioner's BatchNorm takes at least 2 pictures")
-    return Captioning(config, plan)
+    if info.group_size < 2:
+        raise ValueError(f"group_size is {info.group_size}; the captioner's BatchNorm needs at least 2 images")
+    return Captioning(config, info)

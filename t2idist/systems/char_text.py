@@ -11,43 +11,47 @@ from torch import Tensor, nn
 from t2idist.contract import Adam, Batch, BuildInfo, Captions, Frozen, Pretrained, Role, Train
 from t2idist.losses.matching import RankingLosses, joint_embedding_losses
 from t2idist.nn.char_encoder import char_text_encoder
-from t2idist.nn.image_encoders import (TextImageEncoders, InceptionEncoder, check_trunk, damsm_image_encoder, load_trunk)
+from t2idist.nn.image_encoders import InceptionEncoder, TextImageEncoders, check_trunk, damsm_image_encoder, load_trunk
 
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults: the text encoder that GAN-CLS was published with (released code for COCO), beside the DAMSM's trunk.
-
-    characters: of a caption that are read, words joined by spaces. widths: channels of the three convolutions.
-    recurrent: "gru" or "rnn", over what they leave. trunk, trunk_width, trunk_weights, trunk_sha256, image_size: of the
-    image encoder, as in damsm. margin: by which a caption is to beat another class's.
-    """
+    """Defaults: the text encoder of GAN-CLS (released code for COCO), with the DAMSM's image trunk."""
 
     embedding_dim: int = 1024
     characters: int = 201
+    """Characters read of a caption, words joined by single spaces."""
     widths: tuple[int, int, int] = (384, 512, 512)
+    """Channels of the three temporal convolutions."""
     recurrent: str = "gru"
+    """"gru" or "rnn", over the output of the convolutions."""
     trunk: str = "inception"
+    """Image encoder: "inception", or "small", which is trained from scratch."""
     trunk_width: int = 32
+    """Channels after the first layer of the small trunk."""
     trunk_weights: str = ""
+    """Weights of the Inception trunk: a file with torchvision's names."""
     trunk_sha256: str = ""
+    """Hash of that file."""
     image_size: int = 299
-    margin: float = 1.0  # the paper's 0-1 loss between classes
-    lr: float = 2e-4  # released code for COCO
+    margin: float = 1.0
+    """The paper's 0-1 loss between classes."""
+    lr: float = 2e-4
+    """Released code for COCO."""
 
 
 class CharText:
-    """The system; its export holds the networks "text" and "image"."""
+    """The system. Exports: "text", "image"."""
 
-    def __init__(self, config: Config, plan: BuildInfo) -> None:
+    def __init__(self, config: Config, info: BuildInfo) -> None:
         self.config = config
         fields = asdict(config)
-        text = char_text_encoder(fields, plan.extent.words)
+        text = char_text_encoder(fields, info.data.words)
         encoders = TextImageEncoders(text, damsm_image_encoder(fields, regions=False))
         pretrained = None
         if isinstance(encoders.image, InceptionEncoder):
-            fill = functools.partial(load_trunk, encoders.image)
-            pretrained = Pretrained(config.trunk_weights, config.trunk_sha256, "trunk_weights", fill)
+            load = functools.partial(load_trunk, encoders.image)
+            pretrained = Pretrained(config.trunk_weights, config.trunk_sha256, "trunk_weights", load)
         self.roles = {"char_text": Role(encoders, Adam(lr=config.lr), pretrained=pretrained)}
         self.frozen: dict[str, Frozen] = {}
         self.sizes = (config.image_size,)
@@ -64,7 +68,7 @@ class CharText:
         sentences = net.text(batch.captions.tokens, batch.captions.lengths)[1]
         return joint_embedding_losses(codes, sentences, batch.class_ids, batch.groups, self.config.margin)
 
-    def embed_pictures(self, nets: Mapping[str, nn.Module], images: Tensor) -> Tensor:
+    def embed_images(self, nets: Mapping[str, nn.Module], images: Tensor) -> Tensor:
         codes: Tensor = nets["image"](images)[1]
         return codes
 
@@ -73,9 +77,9 @@ class CharText:
         return sentences
 
 
-def build(config: Config, plan: BuildInfo) -> CharText:
-    """The system with newly drawn weights; the Inception trunk's come from `trunk_weights` afterwards."""
-    if plan.group_size < 2:
-        raise ValueError(f"group_size is {plan.group_size}; char_text compares the captions of a group: at least 2")
+def build(config: Config, info: BuildInfo) -> CharText:
+    """Build the system with new weights; those of the Inception trunk are loaded later from `trunk_weights`."""
+    if info.group_size < 2:
+        raise ValueError(f"group_size is {info.group_size}; char_text compares the captions of a group: at least 2")
     check_trunk(config.trunk, config.image_size, config.trunk_weights)
-    return CharText(config, plan)
+    return CharText(config, info)

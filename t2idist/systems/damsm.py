@@ -1,4 +1,4 @@
-"""DAMSM: text and image encoder that place words, sentences and pictures in one space (AttnGAN, section 3.2)."""
+"""DAMSM: a text and an image encoder that embed words, sentences and images in one space (AttnGAN, section 3.2)."""
 
 from __future__ import annotations
 
@@ -10,53 +10,57 @@ from torch import Tensor, nn
 
 from t2idist.contract import Adam, Batch, BuildInfo, Captions, Frozen, Pretrained, Role, Schedule, Train
 from t2idist.losses.matching import Gammas, RankingLosses, sentence_losses, word_losses
-from t2idist.nn.image_encoders import (TextImageEncoders, InceptionEncoder, check_trunk, damsm_image_encoder, load_trunk)
+from t2idist.nn.image_encoders import InceptionEncoder, TextImageEncoders, check_trunk, damsm_image_encoder, load_trunk
 from t2idist.nn.text_encoders import damsm_text_encoder
 
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults: AttnGAN's paper, else its released settings.
-
-    trunk: "inception" (image_size 299, weights from `trunk_weights`, a file with torchvision's names and the given
-    sha256) or "small" (trained from scratch, `trunk_width` channels after its first layer).
-    """
+    """Defaults: AttnGAN's paper, else its released settings."""
 
     embedding_dim: int = 256
     word_dim: int = 300
+    """Dimensions of the LSTM's input embeddings."""
     dropout: float = 0.5
     trunk: str = "inception"
+    """Image encoder: "inception", or "small", which is trained from scratch."""
     trunk_width: int = 32
+    """Channels after the first layer of the small trunk."""
     trunk_weights: str = ""
+    """Weights of the Inception trunk: a file with torchvision's names."""
     trunk_sha256: str = ""
+    """Hash of that file."""
     image_size: int = 299
-    gamma_attention: float = 5.0  # section 4 of the paper; 4 in the released settings
+    gamma_attention: float = 5.0
+    """Section 4; 4 in the released settings."""
     gamma_words: float = 5.0
     gamma_ranking: float = 10.0
     lr: float = 2e-3
     lr_factor_per_epoch: float = 0.98
     lr_floor: float = 0.1
+    """Lowest factor on `lr`."""
     clip_norm: float = 0.25
+    """Largest gradient norm of the text encoder."""
 
 
 class Damsm:
-    """The system; its export holds the networks "text" and "image"."""
+    """The system. Exports: "text", "image"."""
 
-    def __init__(self, config: Config, plan: BuildInfo) -> None:
+    def __init__(self, config: Config, info: BuildInfo) -> None:
         self.config = config
         fields = asdict(config)
-        encoders = TextImageEncoders(damsm_text_encoder(fields, plan.vocabulary_size), damsm_image_encoder(fields))
+        encoders = TextImageEncoders(damsm_text_encoder(fields, info.vocabulary_size), damsm_image_encoder(fields))
         schedule = Schedule(
             "exponential",
             factor=config.lr_factor_per_epoch,
-            every_images=float(plan.extent.epoch_images),
+            every_images=float(info.data.epoch_images),
             floor=config.lr_floor,
         )
         adam = Adam(lr=config.lr, schedule=schedule)
         pretrained = None
         if isinstance(encoders.image, InceptionEncoder):
-            fill = functools.partial(load_trunk, encoders.image)
-            pretrained = Pretrained(config.trunk_weights, config.trunk_sha256, "trunk_weights", fill)
+            load = functools.partial(load_trunk, encoders.image)
+            pretrained = Pretrained(config.trunk_weights, config.trunk_sha256, "trunk_weights", load)
         self.roles = {
             "damsm": Role(encoders, adam, clip_norm=config.clip_norm, clip_prefix="text.", pretrained=pretrained)
         }
@@ -82,7 +86,7 @@ class Damsm:
             sentence_losses(whole, sentence, classes, groups, self.gammas),
         )
 
-    def embed_pictures(self, nets: Mapping[str, nn.Module], images: Tensor) -> Tensor:
+    def embed_images(self, nets: Mapping[str, nn.Module], images: Tensor) -> Tensor:
         codes: Tensor = nets["image"](images)[1]
         return codes
 
@@ -91,7 +95,7 @@ class Damsm:
         return sentences
 
 
-def build(config: Config, plan: BuildInfo) -> Damsm:
-    """The system with newly drawn weights; the Inception trunk's come from `trunk_weights` afterwards."""
+def build(config: Config, info: BuildInfo) -> Damsm:
+    """Build the system with new weights; those of the Inception trunk are loaded later from `trunk_weights`."""
     check_trunk(config.trunk, config.image_size, config.trunk_weights)
-    return Damsm(config, plan)
+    return Damsm(config, info)

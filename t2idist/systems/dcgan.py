@@ -1,4 +1,4 @@
-"""DCGAN (Radford et al. 2016), the base of the family, and the plain conditional GAN on the same layers."""
+"""DCGAN (Radford et al. 2016), and a conditional GAN on the same layers."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from t2idist.systems import _sentences
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults: the paper's, which draws z from a uniform distribution; here it is normal, as in all that followed.
-
-    image_size: a power of two from 16 on. conditional: both networks see a caption, whose sentence vector slot "text"
-    or the data gives, and the discriminator sees matching captions only. condition_dim: what a sentence vector is
-    projected to. unit_text: sentence vectors are scaled to a root mean square of 1, which an encoder trained on cosines
-    leaves to chance. ema_half_life_images: none: no average, as published.
-    """
+    """Defaults: the paper's; but z is normal, as in all later systems, not uniform."""
 
     image_size: int = 64
-    generator_width: int = 128  # figure 1: 1024 channels at 4x4
+    """A power of two, at least 16."""
+    generator_width: int = 128
+    """Figure 1: 1024 channels at 4x4."""
     discriminator_width: int = 64
     z_dim: int = 100
     conditional: bool = False
-    condition_dim: int = 128  # GAN-CLS, section 5
+    """Both networks see captions, by sentence vectors of slot "text" or the data; without mismatched pairs."""
+    condition_dim: int = 128
+    """Dimensions that sentence vectors are projected to (GAN-CLS, section 5)."""
     generator_lr: float = 2e-4
     discriminator_lr: float = 2e-4
     ema_half_life_images: float | None = None
+    """Half-life of the generator's EMA; none: no EMA, as published."""
     unit_text: bool = False
+    """Scale sentence vectors by `unit_scale`: an encoder trained on cosines leaves their length arbitrary."""
 
 
 class Dcgan:
-    """The system; its export holds "generator" and, where an encoder reads the captions, "text"."""
+    """The system. Exports: "generator" and, with an encoder of captions, "text"."""
 
-    def __init__(self, config: Config, plan: BuildInfo) -> None:
+    def __init__(self, config: Config, info: BuildInfo) -> None:
         self.config = config
         self.sizes = (config.image_size,)
         self.frozen: dict[str, Frozen] = {}
         text_dim = None
         if config.conditional:
-            encoder, text_dim = sentence_encoder(plan.sources, plan.vocabulary_size, plan.extent.vector_dim)
+            encoder, text_dim = sentence_encoder(info.sources, info.vocabulary_size, info.data.vector_dim)
             if encoder is not None:
                 self.frozen["text"] = Frozen(encoder, "text", "text")
         generator = (
@@ -72,34 +72,34 @@ class Dcgan:
         text = None
         if self.config.conditional:
             text = _sentences.for_step(batch.captions, train, self.frozen, self.config.unit_text)
-        fake = train.forward("generator", _call, train.noise(self.config.z_dim), text)
-        verdict = train.forward("discriminator", _verdict, batch.images[-1], fake.detach(), text)
-        train.apply("discriminator", verdict.real + verdict.fake)
-        for part, value in vars(verdict).items():
+        fake = train.forward("generator", _generate, train.noise(self.config.z_dim), text)
+        losses = train.forward("discriminator", _losses, batch.images[-1], fake.detach(), text)
+        train.apply("discriminator", losses.real + losses.fake)
+        for part, value in vars(losses).items():
             train.report(f"discriminator/{part}", value)
-        with train.frozen("discriminator") as judge:
-            loss = bce_real(judge(fake, text))
+        with train.frozen("discriminator") as discriminator:
+            loss = bce_real(discriminator(fake, text))
         train.report("generator/adversarial", loss)
         train.apply("generator", loss)
 
-    def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: NoiseFn) -> Sample:
+    def sample(self, nets: Mapping[str, nn.Module], captions: Captions, noise: NoiseFn) -> Sample:
         text = _sentences.for_sample(captions, nets, self.config.unit_text) if self.config.conditional else None
-        return Sample((nets["generator"](draw(self.config.z_dim), text),))
+        return Sample((nets["generator"](noise(self.config.z_dim), text),))
 
 
-def _call(net: nn.Module, z: Tensor, text: Tensor | None) -> Tensor:
+def _generate(net: nn.Module, z: Tensor, text: Tensor | None) -> Tensor:
     images: Tensor = net(z, text)
     return images
 
 
-def _verdict(net: nn.Module, real: Tensor, fake: Tensor, text: Tensor | None) -> UnconditionalLosses:
+def _losses(net: nn.Module, real: Tensor, fake: Tensor, text: Tensor | None) -> UnconditionalLosses:
     return unconditional_losses(net(real, text), net(fake, text))
 
 
-def build(config: Config, plan: BuildInfo) -> Dcgan:
-    """The system with newly drawn weights. Raises ValueError, naming the key, where the config cannot be had."""
-    if config.conditional and plan.group_size < 2:
+def build(config: Config, info: BuildInfo) -> Dcgan:
+    """Build the system with new weights. Raises ValueError, naming the key, if the config is invalid."""
+    if config.conditional and info.group_size < 2:
         raise ValueError(
-            f"group_size is {plan.group_size}; dcgan with captions normalises them over a group and takes at least 2"
+            f"group_size is {info.group_size}; dcgan with captions normalises them over a group and needs at least 2"
         )
-    return Dcgan(config, plan)
+    return Dcgan(config, info)

@@ -1,9 +1,12 @@
-"""GAN-CLS, GAN-INT and GAN-INT-CLS: a DCGAN of captions, with mismatched pairs and mixed text (Reed et al. 2016)."""
+"""GAN-CLS, GAN-INT and GAN-INT-CLS: a DCGAN of captions, with mismatched pairs and interpolated text
+(Reed et al. 2016).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,50 +22,54 @@ from t2idist.systems import _sentences
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults: GAN-INT-CLS with the paper's settings for CUB, else the released ones.
-
-    image_size: a power of two from 16 on. residual: with the bottleneck blocks of the released Lua code; false is a
-    plain DCGAN, as the PyTorch port is (widths 64 and 64). condition_dim: what a sentence vector is projected to.
-    text_norm: BatchNorm on that in the discriminator; the released CUB script and the port have it, COCO's has not.
-    matching_aware: the discriminator learns from real pictures with wrong captions, too (GAN-CLS). interpolate: the
-    generator learns from mixtures of two captions, too (GAN-INT): `beta` of one and 1 - `beta` of the next of its
-    group, with `interpolation_weight`. unit_text: sentence vectors are scaled to a root mean square of 1, which an
-    encoder trained on cosines leaves to chance. ema_half_life_images: none: no average, as published.
-    compat: "authors" for the released GAN-INT-CLS script, which lacks one LeakyReLU in the residual discriminator and
-    takes the generator's loss over half as many mixtures as captions, the mean of them all; without `residual` for the
-    port's weights, whose discriminator never joins picture and text.
-    """
+    """Defaults: GAN-INT-CLS with the paper's settings for CUB, else the released ones."""
 
     image_size: int = 64
-    generator_width: int = 128  # ngf; 196 for COCO
-    discriminator_width: int = 64  # ndf; 196 for COCO
+    """A power of two, at least 16."""
+    generator_width: int = 128
+    """ngf; 196 for COCO."""
+    discriminator_width: int = 64
+    """ndf; 196 for COCO."""
     residual: bool = True
+    """With the bottleneck blocks of the released Lua code; false: a plain DCGAN, as the PyTorch port (widths 64)."""
     z_dim: int = 100
-    condition_dim: int = 128  # section 5
+    condition_dim: int = 128
+    """Dimensions that sentence vectors are projected to (section 5)."""
     text_norm: bool = True
+    """BatchNorm after that projection in the discriminator; the released CUB script and the port have it, COCO not."""
     matching_aware: bool = True
+    """GAN-CLS: the discriminator also learns from real images with wrong captions."""
     interpolate: bool = True
-    beta: float = 0.5  # section 4.3
+    """GAN-INT: the generator also learns from interpolations of two captions of its group."""
+    beta: float = 0.5
+    """Share of the own caption in an interpolation (section 4.3)."""
     interpolation_weight: float = 1.0
     generator_lr: float = 2e-4
     discriminator_lr: float = 2e-4
-    lr_factor: float = 0.5  # released code
-    lr_every_epochs: float = 100.0  # 40 for COCO
+    lr_factor: float = 0.5
+    """Released code."""
+    lr_every_epochs: float = 100.0
+    """Epochs between two decays; 40 for COCO."""
     ema_half_life_images: float | None = None
+    """Half-life of the generator's EMA; none: no EMA, as published."""
     unit_text: bool = False
-    compat: str = ""
+    """Scale sentence vectors by `unit_scale`: an encoder trained on cosines leaves their length arbitrary."""
+    compat: Literal["", "authors"] = ""
+    """"authors": the released GAN-INT-CLS script, which lacks a LeakyReLU in the residual discriminator and averages
+    the generator's loss over captions and half as many interpolations; without `residual`: the port's weights, whose
+    discriminator never joins image and text."""
 
 
 class GanCls:
-    """The system; its export holds "generator" and, where an encoder reads the captions, "text"."""
+    """The system. Exports: "generator" and, with an encoder of captions, "text"."""
 
-    def __init__(self, config: Config, plan: BuildInfo) -> None:
+    def __init__(self, config: Config, info: BuildInfo) -> None:
         self.config = config
         self.sizes = (config.image_size,)
-        encoder, text_dim = sentence_encoder(plan.sources, plan.vocabulary_size, plan.extent.vector_dim)
+        encoder, text_dim = sentence_encoder(info.sources, info.vocabulary_size, info.data.vector_dim)
         self.frozen = {} if encoder is None else {"text": Frozen(encoder, "text", "text")}
         generator = conditional_generator(asdict(config), text_dim, config.residual)
-        as_released = config.compat == "authors"
+        released = config.compat == "authors"
         discriminator = DcganDiscriminator(
             width=config.discriminator_width,
             image_size=config.image_size,
@@ -70,12 +77,12 @@ class GanCls:
             condition_dim=config.condition_dim,
             residual=config.residual,
             text_norm=config.text_norm,
-            joins=config.residual or not as_released,
-            second_last_leaks=not (config.residual and config.interpolate and as_released),
+            joins=config.residual or not released,
+            second_last_activation=not (config.residual and config.interpolate and released),
         )
         normal_(generator)
         normal_(discriminator)
-        every_images = config.lr_every_epochs * plan.extent.epoch_images
+        every_images = config.lr_every_epochs * info.data.epoch_images
         schedule = Schedule("exponential", factor=config.lr_factor, every_images=every_images)
         self.roles = {
             "generator": Role(generator, Adam(config.generator_lr, schedule=schedule), config.ema_half_life_images),
@@ -90,48 +97,43 @@ class GanCls:
         if self.config.interpolate:
             texts.append(torch.lerp(text[pairs.caption], text, self.config.beta))
             noises.append(train.noise(self.config.z_dim))
-        fakes = train.forward("generator", _draw, noises, texts)
+        fakes = train.forward("generator", _generate, noises, texts)
         fake = fakes[0].detach()
-        verdict = train.forward(
+        losses = train.forward(
             "discriminator", matching_aware_losses, batch.images[-1], fake, text, pairs, batch.groups
         )
-        told_apart = matching_aware_loss(verdict.real, verdict.wrong, verdict.fake)
-        train.apply("discriminator", told_apart if self.config.matching_aware else verdict.real + verdict.fake)
-        for part, value in vars(verdict).items():
+        matching_aware = self.config.matching_aware
+        train.apply("discriminator", matching_aware_loss(losses) if matching_aware else losses.real + losses.fake)
+        for part, value in vars(losses).items():
             train.report(f"discriminator/{part}", value)
-        with train.frozen("discriminator") as judge:
-            losses = [bce_real(judge(images, condition)) for images, condition in zip(fakes, texts, strict=True)]
-        for name, loss in zip(("adversarial", "interpolated"), losses, strict=False):
+        with train.frozen("discriminator") as discriminator:
+            adversarial = [bce_real(discriminator(images, c)) for images, c in zip(fakes, texts, strict=True)]
+        for name, loss in zip(("adversarial", "interpolated"), adversarial, strict=False):
             train.report(f"generator/{name}", loss)
-        train.apply("generator", self._generator_loss(losses))
+        train.apply("generator", self._generator_loss(adversarial))
 
     def _generator_loss(self, losses: Sequence[Tensor]) -> Tensor:
-        """Of the captions' pictures and, with interpolation, of the mixtures' (section 4.3, eq. 5)."""
+        """Combine the losses for captions and, with `interpolate`, for interpolated text (section 4.3, eq. 5)."""
         if not self.config.interpolate:
             return losses[0]
-        plain, mixed = losses
-        total = plain + self.config.interpolation_weight * mixed
-        if self.config.compat == "authors":  # half as many mixtures as captions, the mean over all of them
-            total = (2 * plain + self.config.interpolation_weight * mixed) / 3
+        plain, interpolated = losses
+        total = plain + self.config.interpolation_weight * interpolated
+        if self.config.compat == "authors":  # half as many interpolations as captions, the mean over all of them
+            total = (2 * plain + self.config.interpolation_weight * interpolated) / 3
         return total
 
-    def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: NoiseFn) -> Sample:
+    def sample(self, nets: Mapping[str, nn.Module], captions: Captions, noise: NoiseFn) -> Sample:
         text = _sentences.for_sample(captions, nets, self.config.unit_text)
-        return Sample((nets["generator"](draw(self.config.z_dim), text),))
+        return Sample((nets["generator"](noise(self.config.z_dim), text),))
 
 
-def _draw(net: nn.Module, noises: Sequence[Tensor], texts: Sequence[Tensor]) -> list[Tensor]:
+def _generate(net: nn.Module, noises: Sequence[Tensor], texts: Sequence[Tensor]) -> list[Tensor]:
     return [net(z, text) for z, text in zip(noises, texts, strict=True)]
 
 
-def build(config: Config, plan: BuildInfo) -> GanCls:
-    """The system with newly drawn weights. Raises ValueError, naming the key, where the config cannot be had."""
-    if config.compat not in ("", "authors"):
-        raise ValueError(f"compat is '{config.compat}'; it must be '' or 'authors'")
+def build(config: Config, info: BuildInfo) -> GanCls:
+    """Build the system with new weights. Raises ValueError, naming the key, if the config is invalid."""
     if not 0.0 <= config.beta <= 1.0:
         raise ValueError(f"beta is {config.beta}; it must be from 0 to 1")
-    if plan.group_size < 2:
-        raise ValueError(
-            f"group_size is {plan.group_size}; gan_cls pairs pictures with wrong captions and takes at least 2"
-        )
-    return GanCls(config, plan)
+    info.require_pairs("gan_cls")
+    return GanCls(config, info)

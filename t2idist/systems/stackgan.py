@@ -1,10 +1,10 @@
-"""StackGAN (v1): a sketch from text in the first stage, its refinement in the second (Zhang et al. 2017)."""
+"""StackGAN (v1): stage I sketches an image from text, stage II refines it (Zhang et al. 2017)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from t2idist.contract import Adam, Batch, BuildInfo, Captions, Frozen, NoiseFn, Role, Sample, Schedule, Train
 from t2idist.losses.adversarial import (
     attngan_discriminator_loss,
-    bce_real,
+    conditional_generator_loss,
     generator_loss,
     joint_losses,
     matching_aware_loss,
@@ -25,49 +25,54 @@ from t2idist.nn.discriminators import SIZES, StageDiscriminator
 from t2idist.nn.init import normal_
 from t2idist.nn.text_encoders import sentence_encoder
 from t2idist.nn.tree import GeneratorOutput
-from t2idist.nn.two_stage import StageOneGenerator, StageTwoGenerator, use_batch_statistics, stage_one_generator
+from t2idist.nn.two_stage import StageOneGenerator, StageTwoGenerator, stage_one_generator, use_batch_statistics
 from t2idist.systems import _sentences
 
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults: the paper's settings for CUB (sections 3.2 to 3.4), widths as in the released code.
-
-    stage: 1 draws pictures of `image_size` from text; 2 refines those of a trained stage 1 (slot "stage1", frozen) to
-    `image_size`. As released, the second stage's discriminator has an unconditional head too.
-    unit_text: sentence vectors have unit scale where the networks read them; for a DAMSM's, whose length is chance.
-    compat: "authors": conditioning statistics through a ReLU, for the released weights; and stage 1, while stage 2 is
-    trained, goes by the statistics of each group's pictures (its running ones do not drift, as they did there).
-    """
+    """Defaults: the paper's settings for CUB (sections 3.2 to 3.4), widths as in the released code."""
 
     stage: int = 1
-    image_size: int = 64  # 256 in stage 2
-    generator_width: int = 128  # GF_DIM; 192 for COCO
-    discriminator_width: int = 64  # DF_DIM; 96 for COCO
-    residuals: int = 4  # R_NUM, of stage 2; 2 for COCO
-    z_dim: int = 100  # in stage 2: that of its stage 1
+    """1: text to image. 2: refine the images of a trained stage 1 (slot "stage1", frozen)."""
+    image_size: int = 64
+    """256 in stage 2."""
+    generator_width: int = 128
+    """GF_DIM; 192 for COCO."""
+    discriminator_width: int = 64
+    """DF_DIM; 96 for COCO."""
+    residuals: int = 4
+    """R_NUM, of stage 2; 2 for COCO."""
+    z_dim: int = 100
+    """In stage 2 that of its stage 1."""
     condition_dim: int = 128
-    kl_weight: float = 1.0  # lambda, section 3.3; 2 in the released settings
+    kl_weight: float = 1.0
+    """lambda, section 3.3; 2 in the released settings."""
     generator_lr: float = 2e-4
     discriminator_lr: float = 2e-4
-    lr_halved_every_epochs: float = 100.0  # section 3.4; 20 in the released settings for COCO
-    ema_half_life_images: float = 0.0  # 0: no average, as published
-    unit_text: bool = False  # in stage 2: that of its stage 1
-    compat: str = ""
+    lr_halved_every_epochs: float = 100.0
+    """Section 3.4; 20 in the released settings for COCO."""
+    ema_half_life_images: float = 0.0
+    """Half-life of the generator's EMA; 0: no EMA, as published."""
+    unit_text: bool = False
+    """Scale sentence vectors by `unit_scale`, for a DAMSM's, whose length is arbitrary; in stage 2 as its stage 1."""
+    compat: Literal["", "authors"] = ""
+    """"authors": a ReLU on the conditioning statistics, for the released weights; while stage 2 is trained, stage 1
+    normalises by the batch statistics of each group (without the drift of its running statistics that they had)."""
 
 
 class StackGan:
-    """Either stage. Its export holds "generator", with stage 2 "stage1", and "text" where an encoder reads captions."""
+    """Either stage. Exports: "generator", in stage 2 "stage1", and "text" with an encoder of captions."""
 
-    def __init__(self, config: Config, plan: BuildInfo) -> None:
+    def __init__(self, config: Config, info: BuildInfo) -> None:
         self.config = config
         self.sizes = (config.image_size,)
         self.frozen: dict[str, Frozen] = {}
-        stage1 = plan.sources["stage1"] if config.stage == 2 else None
+        stage1 = info.sources["stage1"] if config.stage == 2 else None
         encoder, text_dim = sentence_encoder(
-            plan.sources if stage1 is None else stage1["plan"]["sources"],
-            plan.vocabulary_size,
-            plan.extent.vector_dim,
+            info.sources if stage1 is None else stage1["plan"]["sources"],
+            info.vocabulary_size,
+            info.data.vector_dim,
         )
         if stage1 is None:
             generator: StageOneGenerator | StageTwoGenerator = stage_one_generator(asdict(config), text_dim)
@@ -86,33 +91,32 @@ class StackGan:
             self.frozen["stage1"] = Frozen(stage_one_generator(stage1["config"], text_dim), "stage1", "generator")
         if encoder is not None:
             self.frozen["text"] = Frozen(encoder, "text" if stage1 is None else "stage1", "text")
-        judge = StageDiscriminator(
+        discriminator = StageDiscriminator(
             config.discriminator_width, config.image_size, config.condition_dim, unconditional=config.stage == 2
         )
         normal_(generator)
-        normal_(judge)
+        normal_(discriminator)
         halving = Schedule(
-            "exponential", factor=0.5, every_images=config.lr_halved_every_epochs * plan.extent.epoch_images
+            "exponential", factor=0.5, every_images=config.lr_halved_every_epochs * info.data.epoch_images
         )
         self.roles = {
             "generator": Role(
                 generator, Adam(config.generator_lr, schedule=halving), config.ema_half_life_images or None
             ),
-            "discriminator": Role(judge, Adam(config.discriminator_lr, schedule=halving)),
+            "discriminator": Role(discriminator, Adam(config.discriminator_lr, schedule=halving)),
         }
         self.exports = ("generator", *self.frozen)
 
     def step(self, batch: Batch, train: Train) -> None:
         sentence = _sentences.for_step(batch.captions, train, self.frozen, self.config.unit_text)
-        first = train.noise(self.config.z_dim)  # what the generator begins from: noise, or stage 1's picture
+        inputs = train.noise(self.config.z_dim)  # of the generator: noise, or the images of stage 1
         if self.config.stage == 2:
-            first = self._low(first, train.noise(self.low_condition_dim), sentence, batch.groups, train)
-        drawn = train.forward("generator", tree.generate, first, train.noise(self.config.condition_dim), sentence)
-        self._judge(drawn, batch, train)
-        train.apply("generator", self._generator_loss(drawn, train))
+            inputs = self._stage1_images(inputs, train.noise(self.low_condition_dim), sentence, batch.groups, train)
+        output = train.forward("generator", tree.generate, inputs, train.noise(self.config.condition_dim), sentence)
+        self._update_discriminator(output, batch, train)
+        train.apply("generator", self._generator_loss(output, train))
 
-    def _low(self, z: Tensor, normal: Tensor, sentence: Tensor, groups: int, train: Train) -> Tensor:
-        """Stage 1's pictures."""
+    def _stage1_images(self, z: Tensor, normal: Tensor, sentence: Tensor, groups: int, train: Train) -> Tensor:
         with torch.no_grad(), train.frozen("stage1") as net:
             if self.config.compat != "authors":
                 return tree.generate(net, z, normal, sentence).images[0]
@@ -120,83 +124,77 @@ class StackGan:
             with use_batch_statistics(net):
                 return torch.cat([tree.generate(net, *part).images[0] for part in parts])
 
-    def _judge(self, drawn: GeneratorOutput, batch: Batch, train: Train) -> None:
-        """The discriminator's update, conditioned on the mean of the conditioning Gaussian."""
-        assert drawn.mean is not None
+    def _update_discriminator(self, output: GeneratorOutput, batch: Batch, train: Train) -> None:
+        """Update the discriminator, conditioned on the mean of the conditioning Gaussian.
+
+        As released, that of stage 2 has an unconditional head too.
+        """
+        assert output.mean is not None
         pairs = wrong_pairs(batch.class_ids, batch.groups)
-        given = (batch.images[-1], drawn.images[0].detach(), drawn.mean.detach(), pairs, batch.groups)
+        given = (batch.images[-1], output.images[0].detach(), output.mean.detach(), pairs, batch.groups)
         if self.config.stage == 2:
             joint = train.forward("discriminator", joint_losses, *given)
             parts, loss = vars(joint), attngan_discriminator_loss(joint)
         else:
             pair = train.forward("discriminator", matching_aware_losses, *given)
-            parts, loss = vars(pair), matching_aware_loss(pair.real, pair.wrong, pair.fake)
+            parts, loss = vars(pair), matching_aware_loss(pair)
         train.apply("discriminator", loss)
         for part, value in parts.items():
             train.report(f"discriminator/{part}", value)
 
-    def _generator_loss(self, drawn: GeneratorOutput, train: Train) -> Tensor:
-        assert drawn.mean is not None and drawn.log_variance is not None
-        fake, condition = drawn.images[0], drawn.mean.detach()
-        with train.frozen("discriminator") as judge:
-            if self.config.stage == 2:
-                adversarial = generator_loss(judge, fake, condition)
-            else:
-                adversarial = bce_real(judge.conditional(judge.features(fake), condition))
-        kl = kl_divergence(drawn.mean, drawn.log_variance)
+    def _generator_loss(self, output: GeneratorOutput, train: Train) -> Tensor:
+        """Adversarial loss and weighted KL divergence (section 3.3, eq. 4; section 3.4, eq. 6)."""
+        assert output.mean is not None and output.log_variance is not None
+        adversarial_loss = generator_loss if self.config.stage == 2 else conditional_generator_loss
+        with train.frozen("discriminator") as discriminator:
+            adversarial = adversarial_loss(discriminator, output.images[0], output.mean.detach())
+        kl = kl_divergence(output.mean, output.log_variance)
         train.report("generator/adversarial", adversarial)
         train.report("generator/kl", kl)
         return adversarial + self.config.kl_weight * kl
 
-    def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: NoiseFn) -> Sample:
+    def sample(self, nets: Mapping[str, nn.Module], captions: Captions, noise: NoiseFn) -> Sample:
         sentence = _sentences.for_sample(captions, nets, self.config.unit_text)
-        first = draw(self.config.z_dim)
+        inputs = noise(self.config.z_dim)
         if self.config.stage == 2:
-            first = tree.generate(nets["stage1"], first, draw(self.low_condition_dim), sentence).images[0]
-        return Sample(tree.generate(nets["generator"], first, draw(self.config.condition_dim), sentence).images)
+            inputs = tree.generate(nets["stage1"], inputs, noise(self.low_condition_dim), sentence).images[0]
+        return Sample(tree.generate(nets["generator"], inputs, noise(self.config.condition_dim), sentence).images)
 
 
-def _check_stage1(config: Config, plan: BuildInfo) -> None:
-    """Whether slot "stage1" fits. Raises ValueError."""
-    if "stage1" not in plan.sources:
-        raise ValueError(
-            "uses.stage1 is missing; stage 2 refines the pictures of a stackgan stage or export of stage 1"
-        )
-    source: Mapping[str, Any] = plan.sources["stage1"]
+def _check_stage1(config: Config, info: BuildInfo) -> None:
+    """Raise ValueError if slot "stage1" does not fit."""
+    if "stage1" not in info.sources:
+        raise ValueError("uses.stage1 is missing; stage 2 refines the images of a stackgan stage or export of stage 1")
+    source: Mapping[str, Any] = info.sources["stage1"]
     if source["system"] != "stackgan":
         raise ValueError(f"uses.stage1: the export is of system '{source['system']}'; it must be of 'stackgan'")
-    theirs = source["config"]
-    if theirs["stage"] != 1:
-        raise ValueError(f"uses.stage1: the export is of stage {theirs['stage']}; it must be of stage 1")
-    if "text" in plan.sources:
-        raise ValueError("uses.text: stage 2 reads captions with the encoder of its stage 1; leave it out")
-    for key, ours in (("z_dim", config.z_dim), ("unit_text", config.unit_text)):
-        if theirs[key] != ours:
-            raise ValueError(f"{key} is {ours}, and that of its stage 1 is {theirs[key]}; give the same")
-    if theirs["image_size"] >= config.image_size:
-        raise ValueError(f"image_size is {config.image_size}; it must be above stage 1's {theirs['image_size']}")
+    stage1 = source["config"]
+    if stage1["stage"] != 1:
+        raise ValueError(f"uses.stage1: the export is of stage {stage1['stage']}; it must be of stage 1")
+    if "text" in info.sources:
+        raise ValueError("uses.text: stage 2 uses the text encoder of its stage 1; remove it")
+    for key, value in (("z_dim", config.z_dim), ("unit_text", config.unit_text)):
+        if stage1[key] != value:
+            raise ValueError(f"{key} is {value}, but {stage1[key]} in its stage 1; they must be equal")
+    if stage1["image_size"] >= config.image_size:
+        raise ValueError(f"image_size is {config.image_size}; it must be above stage 1's {stage1['image_size']}")
     vector_dim = source["plan"]["vector_dim"]
-    if "text" not in source["plan"]["sources"] and vector_dim != plan.extent.vector_dim:
+    if "text" not in source["plan"]["sources"] and vector_dim != info.data.vector_dim:
         raise ValueError(
-            f"uses.stage1: it was trained with sentence vectors of {vector_dim} numbers, and this data's have "
-            f"{plan.extent.vector_dim}"
+            f"uses.stage1: it was trained on sentence vectors of {vector_dim} elements and this data has "
+            f"{info.data.vector_dim}; use the data that it was trained on"
         )
 
 
-def build(config: Config, plan: BuildInfo) -> StackGan:
-    """The system with newly drawn weights. Raises ValueError, naming the key, where the config cannot be had."""
+def build(config: Config, info: BuildInfo) -> StackGan:
+    """Build the system with new weights. Raises ValueError, naming the key, if the config is invalid."""
     if config.stage not in (1, 2):
         raise ValueError(f"stage is {config.stage}; it must be 1 or 2")
-    if config.compat not in ("", "authors"):
-        raise ValueError(f"compat is '{config.compat}'; it must be '' or 'authors'")
     if config.image_size not in SIZES:
         raise ValueError(f"image_size is {config.image_size}; it must be one of {', '.join(map(str, SIZES))}")
     if not config.lr_halved_every_epochs > 0:
         raise ValueError(f"lr_halved_every_epochs is {config.lr_halved_every_epochs}; it must be above 0")
-    if plan.group_size < 2:
-        raise ValueError(
-            f"group_size is {plan.group_size}; stackgan pairs pictures with wrong captions and takes at least 2"
-        )
+    info.require_pairs("stackgan")
     if config.stage == 2:
-        _check_stage1(config, plan)
-    return StackGan(config, plan)
+        _check_stage1(config, info)
+    return StackGan(config, info)

@@ -1,4 +1,4 @@
-"""The style encoder of GAN-CLS: it inverts a trained generator, from a picture to its noise (Reed et al. 2016)."""
+"""The style encoder of GAN-CLS: it inverts a trained generator, from an image to its noise (Reed et al. 2016)."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ from t2idist.systems import _sentences
 
 @dataclass(frozen=True)
 class Config:
-    """The paper gives no layers: they are those of GAN-CLS's plain discriminator, and its learning rate.
-
-    width: channels after the first layer. ema_half_life_images: none: no average.
-    """
+    """The paper specifies no layers; we use the trunk and learning rate of GAN-CLS's plain discriminator."""
 
     width: int = 64
+    """Channels after the first layer."""
     lr: float = 2e-4
     ema_half_life_images: float | None = None
+    """Half-life of the encoder's EMA; none: no EMA."""
 
 
 class StyleEncoder(nn.Module):
-    """Pictures (N, 3, S, S) in [-1, 1] -> z (N, z_dim)."""
+    """Images (N, 3, S, S) in [-1, 1] -> z (N, z_dim)."""
 
     def __init__(self, width: int, image_size: int, z_dim: int) -> None:
         super().__init__()
@@ -44,16 +43,16 @@ class StyleEncoder(nn.Module):
 
 
 class Style:
-    """The system; slot "generator" gives what it inverts. Its export holds "style", "generator" and, if any, "text"."""
+    """The system. Slot "generator": the export to invert. Exports: "style", "generator" and, if it has one, "text"."""
 
-    def __init__(self, config: Config, plan: BuildInfo) -> None:
-        source = plan.sources["generator"]
-        given = source["plan"]["vector_dim"]
-        encoder, text_dim = sentence_encoder(source["plan"]["sources"], plan.vocabulary_size, given)
-        if encoder is None and plan.extent.vector_dim != given:
+    def __init__(self, config: Config, info: BuildInfo) -> None:
+        source = info.sources["generator"]
+        vector_dim = source["plan"]["vector_dim"]
+        encoder, text_dim = sentence_encoder(source["plan"]["sources"], info.vocabulary_size, vector_dim)
+        if encoder is None and info.data.vector_dim != vector_dim:
             raise ValueError(
-                f"uses.generator: it was trained on sentence vectors of {given} numbers and this data's have "
-                f"{plan.extent.vector_dim}; give the data that it was trained on"
+                f"uses.generator: it was trained on sentence vectors of {vector_dim} elements and this data has "
+                f"{info.data.vector_dim}; use the data that it was trained on"
             )
         self.frozen = {"generator": Frozen(generator_from_export(source, text_dim), "generator", "generator")}
         if encoder is not None:
@@ -68,16 +67,16 @@ class Style:
         self.exports = ("style", *self.frozen)
 
     def step(self, batch: Batch, train: Train) -> None:
-        """L_style (section 4.4, eq. 6): the noise of generated pictures; the real ones are not looked at."""
+        """L_style (section 4.4, eq. 6): recover the noise of generated images; real images are not used."""
         z = train.noise(self.z_dim)
         text = _sentences.for_step(batch.captions, train, self.frozen, self.unit_text)
         with torch.no_grad(), train.frozen("generator") as generator:
             images = generator(z, text)
         train.report("style/squared_error", train.update("style", _error, images, z))
 
-    def sample(self, nets: Mapping[str, nn.Module], captions: Captions, draw: NoiseFn) -> Sample:
-        """What the generator draws; with z of `invert` as the first draw, in the style of another picture."""
-        return Sample((nets["generator"](draw(self.z_dim), _sentences.for_sample(captions, nets, self.unit_text)),))
+    def sample(self, nets: Mapping[str, nn.Module], captions: Captions, noise: NoiseFn) -> Sample:
+        """Generate images; if the first noise is the z of `invert`, in the style of the inverted image."""
+        return Sample((nets["generator"](noise(self.z_dim), _sentences.for_sample(captions, nets, self.unit_text)),))
 
     def invert(self, nets: Mapping[str, nn.Module], images: Tensor) -> Tensor:
         z: Tensor = nets["style"](images)
@@ -85,12 +84,12 @@ class Style:
 
 
 def _error(net: nn.Module, images: Tensor, z: Tensor) -> Tensor:
-    """Mean over samples and dimensions, so that the best blind guess scores 1."""
+    """Squared error, mean over samples and dimensions: the best constant guess has an error of 1."""
     return (upcast(net(images)) - upcast(z)).square().mean()
 
 
-def build(config: Config, plan: BuildInfo) -> Style:
-    """The system with newly drawn weights. Raises ValueError, naming the key, where the config cannot be had."""
-    if "generator" not in plan.sources:
+def build(config: Config, info: BuildInfo) -> Style:
+    """Build the system with new weights. Raises ValueError, naming the key, if the config is invalid."""
+    if "generator" not in info.sources:
         raise ValueError("uses.generator is missing; style inverts the generator of a gan_cls or dcgan stage or export")
-    return Style(config, plan)
+    return Style(config, info)

@@ -1,0 +1,220 @@
+"""What AttnGAN, MirrorGAN and StackGAN++ share: a tree of generators with a discriminator for every image size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from t2idist.contract import Adam, Batch, Captions, Frozen, NoiseFn, Role, Sample, Train
+from t2idist.losses.adversarial import (
+    attngan_discriminator_loss,
+    conditional_generator_loss,
+    generator_loss,
+    joint_losses,
+    matching_aware_loss,
+    matching_aware_losses,
+)
+from t2idist.losses.image import kl_divergence
+from t2idist.losses.matching import Gammas, damsm_loss, wrong_pairs
+from t2idist.nn import tree
+from t2idist.nn.discriminators import AttnDiscriminator
+from t2idist.nn.init import orthogonal_
+from t2idist.nn.text_encoders import padding_mask, unit_scale
+from t2idist.nn.tree import AttentionGenerator, GeneratorOutput, pyramid
+
+L = TypeVar("L")
+
+
+@dataclass(frozen=True)
+class TreeConfig:
+    """Settings of every tree; each system overrides the defaults that differ in its paper."""
+
+    generator_width: int = 32
+    """Channels of the first branch (GF_DIM in the released code)."""
+    discriminator_width: int = 64
+    """Channels after the first layer of each discriminator (DF_DIM)."""
+    residuals: int = 2
+    """Residual blocks of each later stage (R_NUM)."""
+    branches: int = 3
+    base_size: int = 64
+    """Pixels of the first branch; every branch doubles them."""
+    z_dim: int = 100
+    condition_dim: int = 100
+    """Dimensions of the conditioning Gaussian."""
+    kl_weight: float = 1.0
+    """Weight of the KL divergence of the conditioning Gaussian."""
+    generator_lr: float = 2e-4
+    discriminator_lr: float = 2e-4
+    ema_half_life_images: float = 13856.0
+    """Half-life of the generator's EMA; 13856: 0.999 for each step of 20 images."""
+    unit_text: bool = False
+    """Scale text vectors by `unit_scale`; not published."""
+    compat: Literal["", "authors"] = ""
+    """"authors": as the released code, for its weights."""
+
+
+class TreeGan:
+    """A generator and one discriminator for every image size."""
+
+    def __init__(
+        self,
+        config: TreeConfig,
+        sizes: tuple[int, ...],
+        generator: nn.Module,
+        make_discriminator: Callable[[int], nn.Module],
+    ) -> None:
+        self.sizes = sizes
+        orthogonal_(generator)
+        self.roles = {"generator": Role(generator, Adam(lr=config.generator_lr), config.ema_half_life_images)}
+        for size in sizes:
+            discriminator = make_discriminator(size)
+            orthogonal_(discriminator)
+            self.roles[f"discriminator_{size}"] = Role(discriminator, Adam(lr=config.discriminator_lr))
+
+    def update_discriminators(
+        self,
+        train: Train,
+        real: Sequence[Tensor],
+        fake: Sequence[Tensor],
+        losses: Callable[..., L],
+        combine: Callable[[L], Tensor],
+        *args: Any,
+        suffix: str = "",
+    ) -> None:
+        """Update every discriminator with ``combine(losses(net, real, fake, *args))`` and report the losses' fields.
+
+        Args:
+            real: Image pyramid, lowest size first.
+            fake: Generated images of the same sizes.
+            suffix: Appended to the reported names.
+        """
+        for size, real_images, fake_images in zip(self.sizes, real, fake, strict=True):
+            name = f"discriminator_{size}"
+            parts = train.forward(name, losses, real_images, fake_images.detach(), *args)
+            train.apply(name, combine(parts))
+            for part, value in vars(parts).items():
+                train.report(f"{name}/{part}{suffix}", value)
+
+    def add_adversarial_losses(
+        self, total: Tensor, train: Train, fake: Sequence[Tensor], loss: Callable[..., Tensor], *args: Any
+    ) -> Tensor:
+        """Add ``loss(discriminator, images, *args)`` of every size to `total`, and report each."""
+        for size, images in zip(self.sizes, fake, strict=True):
+            with train.frozen(f"discriminator_{size}") as discriminator:
+                adversarial = loss(discriminator, images, *args)
+            train.report(f"generator/adversarial_{size}", adversarial)
+            total = total + adversarial
+        return total
+
+
+def weighted_kl(config: TreeConfig, output: GeneratorOutput, train: Train) -> Tensor:
+    """Report the KL divergence of the conditioning Gaussian and return it times its weight."""
+    assert output.mean is not None and output.log_variance is not None
+    kl = kl_divergence(output.mean, output.log_variance)
+    train.report("generator/kl", kl)
+    return config.kl_weight * kl
+
+
+@dataclass(frozen=True)
+class AttentionConfig(TreeConfig):
+    """Settings of the trees with word attention, AttnGAN and MirrorGAN."""
+
+    damsm_weight: float = 0.0
+    """Weight of L_DAMSM; 0: none."""
+    gamma_attention: float = 5.0
+    """Smoothing factors of L_DAMSM (AttnGAN, section 4)."""
+    gamma_words: float = 5.0
+    gamma_ranking: float = 10.0
+
+
+class AttentionGan(TreeGan):
+    """A tree with word attention; sub-classes set `frozen`, with "text", and add losses in `generator_terms`.
+
+    single_output: AttnDCGAN, one image at the end of the tree and one discriminator without an unconditional head.
+    """
+
+    config: AttentionConfig
+    frozen: dict[str, Frozen]
+    exports = ("generator", "text")
+
+    def __init__(
+        self, config: AttentionConfig, text_dim: int, *, global_attention: bool = False, single_output: bool = False
+    ) -> None:
+        self.config = config
+        self.gammas = Gammas(config.gamma_attention, config.gamma_words, config.gamma_ranking)
+        self.single_output = single_output
+        sizes = pyramid(config.base_size, config.branches)[-1 if single_output else 0 :]
+        generator = AttentionGenerator(
+            width=config.generator_width,
+            z_dim=config.z_dim,
+            base_size=config.base_size,
+            branches=config.branches,
+            residuals=config.residuals,
+            text_dim=text_dim,
+            condition_dim=config.condition_dim,
+            compat=config.compat,
+            global_attention=global_attention,
+            single_output=single_output,
+        )
+
+        def make_discriminator(size: int) -> AttnDiscriminator:
+            return AttnDiscriminator(config.discriminator_width, size, text_dim, unconditional=not single_output)
+
+        super().__init__(config, sizes, generator, make_discriminator)
+
+    def generator_terms(
+        self, images: Tensor, words: Tensor, sentence: Tensor, batch: Batch, train: Train
+    ) -> Iterator[Tensor]:
+        """Yield the weighted losses that the paper adds to the adversarial and KL losses.
+
+        Args:
+            images: The largest generated images (N, 3, S, S).
+            words: (N, D, T) of the text encoder.
+            sentence: (N, D) of the text encoder.
+        """
+        raise NotImplementedError
+
+    def step(self, batch: Batch, train: Train) -> None:
+        with torch.no_grad(), train.frozen("text") as text:
+            words, sentence = text(batch.captions.tokens, batch.captions.lengths)
+        scaled_words, condition = self._scale(words, sentence)
+        z, normal = train.noise(self.config.z_dim), train.noise(self.config.condition_dim)
+        padding = padding_mask(batch.captions.lengths, words)
+        output = train.forward("generator", tree.generate, z, normal, condition, scaled_words, padding, batch.groups)
+        pairs = wrong_pairs(batch.class_ids, batch.groups)
+        given = (train, batch.images, output.images)
+        if self.single_output:
+            self.update_discriminators(
+                *given, matching_aware_losses, matching_aware_loss, condition, pairs, batch.groups
+            )
+        else:
+            self.update_discriminators(*given, joint_losses, attngan_discriminator_loss, condition, pairs, batch.groups)
+        adversarial = conditional_generator_loss if self.single_output else generator_loss
+        loss = weighted_kl(self.config, output, train)
+        loss = self.add_adversarial_losses(loss, train, output.images, adversarial, condition)
+        for term in self.generator_terms(output.images[-1], words, sentence, batch, train):
+            loss = loss + term
+        train.apply("generator", loss)
+
+    def weighted_damsm(self, images: Tensor, words: Tensor, sentence: Tensor, batch: Batch, train: Train) -> Tensor:
+        """Report L_DAMSM of the images and return it times its weight."""
+        with train.frozen("image") as encoder:
+            regions, whole = encoder(images)
+        lengths, classes = batch.captions.lengths, batch.class_ids
+        matching = damsm_loss(regions, whole, words, sentence, lengths, classes, batch.groups, self.gammas)
+        train.report("generator/damsm", matching)
+        return self.config.damsm_weight * matching
+
+    def _scale(self, words: Tensor, sentence: Tensor) -> tuple[Tensor, Tensor]:
+        return (unit_scale(words), unit_scale(sentence)) if self.config.unit_text else (words, sentence)
+
+    def sample(self, nets: Mapping[str, nn.Module], captions: Captions, noise: NoiseFn) -> Sample:
+        words, sentence = self._scale(*nets["text"](captions.tokens, captions.lengths))
+        padding = padding_mask(captions.lengths, words)
+        z, normal = noise(self.config.z_dim), noise(self.config.condition_dim)
+        output = tree.generate(nets["generator"], z, normal, sentence, words, padding)
+        return Sample(output.images, output.attention)

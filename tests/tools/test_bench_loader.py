@@ -1,4 +1,4 @@
-"""The benchmark of the loader runs, and every loader in it does the same work."""
+"""The loader benchmark runs, and every loader in it does the same work."""
 
 from __future__ import annotations
 
@@ -11,31 +11,24 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+def run_benchmark(*arguments: str, timeout: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "tools/bench/bench_loader.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+
+
 @pytest.mark.slow
-def test_the_table_has_every_loader() -> None:
-    line = [
-        sys.executable,
-        "tools/bench/bench_loader.py",
-        "--samples",
-        "512",
-        "--rounds",
-        "1",
-        "--step-seconds",
-        "0.01",
-    ]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    rows = {text[:34].strip(): text[34:].split() for text in done.stdout.splitlines()}
+def test_table_has_a_row_for_every_loader() -> None:
+    process = run_benchmark("--samples", "512", "--rounds", "1", "--step-seconds", "0.01", timeout=240)
+    assert process.returncode == 0, process.stderr
+    rows = {line[:34].strip(): line[34:].split() for line in process.stdout.splitlines()}
     for name in ("ours, local disk", "bare Pillow", "webdataset"):
         assert float(rows[name][0]) > 10
-    assert float(rows["webdataset"][2]) == pytest.approx(
-        float(rows["ours, local disk"][0]) / float(rows["webdataset"][0]), rel=0.02
-    )
-    assert "waiting for data, local disk:" in done.stdout and "resident after epochs 1 to 3" in done.stdout
+    ratio = float(rows["ours, local disk"][0]) / float(rows["webdataset"][0])
+    assert float(rows["webdataset"][2]) == pytest.approx(ratio, rel=0.02)
+    assert "waiting for data, local disk:" in process.stdout and "resident after epochs 1 to 3" in process.stdout
 
 
 @pytest.mark.whole
-def test_pictures_that_are_not_there_are_a_sentence(tmp_path: Path) -> None:
-    line = [sys.executable, "tools/bench/bench_loader.py", "--images", str(tmp_path)]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2 and "no .jpg in it" in done.stderr
+def test_missing_images_are_a_one_line_error(tmp_path: Path) -> None:
+    process = run_benchmark("--images", str(tmp_path), timeout=120)
+    assert process.returncode == 2 and "no .jpg in it" in process.stderr

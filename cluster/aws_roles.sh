@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The two roles that aws.yaml names, with rights to one bucket:
-#   cluster/aws_roles.sh create BUCKET    t2idist-head starts and ends machines; t2idist-worker only reads and writes BUCKET
+# Create the two roles that aws.yaml uses, with access to one bucket:
+#   cluster/aws_roles.sh create BUCKET    t2idist-head starts and terminates machines; t2idist-worker reads and writes BUCKET only
 #   cluster/aws_roles.sh delete
-# Needs the aws command, with the rights to make roles.
+# Needs the aws command, with the permission to create roles.
 set -euo pipefail
 what=${1:-}
 bucket=${2:-}
@@ -29,7 +29,7 @@ case $what in
       echo "usage: cluster/aws_roles.sh create BUCKET" >&2
       exit 2
     fi
-    aws iam create-service-linked-role --aws-service-name spot.amazonaws.com >/dev/null 2>&1 || true # is there after once
+    aws iam create-service-linked-role --aws-service-name spot.amazonaws.com >/dev/null 2>&1 || true # fails if it exists already
     for kind in worker head; do
       role=t2idist-$kind
       if ! aws iam get-role --role-name "$role" >/dev/null 2>&1; then

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Install t2idist on a fresh Linux machine, in ~/t2idist-venv: what aws.yaml and gcp.yaml run on every machine.
-#   setup_machine.sh WHEEL [PACKAGE ...]     WHEEL with its "scores" extra, and more packages, at pinned versions
+# Install t2idist on a fresh Linux machine, in ~/t2idist-venv; aws.yaml and gcp.yaml run this on every machine.
+#   setup_machine.sh WHEEL [PACKAGE ...]     WHEEL with its "scores" extra, and further packages, at pinned versions
 # A second run with the same arguments changes nothing.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 wheel=${1:?"usage: setup_machine.sh WHEEL [PACKAGE ...]"}
 shift
 if [[ ! -f $wheel ]]; then
-  echo "error: $wheel is not there; make it with: python -m pip wheel --no-deps --wheel-dir dist ." >&2
+  echo "error: $wheel does not exist; build it with: python -m pip wheel --no-deps --wheel-dir dist ." >&2
   exit 1
 fi
 venv=$HOME/t2idist-venv
@@ -21,7 +21,7 @@ if [[ ! -x $venv/bin/python ]]; then
 fi
 "$uv" pip install --quiet --python "$venv/bin/python" --constraint "$here/constraints.txt" "${wheel}[scores]" "$@"
 "$venv/bin/python" -c 'import ray, t2idist; print(f"t2idist {t2idist.__version__}, Ray {ray.__version__}")'
-# for people who log in, and for `ray exec`
+# for login shells and `ray exec`
 for line in "export PATH=\$HOME/t2idist-venv/bin:\$PATH" "export RAY_AUTH_MODE=token"; do
   grep -qxF "$line" "$HOME/.bashrc" 2>/dev/null || printf '%s\n' "$line" >>"$HOME/.bashrc"
 done

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# A run on the nodes of one Slurm job:
+# Train on the nodes of one Slurm job:
 #   sbatch --nodes=2 cluster/slurm.sh NAME RECIPE storage=URL [key.path=value ...]
-# Partition, account, time and GPUs a node are yours to give to sbatch; what stands below are defaults. Every node starts
-# Ray; the first one also runs the driver, and cluster.workers defaults to all GPUs that Slurm gave.
+# Pass partition, account, time and GPUs per node to sbatch; the values below are defaults. Every node starts Ray; the first
+# one also runs the driver. cluster.workers defaults to all GPUs of the job.
 #
-# Before its time is up (or before it is preempted, where the cluster has PreemptParameters=send_user_signal) the job gets
-# USR1: every node is drained, so that the state is saved, and the job goes back into the queue. It goes on where it was.
-# A node that fails is done without, as long as cluster.workers allows it.
+# Before its time limit (or before a preemption, if the cluster has PreemptParameters=send_user_signal) the job receives
+# USR1: every node is drained, so that the run saves its state, and the job is requeued and resumes. If a node fails, the
+# run continues without it, as far as cluster.workers allows.
 #
-# From the environment: T2IDIST_VENV (a virtual environment with t2idist that all nodes see; default: the checkout's
-# .venv), T2IDIST_IFNAME (the nodes' network interface, where their first one is the wrong one).
+# Environment: T2IDIST_VENV (a virtual environment with t2idist that all nodes see; default: the checkout's .venv),
+# T2IDIST_IFNAME (the nodes' network interface, if the first one is wrong).
 #SBATCH --job-name=t2idist
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=8
@@ -24,24 +24,24 @@ if (($# < 2)); then
   echo "usage: sbatch --nodes=N cluster/slurm.sh NAME RECIPE storage=URL [key.path=value ...]" >&2
   exit 2
 fi
-: "${SLURM_JOB_ID:?"this script is for sbatch"}"
+: "${SLURM_JOB_ID:?"run this script with sbatch"}"
 name=$1
 recipe=$2
 shift 2
 root=${SLURM_SUBMIT_DIR:?}
 if [[ ! -d $root/t2idist ]]; then
-  echo "error: $root has no folder t2idist; run sbatch in the root of the checkout" >&2
+  echo "error: there is no folder t2idist in $root; run sbatch in the root of the checkout" >&2
   exit 2
 fi
 cd "$root"
 venv=${T2IDIST_VENV:-$root/.venv}
 if [[ ! -x $venv/bin/ray ]]; then
-  echo "error: $venv/bin/ray is not there; set T2IDIST_VENV to an environment with t2idist that all nodes see" >&2
+  echo "error: $venv/bin/ray does not exist; set T2IDIST_VENV to a virtual environment with t2idist that all nodes see" >&2
   exit 2
 fi
 export PATH=$venv/bin:$PATH
 
-# one Ray a job: a token that only its processes know, a port of its own, files on the nodes' own disks
+# one Ray cluster per job, with its own token and port, and files on the nodes' local disks
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
 export RAY_health_check_period_ms=2000 RAY_health_check_timeout_ms=2000 RAY_health_check_failure_threshold=3
@@ -55,8 +55,8 @@ gpus_per_node=${gpus_per_node##*:} # "a100:4" is 4
 gpus=$((nodes * gpus_per_node))
 mapfile -t hosts < <(scontrol show hostnames "${SLURM_JOB_NODELIST:?}")
 if [[ -n ${T2IDIST_IFNAME:-} ]]; then
-  asked=(ip -4 -brief address show dev "$T2IDIST_IFNAME") # eth0 UP 10.1.2.3/24
-  read -r _ _ address _ < <(srun --nodes=1 --ntasks=1 --nodelist="${hosts[0]}" "${asked[@]}")
+  query=(ip -4 -brief address show dev "$T2IDIST_IFNAME") # eth0 UP 10.1.2.3/24
+  read -r _ _ address _ < <(srun --nodes=1 --ntasks=1 --nodelist="${hosts[0]}" "${query[@]}")
 else
   read -r address _ < <(srun --nodes=1 --ntasks=1 --nodelist="${hosts[0]}" hostname --all-ip-addresses)
 fi
@@ -71,13 +71,13 @@ else
   scale=("cluster.workers=[1,$nodes]" cluster.gpus_per_worker=0 "cluster.cpus_per_worker=$cpus")
 fi
 
-export SRUN_CPUS_PER_TASK=$cpus # srun does not take it from sbatch
+export SRUN_CPUS_PER_TASK=$cpus # srun does not inherit it from sbatch
 
 requeued=
 # shellcheck disable=SC2329 # the trap calls it
 save_and_requeue() {
-  echo "$(date -u +%FT%TZ) the nodes are about to go: saving"
-  srun --overlap --ntasks="$nodes" --ntasks-per-node=1 --no-kill python -m t2idist.launch.drain --seconds 60 || true
+  echo "$(date -u +%FT%TZ) the nodes are about to be shut down: saving"
+  srun --overlap --ntasks="$nodes" --ntasks-per-node=1 --no-kill python -m t2idist.cli drain --seconds 60 || true
   requeued=yes
   scontrol requeue "$SLURM_JOB_ID"
 }

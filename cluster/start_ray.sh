@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Start Ray on a machine of aws.yaml or gcp.yaml: with a token, its dashboard on loopback, and quick to notice dead machines.
+# Start Ray on a machine of aws.yaml or gcp.yaml: with a token, the dashboard on loopback, and fast health checks.
 #   start_ray.sh head
-#   start_ray.sh worker aws|gcp     RAY_HEAD_IP names the head; a notice of the cloud's drains this machine first
+#   start_ray.sh worker aws|gcp     RAY_HEAD_IP is the head's address; the node is drained on a notice of the cloud
 set -euo pipefail
 export PATH=$HOME/t2idist-venv/bin:$PATH
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$HOME/.ray/auth_token RAY_USAGE_STATS_ENABLED=0
-# README.md, "When machines go": a silent machine is given up after 3 x (2 s + 2 s)
+# a node that does not respond is declared dead after 3 x (2 s + 2 s)
 export RAY_health_check_period_ms=2000 RAY_health_check_timeout_ms=2000 RAY_health_check_failure_threshold=3
 role=${1:-}
 cloud=${2:-}
 if [[ ! -s $RAY_AUTH_TOKEN_PATH ]]; then
-  echo "error: $RAY_AUTH_TOKEN_PATH is missing; make one where \`ray up\` runs: ray get-auth-token --generate" >&2
+  echo "error: $RAY_AUTH_TOKEN_PATH is missing; create it where \`ray up\` runs: ray get-auth-token --generate" >&2
   exit 1
 fi
 chmod 600 "$RAY_AUTH_TOKEN_PATH"
@@ -31,7 +31,7 @@ case $role in
     fi
     ray stop
     ray start --address="${RAY_HEAD_IP:?"RAY_HEAD_IP is not set: ray up sets it"}:6379"
-    nohup python -m t2idist.launch.drain --watch "$cloud" >"$HOME/spot_notice.log" 2>&1 </dev/null &
+    nohup python -m t2idist.cli drain --watch "$cloud" >"$HOME/spot_notice.log" 2>&1 </dev/null &
     echo $! >"$HOME/spot_notice.pid"
     ;;
   *)

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Submit a run of this checkout to a Ray cluster, and show what it says until it ends.
+# Submit a run of this checkout to a Ray cluster, and follow its output until it ends.
 #   cluster/submit.sh NAME RECIPE [key.path=value ...]
-# NAME is the run's: the same name again takes the run up where it was. The words after it are those of t2idist.run.
-# From the environment: RAY_API_SERVER_ADDRESS (default http://127.0.0.1:8265, where `ray dashboard` and `kubectl
-# port-forward` put it), RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH (default ~/.ray/auth_token), NO_WAIT=1 (do not stay),
-# RAY (the ray command; default: the checkout's .venv, else the one on PATH).
+# NAME is the name of the run; submitting the same name again resumes it. The other arguments are those of t2idist.run.
+# Environment: RAY_API_SERVER_ADDRESS (default http://127.0.0.1:8265, as with `ray dashboard` and `kubectl port-forward`),
+# RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH (default ~/.ray/auth_token), NO_WAIT=1 (return at once), RAY (the ray command;
+# default: the checkout's .venv, else the one on PATH).
 set -euo pipefail
 if (($# < 2)) || [[ $1 == -* ]]; then
   echo "usage: cluster/submit.sh NAME RECIPE [key.path=value ...]" >&2
@@ -14,7 +14,7 @@ name=$1
 recipe=$2
 shift 2
 if [[ ! $name =~ ^[A-Za-z0-9_-][A-Za-z0-9._-]*$ ]]; then
-  echo "error: NAME '$name'; allowed are letters, digits, '.', '_' and '-', not beginning with a dot" >&2
+  echo "error: NAME '$name'; allowed are letters, digits, '.', '_' and '-', not starting with a dot" >&2
   exit 2
 fi
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -25,7 +25,7 @@ fi
 address=${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}
 export RAY_AUTH_MODE=token
 if [[ -z ${RAY_AUTH_TOKEN:-} && ! -s ${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token} ]]; then
-  echo "error: no token: set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file that holds the cluster's" >&2
+  echo "error: no token: set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file with the cluster's token" >&2
   exit 1
 fi
 options=(--address "$address" --submission-id "$name-$(date -u +%Y%m%dT%H%M%SZ)-$$" --metadata-json "{\"run\": \"$name\"}"

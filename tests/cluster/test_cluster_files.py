@@ -1,4 +1,4 @@
-"""What lies in cluster/: every file against its schema or linter, and the scripts with stand-ins for what they call."""
+"""Files of cluster/: each against its schema or linter, and the scripts with stand-ins for the programs they call."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ def load(name: str) -> Any:
 
 
 def linter(name: str) -> str:
-    """A program of the test extra's, beside Python."""
+    """Return the path of a program that the test extra installs."""
     return str(Path(sys.executable).parent / name)
 
 
-def lint(*words: str) -> None:
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+def lint(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 # ------------------------------------------------------------ ray up
 @pytest.mark.parametrize("cloud", ["aws", "gcp"])
-def test_ray_up_would_read_it(cloud: str) -> None:
+def test_ray_up_accepts_the_cluster_file(cloud: str) -> None:
     config = load(f"{cloud}.yaml")
     jsonschema.validate(config, LAUNCHER_SCHEMA)
     types = config["available_node_types"]
@@ -59,13 +59,13 @@ def test_ray_up_would_read_it(cloud: str) -> None:
     assert worker["resources"]["GPU"] == 1
     spot = {"aws": ("InstanceMarketOptions", {"MarketType": "spot"}), "gcp": ("scheduling", None)}[cloud]
     assert spot[0] not in head["node_config"]
-    found = worker["node_config"][spot[0]]
-    assert found == spot[1] or found["provisioningModel"] == "SPOT"
+    market = worker["node_config"][spot[0]]
+    assert market == spot[1] or market["provisioningModel"] == "SPOT"
     assert config["provider"]["type"] == cloud and config["provider"]["cache_stopped_nodes"] is False
 
 
 @pytest.mark.parametrize("cloud", ["aws", "gcp"])
-def test_machines_get_this_version_the_token_and_the_watch_for_notices(cloud: str) -> None:
+def test_machines_install_this_version_and_watch_for_notices(cloud: str) -> None:
     config = load(f"{cloud}.yaml")
     (setup,) = config["setup_commands"]
     assert f"t2idist-{t2idist.__version__}-py3-none-any.whl" in setup
@@ -75,7 +75,7 @@ def test_machines_get_this_version_the_token_and_the_watch_for_notices(cloud: st
     assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
     for source in config["file_mounts"].values():
         assert source in ("dist", "~/.ray/auth_token") or (ROOT / source).is_dir()
-    filled = prepare_config(config)  # with Ray's own defaults, which must not come through
+    filled = prepare_config(config)  # with Ray's own defaults, which must not apply
     validate_config(filled)
     assert filled["head_setup_commands"] == filled["worker_setup_commands"] == [setup]
     assert filled["initialization_commands"] == [] and not filled["docker"]
@@ -83,7 +83,7 @@ def test_machines_get_this_version_the_token_and_the_watch_for_notices(cloud: st
     assert config["worker_start_ray_commands"] == [f"bash ~/t2idist/cluster/start_ray.sh worker {cloud}"]
 
 
-def test_what_a_user_must_set_is_marked() -> None:
+def test_values_that_a_user_must_set_are_marked() -> None:
     for name in ("aws.yaml", "gcp.yaml", "kuberay.yaml"):
         lines = (CLUSTER / name).read_text().splitlines()
         for number, line in enumerate(lines):
@@ -91,12 +91,12 @@ def test_what_a_user_must_set_is_marked() -> None:
                 assert any("# CHANGE" in near for near in lines[max(0, number - 1) : number + 1]), f"{name}: {line}"
 
 
-def test_versions_are_those_of_the_package() -> None:
+def test_versions_match_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = (CLUSTER / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     extras = project["optional-dependencies"]
-    for requirement in map(Requirement, [*project["dependencies"], *extras["deepspeed"], *extras["scores"]]):
+    for requirement in map(Requirement, [*project["dependencies"], *extras["scores"]]):
         assert requirement.specifier.contains(pins[requirement.name]), requirement
     for item in kinds("RayCluster"):
         assert item["spec"]["rayVersion"] == pins["ray"]
@@ -110,7 +110,7 @@ def kinds(kind: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("kind", ["RayCluster", "RayJob", "NetworkPolicy"])
-def test_kubernetes_would_read_it(kind: str) -> None:
+def test_kubernetes_accepts_the_objects(kind: str) -> None:
     schema = {**KUBERAY_SCHEMA, "$ref": f"#/$defs/{kind}"}
     versions = {"NetworkPolicy": "networking.k8s.io/v1"}
     items = kinds(kind)
@@ -122,28 +122,28 @@ def test_kubernetes_would_read_it(kind: str) -> None:
         jsonschema.validate(item["spec"], schema)
 
 
-def test_the_schema_finds_a_wrong_field() -> None:
+def test_schema_rejects_an_unknown_field() -> None:
     (item,) = kinds("RayCluster")
     item["spec"]["workerGroupSpecs"][0]["template"]["spec"]["terminationGracePeriod"] = 60
     with pytest.raises(jsonschema.ValidationError, match="terminationGracePeriod"):
         jsonschema.validate(item["spec"], {**KUBERAY_SCHEMA, "$ref": "#/$defs/RayCluster"})
 
 
-def test_a_pod_that_goes_drains_its_machine_within_its_grace_period() -> None:
+def test_deleted_pods_drain_their_node_within_the_grace_period() -> None:
     (item,) = kinds("RayCluster")
     (group,) = item["spec"]["workerGroupSpecs"]
     pod = group["template"]["spec"]
     (container,) = pod["containers"]
     command = container["lifecycle"]["preStop"]["exec"]["command"]
-    assert command[:-1] == ["python", "-m", "t2idist.launch.drain", "--seconds"]
+    assert command[:-1] == ["python", "-m", "t2idist.cli", "drain", "--seconds"]
     assert 15 <= float(command[-1]) <= pod["terminationGracePeriodSeconds"] - 5
     names = {variable["name"]: variable["value"] for variable in container["env"]}
-    assert names["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] == "0"  # else the machine is drained twice
+    assert names["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] == "0"  # else the node is drained twice
     for name, value in HEALTH.items():
         assert names[f"RAY_health_check_{name}"] == value
 
 
-def test_kubernetes_pods_are_closed() -> None:
+def test_kubernetes_pods_are_locked_down() -> None:
     (item,), (job,) = kinds("RayCluster"), kinds("RayJob")
     for spec in (item["spec"], job["spec"]["rayClusterSpec"]):
         assert spec["authOptions"] == {"mode": "token", "secretName": "t2idist-ray-token"}
@@ -168,11 +168,11 @@ def test_kubernetes_pods_are_closed() -> None:
         assert open_to == []
 
 
-def test_the_job_of_kubernetes_is_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entrypoint_of_the_kubernetes_job_is_a_valid_run(monkeypatch: pytest.MonkeyPatch) -> None:
     (job,) = kinds("RayJob")
-    words = job["spec"]["entrypoint"].split()
-    assert words[:3] == ["python", "-m", "t2idist.run"] and job["spec"]["shutdownAfterJobFinishes"] is True
-    config = configuration.load(words[3], words[4:])
+    command = job["spec"]["entrypoint"].split()
+    assert command[:3] == ["python", "-m", "t2idist.run"] and job["spec"]["shutdownAfterJobFinishes"] is True
+    config = configuration.load(command[3], command[4:])
     (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert config.cluster.workers == (group["minReplicas"], group["maxReplicas"])
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
@@ -182,14 +182,14 @@ def test_the_job_of_kubernetes_is_a_run(monkeypatch: pytest.MonkeyPatch) -> None
 
 # ------------------------------------------------------------ scripts and image
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.name)
-def test_scripts_pass_the_linter(script: Path) -> None:
+def test_scripts_pass_shellcheck(script: Path) -> None:
     assert os.access(script, os.X_OK) and script.read_text().startswith("#!/usr/bin/env bash\n")
     assert "\nset -euo pipefail\n" in script.read_text()
     lint("bash", "-n", str(script))
     lint(linter("shellcheck"), str(script))
 
 
-def test_the_image_passes_the_linter_and_has_what_it_copies() -> None:
+def test_dockerfile_passes_hadolint_and_its_sources_exist() -> None:
     file = CLUSTER / "Dockerfile"
     lint(linter("hadolint"), str(file))
     text = file.read_text()
@@ -199,18 +199,20 @@ def test_the_image_passes_the_linter_and_has_what_it_copies() -> None:
             assert (ROOT / source).exists() and source in kept, source
     for image in re.findall(r"^(?:FROM |COPY --from=)(\S+)", text, re.MULTILINE):
         assert re.search(r":[0-9][^:/]*$", image), image
-    assert re.findall(r"^USER (.*)$", text, re.MULTILINE)[-1] == "1000"  # Kubernetes must see that it is not root
+    assert (
+        re.findall(r"^USER (.*)$", text, re.MULTILINE)[-1] == "1000"
+    )  # numeric, so that Kubernetes can check that it is not root
 
 
-def test_the_runtime_environment_is_one() -> None:
+def test_runtime_environment_is_valid_and_has_no_secrets() -> None:
     values = load("runtime_env.yaml")
     RuntimeEnv(**values)
     assert not [name for name in values["env_vars"] if re.search("KEY|SECRET|TOKEN|AWS", name)]
-    for left_out in ("t2idist", "configs", "tools", "cluster"):
-        assert f"/{left_out}" not in values["excludes"]
+    for needed in ("t2idist", "configs", "tools", "cluster"):
+        assert f"/{needed}" not in values["excludes"]
 
 
-def test_ray_is_started_the_same_way_everywhere() -> None:
+def test_scripts_start_ray_with_the_same_settings() -> None:
     for name in ("start_ray.sh", "slurm.sh"):
         text = (CLUSTER / name).read_text()
         assert "RAY_AUTH_MODE=token" in text and "dashboard-host=0.0.0.0" not in text
@@ -218,9 +220,9 @@ def test_ray_is_started_the_same_way_everywhere() -> None:
             assert f"RAY_health_check_{key}={value}" in text
 
 
-# ------------------------------------------------------------ scripts that run, with stand-ins
+# ------------------------------------------------------------ running scripts with stand-ins
 def stand_in(folder: Path, name: str, body: str = "") -> None:
-    """A program that notes its words in `calls`, one call a line, and does `body`."""
+    """Write a program that appends its arguments to `calls`, one call per line, and runs `body`."""
     folder.mkdir(exist_ok=True)
     file = folder / name
     note = f'printf "%s\\n" "{name} $(printf "%q " "$@")" >>"{folder}/calls"'
@@ -228,14 +230,14 @@ def stand_in(folder: Path, name: str, body: str = "") -> None:
     file.chmod(0o755)
 
 
-def script(name: str, *words: str, env: dict[str, str], cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def script(name: str, *arguments: str, env: dict[str, str], cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SLURM_", "T2IDIST_"))}
     return subprocess.run(
-        [str(CLUSTER / name), *words], cwd=cwd, env={**clean, **env}, capture_output=True, text=True, check=False
+        [str(CLUSTER / name), *arguments], cwd=cwd, env={**clean, **env}, capture_output=True, text=True, check=False
     )
 
 
-def test_submit_names_the_run_and_sends_no_secret(tmp_path: Path) -> None:
+def test_submit_passes_the_name_and_no_secret(tmp_path: Path) -> None:
     stand_in(tmp_path, "ray")
     env = {"RAY": str(tmp_path / "ray"), "HOME": str(tmp_path), "RAY_AUTH_TOKEN": "not-to-be-seen"}
     done = script("submit.sh", "mine", "attngan", "cluster.workers=[2,8]", "storage=s3://b/runs", env=env)
@@ -249,7 +251,7 @@ def test_submit_names_the_run_and_sends_no_secret(tmp_path: Path) -> None:
     assert "--submission-id mine-" in call and "not-to-be-seen" not in call
 
 
-def test_submit_asks_for_what_is_missing(tmp_path: Path) -> None:
+def test_submit_rejects_missing_tokens_and_bad_names(tmp_path: Path) -> None:
     env = {"RAY": "/bin/false", "HOME": str(tmp_path)}
     done = script("submit.sh", "mine", "attngan", env=env)
     assert done.returncode == 1 and "error: no token" in done.stderr
@@ -258,7 +260,7 @@ def test_submit_asks_for_what_is_missing(tmp_path: Path) -> None:
     assert script("submit.sh", "mine", env=env).returncode == 2
 
 
-def test_start_ray_wants_a_token_and_a_known_cloud(tmp_path: Path) -> None:
+def test_start_ray_requires_a_token_and_a_known_cloud(tmp_path: Path) -> None:
     env = {"HOME": str(tmp_path)}
     done = script("start_ray.sh", "head", env=env)
     assert done.returncode == 1 and "auth_token is missing" in done.stderr
@@ -274,7 +276,7 @@ def test_start_ray_wants_a_token_and_a_known_cloud(tmp_path: Path) -> None:
     assert (tmp_path / ".ray/auth_token").stat().st_mode & 0o777 == 0o600
 
 
-def test_the_roles_of_aws_have_rights_to_one_bucket(tmp_path: Path) -> None:
+def test_aws_roles_have_access_to_one_bucket(tmp_path: Path) -> None:
     stand_in(tmp_path, "aws", "[[ $2 != get-* ]]")
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     assert script("aws_roles.sh", "create", "../b", env=env).returncode == 2
@@ -294,10 +296,10 @@ def test_the_roles_of_aws_have_rights_to_one_bucket(tmp_path: Path) -> None:
     assert {node["node_config"]["IamInstanceProfile"]["Name"] for node in types} == rights.keys()
 
 
-def test_a_machine_is_set_up_from_the_wheel_with_pinned_versions(tmp_path: Path) -> None:
+def test_setup_machine_installs_the_wheel_with_pinned_versions(tmp_path: Path) -> None:
     env = {"HOME": str(tmp_path)}
     done = script("setup_machine.sh", str(tmp_path / "no.whl"), env=env)
-    assert done.returncode == 1 and "no.whl is not there; make it with" in done.stderr
+    assert done.returncode == 1 and "no.whl does not exist; build it with" in done.stderr
     (tmp_path / "t2idist.whl").touch()
     (tmp_path / ".local").mkdir()
     stand_in(tmp_path / ".local/bin", "uv")
@@ -313,11 +315,11 @@ def test_a_machine_is_set_up_from_the_wheel_with_pinned_versions(tmp_path: Path)
 
 
 def slurm_environment(tmp_path: Path, step: str) -> dict[str, str]:
-    """A Slurm of two nodes with two GPUs each, whose training step does `step`."""
+    """Fake a Slurm job of two nodes with two GPUs each, whose training step runs `step`."""
     bin_ = tmp_path / "venv/bin"
     bin_.parent.mkdir()
     stand_in(bin_, "ray")
-    (bin_ / "python").symlink_to(sys.executable)  # as a virtual environment has; a machine may have none
+    (bin_ / "python").symlink_to(sys.executable)  # as in a virtual environment; the machine may have no python
     stand_in(bin_, "scontrol", 'if [[ $1 == show ]]; then printf "node1\\nnode2\\n"; fi')
     stand_in(bin_, "srun", f'case "$*" in *hostname*) echo 10.1.2.3 ;; *symmetric-run*) {step} ;; esac')
     return {
@@ -332,7 +334,7 @@ def slurm_environment(tmp_path: Path, step: str) -> dict[str, str]:
     }
 
 
-def test_slurm_starts_ray_on_all_nodes_and_gives_the_runs_status(tmp_path: Path) -> None:
+def test_slurm_starts_ray_on_all_nodes_and_returns_the_status_of_the_run(tmp_path: Path) -> None:
     env = slurm_environment(tmp_path, "exit 7")
     done = script("slurm.sh", "mine", "attngan", "storage=s3://b/runs", env=env)
     assert done.returncode == 7, done.stderr
@@ -344,7 +346,7 @@ def test_slurm_starts_ray_on_all_nodes_and_gives_the_runs_status(tmp_path: Path)
     assert not re.search("[0-9a-f]{64}", calls + done.stdout + done.stderr)
 
 
-def test_slurm_saves_and_queues_again_before_the_nodes_go(tmp_path: Path) -> None:
+def test_slurm_drains_and_requeues_on_its_signal(tmp_path: Path) -> None:
     env = {**os.environ, **slurm_environment(tmp_path, "sleep 3; exit 143")}
     job = subprocess.Popen([str(CLUSTER / "slurm.sh"), "mine", "attngan"], cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
     calls = tmp_path / "venv/bin/calls"
@@ -355,16 +357,16 @@ def test_slurm_saves_and_queues_again_before_the_nodes_go(tmp_path: Path) -> Non
     job.send_signal(signal.SIGUSR1)
     assert job.wait(60) == 0
     after = calls.read_text().splitlines()[-2:]
-    assert "t2idist.launch.drain --seconds 60" in after[0] and after[1].strip() == "scontrol requeue 41007"
+    assert "t2idist.cli drain --seconds 60" in after[0] and after[1].strip() == "scontrol requeue 41007"
 
 
-def test_the_local_cluster_says_what_is_wrong() -> None:
+def test_local_cluster_reports_bad_arguments() -> None:
     env = {"PYTHON": sys.executable}
-    for words, said in (
+    for arguments, message in (
         (("--name", "nosuch", "kill", "1"), "there is no local cluster named nosuch"),
         (("--name", "nosuch", "down"), "there is no local cluster named nosuch"),
         (("--name", "../tmp", "up"), "--name '../tmp'"),
         (("up", "--hosts", "0"), "--hosts 0"),
     ):
-        done = script("local.sh", *words, env=env)
-        assert done.returncode == 2 and said in done.stderr
+        done = script("local.sh", *arguments, env=env)
+        assert done.returncode == 2 and message in done.stderr

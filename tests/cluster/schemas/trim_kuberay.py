@@ -1,10 +1,11 @@
-"""Makes kuberay.json: what KubeRay's resource definitions say of the fields that cluster/kuberay.yaml uses.
+"""Trim KubeRay's resource definitions to the fields that cluster/kuberay.yaml uses, and write kuberay.json.
 
-    python tests/cluster/schemas/trim_kuberay.py VERSION rayclusters.yaml rayjobs.yaml > tests/cluster/schemas/kuberay.json
+    cd tests/cluster/schemas
+    python trim_kuberay.py VERSION rayclusters.yaml rayjobs.yaml > kuberay.json
 
-The two files are helm-chart/kuberay-operator/crds/ray.io_{rayclusters,rayjobs}.yaml of that version of KubeRay. Of
-every object on the way all field names are kept, so that a wrong one is found; what the yaml does not use may hold
-anything. To be run again when the yaml uses more fields, or for a newer KubeRay.
+The two files are helm-chart/kuberay-operator/crds/ray.io_{rayclusters,rayjobs}.yaml of that version of KubeRay. All
+field names of the objects in use are kept, so that an unknown one is detected; unused fields accept any value. Run this
+again when the yaml uses more fields, or for a newer KubeRay.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ USED = Path(__file__).parents[3] / "cluster/kuberay.yaml"
 
 
 def trim(schema: dict[str, Any], values: list[Any]) -> dict[str, Any]:
-    """The part of a schema that concerns these values."""
+    """Return the part of a schema that applies to these values."""
     kept = {key: schema[key] for key in KEPT if key in schema}
     if schema.get("x-kubernetes-int-or-string"):
         kept["type"] = ["integer", "string"]
     if "properties" in schema:
-        below = {key: [value[key] for value in values if key in value] for key in schema["properties"]}
+        used = {key: [value[key] for value in values if key in value] for key in schema["properties"]}
         kept["properties"] = {
-            key: trim(part, below[key]) if below[key] else True for key, part in sorted(schema["properties"].items())
+            key: trim(part, used[key]) if used[key] else True for key, part in sorted(schema["properties"].items())
         }
         if not schema.get("x-kubernetes-preserve-unknown-fields"):
             kept["additionalProperties"] = False
@@ -49,8 +50,8 @@ def at(tree: Any, *path: str) -> Any:
 
 def spec_of(file: str) -> dict[str, Any]:
     versions = yaml.load(Path(file).read_text(), yaml.CSafeLoader)["spec"]["versions"]
-    found = next(version for version in versions if version["name"] == "v1")
-    return dict(at(found, "schema", "openAPIV3Schema", "properties", "spec"))
+    schema = next(version for version in versions if version["name"] == "v1")
+    return dict(at(schema, "schema", "openAPIV3Schema", "properties", "spec"))
 
 
 def main(version: str, clusters: str, jobs: str) -> None:
@@ -70,15 +71,19 @@ def main(version: str, clusters: str, jobs: str) -> None:
     run["properties"]["rayClusterSpec"] = {"$ref": "#/$defs/RayCluster"}
     policies = [item["spec"] for item in items if item["kind"] == "NetworkPolicy"]
     rules = at(whole, "properties", "networkPolicy", "properties", "head", "properties")
-    ways = {
-        way: trim(rules[f"{way}Rules"], [rule for policy in policies for rule in [policy[way]]])
-        for way in ("ingress", "egress")
+    directions = {
+        direction: trim(rules[f"{direction}Rules"], [policy[direction] for policy in policies])
+        for direction in ("ingress", "egress")
     }
     selector = {"type": "object", "properties": {"matchLabels": {"type": "object"}}, "additionalProperties": False}
     network = {
         "type": "object",
         "required": ["podSelector"],
-        "properties": {"podSelector": selector, "policyTypes": {"items": {"enum": ["Ingress", "Egress"]}}, **ways},
+        "properties": {
+            "podSelector": selector,
+            "policyTypes": {"items": {"enum": ["Ingress", "Egress"]}},
+            **directions,
+        },
         "additionalProperties": False,
     }
     pod = trim(head, pods)

@@ -40,7 +40,7 @@ class ResumePoint:
     images: int
     marker: Mapping[str, Any]
     """Content of its commit marker."""
-    own: bool
+    is_own: bool
     """Whether it belongs to this run."""
     exports: tuple[tuple[str, str], ...]
     """Exports of earlier stages to copy: (source URL, target URL)."""
@@ -77,16 +77,16 @@ def find(config: RunConfig, text: str) -> ResumePoint | None:
     if not {"images", "config", "vocabulary"} <= marker.keys():
         raise ValueError(f"--resume-from: {storage.redact(url)}: not the checkpoint of a run")
     parent, _, folder = url.rpartition("/")
-    own = parent == stage.checkpoints_url
+    is_own = parent == stage.checkpoints_url
     if stage.is_done():
         raise ValueError(f"--resume-from: stage {stage.name} of {config.name} is done; give name=ANOTHER for a new run")
-    if not own and set(list_committed(stage.checkpoints_url)) - {folder}:  # an earlier copy may have been interrupted
+    if not is_own and set(list_committed(stage.checkpoints_url)) - {folder}:  # from an interrupted copy
         raise ValueError(
             f"--resume-from: stage {stage.name} of {config.name} already has checkpoints; give name=ANOTHER for a new "
             "run"
         )
     exports = tuple(_exports_to_copy(stage, url.rsplit("/", 3)[0]))
-    return ResumePoint(url, stage.name, marker["images"], marker, own, exports)
+    return ResumePoint(url, stage.name, marker["images"], marker, is_own, exports)
 
 
 def _current_stage(config: RunConfig, text: str) -> StageRun:
@@ -165,7 +165,7 @@ def prepare(config: RunConfig, text: str, point: ResumePoint) -> None:
     for source, target in point.exports:
         _copy(source, target, last=export.INDEX)
     folder = point.url.rpartition("/")[2]
-    if point.own:
+    if point.is_own:
         newer = [name for name in list_folders(checkpoints) if name > folder]
         for name in newer:
             storage.remove(storage.join(checkpoints, name))

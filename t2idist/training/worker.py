@@ -334,7 +334,7 @@ class _StageWorker:
         stop_after = context.stop_after
         steps = settings.steps if stop_after is None else stop_after.steps(self._stage.name, settings)
         preemption = PreemptionHandler(context.poll_preemption, context.poll_seconds, self._world, context.pause)
-        evaluate = evaluator.look if evaluator is not None else _no_evaluation
+        evaluate = evaluator.evaluate if evaluator is not None else _no_evaluation
         state = StageState(self._trainer, batches, self._checkpoints, self._replicas, log)
         hooks = stage_hooks(state, settings, self._config.guard, preemption, evaluate)
         loop.run(self._trainer, batches, settings, steps, hooks)

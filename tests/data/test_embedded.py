@@ -1,4 +1,4 @@
-"""The embedded data: emoji that ship with the package, avatars made on first use."""
+"""The embedded data: emoji that ship with the package, and avatars that are generated on first use."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import pytest
 from t2idist import storage
 from t2idist.config import DataConfig
 from t2idist.data.embedded import avatar_cache
-from t2idist.data.embedded.avatars import face, painter
+from t2idist.data.embedded.avatars import face, face_renderer
 from t2idist.data.loader import load_split
 from t2idist.data.order import SampleRange
-from t2idist.data.reader import Encoded, ShardReader
+from t2idist.data.reader import EncodedImage, ShardReader
 from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_dataset
-from t2idist.data.tokenizer import tokenise
+from t2idist.data.tokenizer import tokenize
 
 
-def test_embedded_emoji_are_whole_and_small():
+def test_emoji_are_complete_and_small():
     dataset = open_dataset(DataConfig(source="emoji"))
     names = storage.list_dir(dataset.url)
     assert sum(storage.size(storage.join(dataset.url, name)) for name in names) < 6_000_000
@@ -54,17 +54,17 @@ def test_avatars_are_a_function_of_their_number(avatars: Dataset, tmp_path: Path
     train = avatars.split("train")
     number = int(train.keys[0].removeprefix("avatar_"))
     (stored,) = ShardReader(avatars, "train").read(SampleRange(0, 0, 1))
-    assert isinstance(stored, Encoded) and stored.data == painter(48)(number)
+    assert isinstance(stored, EncodedImage) and stored.data == face_renderer(48)(number)
     assert train.captions(0) == list(face(number).captions)
 
 
-def test_half_made_avatars_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_half_made_avatars_are_not_used_after_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fail(samples: int, size: int, processes: int) -> Iterator[bytes]:
-        yield b"one picture"
+        yield b"one image"
         raise RuntimeError("power cut")
 
     with monkeypatch.context() as patched:
-        patched.setattr(avatar_cache, "_draw", fail)
+        patched.setattr(avatar_cache, "_render", fail)
         with pytest.raises(RuntimeError, match="power cut"):
             avatar_cache.ensure_avatars(5, 32, str(tmp_path))
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("avatars") and path.is_dir()]
@@ -72,13 +72,13 @@ def test_half_made_avatars_are_not_used(tmp_path: Path, monkeypatch: pytest.Monk
     assert sum(len(split) for split in dataset.splits.values()) == 5
 
 
-def test_a_painter_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch):
+def test_failure_of_a_rendering_process_is_reported(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(avatar_cache.sys, "executable", "false")
-    with pytest.raises(RuntimeError, match=r"avatar 0 could not be drawn \(exit status 1\)"):
-        list(avatar_cache._draw(3, 32, 2))
+    with pytest.raises(RuntimeError, match=r"avatar 0 could not be rendered \(exit status 1\)"):
+        list(avatar_cache._render(3, 32, 2))
 
 
-def test_no_test_combination_was_seen_in_training():
+def test_no_test_combination_is_in_the_train_split():
     faces = [face(number) for number in range(3000)]
     combinations = {split: {f.combination for f in faces if f.split == split} for split in ("train", "val", "test")}
     assert not combinations["train"] & combinations["test"] and not combinations["train"] & combinations["val"]
@@ -86,15 +86,15 @@ def test_no_test_combination_was_seen_in_training():
     assert 0.75 < shares["train"] < 0.85 and 0.11 < shares["test"] < 0.19 and 0.03 < shares["val"] < 0.08
 
 
-def test_first_captions_name_every_judged_trait_and_all_have_hair_or_hat():
+def test_first_captions_name_every_evaluated_trait_and_all_name_hair_or_hat():
     for number in range(800):
-        drawn = face(number)
-        hair, skin, glasses, beard = drawn.combination.split("|")
-        first = drawn.captions[0]
+        avatar = face(number)
+        hair, skin, glasses, beard = avatar.combination.split("|")
+        first = avatar.captions[0]
         assert all(trait in first for trait in (hair, f"{skin} skin", glasses, beard))
-        assert len(tokenise(first)) <= 18
-        assert all(hair in caption for caption in drawn.captions) and len(set(drawn.captions)) == 5
-        named = set(drawn.attributes)
+        assert len(tokenize(first)) <= 18
+        assert all(hair in caption for caption in avatar.captions) and len(set(avatar.captions)) == 5
+        named = set(avatar.attributes)
         assert (hair == "no hair") == ("Bald" in named)
         assert len([name for name in named if name.startswith("Skin_")]) == 1
         assert bool(glasses) == ("Eyeglasses" in named) and (glasses == "sunglasses") == ("Sunglasses" in named)

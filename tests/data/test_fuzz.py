@@ -1,4 +1,4 @@
-"""Hostile and damaged data: only sentences come out, nothing is run, opened or unpacked that should not be."""
+"""Hostile and damaged data: errors are reported, and nothing from the data is executed, opened or unpacked."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from t2idist import storage
-from t2idist.data.reader import Bad, Encoded, _expand_one
+from t2idist.data.reader import BadSample, EncodedImage, _parse_sample
 from t2idist.data.shards import Dataset
-from t2idist.data.tokenizer import Vocabulary, tokenise
+from t2idist.data.tokenizer import Vocabulary, tokenize
 from t2idist.data.transforms import decode
-from tests.data.test_loader import png, sample, write
+from tests.data.shard_sets import make_sample, png_image, write_set
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-places = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=8)
+changes_of_bytes = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=8)
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=9),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -35,20 +35,21 @@ json_values = st.recursive(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("fuzz") / "set"
-    write(made, [sample(n) for n in range(6)])
-    return made
+    folder = tmp_path_factory.mktemp("fuzz") / "set"
+    write_set(folder, [make_sample(n) for n in range(6)])
+    return folder
 
 
-def mutated(data: bytes, changes: list[tuple[float, int]]) -> bytes:
+def mutate(data: bytes, changes: list[tuple[float, int]]) -> bytes:
+    """Set bytes, at positions given as fractions of the length."""
     out = bytearray(data)
-    for place, value in changes:
-        out[int(place * len(out))] = value
+    for position, value in changes:
+        out[int(position * len(out))] = value
     return bytes(out)
 
 
-def one_sample(members: list[tarfile.TarInfo], data: bytes = b"") -> bytes:
-    """Members as a tar without its end, the first with the data."""
+def make_tar(members: list[tarfile.TarInfo], data: bytes = b"") -> bytes:
+    """Return members as a tar without its end; the first has the data."""
     out = b""
     for member in members:
         out += member.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512)
@@ -62,45 +63,45 @@ def member(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE) -> tarfile.T
     return info
 
 
-# ------------------------------------------------------------------------------------------------ fuzz
+# ------------------------------------------------------------------------------------------------ random bytes
 @quick
-@given(places, st.integers(0, 40))
-def test_any_tar_bytes_end_in_a_sample_or_a_reason(folder: Path, changes: list, cut: int) -> None:
+@given(changes_of_bytes, st.integers(0, 40))
+def test_any_tar_bytes_parse_to_an_image_or_a_reason(folder: Path, changes: list, cut: int) -> None:
     split = Dataset.open(str(folder), check_sizes=False).split("train")
     data = (folder / "train-00000.tar").read_bytes()[: int(split.lengths[0])]
-    found = _expand_one("s0000", memoryview(mutated(data, changes)[: len(data) - 64 * cut]))
-    assert isinstance(found, Encoded | Bad)
+    sample = _parse_sample("s0000", memoryview(mutate(data, changes)[: len(data) - 64 * cut]))
+    assert isinstance(sample, EncodedImage | BadSample)
 
 
 @quick
-@given(places)
-def test_changed_headers_end_in_a_sample_or_a_reason(folder: Path, changes: list) -> None:
+@given(changes_of_bytes)
+def test_any_tar_header_parses_to_an_image_or_a_reason(folder: Path, changes: list) -> None:
     data = (folder / "train-00000.tar").read_bytes()[:4096]
-    head = bytearray(mutated(data[:512], changes))
-    head[148:156] = b"%06o\0 " % (sum(head[:148]) + 8 * 32 + sum(head[156:512]))  # a right sum: tarfile goes on
-    found = _expand_one("s0000", memoryview(bytes(head) + data[512:]))
-    assert isinstance(found, Encoded | Bad)
+    head = bytearray(mutate(data[:512], changes))
+    head[148:156] = b"%06o\0 " % (sum(head[:148]) + 8 * 32 + sum(head[156:512]))  # a valid checksum
+    sample = _parse_sample("s0000", memoryview(bytes(head) + data[512:]))
+    assert isinstance(sample, EncodedImage | BadSample)
 
 
 @quick
-@given(places, st.sampled_from(["png", "jpg", "webp"]))
-def test_any_picture_bytes_end_in_a_picture_or_a_reason(changes: list, extension: str) -> None:
+@given(changes_of_bytes, st.sampled_from(["png", "jpg", "webp"]))
+def test_any_image_bytes_decode_or_raise_value_error(changes: list, extension: str) -> None:
     with contextlib.suppress(ValueError):
-        assert decode(Encoded(mutated(png(1), changes), extension), 16).image.mode == "RGB"
+        assert decode(EncodedImage(mutate(png_image(1), changes), extension), 16).image.mode == "RGB"
 
 
 @quick
 @given(st.text(max_size=300), st.integers(1, 20))
-def test_any_caption_ends_in_words_or_a_sentence(caption: str, max_words: int) -> None:
-    words = Vocabulary(["<end>", "red", "a"])
-    assert all(word.isascii() for word in tokenise(caption))
+def test_any_caption_is_encoded_or_raises_value_error(caption: str, max_words: int) -> None:
+    vocabulary = Vocabulary(["<end>", "red", "a"])
+    assert all(word.isascii() for word in tokenize(caption))
     with contextlib.suppress(ValueError):
-        ids, length = words.encode(caption, max_words)
+        ids, length = vocabulary.encode(caption, max_words)
         assert 1 <= length <= max_words == len(ids)
 
 
-def reopened(folder: Path, description: Any, manifest: bytes | None = None) -> None:
-    """Open a copy of the set with these in their places; a ValueError is what should come, or nothing."""
+def open_changed(folder: Path, description: Any, manifest: bytes | None = None) -> None:
+    """Open a copy of the set with another description or manifest; only ValueError is allowed."""
     url = "memory://fuzzed"
     manifest = (folder / "manifest.parquet").read_bytes() if manifest is None else manifest
     storage.write_bytes(f"{url}/dataset.json", json.dumps(description).encode())
@@ -114,7 +115,7 @@ def reopened(folder: Path, description: Any, manifest: bytes | None = None) -> N
 
 @quick
 @given(st.data(), json_values)
-def test_any_description_ends_in_a_set_or_a_sentence(folder: Path, data: st.DataObject, value: Any) -> None:
+def test_any_description_opens_or_raises_value_error(folder: Path, data: st.DataObject, value: Any) -> None:
     description = json.loads((folder / "dataset.json").read_text())
     node: Any = description
     while True:
@@ -124,21 +125,21 @@ def test_any_description_ends_in_a_set_or_a_sentence(folder: Path, data: st.Data
             node[key] = value
             break
         node = node[key]
-    reopened(folder, description)
+    open_changed(folder, description)
 
 
 @quick
-@given(places)
-def test_any_manifest_bytes_end_in_a_set_or_a_sentence(folder: Path, changes: list) -> None:
+@given(changes_of_bytes)
+def test_any_manifest_bytes_open_or_raise_value_error(folder: Path, changes: list) -> None:
     description = json.loads((folder / "dataset.json").read_text())
-    manifest = mutated((folder / "manifest.parquet").read_bytes(), changes)
+    manifest = mutate((folder / "manifest.parquet").read_bytes(), changes)
     description["manifest"] = {"bytes": len(manifest), "sha256": hashlib.sha256(manifest).hexdigest()}
-    reopened(folder, description, manifest)
+    open_changed(folder, description, manifest)
 
 
 # ------------------------------------------------------------------------------------------------ hostile
 @pytest.mark.parametrize(
-    ("kind", "says"),
+    ("kind", "message"),
     [
         (tarfile.SYMTYPE, "'s0000.png' is a link"),
         (tarfile.LNKTYPE, "'s0000.png' is a link"),
@@ -152,15 +153,15 @@ def test_any_manifest_bytes_end_in_a_set_or_a_sentence(folder: Path, changes: li
         (b"?", "'s0000.png' is of an unknown kind"),
     ],
 )
-def test_members_that_are_no_plain_files_are_refused_by_name(kind: bytes, says: str) -> None:
-    found = _expand_one("s0000", memoryview(one_sample([member("s0000.png", 0, kind), member("s0000.json")])))
-    assert isinstance(found, Bad) and says in found.reason
+def test_members_other_than_plain_files_are_rejected(kind: bytes, message: str) -> None:
+    sample = _parse_sample("s0000", memoryview(make_tar([member("s0000.png", 0, kind), member("s0000.json")])))
+    assert isinstance(sample, BadSample) and message in sample.reason
 
 
 @pytest.mark.parametrize("name", ["s0000.a/../../x.png", "s0000.\\x.png"])
-def test_names_that_leave_their_folder_are_refused(name: str) -> None:
-    found = _expand_one("s0000", memoryview(one_sample([member(name)])))
-    assert isinstance(found, Bad) and "is not allowed" in found.reason
+def test_member_names_outside_the_folder_are_rejected(name: str) -> None:
+    sample = _parse_sample("s0000", memoryview(make_tar([member(name)])))
+    assert isinstance(sample, BadSample) and "is not allowed" in sample.reason
 
 
 class _Bomb:
@@ -169,26 +170,26 @@ class _Bomb:
 
 
 @pytest.mark.parametrize("extension", ["pkl", "pyd", "pickle", "pth", "pt", "npy", "cbor"])
-def test_pickles_are_never_run(extension: str) -> None:
+def test_pickles_are_never_executed(extension: str) -> None:
     Path("/tmp/t2idist-pickle-was-run").unlink(missing_ok=True)
     data = pickle.dumps(_Bomb())
-    found = _expand_one("s0000", memoryview(one_sample([member(f"s0000.{extension}", len(data))], data)))
-    assert isinstance(found, Bad) and extension in found.reason
+    sample = _parse_sample("s0000", memoryview(make_tar([member(f"s0000.{extension}", len(data))], data)))
+    assert isinstance(sample, BadSample) and extension in sample.reason
     assert not Path("/tmp/t2idist-pickle-was-run").exists()
-    pickle.loads(data)  # it would have worked
+    pickle.loads(data)  # the payload works
     assert Path("/tmp/t2idist-pickle-was-run").exists()
 
 
-def test_a_member_of_four_gigabytes_is_refused_before_memory_is_taken() -> None:
+def test_member_of_four_gigabytes_is_rejected_without_allocating_memory() -> None:
     tracemalloc.start()
-    found = _expand_one("s0000", memoryview(one_sample([member("s0000.json", 4 << 30)], b"{" * 1024)))
+    sample = _parse_sample("s0000", memoryview(make_tar([member("s0000.json", 4 << 30)], b"{" * 1024)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert isinstance(found, Bad) and "do not fit" in found.reason
+    assert isinstance(sample, BadSample) and "do not match" in sample.reason
     assert peak < 16 << 20
 
 
-def test_a_picture_of_a_hundred_megapixels_is_refused_unseen() -> None:
+def test_image_of_a_hundred_megapixels_is_rejected_without_decoding() -> None:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
 
@@ -198,41 +199,41 @@ def test_a_picture_of_a_hundred_megapixels_is_refused_unseen() -> None:
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
     assert len(bomb) < 200_000
     with pytest.raises(ValueError, match="10000 x 10000 pixels are more than"):
-        decode(Encoded(bomb, "png"))
+        decode(EncodedImage(bomb, "png"))
 
 
 @pytest.mark.parametrize(
     "name", ["pipe:touch /tmp/x", "file:///etc/passwd", "/etc/passwd", "../x.tar", "s3://other/x.tar", "http://h/x.tar"]
 )
-def test_shard_names_that_lead_elsewhere_are_refused_by_name(folder: Path, tmp_path: Path, name: str) -> None:
+def test_shard_names_outside_the_set_are_rejected(folder: Path, tmp_path: Path, name: str) -> None:
     description = json.loads((folder / "dataset.json").read_text())
     description["splits"]["train"]["shards"][0]["name"] = name
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "dataset.json").write_text(json.dumps(description))
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError) as error:
         Dataset.open(str(tmp_path))
-    assert repr(name) in str(caught.value) and "plain file names" in str(caught.value)
+    assert repr(name) in str(error.value) and "plain file names" in str(error.value)
 
 
 @pytest.mark.parametrize(
     "url", ["pipe:cat /etc/passwd", "simplecache::s3://b/k", "python://x", "filecache::file:///etc/passwd"]
 )
-def test_urls_that_run_or_chain_are_refused(url: str) -> None:
+def test_urls_that_run_code_or_chain_are_rejected(url: str) -> None:
     with pytest.raises(ValueError, match="is not allowed"):
         storage.read_bytes(url)
 
 
-def test_credentials_in_urls_and_endpoints_are_refused_and_not_repeated() -> None:
+def test_credentials_in_urls_and_endpoints_are_rejected_and_not_repeated() -> None:
     for url, endpoint in (("s3://me:hunter2@bucket/x", None), ("s3://bucket/x", "http://me:hunter2@host:9000")):
-        with pytest.raises(ValueError, match="credentials") as caught:
+        with pytest.raises(ValueError, match="credentials") as error:
             storage.read_bytes(url, endpoint_url=endpoint)
-        assert "hunter2" not in str(caught.value)
-    with pytest.raises(ValueError, match="goes with s3:// only"):
+        assert "hunter2" not in str(error.value)
+    with pytest.raises(ValueError, match="is for s3:// only"):
         storage.read_bytes("memory://x", endpoint_url="http://host:9000")
 
 
-def test_a_huge_caption_is_refused_by_the_manifest(tmp_path: Path) -> None:
-    record = dataclasses.replace(sample(1), captions=("red " * 500_000,))
+def test_huge_caption_is_rejected(tmp_path: Path) -> None:
+    record = dataclasses.replace(make_sample(1), captions=("red " * 500_000,))
     with pytest.raises(ValueError, match=r"manifest.parquet: a caption has 2000000 characters"):
-        write(tmp_path / "set", [record])
+        write_set(tmp_path / "set", [record])

@@ -1,0 +1,82 @@
+"""Image transforms."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from t2idist.data.order import random_bits
+from t2idist.data.reader import EncodedImage
+from t2idist.data.transforms import DecodedImage, crop_and_flip, decode, fill_pyramid, shorter_side
+from tests.data.shard_sets import png_image
+
+
+def undrafted(image: Image.Image) -> DecodedImage:
+    return DecodedImage(image, image.size)
+
+
+def photo(width: int, height: int) -> Image.Image:
+    """Return an image with structure at several scales, the finest weak, as in photographs."""
+    scales = [Image.effect_noise((width // by, height // by), 90).resize((width, height), 3) for by in (64, 16)]
+    return Image.merge("RGB", [Image.blend(*scales, share) for share in (0.1, 0.3, 0.5)])
+
+
+@pytest.mark.parametrize(("size", "factor"), [((900, 601), 1), ((1216, 1219), 2), ((3001, 2500), 4)])
+def test_large_jpegs_decode_at_a_fraction_with_the_same_crop(size: tuple[int, int], factor: int):
+    out = io.BytesIO()
+    photo(*size).save(out, "JPEG", quality=95)
+    whole = decode(EncodedImage(out.getvalue(), "jpg"))
+    drafted = decode(EncodedImage(out.getvalue(), "jpg"), shorter_side(256, 304 / 256))
+    assert drafted.size == whole.size == size
+    assert drafted.image.size == tuple(-(-side // factor) for side in size)
+    for bits in [*random_bits(1, 0, 4), None]:
+        one, other = (
+            np.asarray(crop_and_flip(decoded, 256, 304 / 256, True, bits)).astype(int) for decoded in (whole, drafted)
+        )
+        assert np.abs(one - other).mean() < 0.6
+
+
+def test_crop_equals_resize_then_crop_and_pyramid_equals_pillow():
+    image = Image.effect_noise((150, 90), 60).convert("RGB")
+    bits = random_bits(1, 1, 1)[0]
+    whole = image.resize((round(150 * 76 / 90), 76), Image.Resampling.BILINEAR)
+    x, y = int(bits[0]) % (whole.width - 64 + 1), int(bits[1]) % (76 - 64 + 1)
+    expected = np.asarray(whole.crop((x, y, x + 64, y + 64))).astype(int)
+    cropped = crop_and_flip(undrafted(image), 64, 76 / 64, False, bits)
+    assert np.abs(np.asarray(cropped).astype(int) - expected).max() <= 2
+    images = (cropped, cropped.rotate(90))
+    pixels = np.stack([np.asarray(each) for each in images])
+    high, *lower = [np.empty((2, 3, size, size), np.uint8) for size in (64, 16, 32)]
+    fill_pyramid(pixels, [*lower, high])
+    assert np.array_equal(high, pixels.transpose(0, 3, 1, 2))
+    for low in lower:
+        size = low.shape[-1]
+        for ours, each in zip(low, images, strict=True):
+            theirs = np.asarray(each.resize((size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+            assert np.abs(ours.astype(int) - theirs).max() <= 1  # equal on x86; other processors round differently
+
+
+def test_flips_are_random_in_training_only():
+    image = Image.effect_noise((64, 64), 60).convert("RGB")
+    results = [np.asarray(crop_and_flip(undrafted(image), 64, 1.0, True, bits)) for bits in random_bits(1, 0, 40)]
+    mirrored = sum(np.array_equal(m, np.asarray(image)[:, ::-1]) for m in results)
+    straight = sum(np.array_equal(m, np.asarray(image)) for m in results)
+    assert mirrored + straight == 40 and 8 <= mirrored <= 32
+    assert np.array_equal(np.asarray(crop_and_flip(undrafted(image), 64, 1.0, True, None)), np.asarray(image))
+
+
+def test_decode_lays_transparency_on_white_and_reports_damage():
+    out = io.BytesIO()
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(out, "PNG")
+    assert decode(EncodedImage(out.getvalue(), "png")).image.getpixel((1, 1)) == (255, 255, 255)
+    with pytest.raises(ValueError, match="does not decode"):
+        decode(EncodedImage(png_image(1)[:-400], "png"))
+    with pytest.raises(ValueError, match="does not decode"):
+        decode(EncodedImage(png_image(1), "jpg"))  # only the decoder of the extension is tried
+    out = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(out, "PNG")
+    with pytest.raises(ValueError, match="9000 x 9000 pixels"):
+        decode(EncodedImage(out.getvalue(), "png"))

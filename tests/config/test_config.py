@@ -1,4 +1,4 @@
-"""The strict configuration, the recipes that ship, and what a dry run prints."""
+"""The strict configuration, the shipped recipes, and the page of a dry run."""
 
 from __future__ import annotations
 
@@ -19,19 +19,18 @@ from t2idist.training import stages
 from t2idist.training.stages import StageRun
 
 MINIMAL = {"name": "x", "stages": {"a": {"system": "damsm", "group_size": 4, "groups": 2, "images": 16}}}
-EXTENT = DataInfo(("",) * 100, 1000, vector_dim=1024, attributes=())
+DATA_INFO = DataInfo(("",) * 100, 1000, vector_dim=1024, attributes=())
 RECIPES = [(recipe, preset) for recipe, presets in configuration.recipes().items() for preset in presets]
 
 
 def changed(path: str, value: object) -> dict[str, object]:
-    values = from_dict(RunConfig, MINIMAL)
-    plain = to_dict(values)
-    place = plain
+    values = to_dict(from_dict(RunConfig, MINIMAL))
+    section = values
     *keys, last = path.split(".")
     for key in keys:
-        place = place[key]
-    place[last] = value
-    return plain
+        section = section[key]
+    section[last] = value
+    return values
 
 
 @pytest.mark.parametrize(
@@ -57,24 +56,24 @@ def changed(path: str, value: object) -> dict[str, object]:
         ("checkpoint", 3, "checkpoint: 3; expected a mapping"),
     ],
 )
-def test_bad_values_give_a_sentence(path: str, value: object, sentence: str) -> None:
+def test_bad_values_raise_an_error_that_names_key_and_value(path: str, value: object, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         from_dict(RunConfig, changed(path, value))
 
 
-def test_missing_key_is_named() -> None:
+def test_missing_key_is_named_in_the_error() -> None:
     with pytest.raises(ValueError, match="stages.a.images: missing"):
         from_dict(RunConfig, {"name": "x", "stages": {"a": {"system": "damsm", "group_size": 4, "groups": 2}}})
 
 
 def test_round_trip_through_yaml() -> None:
     for recipe, preset in RECIPES:
-        made = load(recipe, [f"preset={preset}"])
-        assert from_dict(RunConfig, parse_yaml(to_yaml(made), "x")) == made
+        config = load(recipe, [f"preset={preset}"])
+        assert from_dict(RunConfig, parse_yaml(to_yaml(config), "x")) == config
 
 
 @pytest.mark.parametrize(
-    ("recipe", "words", "sentence"),
+    ("recipe", "overrides", "sentence"),
     [
         ("atngan", [], "no such recipe; did you mean 'attngan'"),
         ("attngan", ["preset=cubb"], "preset=cubb: attngan has .*cub"),
@@ -82,7 +81,7 @@ def test_round_trip_through_yaml() -> None:
         ("attngan", ["seed=[1"], "seed=.*not valid YAML"),
         ("attngan", ["seed.x=1"], "'seed' is a value, not a section|seed: .*expected"),
         ("attngan", ["stages.attngan.model.witdh=1"], "unknown key"),
-        ("attngan", ["stages.damsm.system=dams"], "stages.damsm.system: 'dams': no such system; there are"),
+        ("attngan", ["stages.damsm.system=dams"], "stages.damsm.system: 'dams': no such system; did you mean 'damsm'?"),
         ("attngan", ["stages.damsm.uses={damsm: attngan}"], "stage 'attngan' does not come before 'damsm'"),
         ("attngan", ["stages.attngan.group_size=1"], "stages.attngan: group_size is 1"),
         ("attngan", ["data.source=avatar"], "did you mean avatars"),
@@ -91,25 +90,25 @@ def test_round_trip_through_yaml() -> None:
         ("nothere.yaml", [], "nothere.yaml: no such file"),
     ],
 )
-def test_bad_commands_give_one_sentence_and_a_status(
-    recipe: str, words: list[str], sentence: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+def test_bad_commands_print_one_sentence_and_return_2(
+    recipe: str, overrides: list[str], sentence: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    data = [] if any(w.startswith("data.source") for w in words) else ["data.source=emoji"]
-    assert run.main([recipe, "--dry-run", f"storage={tmp_path}", *data, *words]) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1
+    data = [] if any(override.startswith("data.source") for override in overrides) else ["data.source=emoji"]
+    assert run.main([recipe, "--dry-run", f"storage={tmp_path}", *data, *overrides]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
     with pytest.raises(ValueError, match=sentence):
-        raise ValueError(said[0])
+        raise ValueError(lines[0])
 
 
-def test_a_key_that_stands_twice_is_an_error() -> None:
+def test_duplicate_keys_and_yaml_tags_are_errors() -> None:
     with pytest.raises(ValueError, match="duplicate key 'a'"):
         parse_yaml("a: 1\na: 2\n", "file.yaml")
     with pytest.raises(ValueError, match="not valid YAML"):
         parse_yaml("a: !!python/object/apply:os.system ['true']", "file.yaml")
 
 
-def test_encoders_that_number_words_in_two_ways_are_refused() -> None:
+def test_encoders_with_different_vocabularies_are_rejected() -> None:
     data, one, other = Vocabulary(["<end>", "a"]), ["<end>", "a", "b"], ["<end>", "b", "a"]
     assert stages.stage_vocabulary(data, {"damsm": one, "captioner": one}).words == tuple(one)
     assert stages.stage_vocabulary(data, {}) == data
@@ -117,7 +116,7 @@ def test_encoders_that_number_words_in_two_ways_are_refused() -> None:
         stages.stage_vocabulary(data, {"damsm": one, "captioner": other})
 
 
-def test_every_recipe_can_be_built_and_names_its_preset(tmp_path: Path) -> None:
+def test_every_recipe_builds_and_describes_its_preset(tmp_path: Path) -> None:
     assert {"attngan", "dcgan", "gan_cls", "stackgan_pp", "stargan"} <= set(configuration.recipes())
     for recipe, preset in RECIPES:
         config = load(recipe, [f"preset={preset}", f"storage={tmp_path}"])
@@ -125,7 +124,7 @@ def test_every_recipe_can_be_built_and_names_its_preset(tmp_path: Path) -> None:
         for name in config.stages:
             with torch.device("meta"):
                 stage = StageRun(config, name)
-                stage.build(stage.build_info(EXTENT))
+                stage.build(stage.build_info(DATA_INFO))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +137,7 @@ def test_every_recipe_can_be_built_and_names_its_preset(tmp_path: Path) -> None:
         ("stargan", "both256", ["G 8,461,888", "D 45,147,072"]),
     ],
 )
-def test_a_dry_run_prints_the_published_numbers(
+def test_dry_run_prints_the_published_parameter_counts(
     recipe: str, preset: str, counts: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert run.main([recipe, f"preset={preset}", f"storage={tmp_path}", "--dry-run"]) == 0
@@ -148,27 +147,27 @@ def test_a_dry_run_prints_the_published_numbers(
     assert "(721,152 trained)" in page or recipe != "attngan"
 
 
-def test_the_bare_command_says_that_it_is_the_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_command_without_a_preset_names_the_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert run.main(["attngan", "--dry-run", "data.source=emoji", f"storage={tmp_path}"]) == 0
     page = capsys.readouterr().out
     assert "demo preset" in page.splitlines()[0]
     assert "images per epoch" in page and "vocabulary of 3,5" in page
 
 
-def test_a_run_is_not_taken_up_with_other_mathematics(tmp_path: Path) -> None:
+def test_resume_rejects_settings_that_change_the_mathematics(tmp_path: Path) -> None:
     config = stages.with_absolute_paths(load("attngan", [f"storage={tmp_path}", "data.source=emoji"]))
     folder = tmp_path / config.name
     folder.mkdir()
     (folder / "config.yaml").write_text(to_yaml(config))
-    words = [f"storage={tmp_path}", "data.source=emoji"]
+    overrides = [f"storage={tmp_path}", "data.source=emoji"]
     for same in ("cluster.workers=[1,1]", "stages.attngan.images=99", "data.threads=1", "checkpoint.keep=3"):
-        dry_run.check(stages.with_absolute_paths(load("attngan", [*words, same])), None)
+        dry_run.check(stages.with_absolute_paths(load("attngan", [*overrides, same])), None)
     for other in ("seed=9", "stages.attngan.group_size=9", "stages.attngan.model.z_dim=9", "data.max_words=9"):
         with pytest.raises(ValueError, match="was started with .*; give name=ANOTHER for a new run"):
-            dry_run.check(stages.with_absolute_paths(load("attngan", [*words, other])), None)
+            dry_run.check(stages.with_absolute_paths(load("attngan", [*overrides, other])), None)
 
 
-def test_storage_that_cannot_be_written_is_found_first(tmp_path: Path) -> None:
+def test_check_rejects_storage_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="storage: cannot write to"):
         dry_run.check(
@@ -176,16 +175,16 @@ def test_storage_that_cannot_be_written_is_found_first(tmp_path: Path) -> None:
         )
 
 
-def test_inception_weights_are_asked_for_with_their_hash(tmp_path: Path) -> None:
-    words = ["preset=cub", "data.source=emoji", f"storage={tmp_path}"]
+def test_check_requires_inception_weights_with_their_hash(tmp_path: Path) -> None:
+    overrides = ["preset=cub", "data.source=emoji", f"storage={tmp_path}"]
     with pytest.raises(ValueError, match=r"stages.damsm.model.trunk_weights: missing; give the path or URL"):
-        dry_run.check(stages.with_absolute_paths(load("attngan", words)), None)
-    words.append(f"stages.damsm.model.trunk_weights={tmp_path}/x.safetensors")
-    with pytest.raises(ValueError, match="has no sha256 of 64 digits beside it"):
-        dry_run.check(stages.with_absolute_paths(load("attngan", words)), None)
+        dry_run.check(stages.with_absolute_paths(load("attngan", overrides)), None)
+    overrides.append(f"stages.damsm.model.trunk_weights={tmp_path}/x.safetensors")
+    with pytest.raises(ValueError, match="has no sha256 of 64 digits"):
+        dry_run.check(stages.with_absolute_paths(load("attngan", overrides)), None)
 
 
-def test_schedules() -> None:
+def test_schedules_follow_the_images_seen() -> None:
     exponential = Schedule("exponential", factor=0.98, every_images=100.0, floor=0.1)
     assert [lr_factor(exponential, n) for n in (0, 99, 100, 250)] == [1.0, 1.0, 0.98, 0.98**2]
     assert lr_factor(exponential, 10**6) == 0.1
@@ -197,5 +196,5 @@ def test_schedules() -> None:
 
 
 @pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("2E5", 2e5), ("-3e+2", -300.0), ("1.5e-3", 1.5e-3)])
-def test_numbers_are_read_as_people_write_them(text: str, value: float) -> None:
+def test_parse_yaml_reads_exponents_as_numbers(text: str, value: float) -> None:
     assert parse_yaml(f"lr: {text}", "here") == {"lr": value}

@@ -21,7 +21,12 @@ from t2idist import config as configuration
 from t2idist.config import DataConfig, RunConfig, StageConfig
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "cluster/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "cluster/README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 PAGE_NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 PROGRAMS = ("t2idist", ".venv/bin/t2idist", "python", "cluster/submit.sh", "ray", "make")
 
@@ -35,10 +40,14 @@ def commands(text: str) -> Iterator[list[str]]:
     for block in re.findall(r"^```(?:sh|bash)?\n(.*?)^```$", text, re.M | re.S):
         for line in block.replace("\\\n", " ").splitlines():
             yield from _split(line.removeprefix("$ "))
-    prose = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
-    for span in re.findall(r"`([^`]+)`", prose):
+    for span in re.findall(r"`([^`]+)`", without_blocks(text)):
         if " " in span:
             yield from _split(" ".join(span.split()))
+
+
+def without_blocks(text: str) -> str:
+    """Remove the fenced blocks of a page."""
+    return re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
 
 
 def _split(line: str) -> Iterator[list[str]]:
@@ -46,7 +55,7 @@ def _split(line: str) -> Iterator[list[str]]:
         words = shlex.split(line, comments=True)
     except ValueError:
         return
-    words = [word for word in words if word not in ("sudo", "nohup", "&", "...")]
+    words = [word for word in words if word not in ("sudo", "nohup", "&")]
     while words and re.fullmatch(r"[A-Za-z_]+=.*", words[0]):
         words = words[1:]
     if words and words[0] in PROGRAMS:
@@ -54,12 +63,16 @@ def _split(line: str) -> Iterator[list[str]]:
 
 
 def quoted_commands() -> list[tuple[str, list[str]]]:
-    found = [(name, words) for name, page in zip(PAGE_NAMES, PAGES, strict=True) for words in commands(page.read_text())]
+    found = [
+        (name, words) for name, page in zip(PAGE_NAMES, PAGES, strict=True) for words in commands(page.read_text())
+    ]
     return [(name, words) for name, words in found if not any(word in ("RECIPE", "[options]") for word in words)]
 
 
 def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    program, rest = words[0].rpartition("/")[2] if words[0].endswith("t2idist") else words[0], words[1:]
+    program = words[0].rpartition("/")[2] if words[0].endswith("t2idist") else words[0]
+    partial = len(words) == 2 or "..." in words  # names a command, or leaves out arguments
+    rest = [word for word in words[1:] if word != "..."]
     if program == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
         assert all(word in targets or "=" in word for word in rest), words
@@ -67,7 +80,7 @@ def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         if rest[0] == "train":
             check_training(rest[1:])
         elif not rest[0].startswith("-"):
-            check_parses(lambda: cli.main(rest), monkeypatch)
+            check_parses(lambda: cli.main(rest), monkeypatch, partial=partial)
     elif program == "python" and rest[:2] == ["-m", "t2idist.run"]:
         check_training(rest[2:])
     elif program == "python" and rest[:2] == ["-m", "t2idist.cli"]:
@@ -77,18 +90,25 @@ def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         assert tool.is_file(), f"{rest[0]} does not exist"
         monkeypatch.setattr(sys, "argv", rest)
         monkeypatch.setattr(sys, "path", [str(tool.parent), *sys.path])
-        check_parses(lambda: runpy.run_path(str(tool), run_name="__main__"), monkeypatch)
+        check_parses(lambda: runpy.run_path(str(tool), run_name="__main__"), monkeypatch, partial=partial)
     elif program == "cluster/submit.sh":
         check_training(rest[1:])
     elif program == "ray" and "t2idist.run" in rest:
         check_training(rest[rest.index("t2idist.run") + 1 :])
 
 
-def check_parses(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_parses(run: Any, monkeypatch: pytest.MonkeyPatch, *, partial: bool = False) -> None:
+    """Run a program until it has parsed its arguments. partial: required arguments may be missing."""
     original = argparse.ArgumentParser.parse_known_args
 
     def parse(self: argparse.ArgumentParser, *arguments: Any, **options: Any) -> Any:
+        for action in self._actions:
+            action.required = action.required and not partial
+        for group in self._mutually_exclusive_groups:
+            group.required = group.required and not partial
         namespace, unknown = original(self, *arguments, **options)
+        if any(action.nargs == argparse.SUPPRESS for action in self._get_positional_actions()):
+            return namespace, unknown  # the first pass of parse_intermixed_args
         assert not unknown, f"unknown arguments {unknown}"
         raise Parsed
 
@@ -137,7 +157,7 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=PAGE_NAMES)
 def test_links_resolve(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_blocks(page.read_text())):
         if target.startswith(("http://", "https://")):
             continue
         path, _, anchor = target.partition("#")
@@ -163,7 +183,20 @@ def test_config_keys_exist(page: Path) -> None:
     nested |= {"cluster": configuration.ClusterConfig}
     for span in re.findall(r"`([a-z_]+(?:\.[A-Za-z0-9_]+)+)(?:=[^`]*)?`", page.read_text()):
         head, *rest = span.split(".")
-        if rest[-1] in ("py", "md", "html", "json", "jsonl", "yaml", "parquet", "txt", "safetensors", "sh", "csv", "tsv"):
+        if rest[-1] in (
+            "py",
+            "md",
+            "html",
+            "json",
+            "jsonl",
+            "yaml",
+            "parquet",
+            "txt",
+            "safetensors",
+            "sh",
+            "csv",
+            "tsv",
+        ):
             continue
         if head in nested:
             assert rest[0] in fields_of(nested[head]), f"{span}: no such key"

@@ -17,11 +17,11 @@ DEEPSPEED = "0.19.8"
 """The only supported version: engine/zero.py uses private attributes of DeepSpeed."""
 
 
-def _positive(config: Any, where: str, *names: str) -> None:
+def _positive(config: Any, section: str, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if not value > 0:
-            raise ValueError(f"{where}.{name}: {value}; it must be above 0")
+            raise ValueError(f"{section}.{name}: {value}; it must be above 0")
 
 
 def _check_deepspeed() -> None:
@@ -33,9 +33,9 @@ def _check_deepspeed() -> None:
         raise ValueError(f"strategy: deepspeed is {version}; install it with: pip install deepspeed=={DEEPSPEED}")
 
 
-def _check_seed(where: str, seed: int) -> None:
+def _check_seed(key: str, seed: int) -> None:
     if not 0 <= seed < 2**31:
-        raise ValueError(f"{where}: {seed}; allowed are 0 to {2**31 - 1}")
+        raise ValueError(f"{key}: {seed}; allowed are 0 to {2**31 - 1}")
 
 
 # ------------------------------------------------------------ sections

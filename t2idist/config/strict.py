@@ -129,13 +129,13 @@ _StrictLoader.add_implicit_resolver(
 )
 
 
-def parse_yaml(text: str, where: str) -> Any:
-    """Parse YAML into plain values; `where` names the text in error messages."""
+def parse_yaml(text: str, source: str) -> Any:
+    """Parse YAML into plain values; `source` names the text in error messages."""
     loader = _StrictLoader(text)
     try:
         return loader.get_single_data()
     except yaml.YAMLError as error:
-        raise ValueError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
     finally:
         loader.dispose()
 

@@ -195,7 +195,7 @@ class _S3Object:
 
     def __init__(self, url: str, endpoint_url: str | None, stop: threading.Event | None) -> None:
         check_url(url, endpoint_url)
-        self._where = redact(url)
+        self._name = redact(url)
         self._bucket, _, self._key = url.partition("://")[2].partition("/")
         self._client = _s3_client(endpoint_url, _identity())
         self._stop = stop
@@ -212,11 +212,11 @@ class _S3Object:
         else:
             blocks += [self._block(at, end) for at in starts]
         if len({block.tag for block in blocks if block.data}) > 1:
-            raise OSError(f"{self._where}: the object was overwritten while it was read; read it again")
+            raise OSError(f"{self._name}: the object was overwritten while it was read; read it again")
         return blocks[0].data if len(blocks) == 1 else b"".join(block.data for block in blocks)
 
     def _block(self, start: int, end: int) -> _Block:
-        return retry(lambda: self._get(start, end), self._where, self._stop)
+        return retry(lambda: self._get(start, end), self._name, self._stop)
 
     def _get(self, start: int, end: int) -> _Block:
         from botocore.exceptions import ClientError

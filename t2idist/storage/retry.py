@@ -64,11 +64,11 @@ class Cancelled(Exception):
     """The caller no longer needs the bytes."""
 
 
-def retry(attempt: Callable[[], T], where: str, stop: threading.Event | None = None) -> T:
+def retry(attempt: Callable[[], T], name: str, stop: threading.Event | None = None) -> T:
     """Call `attempt`, again after growing random waits while its errors are transient, and return its result.
 
     Args:
-        where: names the object in messages, without secrets.
+        name: the object in messages, without secrets.
         stop: if set, no further attempt is made.
 
     Raises:
@@ -80,11 +80,11 @@ def retry(attempt: Callable[[], T], where: str, stop: threading.Event | None = N
     began = time.monotonic()
     for tries in itertools.count(1):
         if stop is not None and stop.is_set():
-            raise Cancelled(where)
+            raise Cancelled(name)
         try:
             return attempt()
         except Exception as error:
-            permanent = permanent_error(error, where)
+            permanent = permanent_error(error, name)
             if permanent is not None:
                 raise permanent from None  # the chain could hold headers and signed queries
             reason = describe(error)
@@ -92,11 +92,11 @@ def retry(attempt: Callable[[], T], where: str, stop: threading.Event | None = N
         waited = time.monotonic() - began
         if waited + wait > TOTAL_SECONDS:
             raise ConnectionError(
-                f"{where}: no response in {waited:.0f} s and {tries} attempts; the last error: {reason}"
+                f"{name}: no response in {waited:.0f} s and {tries} attempts; the last error: {reason}"
             )
         if tries == _ATTEMPTS_BEFORE_WARNING:
             left = TOTAL_SECONDS - waited
-            logger.warning("%s: %d attempts failed (%s); retrying for %.0f s", where, tries, reason, left)
+            logger.warning("%s: %d attempts failed (%s); retrying for %.0f s", name, tries, reason, left)
         if stop is None:
             time.sleep(wait)
         else:
@@ -104,30 +104,30 @@ def retry(attempt: Callable[[], T], where: str, stop: threading.Event | None = N
     raise AssertionError("itertools.count never ends")
 
 
-def permanent_error(error: Exception, where: str) -> Exception | None:
+def permanent_error(error: Exception, name: str) -> Exception | None:
     """Return the error to raise if a retry cannot succeed, else None."""
     status, code = _response(error)
     if code in _BUSY or status in (408, 425, 429) or (status >= 500 and status != 501):
         return None
     if status in (401, 403) or code in _REFUSED or isinstance(error, PermissionError):
         return PermissionError(
-            f"{where}: the store refuses access ({code or status or 'permission denied'}); check the keys and whether "
+            f"{name}: the store refuses access ({code or status or 'permission denied'}); check the keys and whether "
             f"they have expired, the clock of this machine, the bucket's policy, and the endpoint"
         )
     if _no_credentials(error):
         return PermissionError(
-            f"{where}: no credentials were found; give them in the environment (AWS_ACCESS_KEY_ID, "
+            f"{name}: no credentials were found; set them in the environment (AWS_ACCESS_KEY_ID, "
             f"AWS_SECRET_ACCESS_KEY, AWS_PROFILE) or in the store's own files"
         )
     if status == 404 or code in _ABSENT or isinstance(error, FileNotFoundError):
-        return FileNotFoundError(f"{where}: no such object")
+        return FileNotFoundError(f"{name}: no such object")
     if (
         300 <= status < 500
         or status == 501
         or isinstance(error, FileExistsError | IsADirectoryError | NotADirectoryError)
     ):
-        return OSError(f"{where}: the store does not support this request: {describe(error)}")
-    return _unless_transient(error, where)
+        return OSError(f"{name}: the store does not support this request: {describe(error)}")
+    return _unless_transient(error, name)
 
 
 def describe(error: Exception) -> str:
@@ -157,7 +157,7 @@ def _no_credentials(error: Exception) -> bool:
     return isinstance(error, NoCredentialsError | PartialCredentialsError | CredentialRetrievalError)
 
 
-def _unless_transient(error: Exception, where: str) -> Exception | None:
+def _unless_transient(error: Exception, name: str) -> Exception | None:
     """Return None if an error without a response looks like a network failure, else the error to raise."""
     from aiohttp import ClientError as AiohttpError
     from botocore import exceptions as boto
@@ -165,7 +165,7 @@ def _unless_transient(error: Exception, where: str) -> Exception | None:
     from urllib3.exceptions import HTTPError  # raised if the body of an error response breaks off
 
     if isinstance(error, boto.SSLError):
-        return OSError(f"{where}: {describe(error)}")
+        return OSError(f"{name}: {describe(error)}")
     transient = (
         boto.ConnectionError,
         boto.HTTPClientError,
@@ -176,4 +176,4 @@ def _unless_transient(error: Exception, where: str) -> Exception | None:
     )
     if isinstance(error, (OSError, EOFError, http.client.HTTPException, *transient)):
         return None
-    return ValueError(f"{where}: {describe(error)}") if isinstance(error, boto.BotoCoreError) else error
+    return ValueError(f"{name}: {describe(error)}") if isinstance(error, boto.BotoCoreError) else error

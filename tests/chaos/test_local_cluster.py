@@ -133,19 +133,19 @@ def wait_for_step(run: str, stage: str, step: int, job: subprocess.Popen[str]) -
 
 def leftovers() -> list[str]:
     """Return everything of the cluster that is still on this machine."""
-    found = [str(FOLDER)] if FOLDER.exists() else []
+    leftover = [str(FOLDER)] if FOLDER.exists() else []
     spaces = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     links = subprocess.run(["ip", "-brief", "link"], capture_output=True, text=True, check=True).stdout
-    found += [line for line in spaces.splitlines() if line.startswith(f"t2idist-{NAME}-")]
-    found += [line for line in links.splitlines() if line.startswith((f"t2b{NAME} ", f"t2v{NAME}n"))]
+    leftover += [line for line in spaces.splitlines() if line.startswith(f"t2idist-{NAME}-")]
+    leftover += [line for line in links.splitlines() if line.startswith((f"t2b{NAME} ", f"t2v{NAME}n"))]
     for process in Path("/proc").glob("[0-9]*"):
         try:
             arguments = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
         except OSError:
             continue
         if os.fsencode(f"{FOLDER}/") in arguments and process.name != str(os.getpid()):
-            found.append(arguments.replace(b"\0", b" ")[:200].decode(errors="replace"))
-    return found
+            leftover.append(arguments.replace(b"\0", b" ")[:200].decode(errors="replace"))
+    return leftover
 
 
 def holders(secrets: dict[str, str], files: list[tuple[str, bytes]]) -> list[str]:

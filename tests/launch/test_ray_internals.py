@@ -57,8 +57,8 @@ NOT_RAYS = {"on_sigterm", "_request_stop", "_cancel"}
 def test_every_name_imports_and_has_what_we_use() -> None:
     assert USED.keys() == ray_internals.MODULES.keys()
     for name, attributes in USED.items():
-        found = getattr(ray_internals, name)
-        assert [attribute for attribute in attributes if not hasattr(found, attribute)] == [], name
+        value = getattr(ray_internals, name)
+        assert [attribute for attribute in attributes if not hasattr(value, attribute)] == [], name
     assert hasattr(_raylet.InnerGcsClient, "drain_node")
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = ray_internals.Nothing
@@ -94,16 +94,16 @@ def private(module: str) -> bool:
 
 def private_names_of_ray(file: Path) -> list[str]:
     """Private modules of Ray that a file imports or reaches as attributes (ray._private.x)."""
-    found = []
+    names = []
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names if private(alias.name)]
+            names += [alias.name for alias in node.names if private(alias.name)]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-            found += [name for name in names if private(node.module) or private(name)]
+            imported = [f"{node.module}.{alias.name}" for alias in node.names]
+            names += [name for name in imported if private(node.module) or private(name)]
         elif isinstance(node, ast.Attribute) and private(ast.unparse(node)):
-            found.append(ast.unparse(node))
-    return found
+            names.append(ast.unparse(node))
+    return names
 
 
 def test_no_other_file_names_a_private_module_of_ray() -> None:
@@ -114,6 +114,6 @@ def test_no_other_file_names_a_private_module_of_ray() -> None:
 def test_private_modules_are_recognised(tmp_path: Path) -> None:
     lines = ["import ray._raylet", "from ray.train.v2._internal import x", "ray._private.state", "from ray import _y"]
     (tmp_path / "x.py").write_text("\n".join([*lines, "from ray.core.generated import pb2", "ray.nodes()"]))
-    found = private_names_of_ray(tmp_path / "x.py")
-    assert {"ray._raylet", "ray.train.v2._internal.x", "ray._private.state", "ray._y"} <= set(found)
-    assert "ray.core.generated.pb2" in found and "ray.nodes" not in found
+    names = private_names_of_ray(tmp_path / "x.py")
+    assert {"ray._raylet", "ray.train.v2._internal.x", "ray._private.state", "ray._y"} <= set(names)
+    assert "ray.core.generated.pb2" in names and "ray.nodes" not in names

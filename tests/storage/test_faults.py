@@ -14,7 +14,7 @@ from t2idist.config import DataConfig
 from t2idist.data.loader import Loader, LoaderSpec, open_loader
 from t2idist.data.shards import Dataset
 from t2idist.storage import objects, retry
-from tests.data.test_loader import assert_equal, png, sample, take, write
+from tests.data.shard_sets import assert_batches_equal, png_image, make_sample, take_batches, write_set
 from tests.helpers import fault_proxy as faults
 from tests.helpers.fault_proxy import FAULTS, FaultProxy, random_faults
 from tests.helpers.fetch_shards import fetch_all
@@ -32,7 +32,7 @@ def store() -> Iterator[str]:
         for name, value in environment.items():
             if name.startswith("AWS"):
                 patch.setenv(name, value)
-        write(URL, [sample(n, image=png(n, (50, 60))) for n in range(100)])
+        write_set(URL, [make_sample(n, image=png_image(n, (50, 60))) for n in range(100)])
         yield environment["AWS_ENDPOINT_URL"]
 
 
@@ -56,11 +56,11 @@ def loader(address: str | None, **changed: object) -> Loader:
 @pytest.mark.whole
 @pytest.mark.parametrize("kinds", [*([kind] for kind in FAULTS), list(FAULTS)], ids=lambda kinds: "+".join(kinds))
 def test_batches_are_the_same_under_network_faults(proxy: FaultProxy, kinds: list[str]) -> None:
-    expected = take(loader(None), 17)  # two epochs
+    expected = take_batches(loader(None), 17)  # two epochs
     proxy.plan = random_faults(len(kinds), 0.3, tuple(kinds))
     with loader(proxy.address) as stream:
         for batch in expected:
-            assert_equal(next(stream), batch)
+            assert_batches_equal(next(stream), batch)
         assert (stream.samples_read, stream.bad_reads, stream.quarantine) == (17 * 12, 0, {})
     assert all(proxy.done[kind] > 0 for kind in kinds), proxy.done
 
@@ -68,11 +68,11 @@ def test_batches_are_the_same_under_network_faults(proxy: FaultProxy, kinds: lis
 def test_stalled_connections_time_out(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, store: str) -> None:
     monkeypatch.setattr(objects, "READ_SECONDS", 0.3)
     monkeypatch.setattr(faults, "STALL_SECONDS", 30.0)
-    expected = take(loader(None), 4)
+    expected = take_batches(loader(None), 4)
     proxy.plan = lambda number, method, target: "stall" if number % 5 == 3 and method == "GET" else None
     began = time.monotonic()
-    for one, other in zip(expected, take(loader(proxy.address), 4), strict=True):
-        assert_equal(one, other)
+    for one, other in zip(expected, take_batches(loader(proxy.address), 4), strict=True):
+        assert_batches_equal(one, other)
     assert proxy.done["stall"] > 0
     assert time.monotonic() - began < 15
 
@@ -82,7 +82,7 @@ def test_expired_keys_raise_an_error_without_secrets(proxy: FaultProxy) -> None:
     next(stream)
     proxy.plan = lambda number, method, target: "refuse"
     with stream, pytest.raises(PermissionError) as caught:
-        take(stream, 200)
+        take_batches(stream, 200)
     message = str(caught.value)
     assert "s3://bucket/set/train-0" in message and "ExpiredToken" in message
     assert all(word in message for word in ("keys", "expired", "clock", "policy", "endpoint"))
@@ -124,7 +124,7 @@ def test_an_unavailable_store_raises_after_the_time_limit(proxy: FaultProxy, mon
     proxy.plan = lambda number, method, target: "busy"
     message = r"s3://bucket/set/train-0000\d.tar: no response in \d s .*SlowDown"
     with stream, pytest.raises(ConnectionError, match=message):
-        take(stream, 200)
+        take_batches(stream, 200)
 
 
 def test_close_does_not_wait_for_an_unavailable_store(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +152,7 @@ def test_whole_objects_and_ranges_are_read_in_blocks(proxy: FaultProxy, store: s
 
 def test_missing_and_truncated_shards_raise_an_error_that_names_them(store: str) -> None:
     url = "s3://bucket/damaged"
-    dataset = write(url, [sample(n) for n in range(17)])
+    dataset = write_set(url, [make_sample(n) for n in range(17)])
     shard = f"{url}/train-00000.tar"
     data = storage.read_bytes(shard)
     for change, message in (
@@ -163,7 +163,7 @@ def test_missing_and_truncated_shards_raise_an_error_that_names_them(store: str)
         spec = LoaderSpec(DataConfig(max_words=5), sizes=(8,), groups=[0], total_groups=1, group_size=5)
         stream = open_loader(dataset, spec, seed=0)
         with stream, pytest.raises(ValueError, match=message):
-            take(stream, 9)
+            take_batches(stream, 9)
 
 
 @pytest.mark.whole
@@ -190,13 +190,13 @@ def test_processes_of_a_node_fetch_each_shard_once(proxy: FaultProxy, tmp_path: 
 
 
 def test_a_loader_with_a_cache_fetches_each_shard_once(proxy: FaultProxy, tmp_path: Path) -> None:
-    expected = take(loader(None), 17)
+    expected = take_batches(loader(None), 17)
     config = DataConfig(max_words=5, threads=2, cache=str(tmp_path), cache_gib=0.1)
     proxy.plan = random_faults(3, 0.2)
-    for one, other in zip(expected, take(loader(proxy.address, config=config), 17), strict=True):
-        assert_equal(one, other)
+    for one, other in zip(expected, take_batches(loader(proxy.address, config=config), 17), strict=True):
+        assert_batches_equal(one, other)
     proxy.plan = lambda number, method, target: "refuse" if ".tar" in target else None
     dataset = Dataset.open(URL, check_sizes=False, endpoint_url=proxy.address)
     again = open_loader(dataset, LoaderSpec(config, (8, 16), groups=[0, 1], total_groups=2, group_size=6), seed=3)
-    for one, other in zip(expected, take(again, 17), strict=True):
-        assert_equal(one, other)
+    for one, other in zip(expected, take_batches(again, 17), strict=True):
+        assert_batches_equal(one, other)

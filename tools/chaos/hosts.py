@@ -233,12 +233,12 @@ class Cluster:
             namespace = os.stat(f"/run/netns/{self.namespace(host)}").st_ino
         except FileNotFoundError:
             return []
-        found = []
+        pids = []
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 if os.stat(process / "ns/net").st_ino == namespace and pattern in (process / "cmdline").read_bytes():
-                    found.append(int(process.name))
-        return sorted(found)
+                    pids.append(int(process.name))
+        return sorted(pids)
 
     def _kill_all(self, host: int) -> list[int]:
         killed: list[int] = []

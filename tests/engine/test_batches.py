@@ -1,4 +1,4 @@
-"""What a stage takes in: the ledger, the quarantine, and the end of a run whose data is too bad."""
+"""The ledger, the quarantine list, and the limit on unreadable samples."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from t2idist.engine.batches import QUARANTINE, TrackedBatches, read_ledger
 from t2idist.engine.world import Share, World
 
 
-class Stream:
-    """Batches of two groups of two, of samples 0, 1, 2, ...; those in `bad` are replaced."""
+class NumberedSource:
+    """Yields batches of two groups of two samples, numbered 0, 1, 2, ...; those in `bad` count as unreadable."""
 
     def __init__(self, step: int = 0, bad: set[int] | None = None) -> None:
-        self.at, self.bad = 4 * step, bad or set()
+        self.next_sample, self.bad = 4 * step, bad or set()
         self.samples_read, self.bad_reads, self.wait_seconds = 0, 0, 0.0
         self.quarantine: dict[str, str] = {}
 
@@ -25,32 +25,34 @@ class Stream:
         return
 
     def __next__(self) -> Batch:
-        numbers = range(self.at, self.at + 4)
-        self.at += 4
+        numbers = range(self.next_sample, self.next_sample + 4)
+        self.next_sample += 4
         self.samples_read += 4
-        found = self.bad & set(numbers)
-        self.bad_reads += len(found)
-        self.quarantine |= {f"s{n}": "does not decode" for n in found}
+        bad = self.bad & set(numbers)
+        self.bad_reads += len(bad)
+        self.quarantine |= {f"s{n}": "does not decode" for n in bad}
         ones = torch.ones(4, dtype=torch.int64)
         captions = Captions(ones[:, None], ones, torch.zeros(4, 0))
         return Batch((), captions, ones, torch.zeros(4, 0), tuple(f"s{n}" for n in numbers), 2)
 
 
-def intake(folder: Path, stream: Stream, step: int = 0, attempt: str = "a", epoch_images: int = 100) -> TrackedBatches:
+def make_batches(
+    folder: Path, source: NumberedSource, step: int = 0, attempt: str = "a", epoch_images: int = 100
+) -> TrackedBatches:
     share = Share(range(2), 2, 1)
     return TrackedBatches(
-        stream, World(), share, str(folder), step=step, attempt=attempt, max_bad=0.01, epoch_images=epoch_images,
+        source, World(), share, str(folder), step=step, attempt=attempt, max_bad=0.01, epoch_images=epoch_images,
         ledger=True,
     )  # fmt: skip
 
 
-def test_the_ledger_of_two_attempts_is_one_record(tmp_path: Path) -> None:
-    first = intake(tmp_path, Stream())
+def test_read_ledger_merges_two_attempts(tmp_path: Path) -> None:
+    first = make_batches(tmp_path, NumberedSource())
     for _ in range(3):
         next(first)
     first.write_ledger()
-    next(first)  # lost with its attempt
-    second = intake(tmp_path, Stream(step=2), step=2, attempt="b")
+    next(first)  # not written, so lost with the attempt
+    second = make_batches(tmp_path, NumberedSource(step=2), step=2, attempt="b")
     for _ in range(2):
         next(second)
     second.write_ledger()
@@ -59,11 +61,11 @@ def test_the_ledger_of_two_attempts_is_one_record(tmp_path: Path) -> None:
     assert [int(i[1:]) for ids in ledger.values() for i in ids] == list(range(16))
 
 
-def test_a_ledger_tells_where_an_order_changed_or_a_step_was_taken_twice(tmp_path: Path) -> None:
-    first = intake(tmp_path, Stream())
+def test_read_ledger_rejects_changed_order_and_repeated_steps(tmp_path: Path) -> None:
+    first = make_batches(tmp_path, NumberedSource())
     next(first)
     first.write_ledger()
-    other = intake(tmp_path, Stream(step=1), attempt="b")
+    other = make_batches(tmp_path, NumberedSource(step=1), attempt="b")
     next(other)
     other.write_ledger()
     with pytest.raises(ValueError, match="had other samples before"):
@@ -74,12 +76,12 @@ def test_a_ledger_tells_where_an_order_changed_or_a_step_was_taken_twice(tmp_pat
         read_ledger(str(tmp_path))
 
 
-def test_bad_samples_are_listed_and_too_many_stop_the_run(tmp_path: Path) -> None:
-    few = intake(tmp_path, Stream(bad={5}))
+def test_unreadable_samples_are_listed_and_too_many_raise(tmp_path: Path) -> None:
+    few = make_batches(tmp_path, NumberedSource(bad={5}))
     next(few), next(few)
     assert few.report()["data/bad_samples"] == 1.0
     assert json.loads((tmp_path / QUARANTINE).read_text()) == {"s5": "does not decode"}
-    many = intake(tmp_path, Stream(bad={0, 2}), attempt="b")
+    many = make_batches(tmp_path, NumberedSource(bad={0, 2}), attempt="b")
     next(many)
     with pytest.raises(ValueError, match=r"max_bad: 2 of 4 samples were unreadable, .* s0 \(does not decode\), s2"):
         many.report()

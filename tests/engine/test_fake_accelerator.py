@@ -1,4 +1,4 @@
-"""Steps on a device that is not there (tests/helpers/fake_accelerator.py): no tensor is in the wrong place, and nothing waits."""
+"""Training steps on a fake accelerator (tests/helpers/fake_accelerator.py): all tensors on one device, no host sync."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ SYSTEMS = [*CAPTIONED, "dcgan", "stargan"]
 
 
 @pytest.mark.whole
-def test_a_step_keeps_to_its_device_and_never_waits_for_it() -> None:
+def test_a_step_stays_on_the_device_and_never_syncs() -> None:
     command = [sys.executable, "-m", "tests.helpers.fake_accelerator", *SYSTEMS]
-    ended = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=600)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    found = json.loads(ended.stdout)
-    assert list(found) == SYSTEMS
-    for name, steps in found.items():
-        assert steps["waits"] == [], name
-        assert len(steps["here"]) >= 2
-        assert steps["elsewhere"] == pytest.approx(steps["here"], rel=1e-9, abs=1e-12), name
+    process = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stderr[-3000:]
+    results = json.loads(process.stdout)
+    assert list(results) == SYSTEMS
+    for name, result in results.items():
+        assert result["syncs"] == [], name
+        assert len(result["host"]) >= 2
+        assert result["device"] == pytest.approx(result["host"], rel=1e-9, abs=1e-12), name
 
 
-def test_what_would_fail_there_fails_here() -> None:
+def test_fake_device_counts_syncs_and_rejects_mixed_devices() -> None:
     source = """
 import torch
-from tests import elsewhere
-elsewhere._setup_privateuseone_for_python_backend(elsewhere.DEVICE, elsewhere.Module())
-with elsewhere.Device() as device, elsewhere.OwnKernels():
-    x = torch.ones(3, device=elsewhere.DEVICE)
-    assert float((x + 1).sum()) == 6.0 and device.waits == ["_local_scalar_dense"]
-    assert x.cpu().tolist() == [1, 1, 1] and device.waits[1:] == ["_to_copy"]
+from tests.helpers import fake_accelerator
+fake_accelerator._setup_privateuseone_for_python_backend(fake_accelerator.DEVICE, fake_accelerator.BackendModule())
+with fake_accelerator.FakeDevice() as device, fake_accelerator.DeviceKernels():
+    x = torch.ones(3, device=fake_accelerator.DEVICE)
+    assert float((x + 1).sum()) == 6.0 and device.syncs == ["_local_scalar_dense"]
+    assert x.cpu().tolist() == [1, 1, 1] and device.syncs[1:] == ["_to_copy"]
     x + torch.ones(3)
 """
-    ended = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", source], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300
     )
-    assert ended.returncode != 0 and "a tensor (3,) of the host meets one of the device" in ended.stderr
+    assert process.returncode != 0 and "a tensor (3,) on the host meets one on the device" in process.stderr

@@ -1,4 +1,4 @@
-"""A loss or a gradient that is not finite changes nothing, on any worker; too many in a row lead back."""
+"""Updates with a non-finite loss or gradient are skipped on every worker; too many in a row are a rollback."""
 
 from __future__ import annotations
 
@@ -12,85 +12,89 @@ from t2idist.contract import Batch, Train
 from t2idist.engine.strategy import Precision
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import Share, World
-from tests.engine.test_trainer import GROUP_SIZE, GROUPS, PLAN, snapshot, step
+from tests.engine.test_trainer import BUILD_INFO, GROUP_SIZE, GROUPS, snapshot, train_steps
 from tests.helpers import toy_gan
 from tests.helpers.runs import run_command, write_recipe
 from tests.helpers.worker_processes import Workers
 
 
-class Poisoned(toy_gan.ToyGan):
-    """Step 2 spoils one thing, in group 3 only: the generator's loss, a picture, or a gradient behind a finite loss."""
+class NonFiniteGan(toy_gan.ToyGan):
+    """A toy GAN with one non-finite value in group 3 of step 2: in an image, the generator's loss, or its gradient."""
 
     def __init__(self, how: str) -> None:
-        super().__init__(PLAN)
+        super().__init__(BUILD_INFO)
         self.how = how
 
     def step(self, batch: Batch, train: Train) -> None:
         if train.step == 2 and batch.ids[-1].startswith("2-3-"):
-            if self.how == "picture":
+            if self.how == "image":
                 batch.images[-1][-1, 0, 0, 0] = torch.nan
             elif self.how == "loss":
-                return super().step(batch, _Spoiled(train, lambda loss: loss + torch.inf))
+                return super().step(batch, _ChangedLoss(train, lambda loss: loss + torch.inf))
             else:
-                return super().step(batch, _Spoiled(train, lambda loss: loss + (loss * 0).sqrt()))
+                return super().step(batch, _ChangedLoss(train, lambda loss: loss + (loss * 0).sqrt()))
         return super().step(batch, train)
 
 
-class _Spoiled:
-    """The engine as a system sees it, with a generator's loss that goes wrong."""
+class _ChangedLoss:
+    """Wraps `Train` and changes the loss that is applied."""
 
-    def __init__(self, train: Train, spoil) -> None:  # type: ignore[no-untyped-def]
-        self._train, self._spoil = train, spoil
+    def __init__(self, train: Train, change) -> None:  # type: ignore[no-untyped-def]
+        self._train, self._change = train, change
 
     def __getattr__(self, name: str):  # type: ignore[no-untyped-def]
         return getattr(self._train, name)
 
     def apply(self, role: str, loss: Tensor) -> None:
-        self._train.apply(role, self._spoil(loss))
+        self._train.apply(role, self._change(loss))
 
 
-def poisoned(world: World, how: str) -> tuple[dict[str, Tensor], dict[str, Tensor], int, int, str, dict[str, float]]:
+def run_with_nonfinite_step(
+    world: World, how: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor], int, int, str, dict[str, float]]:
+    """Return the states before and after the step, skips in a row then and at the end, their cause, and the reports."""
     torch.manual_seed(3)
-    made = Trainer(
-        Poisoned(how), stage="toy", seed=3, group_size=GROUP_SIZE, share=Share.of(world, GROUPS), world=world,
+    trainer = Trainer(
+        NonFiniteGan(how), stage="toy", seed=3, group_size=GROUP_SIZE, share=Share.of(world, GROUPS), world=world,
         precision=Precision("float64"),
     )  # fmt: skip
-    step(made, 2)
-    before = snapshot(made)
-    step(made, 1)
-    after = snapshot(made)
-    in_a_row = made.guard.skips_in_a_row
-    step(made, 3)
-    values = made.reduce_reports()
-    return before, after, in_a_row, made.guard.skips_in_a_row, made.first_nonfinite, values | {"skipped": made.guard.skipped_steps}
+    train_steps(trainer, 2)
+    before = snapshot(trainer)
+    train_steps(trainer, 1)
+    after = snapshot(trainer)
+    guard = trainer.guard
+    skips_after = guard.skips_in_a_row
+    train_steps(trainer, 3)
+    reports = trainer.reduce_reports() | {"skipped": guard.skipped_steps}
+    return before, after, skips_after, guard.skips_in_a_row, trainer.first_nonfinite, reports
 
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize(
-    ("how", "kept", "first"),
+    ("how", "unchanged", "first"),
     [
-        ("picture", "discriminator/", "discriminator/loss"),
+        ("image", "discriminator/", "discriminator/loss"),
         ("loss", "generator/", "gradients of generator"),
         ("gradient", "generator/", "gradients of generator"),
     ],
 )
-def test_a_bad_update_changes_nothing_on_any_worker(
-    workers: Workers, size: int, how: str, kept: str, first: str
+def test_nonfinite_update_changes_nothing_on_any_worker(
+    workers: Workers, size: int, how: str, unchanged: str, first: str
 ) -> None:
-    for before, after, in_a_row, later, first_bad, values in workers.run(size, poisoned, how):
+    for before, after, skips_after, skips_at_end, cause, reports in workers.run(size, run_with_nonfinite_step, how):
         for name, value in after.items():
             assert value.isfinite().all()
-            if name.startswith(kept) and "/ema/" not in name and "num_batches" not in name:
+            if name.startswith(unchanged) and "/ema/" not in name and "num_batches" not in name:
                 assert torch.equal(value, before[name]), name
-        assert (in_a_row, later, values["skipped"]) == (1, 0, 1)
-        assert first in first_bad and first_bad.endswith("in step 2")
-        assert all(torch.tensor(value).isfinite() for value in values.values())
+        assert (skips_after, skips_at_end, reports["skipped"]) == (1, 0, 1)
+        assert first in cause and cause.endswith("in step 2")
+        assert all(torch.tensor(value).isfinite() for value in reports.values())
 
 
 @pytest.mark.whole
-def test_a_run_that_diverges_goes_back_and_then_ends_with_a_report_of_what_went_first(tmp_path: Path) -> None:
-    words = ["stages.attngan.model.generator_lr=1e37", "guard.rollbacks=1", "guard.skips_in_a_row=3"]
-    failed = run_command(str(write_recipe(tmp_path)), "--local", *words)
+def test_diverging_run_rolls_back_then_fails_and_names_the_first_cause(tmp_path: Path) -> None:
+    settings = ["stages.attngan.model.generator_lr=1e37", "guard.rollbacks=1", "guard.skips_in_a_row=3"]
+    failed = run_command(str(write_recipe(tmp_path)), "--local", *settings)
     assert failed.returncode != 0
     assert "stage attngan diverged 2 times: " in failed.stderr and "steps in a row up to step" in failed.stderr
     assert "; first: " in failed.stderr

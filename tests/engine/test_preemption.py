@@ -1,4 +1,4 @@
-"""Announced ends: what is not saved then is saved, and the run goes on from there."""
+"""Preemption notices: the state is saved in time, and the run resumes from it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from t2idist.config import CheckpointConfig, GuardConfig, StageConfig
 from t2idist.contract import Batch
-from t2idist.engine import loop, preemption
+from t2idist.engine import hooks, loop, preemption
 from t2idist.engine.batches import TrackedBatches, read_ledger
 from t2idist.engine.checkpoint import export
 from t2idist.engine.checkpoint.format import list_folders
@@ -23,8 +23,16 @@ from t2idist.engine.checkpoint.replicas import ReplicaManager
 from t2idist.engine.preemption import PreemptionHandler, PreemptionNotice, StopRequested
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import Share, World
-from tests.engine.test_replicas import FolderKeepers
-from tests.engine.test_trainer import ALONE, GROUP_SIZE, GROUPS, apart, snapshot, step, trainer
+from tests.engine.test_replicas import FolderReplicaStore
+from tests.engine.test_trainer import (
+    GROUP_SIZE,
+    GROUPS,
+    SINGLE_WORKER,
+    largest_difference,
+    make_trainer,
+    snapshot,
+    train_steps,
+)
 from tests.helpers import toy_gan
 from tests.helpers.runs import (
     ROOT,
@@ -40,62 +48,62 @@ from tests.helpers.worker_processes import Workers
 IMAGES = GROUPS * GROUP_SIZE
 
 
-def never() -> None:
-    raise AssertionError("nothing was announced")
+def fail() -> None:
+    raise AssertionError("not to be called")
 
 
 @dataclass(frozen=True)
-class Goes:
-    """A `notice.State`; what is not given is not to be called."""
+class FakeSaver:
+    """A `StateSaver` of functions; one that is not given must not be called."""
 
-    save: Callable[[], None] = never
-    finish: Callable[[], None] = never
-    keep: Callable[[], None] = never
+    save: Callable[[], None] = fail
+    finish: Callable[[], None] = fail
+    replicate_or_save: Callable[[], None] = fail
 
 
-def saves(world: World, folder: Path, said: list[PreemptionNotice | None]) -> list[int]:
-    """Steps that are saved where a run hears these answers, one a look."""
-    answers = iter(said)
-    made = trainer(world)
+def saved_steps(world: World, folder: Path, polled: list[PreemptionNotice | None]) -> list[int]:
+    """Return the steps with a checkpoint after a run in which the polls return these values, one per step."""
+    results = iter(polled)
+    trainer = make_trainer(world)
     checkpoints = CheckpointManager(str(folder), world, CheckpointConfig(keep=100), {})
-    notices = PreemptionHandler(lambda: next(answers), 0.0, world)
+    handler = PreemptionHandler(lambda: next(results), 0.0, world)
     try:
-        for _ in range(len(said)):
-            step(made, 1)
-            notices.check(made, Goes(lambda: checkpoints.save(made), checkpoints.finish))
+        for _ in range(len(polled)):
+            train_steps(trainer, 1)
+            handler.check(trainer, FakeSaver(lambda: checkpoints.save(trainer), checkpoints.finish))
     finally:
         checkpoints.finish()
     return sorted(int(name[:12]) // IMAGES for name in list_folders(str(folder)))
 
 
-def test_the_first_notice_saves_and_training_goes_on(tmp_path: Path) -> None:
-    soon, gone = PreemptionNotice(100.0), None
-    assert saves(ALONE, tmp_path, [gone, soon, soon, PreemptionNotice(math.inf), gone, soon, gone]) == [2, 6]
+def test_first_notice_saves_and_training_continues(tmp_path: Path) -> None:
+    soon, unknown = PreemptionNotice(100.0), PreemptionNotice(math.inf)
+    assert saved_steps(SINGLE_WORKER, tmp_path, [None, soon, soon, unknown, None, soon, None]) == [2, 6]
 
 
-def test_shortly_before_the_machine_goes_the_workers_wait(
+def test_workers_save_and_wait_shortly_before_the_shutdown(
     workers: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waited: list[float] = []
     monkeypatch.setattr(preemption.time, "sleep", waited.append)
-    assert saves(
-        ALONE, tmp_path / "alone", [PreemptionNotice(100.0), PreemptionNotice(50.0), PreemptionNotice(3.0)]
+    assert saved_steps(
+        SINGLE_WORKER, tmp_path / "shutdown", [PreemptionNotice(100.0), PreemptionNotice(50.0), PreemptionNotice(3.0)]
     ) == [1, 3]
     assert 60 <= waited[-1] <= 63
-    went_on = [PreemptionNotice(3.0), PreemptionNotice(0.1), PreemptionNotice(0.1), None, PreemptionNotice(2.0)]
-    assert saves(ALONE, tmp_path / "stayed", went_on) == [1, 5] and len(waited) == 3
-    for saved in workers.run(2, saves, tmp_path / "two", [None, PreemptionNotice(100.0), None]):
+    withdrawn = [PreemptionNotice(3.0), PreemptionNotice(0.1), PreemptionNotice(0.1), None, PreemptionNotice(2.0)]
+    assert saved_steps(SINGLE_WORKER, tmp_path / "withdrawn", withdrawn) == [1, 5] and len(waited) == 3
+    for saved in workers.run(2, saved_steps, tmp_path / "two", [None, PreemptionNotice(100.0), None]):
         assert saved == [2]
 
 
-def test_one_that_is_to_end_saves_and_leaves(tmp_path: Path) -> None:
+def test_stop_request_saves_and_raises(tmp_path: Path) -> None:
     with pytest.raises(StopRequested, match=f"saved at {2 * IMAGES} images"):
-        saves(ALONE, tmp_path, [None, PreemptionNotice(0.0), None])
+        saved_steps(SINGLE_WORKER, tmp_path, [None, PreemptionNotice(0.0), None])
     assert [int(name[:12]) for name in list_folders(str(tmp_path))] == [2 * IMAGES]
 
 
-class Toys:
-    """Batches, as `intake.Source` gives them."""
+class ToySource:
+    """A `BatchSource` of random batches."""
 
     samples_read, bad_reads, wait_seconds = 0, 0, 0.0
 
@@ -110,117 +118,125 @@ class Toys:
         pass
 
 
-def test_what_was_trained_on_is_on_record_before_a_save_that_a_notice_causes(tmp_path: Path) -> None:
-    made, url = trainer(ALONE), str(tmp_path)
-    notices = PreemptionHandler(lambda: PreemptionNotice(0.0) if made.step == 4 else None, 0.0, ALONE)
+def test_ledger_is_written_before_the_save_of_a_notice(tmp_path: Path) -> None:
+    trainer, url = make_trainer(SINGLE_WORKER), str(tmp_path)
+    handler = PreemptionHandler(lambda: PreemptionNotice(0.0) if trainer.step == 4 else None, 0.0, SINGLE_WORKER)
     with pytest.raises(StopRequested):
-        train(made, url, notices, None)
-    assert list(read_ledger(url)) == [(number, group) for number in range(4) for group in range(GROUPS)]
+        run_loop(trainer, url, handler, None)
+    assert list(read_ledger(url)) == [(step, group) for step in range(4) for group in range(GROUPS)]
 
 
-def train(made: Trainer, url: str, notices: PreemptionHandler, memory: ReplicaManager | None) -> None:
-    stage = StageConfig("toy", GROUP_SIZE, GROUPS, images=300 * 10 * IMAGES)  # a report, and its ledger, every 10 steps
-    checkpoints = CheckpointManager(url, ALONE, CheckpointConfig(), {})
-    share = Share.of(ALONE, GROUPS)
-    batches = TrackedBatches(Toys(), ALONE, share, url, step=0, attempt="a", max_bad=1.0, epoch_images=99, ledger=True)
-    loop.run(
-        made, batches, stage, stage.steps, checkpoints, memory, notices, None, lambda nets, images: {}, GuardConfig()
+def run_loop(trainer: Trainer, url: str, handler: PreemptionHandler, replicas: ReplicaManager | None) -> None:
+    stage = StageConfig("toy", GROUP_SIZE, GROUPS, images=300 * 10 * IMAGES)  # metrics and ledger every 10 steps
+    checkpoints = CheckpointManager(url, SINGLE_WORKER, CheckpointConfig(), {})
+    share = Share.of(SINGLE_WORKER, GROUPS)
+    batches = TrackedBatches(
+        ToySource(), SINGLE_WORKER, share, url, step=0, attempt="a", max_bad=1.0, epoch_images=99, ledger=True
     )
+    state = hooks.StageState(trainer, batches, checkpoints, replicas, None)
+    stage_hooks = hooks.stage_hooks(state, stage, GuardConfig(), handler, lambda nets, images_seen, **due: {})
+    loop.run(trainer, batches, stage, stage.steps, stage_hooks)
 
 
-class Replaced(Exception):
-    """As a worker is ended from outside."""
+class WorkerReplaced(Exception):
+    """Raised where Ray would end the worker."""
 
 
-def replaced() -> None:
-    raise Replaced
+def raise_replaced() -> None:
+    raise WorkerReplaced
 
 
-@pytest.mark.parametrize("kept_in", ["memory", "storage", "storage, as no keeper answers"])
-def test_workers_that_are_to_be_replaced_keep_their_state_and_stand(tmp_path: Path, kept_in: str) -> None:
-    (tmp_path / "held").mkdir()
-    made, keepers = trainer(ALONE), FolderKeepers(tmp_path / ("nowhere" if "no keeper" in kept_in else "held"))
-    memory = (
-        None
-        if kept_in == "storage"
-        else ReplicaManager(keepers, "toy/0", ALONE, CheckpointConfig(memory_every_steps=3), "a")
+@pytest.mark.parametrize("saved_to", ["replicas", "storage", "storage, as the store is unreachable"])
+def test_resize_copies_or_saves_the_state_and_pauses(tmp_path: Path, saved_to: str) -> None:
+    (tmp_path / "store").mkdir()
+    trainer = make_trainer(SINGLE_WORKER)
+    store = FolderReplicaStore(tmp_path / ("missing" if "unreachable" in saved_to else "store"))
+    replicas = None
+    if saved_to != "storage":
+        replicas = ReplicaManager(store, "toy/0", SINGLE_WORKER, CheckpointConfig(memory_every_steps=3), "a")
+    handler = PreemptionHandler(
+        lambda: PreemptionNotice(math.inf, resize=True) if trainer.step == 4 else None,
+        0.0,
+        SINGLE_WORKER,
+        raise_replaced,
     )
-    notices = PreemptionHandler(
-        lambda: PreemptionNotice(math.inf, resize=True) if made.step == 4 else None, 0.0, ALONE, replaced
-    )
-    with pytest.raises(Replaced):
-        train(made, str(tmp_path), notices, memory)
-    taken, checkpoints = trainer(ALONE), CheckpointManager(str(tmp_path), ALONE, CheckpointConfig(), {})
-    if kept_in == "memory":
+    with pytest.raises(WorkerReplaced):
+        run_loop(trainer, str(tmp_path), handler, replicas)
+    restored = make_trainer(SINGLE_WORKER)
+    checkpoints = CheckpointManager(str(tmp_path), SINGLE_WORKER, CheckpointConfig(), {})
+    if saved_to == "replicas":
         assert checkpoints.newest_images() <= 0
-        found = ReplicaManager(keepers, "toy/0", ALONE, CheckpointConfig(), "b")
-        assert found.restore(taken, -1) is not None and len(found.notes[0]["ledger"]) == 4 * GROUPS
+        replicas = ReplicaManager(store, "toy/0", SINGLE_WORKER, CheckpointConfig(), "b")
+        assert replicas.restore(restored, -1) is not None and len(replicas.notes[0]["ledger"]) == 4 * GROUPS
     else:
-        assert checkpoints.restore(taken) is not None
-    assert taken.step == 4 and apart(snapshot(taken), snapshot(made)) == 0
+        assert checkpoints.restore(restored) is not None
+    assert restored.step == 4 and largest_difference(snapshot(restored), snapshot(trainer)) == 0
 
 
-def test_workers_that_were_to_be_replaced_and_were_not_go_on() -> None:
-    made, done = trainer(ALONE), []
-    answers = iter([PreemptionNotice(math.inf, resize=True), None, PreemptionNotice(math.inf, resize=True)])
-    notices = PreemptionHandler(lambda: next(answers), 0.0, ALONE, lambda: done.append(("stood", made.step)))
+def test_training_continues_if_a_resize_is_called_off() -> None:
+    trainer, calls = make_trainer(SINGLE_WORKER), []
+    results = iter([PreemptionNotice(math.inf, resize=True), None, PreemptionNotice(math.inf, resize=True)])
+    handler = PreemptionHandler(
+        lambda: next(results), 0.0, SINGLE_WORKER, lambda: calls.append(("paused", trainer.step))
+    )
     for _ in range(3):
-        step(made, 1)
-        notices.check(made, Goes(keep=lambda: done.append(("kept", made.step))))
-    assert done == [("kept", 1), ("stood", 1), ("kept", 3), ("stood", 3)]
+        train_steps(trainer, 1)
+        handler.check(trainer, FakeSaver(replicate_or_save=lambda: calls.append(("copied", trainer.step))))
+    assert calls == [("copied", 1), ("paused", 1), ("copied", 3), ("paused", 3)]
 
 
-def test_looks_keep_to_their_pace() -> None:
-    made = trainer(ALONE)
-    asked: list[int] = []
+def test_polls_follow_the_duration_of_a_step() -> None:
+    trainer = make_trainer(SINGLE_WORKER)
+    polled: list[int] = []
 
-    def ask() -> None:
-        asked.append(made.step)
+    def poll() -> None:
+        polled.append(trainer.step)
 
-    notices = PreemptionHandler(ask, 2.0, ALONE)
-    notices.set_step_seconds(1.0)
+    handler = PreemptionHandler(poll, 2.0, SINGLE_WORKER)
+    handler.set_step_seconds(1.0)
     for _ in range(6):
-        step(made, 1)
-        notices.check(made, Goes())
-    assert asked == [2, 4, 6]
-    for step_seconds in (0.4, 0.67, 0.5, 0.67, 0.5):  # no step is a multiple of what is right at its moment
-        notices.set_step_seconds(step_seconds)
-        step(made, 1)
-        notices.check(made, Goes())
-    assert asked == [2, 4, 6, 10]
+        train_steps(trainer, 1)
+        handler.check(trainer, FakeSaver())
+    assert polled == [2, 4, 6]
+    for step_seconds in (0.4, 0.67, 0.5, 0.67, 0.5):  # no step is a multiple of its current interval
+        handler.set_step_seconds(step_seconds)
+        train_steps(trainer, 1)
+        handler.check(trainer, FakeSaver())
+    assert polled == [2, 4, 6, 10]
 
 
-def test_slow_steps_are_held_at_the_last_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_steps_wait_at_the_last_poll_before_the_shutdown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
     monkeypatch.setattr(preemption.time, "sleep", waited.append)
-    made, checkpoints = trainer(ALONE), CheckpointManager(str(tmp_path), ALONE, CheckpointConfig(), {})
-    notices = PreemptionHandler(lambda: PreemptionNotice(30.0), 2.0, ALONE)
-    for step_seconds, held in ((10.0, 0), (20.0, 1)):
-        notices.set_step_seconds(step_seconds)
-        step(made, 1)
-        notices.check(made, Goes(lambda: checkpoints.save(made), checkpoints.finish))
-        assert len(waited) == held
+    trainer = make_trainer(SINGLE_WORKER)
+    checkpoints = CheckpointManager(str(tmp_path), SINGLE_WORKER, CheckpointConfig(), {})
+    handler = PreemptionHandler(lambda: PreemptionNotice(30.0), 2.0, SINGLE_WORKER)
+    for step_seconds, waits in ((10.0, 0), (20.0, 1)):
+        handler.set_step_seconds(step_seconds)
+        train_steps(trainer, 1)
+        handler.check(trainer, FakeSaver(lambda: checkpoints.save(trainer), checkpoints.finish))
+        assert len(waited) == waits
     checkpoints.finish()
 
 
 @pytest.mark.whole
-def test_sigterm_saves_leaves_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    for name in ("whole", "ended"):
+def test_sigterm_saves_and_the_same_command_resumes_bitwise(tmp_path: Path) -> None:
+    for name in ("uninterrupted", "interrupted"):
         (tmp_path / name).mkdir()
-    longer = ["stages.damsm.images=160", "stages.damsm.checkpoint_every_images=160", "stages.attngan.images=8"]
-    assert run_command(str(write_recipe(tmp_path / "whole")), "--local", *longer).returncode == 0
-    words = command_line(str(write_recipe(tmp_path / "ended")), "--local", *longer)
-    process = subprocess.Popen(words, cwd=ROOT, env=command_environment(), stderr=subprocess.PIPE, text=True)
-    at = tmp_path / "ended/runs/tiny"
-    while not (at / "versions.json").exists():
+    settings = ["stages.damsm.images=160", "stages.damsm.checkpoint_every_images=160", "stages.attngan.images=8"]
+    assert run_command(str(write_recipe(tmp_path / "uninterrupted")), "--local", *settings).returncode == 0
+    command = command_line(str(write_recipe(tmp_path / "interrupted")), "--local", *settings)
+    process = subprocess.Popen(command, cwd=ROOT, env=command_environment(), stderr=subprocess.PIPE, text=True)
+    run_folder = tmp_path / "interrupted/runs/tiny"
+    while not (run_folder / "versions.json").exists():
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == 143 and "ended on request, saved at" in said
-    assert not export.exists(str(at / "damsm/export")) and 0 <= images_in_progress(at, "damsm") < 160
-    (saved,) = (at / "damsm/checkpoints").iterdir()
-    assert 8 <= int(saved.name[:12]) < 160
-    again = run_command(str(write_recipe(tmp_path / "ended")), "--local", *longer)
-    assert again.returncode == 0 and f"goes on from {int(saved.name[:12])} images" in again.stderr
-    assert export_bytes(tmp_path / "ended", "damsm") == export_bytes(tmp_path / "whole", "damsm")
+    stderr = process.communicate(timeout=120)[1]
+    assert process.returncode == 143 and "ended on request, saved at" in stderr
+    assert not export.exists(str(run_folder / "damsm/export")) and 0 <= images_in_progress(run_folder, "damsm") < 160
+    (checkpoint,) = (run_folder / "damsm/checkpoints").iterdir()
+    assert 8 <= int(checkpoint.name[:12]) < 160
+    resumed = run_command(str(write_recipe(tmp_path / "interrupted")), "--local", *settings)
+    assert resumed.returncode == 0 and f"resumes from {int(checkpoint.name[:12])} images" in resumed.stderr
+    assert export_bytes(tmp_path / "interrupted", "damsm") == export_bytes(tmp_path / "uninterrupted", "damsm")

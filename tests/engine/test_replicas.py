@@ -1,4 +1,4 @@
-"""Copies in the memory of other processes: whole ones only, bitwise, at any number of workers, and in a real run."""
+"""Replicas: complete sets only, bitwise equal to the state, at any number of workers."""
 
 from __future__ import annotations
 
@@ -17,31 +17,40 @@ from t2idist.engine.checkpoint.manager import CheckpointManager, CommittedCheckp
 from t2idist.engine.checkpoint.replica_protocol import ReplicaInfo
 from t2idist.engine.checkpoint.replicas import ReplicaManager
 from t2idist.engine.world import World
-from tests.engine.test_trainer import ALONE, GROUP_SIZE, GROUPS, apart, saved, snapshot, step, trainer
+from tests.engine.test_trainer import (
+    GROUP_SIZE,
+    GROUPS,
+    SINGLE_WORKER,
+    largest_difference,
+    make_trainer,
+    save_and_wait,
+    snapshot,
+    train_steps,
+)
 from tests.helpers.worker_processes import Workers
 
-EVERY = CheckpointConfig(memory_every_steps=1)
+EVERY_STEP = CheckpointConfig(memory_every_steps=1)
 
 
-class FolderKeepers:
-    """`Keepers` for processes that share a folder."""
+class FolderReplicaStore:
+    """A `ReplicaStore` in a folder that the processes share."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def put(self, key: str, held: ReplicaInfo, data: memoryview) -> None:
-        name = f"{key.replace('/', '_')}-{held.rank}-{held.step:04d}-{held.attempt}"
-        (self._folder / name).write_bytes(pickle.dumps((held, bytes(data))))
+    def put(self, key: str, info: ReplicaInfo, data: memoryview) -> None:
+        name = f"{key.replace('/', '_')}-{info.rank}-{info.step:04d}-{info.attempt}"
+        (self._folder / name).write_bytes(pickle.dumps((info, bytes(data))))
 
     def list_replicas(self, key: str) -> list[ReplicaInfo]:
         return [pickle.loads(file.read_bytes())[0] for file in self._files(key)]
 
-    def get(self, key: str, held: ReplicaInfo) -> bytes:
+    def get(self, key: str, info: ReplicaInfo) -> bytes:
         for file in self._files(key):
-            found, data = pickle.loads(file.read_bytes())
-            if (found.rank, found.step, found.attempt) == (held.rank, held.step, held.attempt):
+            stored, data = pickle.loads(file.read_bytes())
+            if (stored.rank, stored.step, stored.attempt) == (info.rank, info.step, info.attempt):
                 return bytes(data)
-        raise OSError("gone")
+        raise OSError("not stored")
 
     def forget(self, prefix: str) -> None:
         for file in self._files(prefix):
@@ -51,96 +60,96 @@ class FolderKeepers:
         return self._folder.glob(f"{key.replace('/', '_')}-*")
 
 
-def train_and_keep(world: World, folder: Path, steps: int) -> dict[str, Tensor]:
-    made = trainer(world)
-    memory = ReplicaManager(FolderKeepers(folder), "gan/0", world, EVERY, "a")
+def train_and_copy(world: World, folder: Path, steps: int) -> dict[str, Tensor]:
+    trainer = make_trainer(world)
+    replicas = ReplicaManager(FolderReplicaStore(folder), "gan/0", world, EVERY_STEP, "a")
     for _ in range(steps):
-        step(made, 1)
-        memory.copy(made, {"rank": world.rank})
-    memory.close(forget=False)
-    return snapshot(made)
+        train_steps(trainer, 1)
+        replicas.copy(trainer, {"rank": world.rank})
+    replicas.close(forget=False)
+    return snapshot(trainer)
 
 
-def restored(
+def restore(
     world: World, folder: Path, newer_than: int = -1
 ) -> tuple[CommittedCheckpoint | None, list[Any], dict[str, Tensor]]:
-    made = trainer(world)
-    memory = ReplicaManager(FolderKeepers(folder), "gan/0", world, EVERY, "b")
-    found = memory.restore(made, newer_than)
-    return found, memory.notes, snapshot(made)
+    trainer = make_trainer(world)
+    replicas = ReplicaManager(FolderReplicaStore(folder), "gan/0", world, EVERY_STEP, "b")
+    checkpoint = replicas.restore(trainer, newer_than)
+    return checkpoint, replicas.notes, snapshot(trainer)
 
 
-@pytest.mark.parametrize(("kept_by", "taken_by"), [(1, 1), (1, 3), (3, 3), (3, 2)])
-def test_a_copy_is_the_state(workers: Workers, tmp_path: Path, kept_by: int, taken_by: int) -> None:
-    whole = workers.run(kept_by, train_and_keep, tmp_path, 3)[0]
-    for found, notes, state in workers.run(taken_by, restored, tmp_path):
-        assert found is not None and found.images == 3 * GROUPS * GROUP_SIZE
-        assert notes == [{"rank": rank} for rank in range(kept_by)]
-        if taken_by == kept_by:
-            assert all(torch.equal(state[name], whole[name]) for name in whole)
-        assert apart(state, whole) < 1e-12
+@pytest.mark.parametrize(("copied_by", "restored_by"), [(1, 1), (1, 3), (3, 3), (3, 2)])
+def test_restored_replicas_equal_the_state(workers: Workers, tmp_path: Path, copied_by: int, restored_by: int) -> None:
+    expected = workers.run(copied_by, train_and_copy, tmp_path, 3)[0]
+    for checkpoint, notes, state in workers.run(restored_by, restore, tmp_path):
+        assert checkpoint is not None and checkpoint.images == 3 * GROUPS * GROUP_SIZE
+        assert notes == [{"rank": rank} for rank in range(copied_by)]
+        if restored_by == copied_by:
+            assert all(torch.equal(state[name], expected[name]) for name in expected)
+        assert largest_difference(state, expected) < 1e-12
 
 
-def test_only_a_whole_copy_counts(workers: Workers, tmp_path: Path) -> None:
-    workers.run(2, train_and_keep, tmp_path, 3)
-    (lost,) = tmp_path.glob("gan_0-1-0003-a")
-    lost.unlink()
-    for found, _, state in workers.run(2, restored, tmp_path):
-        assert found is not None and found.images == 2 * GROUPS * GROUP_SIZE
-        made = trainer(ALONE)
-        step(made, 2)
-        assert apart(state, snapshot(made)) < 1e-11
+def test_incomplete_replicas_are_not_restored(workers: Workers, tmp_path: Path) -> None:
+    workers.run(2, train_and_copy, tmp_path, 3)
+    (newest,) = tmp_path.glob("gan_0-1-0003-a")
+    newest.unlink()
+    for checkpoint, _, state in workers.run(2, restore, tmp_path):
+        assert checkpoint is not None and checkpoint.images == 2 * GROUPS * GROUP_SIZE
+        trainer = make_trainer(SINGLE_WORKER)
+        train_steps(trainer, 2)
+        assert largest_difference(state, snapshot(trainer)) < 1e-11
     for file in tmp_path.glob("gan_0-0-*"):
         file.unlink()
-    assert [found for found, _, _ in workers.run(2, restored, tmp_path)] == [None, None]
+    assert [checkpoint for checkpoint, _, _ in workers.run(2, restore, tmp_path)] == [None, None]
 
 
-def test_a_newer_checkpoint_in_storage_comes_first(tmp_path: Path) -> None:
-    train_and_keep(ALONE, tmp_path, 2)
-    made = trainer(ALONE)
-    step(made, 3)
-    checkpoints = CheckpointManager(str(tmp_path / "checkpoints"), ALONE, CheckpointConfig(), {})
+def test_replicas_older_than_the_checkpoint_are_not_restored(tmp_path: Path) -> None:
+    train_and_copy(SINGLE_WORKER, tmp_path, 2)
+    trainer = make_trainer(SINGLE_WORKER)
+    train_steps(trainer, 3)
+    checkpoints = CheckpointManager(str(tmp_path / "checkpoints"), SINGLE_WORKER, CheckpointConfig(), {})
     assert checkpoints.newest_images() == -1
-    saved(checkpoints, made)
-    assert checkpoints.newest_images() == made.images
-    assert restored(ALONE, tmp_path, checkpoints.newest_images())[0] is None
-    assert restored(ALONE, tmp_path, made.images - 1 - GROUPS * GROUP_SIZE)[0] is not None
+    save_and_wait(checkpoints, trainer)
+    assert checkpoints.newest_images() == trainer.images
+    assert restore(SINGLE_WORKER, tmp_path, checkpoints.newest_images())[0] is None
+    assert restore(SINGLE_WORKER, tmp_path, trainer.images - 1 - GROUPS * GROUP_SIZE)[0] is not None
 
 
-def test_a_part_that_is_gone_or_damaged_is_no_copy(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    train_and_keep(ALONE, tmp_path, 1)
+def test_damaged_replica_is_not_restored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train_and_copy(SINGLE_WORKER, tmp_path, 1)
     (file,) = tmp_path.iterdir()
-    held, data = pickle.loads(file.read_bytes())
-    file.write_bytes(pickle.dumps((held, data[: len(data) // 2])))
-    assert restored(ALONE, tmp_path)[0] is None
+    info, data = pickle.loads(file.read_bytes())
+    file.write_bytes(pickle.dumps((info, data[: len(data) // 2])))
+    assert restore(SINGLE_WORKER, tmp_path)[0] is None
     assert "not used" in caplog.text
 
 
-def test_copies_keep_to_a_hundredth_of_the_time(tmp_path: Path) -> None:
-    class Slow(FolderKeepers):
-        def put(self, key: str, held: ReplicaInfo, data: memoryview) -> None:
+def test_copying_takes_at_most_one_percent_of_the_time(tmp_path: Path) -> None:
+    class SlowStore(FolderReplicaStore):
+        def put(self, key: str, info: ReplicaInfo, data: memoryview) -> None:
             time.sleep(0.02)
 
-    made = trainer(ALONE)
-    memory = ReplicaManager(Slow(tmp_path), "gan/0", ALONE, CheckpointConfig(), "a")
+    trainer = make_trainer(SINGLE_WORKER)
+    replicas = ReplicaManager(SlowStore(tmp_path), "gan/0", SINGLE_WORKER, CheckpointConfig(), "a")
     for _ in range(5):
-        step(made, 1)
-        memory.copy(made, None)
-    memory.report(0.05)
-    assert 40 <= memory.every_steps < 1000  # a copy takes 0.02 s and more, a step 0.05 s
-    assert [memory.due(number) for number in (0, 1, memory.every_steps)] == [True, False, True]
+        train_steps(trainer, 1)
+        replicas.copy(trainer, None)
+    replicas.report(0.05)
+    assert 40 <= replicas.every_steps < 1000  # a copy takes at least 0.02 s, a step 0.05 s
+    assert [replicas.due(step) for step in (0, 1, replicas.every_steps)] == [True, False, True]
 
 
-def test_keepers_that_fail_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    class Gone(FolderKeepers):
-        def put(self, key: str, held: ReplicaInfo, data: memoryview) -> None:
-            raise OSError("no keeper answers")
+def test_unreachable_store_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class UnreachableStore(FolderReplicaStore):
+        def put(self, key: str, info: ReplicaInfo, data: memoryview) -> None:
+            raise OSError("no node responds")
 
-    made = trainer(ALONE)
-    memory = ReplicaManager(Gone(tmp_path), "gan/0", ALONE, EVERY, "a")
+    trainer = make_trainer(SINGLE_WORKER)
+    replicas = ReplicaManager(UnreachableStore(tmp_path), "gan/0", SINGLE_WORKER, EVERY_STEP, "a")
     for _ in range(3):
-        step(made, 1)
-        memory.copy(made, None)
-        memory.close(forget=False)
-        memory.report(0.1)
-    assert caplog.text.count("no keeper answers") == 1
+        train_steps(trainer, 1)
+        replicas.copy(trainer, None)
+        replicas.close(forget=False)
+        replicas.report(0.1)
+    assert caplog.text.count("no node responds") == 1

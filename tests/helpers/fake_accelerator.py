@@ -4,8 +4,8 @@
 
 Tensors on the device "fake" wrap tensors of the host. An operation that mixes tensors of both devices fails, as on an
 accelerator. Whatever would block the host until the device is done is counted as a sync: reading values or sizes, and
-copies to the host. Recurrent layers run on the host and are not counted: accelerators have kernels for them. Prints each
-system's reports of a step, and its syncs, as JSON. Runs in its own process: PyTorch cannot unregister a device.
+copies to the host. Recurrent layers run on the host and are not counted: accelerators have kernels for them. Prints
+each system's reports of a step, and its syncs, as JSON. Runs in its own process: PyTorch cannot unregister a device.
 """
 
 from __future__ import annotations

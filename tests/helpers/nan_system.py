@@ -1,4 +1,4 @@
-"""AttnGAN of which chosen steps lose their head: a system outside the package, and what chaos.py's `nan` is made of."""
+"""AttnGAN with NaN losses in chosen steps: a system outside the package, and the fault `nan` of tools/chaos."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from t2idist.systems import attngan
 
 @dataclass(frozen=True)
 class Config(attngan.Config):
-    """nan_steps: steps whose loss is not a number, for one group: that which takes the sample at the same place in
-    nan_samples."""
-
     nan_steps: tuple[int, ...] = ()
+    """Steps with a NaN loss, on one group."""
     nan_samples: tuple[str, ...] = ()
+    """For each of these steps, a sample id of that group."""
 
 
-class Poisoned(attngan.AttnGan):
-    def __init__(self, config: Config, plan: BuildInfo) -> None:
-        super().__init__(config, plan)
+class NanAttnGan(attngan.AttnGan):
+    """AttnGAN whose losses are NaN in the steps that the config names."""
+
+    def __init__(self, config: Config, info: BuildInfo) -> None:
+        super().__init__(config, info)
         self.nan_samples = dict(zip(config.nan_steps, config.nan_samples, strict=True))
 
     def step(self, batch: Batch, train: Train) -> None:
-        bad = self.nan_samples.get(train.step) in batch.ids
-        super().step(batch, _Poisoning(train) if bad else train)  # type: ignore[arg-type]
+        is_nan = self.nan_samples.get(train.step) in batch.ids
+        super().step(batch, _NanLoss(train) if is_nan else train)  # type: ignore[arg-type]
 
 
-class _Poisoning:
-    """A step's view of the engine in which no loss is a number."""
+class _NanLoss:
+    """Wraps `Train` so that every loss is NaN."""
 
     def __init__(self, train: Train) -> None:
         self._train = train
@@ -44,6 +45,6 @@ class _Poisoning:
         self._train.apply(role, loss * torch.nan)
 
 
-def build(config: Config, plan: BuildInfo) -> System:
-    attngan.build(config, plan)  # its checks
-    return Poisoned(config, plan)
+def build(config: Config, info: BuildInfo) -> System:
+    attngan.build(config, info)  # for its checks
+    return NanAttnGan(config, info)

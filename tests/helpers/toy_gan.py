@@ -1,4 +1,4 @@
-"""A small GAN that uses every part of the seam, and made-up batches that are a function of (step, group, place)."""
+"""A small GAN that uses all of `contract.Train`, and random batches as functions of (step, lane, position)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from t2idist.contract import Adam, Batch, BuildInfo, Captions, DataInfo, Frozen, Role, Schedule, Train
 
 VOCABULARY_SIZE = 40
-EXTENT = DataInfo(
+DATA_INFO = DataInfo(
     words=tuple(f"word{i}" for i in range(VOCABULARY_SIZE)),
     epoch_images=50,
     vector_dim=12,
     attributes=(("Bangs", "Black_Hair", "Blond_Hair", "Smiling"),),
 )
-TWO_SETS = replace(EXTENT, attributes=(*EXTENT.attributes, ("happy", "sad", "neutral")))
-"""Of two data sets that take turns, step by step."""
+TWO_DOMAINS = replace(DATA_INFO, attributes=(*DATA_INFO.attributes, ("happy", "sad", "neutral")))
+"""Two data sets that alternate step by step."""
 
 
 class Generator(nn.Module):
@@ -47,9 +47,9 @@ class Discriminator(nn.Module):
 
 
 class ToyGan:
-    """Two roles, EMA, clipping, a schedule, a gradient penalty, G every second step, mismatched pairs in the group."""
+    """Two roles, EMA, clipping, a schedule, a gradient penalty, and mismatched pairs inside a group."""
 
-    def __init__(self, plan: BuildInfo) -> None:
+    def __init__(self, build_info: BuildInfo) -> None:
         schedule = Schedule("linear", start_images=100, end_images=400, floor=0.1)
         self.roles = {
             "generator": Role(Generator(), Adam(lr=1e-3), ema_half_life_images=200.0),
@@ -90,11 +90,11 @@ def batch(
     group_size: int,
     sizes: tuple[int, ...] = (8,),
     max_words: int = 5,
-    extent: DataInfo = EXTENT,
+    data_info: DataInfo = DATA_INFO,
 ) -> Batch:
-    """What lanes of data sets would give: sample (step, lane, place) is the same on any number of workers."""
-    domain = step % len(extent.attributes)
-    kinds = len(extent.attributes[domain])
+    """Return a random batch. A sample depends on (step, lane, position) alone, whatever the number of workers."""
+    domain = step % len(data_info.attributes)
+    count = len(data_info.attributes[domain])
     images: list[list[Tensor]] = [[] for _ in sizes]
     tokens, lengths, vectors, attributes, ids = [], [], [], [], []
     for lane in lanes:
@@ -105,21 +105,22 @@ def batch(
         words = torch.randint(1, VOCABULARY_SIZE, (group_size, max_words), generator=generator)
         tokens.append(words * (torch.arange(max_words)[None] < length[:, None]))
         lengths.append(length)
-        vectors.append(torch.randn(group_size, EXTENT.vector_dim, generator=generator))
-        attributes.append(torch.randint(0, 2, (group_size, kinds), generator=generator).float())
-        ids += [f"{step}-{lane}-{place}" for place in range(group_size)]
-    numbers = torch.tensor([hash_of(key) % 7 for key in ids])  # some of a group share a class
+        vectors.append(torch.randn(group_size, DATA_INFO.vector_dim, generator=generator))
+        attributes.append(torch.randint(0, 2, (group_size, count), generator=generator).float())
+        ids += [f"{step}-{lane}-{position}" for position in range(group_size)]
+    class_ids = torch.tensor([_sample_number(key) % 7 for key in ids])  # some samples of a group share a class
     captions = Captions(torch.cat(tokens), torch.cat(lengths), torch.cat(vectors))
-    pictures = tuple(torch.cat(scale) for scale in images)
-    return Batch(pictures, captions, numbers, torch.cat(attributes), tuple(ids), len(lanes), domain)
+    pyramid = tuple(torch.cat(scale) for scale in images)
+    return Batch(pyramid, captions, class_ids, torch.cat(attributes), tuple(ids), len(lanes), domain)
 
 
-def hash_of(key: str) -> int:
-    step, lane, place = (int(part) for part in key.split("-"))
-    return step * 10_000 + lane * 100 + place
+def _sample_number(key: str) -> int:
+    step, lane, position = (int(part) for part in key.split("-"))
+    return step * 10_000 + lane * 100 + position
 
 
 def batches(lanes: range, group_size: int, sizes: tuple[int, ...], max_words: int, step: int = 0) -> Iterator[Batch]:
+    """Yield the batches from `step` on."""
     while True:
         yield batch(step, lanes, group_size, sizes, max_words)
         step += 1

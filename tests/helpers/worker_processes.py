@@ -1,4 +1,4 @@
-"""Real worker processes for tests: spawned once, gloo between them, any number of them as a world."""
+"""Real worker processes for tests: spawned once, with gloo, and reused for worlds of any size."""
 
 from __future__ import annotations
 
@@ -14,40 +14,41 @@ import torch.multiprocessing as mp
 
 from t2idist.engine.world import World
 
-MOST = 4
+MAX_WORKERS = 4
 
 
 class Workers:
-    """`MOST` processes; ``run(n, fn, *args)`` gives ``[fn(world, *args) for each of n workers]``."""
+    """`MAX_WORKERS` processes that run functions of a `World`."""
 
     def __init__(self) -> None:
         context = mp.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
-        self._calls = [context.Queue() for _ in range(MOST)]
-        self._answers = context.Queue()
-        self._numbers = itertools.count()
+        self._calls = [context.Queue() for _ in range(MAX_WORKERS)]
+        self._results = context.Queue()
+        self._call_ids = itertools.count()
         self._processes = [
             context.Process(
-                target=_serve, args=(rank, self._folder.name, self._calls[rank], self._answers), daemon=True
+                target=_serve, args=(rank, self._folder.name, self._calls[rank], self._results), daemon=True
             )
-            for rank in range(MOST)
+            for rank in range(MAX_WORKERS)
         ]
         for process in self._processes:
             process.start()
 
     def run(self, size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
-        number = next(self._numbers)
+        """Return ``[fn(world, *args) for each of `size` workers]``. A failure of one is an AssertionError."""
+        call_id = next(self._call_ids)
         for rank in range(size):
-            self._calls[rank].put((number, size, fn, args))
-        answers: dict[int, Any] = {}
-        while len(answers) < size:
-            answered, rank, value, fault = self._answers.get(timeout=240)
-            if answered != number:
+            self._calls[rank].put((call_id, size, fn, args))
+        results: dict[int, Any] = {}
+        while len(results) < size:
+            result_id, rank, result, failure = self._results.get(timeout=240)
+            if result_id != call_id:
                 continue
-            if fault is not None:
-                raise AssertionError(f"worker {rank} of {size}:\n{fault}")
-            answers[rank] = value
-        return [answers[rank] for rank in range(size)]
+            if failure is not None:
+                raise AssertionError(f"worker {rank} of {size}:\n{failure}")
+            results[rank] = result
+        return [results[rank] for rank in range(size)]
 
     def close(self) -> None:
         for calls in self._calls:
@@ -59,14 +60,15 @@ class Workers:
         self._folder.cleanup()
 
 
-def _serve(rank: int, folder: str, calls: Any, answers: Any) -> None:
+def _serve(rank: int, folder: str, calls: Any, results: Any) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=MOST)
-    groups, aside = ({size: dist.new_group(list(range(size))) for size in range(2, MOST + 1)} for _ in range(2))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=MAX_WORKERS)
+    sizes = range(2, MAX_WORKERS + 1)
+    groups, side_groups = ({size: dist.new_group(list(range(size))) for size in sizes} for _ in range(2))
     while (call := calls.get()) is not None:
-        number, size, fn, args = call
-        world = World(rank, size, torch.device("cpu"), groups.get(size), aside.get(size))
+        call_id, size, fn, args = call
+        world = World(rank, size, torch.device("cpu"), groups.get(size), side_groups.get(size))
         try:
-            answers.put((number, rank, fn(world, *args), None))
+            results.put((call_id, rank, fn(world, *args), None))
         except BaseException:
-            answers.put((number, rank, None, traceback.format_exc()))
+            results.put((call_id, rank, None, traceback.format_exc()))

@@ -202,7 +202,7 @@ def test_run_over_two_sets_is_sampled_translated_and_scored(
         "translated_000000048.png", "translated_000000096.png",
     ]  # fmt: skip
     page = (at / "report.html").read_text()
-    assert "what stargan made of them" in page and "evaluate.translate --export" in page
+    assert "and their translations by stargan" in page and "t2idist translate --export" in page
     url = str(at / "stargan/export")
     assert export.read_index(url)["plan"]["attributes"] == [["Black_Hair", "Male"], list(EXPRESSIONS)]
 
@@ -218,10 +218,10 @@ def test_run_over_two_sets_is_sampled_translated_and_scored(
     for invalid, message in (
         ([], "give --set or --clear: Black_Hair, Male"),
         (["--set", "sad"], "'sad' is not among"),
-        (["--set", "Male", "--clear", "Male"], "--set Male: it cannot hold"),
-        (["--set", "sad", "happy", "--domain", "1"], "--set sad: it cannot hold"),
+        (["--set", "Male", "--clear", "Male"], "--set Male: it conflicts"),
+        (["--set", "sad", "happy", "--domain", "1"], "--set sad: it conflicts"),
         (["--set", "sad", "--domain", "2"], "--domain 2: this export has 2"),
-        (["--set", "Male", "--image", str(tmp_path / "two.yaml")], "two.yaml: not a picture"),
+        (["--set", "Male", "--image", str(tmp_path / "two.yaml")], "two.yaml: not a supported image file"),
     ):
         assert translate.main([*arguments, *invalid]) == 2
         assert message in capsys.readouterr().err

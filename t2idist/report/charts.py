@@ -15,9 +15,6 @@ MAX_POINTS = 240
 LOG_RATIO = 60.0
 """The axis is logarithmic if the largest value is more than this many times the smallest."""
 
-Position = Callable[[float, float], tuple[float, float]]
-"""Maps a point to pixels."""
-
 
 @dataclass(frozen=True)
 class Series:
@@ -97,7 +94,7 @@ def draw_chart(title: str, series: Sequence[Series], index: int, note: str = "")
     return Chart(html, {"width": WIDTH, "series": points})
 
 
-def _axes(x_ticks: Sequence[float], y_ticks: Sequence[float], position: Position) -> str:
+def _axes(x_ticks: Sequence[float], y_ticks: Sequence[float], position: Callable[..., tuple[float, float]]) -> str:
     parts = []
     for tick in y_ticks:
         _, y = position(0.0, tick)

@@ -6,9 +6,8 @@ import base64
 import functools
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import resources
-from typing import Any, TypeVar
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -16,8 +15,6 @@ from PIL import Image
 
 from t2idist import storage
 from t2idist.report.charts import format_short
-
-Item = TypeVar("Item")
 
 
 @functools.cache
@@ -46,6 +43,7 @@ def template_environment() -> jinja2.Environment:
         is_share=is_share,
         join_url=storage.join,
     )
+    environment.globals["macros"] = environment.get_template("macros.html.j2").module
     return environment
 
 
@@ -53,21 +51,12 @@ def _read_asset(name: str) -> Markup:
     return Markup(resources.files("t2idist.report").joinpath(name).read_text("utf-8"))
 
 
-@dataclass(frozen=True)
-class EmbeddedImage:
-    """An image as a data URI, with its size in pixels."""
-
-    width: int
-    height: int
-    src: str
-
-
-def embed_image(url: str, max_width: int, quality: int) -> EmbeddedImage:
-    """Read a PNG file and encode it as WebP, at most `max_width` pixels wide."""
+def embed_image(url: str, max_width: int, quality: int) -> tuple[int, int, str]:
+    """Read a PNG file and encode it as WebP, at most `max_width` wide. Returns its width, height and data URI."""
     image = _open_png(url)
     if image.width > max_width:
         image = image.resize((max_width, round(image.height * max_width / image.width)), Image.Resampling.LANCZOS)
-    return EmbeddedImage(image.width, image.height, _data_uri(image, quality))
+    return image.width, image.height, _data_uri(image, quality)
 
 
 def embed_thumbnail(url: str) -> str:
@@ -89,7 +78,7 @@ def _data_uri(image: Image.Image, quality: int) -> str:
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def evenly_spaced(items: Sequence[Item], count: int) -> list[Item]:
+def evenly_spaced(items: Sequence[Any], count: int) -> list[Any]:
     """Return at most `count` items, evenly spaced, with the first and the last."""
     if len(items) <= count:
         return list(items)

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from t2idist import storage
 from t2idist.config.arguments import command_parser
-from t2idist.observability.progress import duration
+from t2idist.observability.progress import format_duration
 from t2idist.report import charts
 from t2idist.report.published_scores import PUBLISHED_SCORES
 from t2idist.report.rendering import template_environment
@@ -38,7 +38,7 @@ def build_report(run_url: str) -> str:
     chart_list: list[charts.Chart] = []
     context = {
         "run": run,
-        "about": _sentence(str(run.config.get("about") or "")),
+        "about": str(run.config.get("about") or "").rstrip("."),
         "outcome": _outcome(run),
         "facts": [fact for fact in _facts(run) if fact[1]],
         "curves": [(stage, _draw_curves(stage, chart_list)) for stage in run.stages],
@@ -60,11 +60,6 @@ def write_report(run_url: str) -> str:
     return url
 
 
-def _sentence(text: str) -> str:
-    text = text.rstrip(".")
-    return f"{text[:1].upper()}{text[1:]}." if text else ""
-
-
 def _outcome(run: RunFolder) -> str:
     state = str(run.progress.get("state", ""))
     time = str(run.progress.get("time", ""))[:16].replace("T", " ")
@@ -78,10 +73,10 @@ def _outcome(run: RunFolder) -> str:
 def _facts(run: RunFolder) -> Iterator[tuple[str, str, str]]:
     """Yield (name, value, note) for the head of the page."""
     trained = [stage for stage in run.stages if stage.metrics]
-    several = trained if len(trained) > 1 else []
+    parts = trained if len(trained) > 1 else []
     images, seconds = sum(stage.images for stage in trained), sum(stage.seconds for stage in trained)
-    yield "Images seen", f"{images:,}", ", ".join(f"{s.name} {charts.format_short(s.images)}" for s in several)
-    yield "Training time", duration(seconds), ", ".join(f"{s.name} {duration(s.seconds)}" for s in several)
+    yield "Images seen", f"{images:,}", ", ".join(f"{s.name} {charts.format_short(s.images)}" for s in parts)
+    yield "Training time", format_duration(seconds), ", ".join(f"{s.name} {format_duration(s.seconds)}" for s in parts)
     if trained and (rates := trained[-1].series("images_per_second")[1]):
         rate = statistics.median_high(rates)
         yield "Images per second", charts.format_short(rate) if rate else "", f"median of {trained[-1].name}"

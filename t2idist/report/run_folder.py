@@ -33,7 +33,6 @@ class Restart:
 
     number: int
     time: str
-    """Start, in ISO format."""
     workers: int
     """0 if unknown."""
     stage: str
@@ -59,7 +58,6 @@ class StageRecord:
     score_history: tuple[Mapping[str, Any], ...]
     """Scores during training (evaluate/in_training.py)."""
     best: Mapping[str, Any] | None
-    """The best of `score_history`."""
     scores: Mapping[str, Any] | None
     """The result of evaluate/score.py."""
     scores_url: str
@@ -104,7 +102,6 @@ class RunFolder:
     stages: tuple[StageRecord, ...]
     restarts: tuple[Restart, ...]
     scores: tuple[Mapping[str, Any], ...]
-    """Rows of scores.json."""
 
 
 def read_run(url: str) -> RunFolder:

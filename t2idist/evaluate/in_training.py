@@ -1,42 +1,122 @@
-"""What the first worker looks at during training: pictures that are drawn or translated, R-precision of matching."""
+"""Evaluation during training, on the first worker: grids of sample images, R-precision, scores in the background."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from t2idist import storage
 from t2idist.config import RunConfig
-from t2idist.contract import System
+from t2idist.contract import (
+    Sample,
+    SupportsEmbed,
+    SupportsSample,
+    SupportsTranslate,
+    System,
+    is_text_conditional,
+    to_float,
+    uses_sentence_vectors,
+)
 from t2idist.data.loader import load_split
 from t2idist.data.shards import Dataset
+from t2idist.data.tokenizer import Vocabulary, known_words
 from t2idist.evaluate.background_scorer import BackgroundScorer
 from t2idist.evaluate.diversity import WITHIN, Diversity
-from t2idist.evaluate.monitor import (
-    ROWS,
-    SampleGrid,
-    can_draw,
-    can_match,
-    can_translate,
-    reads_text,
-    reads_vectors,
-    score_matching,
-)
-from t2idist.sampling.translate import Translations
+from t2idist.evaluate.r_precision import validation_r_precision
+from t2idist.sampling.figures import attention_figure, grid, png_bytes, stack_figures
+from t2idist.sampling.generate import GaussianNoise, empty_captions, encode_captions, eval_mode, generate
+from t2idist.sampling.translate import TranslationGrid
 
 logger = logging.getLogger(__name__)
 
-VAL_PICTURES = 1000
+VAL_IMAGES = 1000
+GRID_ROWS = 8
+ATTENTION_CAPTIONS = 2
+
+
+class SampleGrid:
+    """Generates images of the same captions with the same noise at every cadence.
+
+    Args:
+        system: system that generates images (SupportsSample).
+        vocabulary: vocabulary of the run.
+        captions: one per row of the grid; none for an unconditional system, whose rows have different noise.
+        max_words: maximum length of an encoded caption.
+        columns: images per caption; a column has the same noise in every row of captions.
+        seed: seed of the noise.
+        folder: URL under which figures are written.
+        device: device of the networks.
+        real: (R, 3, S, S) in [-1, 1] or uint8, a real image of each caption, shown next to it.
+        vectors: (R, D) sentence vectors of the captions, if the data has them.
+    """
+
+    def __init__(
+        self,
+        system: System,
+        vocabulary: Vocabulary,
+        captions: Sequence[str],
+        *,
+        max_words: int,
+        columns: int,
+        seed: int,
+        folder: str,
+        device: torch.device,
+        real: Tensor | None = None,
+        vectors: Tensor | None = None,
+    ) -> None:
+        assert isinstance(system, SupportsSample)
+        self._system: SupportsSample = system
+        self.captions = tuple(captions)
+        self._columns = columns
+        self._seed = seed
+        self._folder = folder
+        self._device = device
+        self._real = None if real is None else to_float(real)
+        encoded = encode_captions(vocabulary, self.captions, max_words) if captions else empty_captions(GRID_ROWS)
+        self._encoded = (encoded if vectors is None else replace(encoded, vectors=vectors)).repeat_each(columns)
+        self._positions = [i % columns if captions else i for i in range(len(self._encoded))]
+        self._words = [known_words(vocabulary, caption)[:max_words] for caption in self.captions]
+
+    def generate(self, nets: Mapping[str, nn.Module]) -> Sample:
+        """Generate with the exported networks. Restores their mode and uses no global random state."""
+        with eval_mode(nets):
+            noise = GaussianNoise(self._seed, self._positions, self._device)
+            return generate(self._system, nets, self._encoded, noise, device=self._device)
+
+    def write(self, sample: Sample, images_seen: int) -> list[str]:
+        """Write the grid and, if there is attention, its figure; returns the URLs."""
+        written = [storage.join(self._folder, f"images_{images_seen:09d}.png")]
+        sheet = grid(sample.images, self.captions or [""] * GRID_ROWS, self._columns, self._real)
+        storage.write_bytes(written[0], png_bytes(sheet))
+        if sample.attention:
+            written.append(storage.join(self._folder, f"attention_{images_seen:09d}.png"))
+            figures = []
+            for caption in range(min(ATTENTION_CAPTIONS, len(self.captions))):
+                row = caption * self._columns
+                maps = [stage[row] for stage in sample.attention]
+                figures.append(attention_figure(sample.images[-1][row], self._words[caption], maps))
+            storage.write_bytes(written[1], png_bytes(stack_figures(figures)))
+        return written
 
 
 class InTrainingEvaluator:
-    """Looks at a stage's networks at a cadence. datasets, folder: the stage's. index: that of its export at so many
-    images."""
+    """Evaluates the networks of a stage at its cadences.
+
+    Args:
+        system: the stage's system.
+        datasets: the stage's data sets.
+        config: configuration of the run.
+        stage: name of the stage.
+        folder: URL of the stage.
+        device: device of the networks.
+        index: returns the index of an export of the stage at a number of images.
+    """
 
     def __init__(
         self,
@@ -49,91 +129,104 @@ class InTrainingEvaluator:
         index: Callable[[int], dict[str, Any]],
     ) -> None:
         self._system, self._device, self._seed = system, device, config.seed
-        data, dataset = config.stage_data(stage), datasets[0]
-        self._monitor, self._val, self._diversity = None, None, None
-        self._draws = config.report.draws
+        data, dataset, settings = config.stage_data(stage), datasets[0], config.stages[stage]
+        self._grid, self._val, self._diversity = None, None, None
+        self._columns = config.report.draws
         self._translations = None
-        if can_translate(system):
-            self._translations = Translations(
+        if isinstance(system, SupportsTranslate):
+            self._translations = TranslationGrid(
                 system, datasets, crop=data.crop, folder=storage.join(folder, "pictures"), device=device
             )
-        if can_draw(system):
-            self._monitor = _monitor(system, dataset, config, stage, folder, device)
-            with contextlib.suppress(ValueError):  # what it takes is an extra
+        if isinstance(system, SupportsSample):
+            self._grid = _sample_grid(system, dataset, config, stage, folder, device)
+            with contextlib.suppress(ValueError):  # its network is an optional dependency
                 self._diversity = Diversity(device)
-        if can_match(system) and "val" in dataset.splits:
+        if isinstance(system, SupportsEmbed) and "val" in dataset.splits:
             self._val = load_split(
-                dataset, "val", sizes=system.sizes, max_words=data.max_words, limit=VAL_PICTURES, crop=data.crop
+                dataset, "val", sizes=system.sizes, max_words=data.max_words, limit=VAL_IMAGES, crop=data.crop
             )
 
         self._scorer = None
-        self._last_images = config.stages[stage].steps * config.stages[stage].images_per_step
-        if config.stages[stage].scores_every_images:
-            if not can_draw(system):
+        self._last_images = settings.steps * settings.images_per_step
+        if settings.scores_every_images:
+            if not isinstance(system, SupportsSample):
                 raise ValueError(
-                    f"stages.{stage}.scores_every_images: {config.stages[stage].system} draws no pictures from captions"
+                    f"stages.{stage}.scores_every_images: {settings.system} does not generate images from captions"
                 )
             self._scorer = BackgroundScorer(config.scores, folder, index)
 
     def close(self, finished: bool) -> None:
-        """End what goes on beside. finished: whether the stage is done."""
+        """End the background process. `finished`: the stage is done, so its last weights may still be scored."""
         if self._scorer is not None:
             self._scorer.close(finished)
 
-    def look(
-        self, nets: Mapping[str, nn.Module], images_seen: int, *, pictures: bool, scores: bool
+    def evaluate(
+        self, nets: Mapping[str, nn.Module], images_seen: int, *, images: bool, scores: bool
     ) -> Mapping[str, float]:
-        """Write the pictures and give the measured values; have the networks scored."""
+        """Evaluate the exported networks.
+
+        Args:
+            nets: exported networks, with EMA weights.
+            images_seen: images seen by the stage.
+            images: write sample images and measure them.
+            scores: submit the networks to the background scorer.
+
+        Returns:
+            Metrics by name.
+        """
         if scores and self._scorer is not None:
-            self._scorer.offer(nets, images_seen, last=images_seen >= self._last_images)
-        if not pictures:
+            self._scorer.submit(nets, images_seen, last=images_seen >= self._last_images)
+        if not images:
             return {}
         values: dict[str, float] = {}
-        if self._monitor is not None:
-            sample = self._monitor.draw(nets)
-            self._monitor.write(sample, images_seen)
+        if self._grid is not None:
+            sample = self._grid.generate(nets)
+            self._grid.write(sample, images_seen)
             if self._diversity is not None:
-                columns = self._draws if self._monitor.captions else len(sample.images[-1])
+                columns = self._columns if self._grid.captions else len(sample.images[-1])
                 values |= self._diversity(sample.images[-1], columns)
                 if self._diversity.collapsed(values):
                     logger.warning(
-                        "collapse: after %s images draws of one caption hardly differ (%s %.2g)",
+                        "collapse: after %s images, images of one caption hardly differ (%s %.2g)",
                         images_seen,
                         WITHIN,
                         values[WITHIN],
                     )
         if self._translations is not None:
             self._translations.write(nets, images_seen)
-        if self._val is not None:
-            values |= score_matching(self._system, nets, self._val.batch, seed=self._seed, device=self._device)
+        if self._val is not None and isinstance(self._system, SupportsEmbed):
+            values |= validation_r_precision(self._system, nets, self._val.batch, seed=self._seed, device=self._device)
         return values
 
 
-def _monitor(
+def _sample_grid(
     system: System, dataset: Dataset, config: RunConfig, stage: str, folder: str, device: torch.device
 ) -> SampleGrid:
-    """Of the run's captions, or of the data's, beside their pictures."""
-    data, given = config.stage_data(stage), config.report.captions
-    if given and reads_vectors(system, dataset.vector_dim):
+    """Build the grid of the run's captions or, if it gives none, of captions of the data with their real images."""
+    data, captions = config.stage_data(stage), config.report.captions
+    if captions and uses_sentence_vectors(system, dataset.vector_dim):
         logger.warning(
-            "report.captions: stage %s reads the data's sentence vectors, and these captions have none; the grids show "
-            "captions of the data",
+            "report.captions: stage %s reads the data's sentence vectors, which these captions do not have; the grids "
+            "show captions of the data",
             stage,
         )
-        given = ()
-    captions: tuple[str, ...] = given if reads_text(system, dataset.vector_dim) else ()
+        captions = ()
     real, vectors = None, None
-    if reads_text(system, dataset.vector_dim) and not given:
-        sizes, split = system.sizes, shown_split(dataset)
-        shown = load_split(dataset, split, sizes=sizes, max_words=data.max_words, limit=ROWS, crop=data.crop)
-        captions = tuple(of_picture[0] for of_picture in shown.captions)
+    if not is_text_conditional(system, dataset.vector_dim):
+        captions = ()
+    elif not captions:
+        split = caption_split(dataset)
+        shown = load_split(
+            dataset, split, sizes=system.sizes, max_words=data.max_words, limit=GRID_ROWS, crop=data.crop
+        )
+        captions = tuple(of_image[0] for of_image in shown.captions)
         real, vectors = shown.batch.images[-1], shown.batch.captions.vectors
     return SampleGrid(
         system,
         dataset.vocabulary,
         captions,
         max_words=data.max_words,
-        draws=config.report.draws,
+        columns=config.report.draws,
         seed=config.seed,
         folder=storage.join(folder, "pictures"),
         device=device,
@@ -142,8 +235,8 @@ def _monitor(
     )
 
 
-def shown_split(dataset: Dataset) -> str:
-    """The split whose captions the grids show: the first of test, val and train that has captions."""
+def caption_split(dataset: Dataset) -> str:
+    """Return the split whose captions the grids show: the first of test, val and train that has captions."""
     for name in ("test", "val"):
         if name in dataset.splits and dataset.split(name).captions(0):
             return name

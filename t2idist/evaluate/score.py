@@ -1,39 +1,65 @@
-"""Scores of an export that can be trusted: ``python -m t2idist.evaluate.score --export URL --metrics fid,kid``.
+"""Score an export with a recorded protocol: the command ``t2idist score``.
 
-Pictures are drawn for the captions of a split that was not trained on, and looked at beside the real ones. The work is
-done in pieces by as many processes as --workers says (on a Ray cluster with --address); the numbers do not depend on
-how many. All that they do depend on, the protocol, stands beside them. One that was cut off goes on where it was.
+Images are generated for the captions of a split that was not trained on, and compared with the real ones. The work is
+done in chunks by --workers processes (on a Ray cluster with --address); the values do not depend on their number. All
+that they do depend on is stored next to them as the protocol. An interrupted scoring resumes.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from tqdm import tqdm
 
 import t2idist
 from t2idist import storage
 from t2idist.config import METRICS, DataConfig
+from t2idist.config.arguments import command_parser
 from t2idist.config.strict import from_dict
 from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_dataset
 from t2idist.engine.checkpoint import export
 from t2idist.evaluate import score_chunks, score_sheets
-from t2idist.evaluate.feature_extractors import DEFAULT, EXTRACTORS, Weights
-from t2idist.evaluate.metrics import NEEDS_TRAIN, READ_BY, Measures, Options, check
+from t2idist.evaluate.feature_extractors import DEFAULT, EXTRACTORS, WeightsFile
+from t2idist.evaluate.metrics import (
+    EXTRACTOR_OF_METRIC,
+    NEEDS_TRAIN,
+    MetricCalculator,
+    MetricOptions,
+    check_sample_counts,
+)
 from t2idist.evaluate.score_chunks import ExtractorSpec, ScoreChunk, ScoreJob
-from t2idist.launch import parallel
 
-RESULT = "scores.json"
+SCORES_FILE = "scores.json"
+NOT_PROTOCOL = ("export", "export_sha256")
+"""Keys of the protocol that may differ between results that are compared."""
+T = TypeVar("T")
+
+
+class MapUnordered(Protocol):
+    def __call__(
+        self, work: Callable[[T], Any], tasks: Iterable[T], workers: int, address: str = "", *, gpus: int = 0
+    ) -> Iterator[Any]:
+        """Call `work` on every task; yields the results in any order (see launch.parallel.map_unordered)."""
+        ...
+
+
+def map_in_process(
+    work: Callable[[T], Any], tasks: Iterable[T], workers: int, address: str = "", *, gpus: int = 0
+) -> Iterator[Any]:
+    """Call `work` on every task in this process. Raises ValueError for `workers` > 0."""
+    if workers:
+        raise ValueError(f"--workers {workers}: only the command t2idist score starts worker processes; give 0")
+    yield from map(work, tasks)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked for: the options of the command, by their names."""
+    """The options of the command that define a scoring, under their names."""
 
     export: str
     system: str = ""
@@ -63,48 +89,57 @@ class Settings:
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.metrics if name not in METRICS]:
-            raise ValueError(f"--metrics {unknown[0]}: there are {', '.join(METRICS)}")
+            raise ValueError(f"--metrics {unknown[0]}: allowed are {', '.join(METRICS)}")
         for flag, least in (("n", 2), ("real", 0), ("train", 1), ("splits", 1), ("subset", 0), ("bootstrap", 0)):
             if getattr(self, flag) < least:
                 raise ValueError(f"--{flag} {getattr(self, flag)}: give at least {least}")
         if self.workers < 0:
             raise ValueError(f"--workers {self.workers}: give at least 0, which is this process alone")
         if not 0 <= self.jpeg <= 100:
-            raise ValueError(f"--jpeg {self.jpeg}: allowed are 1 to 100, and 0 for none")
+            raise ValueError(f"--jpeg {self.jpeg}: allowed are 1 to 100, or 0 for no encoding")
         if "damsm_r" in self.metrics and not self.judge:
             raise ValueError("--metrics damsm_r: give a DAMSM of another run with --judge URL")
 
     @property
     def folder(self) -> str:
-        """Where the scores lie: beside the export, if nothing else was asked for."""
+        """Folder of the scores; by default next to the export."""
         return self.out or storage.join(self.export.rstrip("/").rpartition("/")[0] or ".", "scores")
 
     @property
     def work(self) -> str:
-        """Where the pieces lie."""
+        """Folder of the chunks."""
         return storage.join(self.folder, "work")
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """The command; gives the exit status: 0, 1 where --fail-above or --fail-below was crossed, 2 for bad input."""
-    arguments = _parser().parse_args(words)
+# ------------------------------------------------------------ the command
+def main(arguments: Sequence[str] | None = None, map_unordered: MapUnordered = map_in_process) -> int:
+    """Run ``t2idist score``.
+
+    Args:
+        arguments: command line; None: that of the process.
+        map_unordered: distributes the chunks over worker processes.
+
+    Returns:
+        The exit status: 0, 1 if a limit of --fail-above or --fail-below was crossed, 2 for bad input.
+    """
+    options = _parser().parse_args(arguments)
     try:
-        limits = [*_limits("above", arguments.fail_above), *_limits("below", arguments.fail_below)]
-        metrics = tuple(name.strip() for name in arguments.metrics.split(",") if name.strip())
-        given = {**vars(arguments), "metrics": metrics}
-        settings = Settings(**{field.name: given[field.name] for field in fields(Settings)})
-        others = [(url, _read(url)) for url in arguments.beside]
-        result = score(settings)
-        known = {row["name"] for row in result["scores"]}
-        if missing := [limit.name for limit in limits if limit.name not in known]:
-            raise ValueError(f"--fail-above, --fail-below: {missing[0]} was not measured; there are {', '.join(known)}")
+        limits = [*_limits("above", options.fail_above), *_limits("below", options.fail_below)]
+        metrics = tuple(name.strip() for name in options.metrics.split(",") if name.strip())
+        values = {**vars(options), "metrics": metrics}
+        settings = Settings(**{field.name: values[field.name] for field in fields(Settings)})
+        others = [(url, _read(url)) for url in options.beside]
+        result = score(settings, map_unordered)
+        measured = {row["name"] for row in result["scores"]}
+        if missing := [limit.name for limit in limits if limit.name not in measured]:
+            raise ValueError(f"--fail-above, --fail-below: {missing[0]} was not measured; use {', '.join(measured)}")
     except ValueError as error:
         print(f"score: {error}", file=sys.stderr)
         return 2
     print(table(result))
     for url, other in others:
-        print(beside(result, other, storage.redact(url)))
-    print(f"in {storage.redact(storage.join(settings.folder, RESULT))}")
+        print(compare(result, other, storage.redact(url)))
+    print(f"in {storage.redact(storage.join(settings.folder, SCORES_FILE))}")
     crossed = [limit.text for limit in limits for row in result["scores"] if limit.crossed(row)]
     for text in crossed:
         print(f"score: {text}", file=sys.stderr)
@@ -113,36 +148,39 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     default = Settings("")
-    parser = argparse.ArgumentParser(prog="python -m t2idist.evaluate.score", description="Score an export.")
+    parser = command_parser(
+        "score", "Score an export.", "t2idist score --export RUN/attngan/export --metrics fid,kid,r_precision --n 6000"
+    )
+    parser.usage = "%(prog)s --export URL [options]"
     add = parser.add_argument
-    add("--export", required=True, metavar="URL", help="folder of an export of a system that draws")
-    add("--system", default="", metavar="MODULE", help="for an export of a system of your own")
-    add("--data", default="", metavar="SOURCE", help="real pictures and captions (default: what it was trained on)")
-    add("--split", default="test", help="of the data (default: %(default)s)")
-    add("--metrics", default=",".join(default.metrics), help=f"of {', '.join(METRICS)} (default: %(default)s)")
-    add("--n", type=int, default=default.n, help="generated pictures (default: %(default)s)")
-    add("--real", type=int, default=0, help="real pictures (default: all of the split)")
-    add("--train", type=int, default=default.train, help="training pictures, for r_precision (default: %(default)s)")
-    add("--extractor", default=DEFAULT, choices=tuple(EXTRACTORS), help="looks at the pictures (default: %(default)s)")
-    add("--weights", default="", metavar="URL", help="of the extractor")
-    add("--weights-sha256", default="", metavar="HEX", help="of that file")
-    add("--background", action="store_true", help="is: the classifier's class 0 does not count (CUB)")
-    add("--clip", default="", metavar="FOLDER", help="clip_r: of a CLIP model")
-    add("--clip-sha256", default="", metavar="HEX", help="of its model.safetensors")
-    add("--judge", default="", metavar="URL", help="damsm_r: export of a DAMSM")
-    add("--truncation", type=float, help="no noise of a size above it")
-    add("--jpeg", type=int, default=0, metavar="Q", help="encode all pictures at this quality first")
-    add("--splits", type=int, default=default.splits, help="is: how many (default: %(default)s)")
-    add("--subset", type=int, default=0, help="kid: pictures of a subset (default: 1000, or half of what there is)")
-    add("--bootstrap", type=int, default=default.bootstrap, help="draws for standard errors (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of noise, samples and subsets (default: 0)")
-    add("--workers", type=int, default=0, help="processes (default: 0, this one alone)")
-    add("--address", default="", help="of a Ray cluster for the workers; --out must then be seen by all of it")
+    add("--export", required=True, metavar="URL", help="folder of an export of a system that generates images")
+    add("--system", default="", metavar="MODULE", help="module of a custom system, as the export names it")
+    add("--data", default="", metavar="SOURCE", help="real images and captions (default: the training data)")
+    add("--split", default="test", help="split of the data (default: %(default)s)")
+    add("--metrics", default=",".join(default.metrics), help=f"of {','.join(METRICS)} (default: %(default)s)")
+    add("--n", type=int, default=default.n, help="generated images (default: %(default)s)")
+    add("--real", type=int, default=0, metavar="N", help="real images (default: all of the split)")
+    add("--train", type=int, default=default.train, metavar="N", help="training images (default: %(default)s)")
+    add("--extractor", default=DEFAULT, metavar="NAME", choices=tuple(EXTRACTORS), help=f"of {', '.join(EXTRACTORS)}")
+    add("--weights", default="", metavar="URL", help="weights of the extractor")
+    add("--weights-sha256", default="", metavar="HEX", help="hash of that file")
+    add("--background", action="store_true", help="is: ignore class 0 of the classifier (CUB)")
+    add("--clip", default="", metavar="FOLDER", help="clip_r: folder of a CLIP model")
+    add("--clip-sha256", default="", metavar="HEX", help="clip_r: hash of its model.safetensors")
+    add("--judge", default="", metavar="URL", help="damsm_r: export of a DAMSM of another run")
+    add("--truncation", type=float, metavar="T", help="redraw noise of a magnitude above T")
+    add("--jpeg", type=int, default=0, metavar="Q", help="encode all images as JPEG of quality Q first")
+    add("--splits", type=int, default=default.splits, metavar="N", help="is: splits (default: %(default)s)")
+    add("--subset", type=int, default=0, metavar="N", help="kid: images in a subset (default: 1000, or half of them)")
+    add("--bootstrap", type=int, default=default.bootstrap, metavar="N", help="draws for errors (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of noise, samples and subsets (default: 0)")
+    add("--workers", type=int, default=0, metavar="N", help="worker processes (default: 0, this process alone)")
+    add("--address", default="", help="Ray cluster of the workers, all of which must see --out")
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    add("--out", default="", metavar="URL", help="folder to write to (default: scores, beside the export)")
-    add("--beside", action="append", default=[], metavar="URL", help="a folder of other scores, shown beside these")
-    add("--fail-above", action="append", default=[], metavar="NAME=VALUE", help="exit status 1 above it")
-    add("--fail-below", action="append", default=[], metavar="NAME=VALUE", help="exit status 1 below it")
+    add("--out", default="", metavar="URL", help="folder to write to (default: scores, next to the export)")
+    add("--beside", action="append", default=[], metavar="URL", help="folder of other scores to compare with")
+    add("--fail-above", action="append", default=[], metavar="NAME=VALUE", help="exit with status 1 above the value")
+    add("--fail-below", action="append", default=[], metavar="NAME=VALUE", help="exit with status 1 below the value")
     return parser
 
 
@@ -161,76 +199,75 @@ class _Limit:
         return row["name"] == self.name and (value > self.value if self.side == "above" else value < self.value)
 
 
-def _limits(side: str, words: Iterable[str]) -> list[_Limit]:
-    found = []
-    for word in words:
-        name, _, value = word.partition("=")
+def _limits(side: str, arguments: Iterable[str]) -> list[_Limit]:
+    limits = []
+    for argument in arguments:
+        name, _, value = argument.partition("=")
         try:
-            found.append(_Limit(name, side, float(value)))
+            limits.append(_Limit(name, side, float(value)))
         except ValueError:
-            raise ValueError(f"--fail-{side} {word}: expected NAME=VALUE, as kid=0.05") from None
-    return found
+            raise ValueError(f"--fail-{side} {argument}: expected NAME=VALUE, such as kid=0.05") from None
+    return limits
 
 
 # ------------------------------------------------------------ the work
-def score(settings: Settings) -> dict[str, Any]:
-    """Score, and write scores.json and sheets of pictures into the folder; gives what scores.json holds.
+def score(settings: Settings, map_unordered: MapUnordered = map_in_process) -> dict[str, Any]:
+    """Score an export; writes scores.json and sheets of images, and returns the content of scores.json.
 
-    Raises ValueError, one sentence, for what cannot be scored.
+    Raises ValueError if the export cannot be scored as asked.
     """
     job, dataset = make_job(settings)
-    work = score_chunks.score_chunks(job)
-    with tqdm(total=len(work), unit="piece", desc="pictures", file=sys.stderr) as bar:
-        tasks = [(job, piece, settings.work) for piece in work]
-        gpus = int(settings.device != "cpu")
-        for _ in parallel.map_unordered(_do, tasks, settings.workers, settings.address, gpus=gpus):
+    tasks = [(job, chunk, settings.work) for chunk in score_chunks.score_chunks(job)]
+    gpus = int(settings.device != "cpu")
+    with tqdm(total=len(tasks), unit="chunk", desc="images", file=sys.stderr) as bar:
+        for _ in map_unordered(_compute_chunk, tasks, settings.workers, settings.address, gpus=gpus):
             bar.update()
-    measures = _measures(settings, job, dataset)
-    result = _result(settings, job, dataset, measures)
-    result["sheets"] = score_sheets.write(job, measures, dataset, settings.folder)
-    storage.write_json(storage.join(settings.folder, RESULT), result)
+    metrics = _metrics(settings, job, dataset)
+    result = _result(settings, job, dataset, metrics)
+    result["sheets"] = score_sheets.write(job, metrics, dataset, settings.folder)
+    storage.write_json(storage.join(settings.folder, SCORES_FILE), result)
     return result
 
 
-def score_in_background(settings: Settings, pace: Callable[[], None]) -> dict[str, Any]:
-    """The same in this process, with `pace` called before each piece of work; writes nothing that stays."""
+def score_in_background(settings: Settings, before_chunk: Callable[[], None]) -> dict[str, Any]:
+    """Score in this process and write nothing permanent; `before_chunk` is called before each chunk."""
     job, dataset = make_job(settings)
-    for piece in score_chunks.score_chunks(job):
-        pace()
-        score_chunks.do(job, piece, settings.work)
-    pace()
-    result = _result(settings, job, dataset, _measures(settings, job, dataset))
-    score_chunks.forget(job, settings.work)
+    for chunk in score_chunks.score_chunks(job):
+        before_chunk()
+        score_chunks.compute_chunk(job, chunk, settings.work)
+    before_chunk()
+    result = _result(settings, job, dataset, _metrics(settings, job, dataset))
+    score_chunks.remove_generated_chunks(job, settings.work)
     return result
 
 
-def _options(settings: Settings) -> Options:
-    return Options(settings.background, settings.splits, settings.subset, settings.bootstrap)
+def _compute_chunk(task: tuple[ScoreJob, ScoreChunk, str]) -> None:
+    score_chunks.compute_chunk(*task)
 
 
-def _measures(settings: Settings, job: ScoreJob, dataset: Dataset) -> Measures:
-    return Measures(job, _options(settings), dataset, settings.work)
+def _metric_options(settings: Settings) -> MetricOptions:
+    return MetricOptions(settings.background, settings.splits, settings.subset, settings.bootstrap)
 
 
-def _result(settings: Settings, job: ScoreJob, dataset: Dataset, measures: Measures) -> dict[str, Any]:
-    rows = measures.rows(settings.metrics)
+def _metrics(settings: Settings, job: ScoreJob, dataset: Dataset) -> MetricCalculator:
+    return MetricCalculator(job, _metric_options(settings), dataset, settings.work)
+
+
+def _result(settings: Settings, job: ScoreJob, dataset: Dataset, metrics: MetricCalculator) -> dict[str, Any]:
+    rows = metrics.rows(settings.metrics)
     return {
-        "protocol": _protocol(settings, job, dataset, measures),
+        "protocol": _protocol(settings, job, dataset, metrics),
         "scores": [asdict(row) for row in rows],
-        "breakdown": measures.breakdown(),
+        "breakdown": metrics.breakdown(),
     }
 
 
-def _do(task: tuple[ScoreJob, ScoreChunk, str]) -> None:
-    score_chunks.do(*task)
-
-
 def make_job(settings: Settings) -> tuple[ScoreJob, Dataset]:
-    """What is to be done. Raises ValueError, one sentence, where export, data and extractors do not go together."""
+    """Return the job and its data set. Raises ValueError if export, data and extractors do not fit together."""
     index = export.read_index(settings.export)
-    where = storage.redact(settings.export)
     trained_on = (index.get("data") or {}).get("settings")
-    data = from_dict(DataConfig, trained_on, f"{where}: data") if trained_on else DataConfig(crop=1.0)
+    where = f"{storage.redact(settings.export)}: data"
+    data = from_dict(DataConfig, trained_on, where) if trained_on else DataConfig(crop=1.0)
     if settings.data:
         data = replace(data, source=settings.data, beside=())
     dataset = open_dataset(data)
@@ -242,13 +279,17 @@ def make_job(settings: Settings) -> tuple[ScoreJob, Dataset]:
         if "train" not in dataset.splits:
             raise ValueError(f"--metrics {settings.metrics}: the data has no split 'train' to compare with")
         train = min(settings.train, len(dataset.split("train")))
-    looks = [ExtractorSpec(settings.extractor, Weights(settings.weights, settings.weights_sha256))]
-    given = {"clip_r": Weights(settings.clip, settings.clip_sha256), "damsm_r": Weights(settings.judge)}
-    looks += [ExtractorSpec(look, given[metric]) for metric, look in READ_BY.items() if metric in settings.metrics]
+    extractors = [ExtractorSpec(settings.extractor, WeightsFile(settings.weights, settings.weights_sha256))]
+    weights = {"clip_r": WeightsFile(settings.clip, settings.clip_sha256), "damsm_r": WeightsFile(settings.judge)}
+    extractors += [
+        ExtractorSpec(name, weights[metric])
+        for metric, name in EXTRACTOR_OF_METRIC.items()
+        if metric in settings.metrics
+    ]
     job = ScoreJob(
         export=storage.absolute(settings.export),
         export_sha256=storage.sha256(storage.read_bytes(storage.join(settings.export, export.INDEX))),
-        own_system=settings.system,
+        custom_system=settings.system,
         data=data,
         split=settings.split,
         pixels=0,
@@ -258,21 +299,21 @@ def make_job(settings: Settings) -> tuple[ScoreJob, Dataset]:
         seed=settings.seed,
         truncation=settings.truncation,
         jpeg=settings.jpeg,
-        looks=tuple(looks),
+        extractors=tuple(extractors),
         device=settings.device,
     )
-    check(job, _options(settings), settings.metrics, dataset)
-    for number in range(len(looks)):
-        score_chunks.looker(job, number)  # whatever is wrong with one is said before the work begins
-    return replace(job, pixels=score_chunks.drawn_size(job, dataset)), dataset
+    check_sample_counts(job, _metric_options(settings), settings.metrics, dataset)
+    for extractor in range(len(extractors)):
+        score_chunks.extractor_of(job, extractor)  # reports an invalid extractor before the work begins
+    return replace(job, pixels=score_chunks.generated_size(job, dataset)), dataset
 
 
-def _protocol(settings: Settings, job: ScoreJob, dataset: Dataset, measures: Measures) -> dict[str, Any]:
-    """Everything that the numbers depend on."""
+def _protocol(settings: Settings, job: ScoreJob, dataset: Dataset, metrics: MetricCalculator) -> dict[str, Any]:
+    """Return everything that the values depend on."""
     return {
-        "generated": len(measures.generated.rows),
-        "real": len(measures.real.rows),
-        "train": 0 if measures.train is None else len(measures.train.rows),
+        "generated": len(metrics.generated.rows),
+        "real": len(metrics.real.rows),
+        "train": 0 if metrics.train is None else len(metrics.train.rows),
         "split": job.split,
         "data": dataset.source,
         "captions": "the captions of each sample in turn, samples in an order drawn by the seed",
@@ -281,30 +322,26 @@ def _protocol(settings: Settings, job: ScoreJob, dataset: Dataset, measures: Mea
         "pixels": job.pixels,
         "jpeg": job.jpeg,
         "crop": job.data.crop,
-        "extractors": [score_chunks.looker(job, number).facts for number in range(len(job.looks))],
+        "extractors": [score_chunks.extractor_of(job, extractor).facts for extractor in range(len(job.extractors))],
         "inception_splits": settings.splits,
-        "kid_subset": measures.kid_subset,
+        "kid_subset": metrics.kid_subset,
         "export": storage.redact(settings.export),
         "export_sha256": job.export_sha256,
         "version": t2idist.__version__,
     }
 
 
-# ------------------------------------------------------------ for people
-NOT_PROTOCOL = ("export", "export_sha256")
-"""What may differ between two results that are compared."""
-
-
+# ------------------------------------------------------------ output
 def _read(folder: str) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = storage.read_json(storage.join(folder, RESULT))
+        result: dict[str, Any] = storage.read_json(storage.join(folder, SCORES_FILE))
     except FileNotFoundError:
-        raise ValueError(f"--beside {storage.redact(folder)}: no {RESULT} there") from None
-    return found
+        raise ValueError(f"--beside {storage.redact(folder)}: has no {SCORES_FILE}") from None
+    return result
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """What is not the same in two protocols, a sentence each; none: their numbers can be compared."""
+    """Describe each difference of two protocols; if there is none, their values can be compared."""
     names = [name for name in dict.fromkeys((*ours, *theirs)) if name not in NOT_PROTOCOL]
     return [
         f"{name}: {ours.get(name)} here, {theirs.get(name)} there"
@@ -313,10 +350,11 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
     ]
 
 
-def beside(result: Mapping[str, Any], other: Mapping[str, Any], name: str) -> str:
-    """Another result's values beside these; where the protocols differ, that is said first."""
-    apart = differences(result["protocol"], other["protocol"])
-    lines = [f"beside {name}, {'the same protocol' if not apart else 'ANOTHER PROTOCOL:'}", *(f"  {x}" for x in apart)]
+def compare(result: Mapping[str, Any], other: Mapping[str, Any], name: str) -> str:
+    """Format the values of two results next to each other, after the differences of their protocols."""
+    different = differences(result["protocol"], other["protocol"])
+    protocol = "DIFFERENT PROTOCOL:" if different else "the same protocol"
+    lines = [f"compared with {name}, {protocol}", *(f"  {difference}" for difference in different)]
     theirs = {row["name"]: row for row in other["scores"]}
     for row in result["scores"]:
         if row["name"] in theirs:
@@ -325,7 +363,7 @@ def beside(result: Mapping[str, Any], other: Mapping[str, Any], name: str) -> st
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The scores in columns, under their protocol."""
+    """Format the scores in columns, after their protocol."""
 
     def number(value: float | None) -> str:
         return "" if value is None else f"{value:.4g}"
@@ -335,13 +373,9 @@ def table(result: Mapping[str, Any]) -> str:
         lines.append("extractor: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
     lines.append(f"{'':14}{'generated':>11}{'error':>11}{'95 %':>22}{'real':>11}{'chance':>8}{'n':>8}")
     for row in result["scores"]:
-        reach = "" if row["low"] is None else f"{row['low']:.4g} to {row['high']:.4g}"
+        interval = "" if row["low"] is None else f"{row['low']:.4g} to {row['high']:.4g}"
         lines.append(
-            f"{row['name']:14}{number(row['value']):>11}{number(row['error']):>11}{reach:>22}{number(row['real']):>11}"
-            f"{number(row['chance']):>8}{row['n']:8d}  {row['note']}"
+            f"{row['name']:14}{number(row['value']):>11}{number(row['error']):>11}{interval:>22}"
+            f"{number(row['real']):>11}{number(row['chance']):>8}{row['n']:8d}  {row['note']}"
         )
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

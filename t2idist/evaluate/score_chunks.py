@@ -1,8 +1,8 @@
-"""The work of scoring in pieces that any process can do in any order, and that give the same numbers wherever they ran.
+"""The work of scoring, in chunks that any process can compute in any order with the same result.
 
-A piece is up to `PIECE` pictures of one kind, drawn or read and then looked at by every extractor; it is a file of its
-own in the work folder, so a scoring that was cut off goes on where it was. Pieces are always cut in the same way: how
-many processes there are changes nothing.
+A chunk is up to `CHUNK_SIZE` images of one kind, which are generated or read and then passed to every extractor. Its
+features are a file in the work folder, so an interrupted scoring resumes with the missing chunks. The division into
+chunks does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -22,80 +22,98 @@ from torch import Tensor
 
 from t2idist import storage
 from t2idist.config import DataConfig
-from t2idist.contract import SupportsEmbed, SupportsSample, to_float, to_uint8
+from t2idist.contract import (
+    SupportsEmbed,
+    SupportsSample,
+    is_text_conditional,
+    to_float,
+    to_uint8,
+    uses_sentence_vectors,
+)
 from t2idist.data.loader import load_split
 from t2idist.data.order import permutation
 from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_dataset
 from t2idist.engine.checkpoint import export
-from t2idist.evaluate.feature_extractors import Clip, Extractor, Seen, Weights, open_extractor
-from t2idist.evaluate.monitor import can_draw, can_match, reads_text, reads_vectors
-from t2idist.sampling.generate import NormalDraw, encode, generate, no_captions
-from t2idist.sampling.loading import Loaded, load
+from t2idist.evaluate.feature_extractors import (
+    ClipExtractor,
+    ExtractorOutput,
+    FeatureExtractor,
+    WeightsFile,
+    open_extractor,
+)
+from t2idist.sampling.generate import GaussianNoise, empty_captions, encode_captions, generate
+from t2idist.sampling.loading import LoadedExport, load_export
 
-PIECE = 128
-MOST_UNKNOWN = 0.5
+CHUNK_SIZE = 128
+MIN_KNOWN_WORDS = 0.5
 """Share of the data's words that an export has to know."""
 GENERATED, REAL, TRAIN = "generated", "real", "train"
-COUNTS = {GENERATED: "n", REAL: "real", TRAIN: "train"}
-"""By kind of pictures, what the job calls how many there are."""
+COUNT_FIELDS = {GENERATED: "n", REAL: "real", TRAIN: "train"}
+"""By kind of images, the field of the job that holds their number."""
+_HASHED_NAMES = {"extractors": "looks", "custom_system": "own_system"}
+"""Names of fields in the hash of `ScoreJob.key`; they stay, so that existing work folders are found."""
 
 
 @dataclass(frozen=True)
 class ExtractorSpec:
-    """What looks at the pictures: an extractor by name, or "damsm" for an export that matches."""
+    """An extractor by name, or "damsm" for an export that embeds images and captions."""
 
     name: str
-    weights: Weights = Weights()
+    weights: WeightsFile = WeightsFile()
 
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """All that tells what is scored; plain values. data: of the real pictures, with the crop of the training.
-
-    pixels: of the pictures that the export draws, and to which the real ones are
-    brought. jpeg: the quality at which all pictures, real and generated, are encoded before they are looked at (0: not
-    at all). n: generated pictures. real: real ones. train: training pictures (0: none).
-    """
+    """Everything that the features depend on, as plain values."""
 
     export: str
     export_sha256: str
-    own_system: str
+    """Hash of the export's index."""
+    custom_system: str
     data: DataConfig
+    """Of the real images, with the crop of the training."""
     split: str
     pixels: int
+    """Size of the generated images, to which the real ones are resized."""
     n: int
+    """Number of generated images."""
     real: int
+    """Number of real images."""
     train: int
+    """Number of training images, or 0."""
     seed: int
     truncation: float | None
     jpeg: int
-    looks: tuple[ExtractorSpec, ...]
+    """Quality at which all images are JPEG-encoded first, or 0."""
+    extractors: tuple[ExtractorSpec, ...]
     device: str
 
     def split_of(self, kind: str) -> str:
         return "train" if kind == TRAIN else self.split
 
     def key(self, kind: str) -> str:
-        """Of everything that changes a piece of a kind; real pictures are the same for every export of one size."""
-        without = {"device", *(count for other, count in COUNTS.items() if other != kind)}
+        """Hash everything that the chunks of a kind depend on; real images are shared by all exports of one size."""
+        ignored = {"device", *(count for other, count in COUNT_FIELDS.items() if other != kind)}
         if kind != GENERATED:
-            without |= {"export", "export_sha256", "own_system", "truncation"}
-        fixed = {name: value for name, value in asdict(self).items() if name not in without}
-        return storage.sha256(json.dumps(fixed, sort_keys=True).encode())[:16]
+            ignored |= {"export", "export_sha256", "custom_system", "truncation"}
+        values = {_HASHED_NAMES.get(name, name): value for name, value in asdict(self).items() if name not in ignored}
+        return storage.sha256(json.dumps(values, sort_keys=True).encode())[:16]
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Which samples of a split: their numbers, and for generated pictures the pass over the split they belong to."""
+class SampleRows:
+    """The samples of a split behind each row."""
 
     samples: tuple[int, ...]
+    """Indices in the split."""
     passes: tuple[int, ...]
+    """Of generated images, the pass over the split that each one belongs to."""
 
 
 @dataclass(frozen=True)
 class ScoreChunk:
-    """Pictures `start` to `end` of a kind."""
+    """Rows `start` to `end` of a kind."""
 
     kind: str
     start: int
@@ -107,208 +125,224 @@ class ScoreChunk:
 
 
 @functools.lru_cache(maxsize=8)
-def rows_of(kind: str, job: ScoreJob, in_split: int) -> Rows:
-    """Samples in the order of the split: the same ones for real and for generated pictures where both are as many."""
-    wanted = getattr(job, COUNTS[kind])
+def sample_rows(kind: str, job: ScoreJob, in_split: int) -> SampleRows:
+    """Choose the samples of a kind, in the order of the split; equal counts choose the same samples for all kinds."""
+    count = getattr(job, COUNT_FIELDS[kind])
     order = permutation(in_split, "score", job.seed)
     samples: list[int] = []
     passes: list[int] = []
-    for number in range(-(-wanted // in_split)):
-        chosen = np.sort(order[: wanted - number * in_split]).tolist()
+    for pass_index in range(-(-count // in_split)):
+        chosen = np.sort(order[: count - pass_index * in_split]).tolist()
         samples += chosen
-        passes += [number] * len(chosen)
-    return Rows(tuple(samples), tuple(passes))
+        passes += [pass_index] * len(chosen)
+    return SampleRows(tuple(samples), tuple(passes))
 
 
 def score_chunks(job: ScoreJob) -> list[ScoreChunk]:
-    """All the work, in order."""
-    counts = {kind: getattr(job, name) for kind, name in COUNTS.items()}
+    """Return all chunks of a job, in order."""
+    counts = {kind: getattr(job, name) for kind, name in COUNT_FIELDS.items()}
     return [
-        ScoreChunk(kind, start, min(start + PIECE, count))
+        ScoreChunk(kind, start, min(start + CHUNK_SIZE, count))
         for kind, count in counts.items()
-        for start in range(0, count, PIECE)
+        for start in range(0, count, CHUNK_SIZE)
     ]
 
 
-def do(job: ScoreJob, piece: ScoreChunk, folder: str) -> None:
-    """Make a piece's file, if it is not there."""
-    where = _url(job, piece, folder)
-    if storage.exists(where):
+def compute_chunk(job: ScoreJob, chunk: ScoreChunk, folder: str) -> None:
+    """Write the file of a chunk, unless it exists."""
+    url = _url(job, chunk, folder)
+    if storage.exists(url):
         return
-    images, rows = pictures(job, piece.kind, range(piece.start, piece.end))
+    images, rows = load_images(job, chunk.kind, range(chunk.start, chunk.end))
     tensors = {"rows": rows}
-    for number in range(len(job.looks)):
-        seen = looker(job, number)(images)
-        tensors |= {f"{number}/features": seen.features, f"{number}/logits": seen.logits}
-    storage.write_bytes(where, safetensors.torch.save(tensors))
+    for index in range(len(job.extractors)):
+        output = extractor_of(job, index)(images)
+        tensors |= {f"{index}/features": output.features, f"{index}/logits": output.logits}
+    storage.write_bytes(url, safetensors.torch.save(tensors))
 
 
 @dataclass(frozen=True)
-class Gathered:
-    """All pictures of a kind. rows: (n,) which ones, without those that cannot be read. seen: by extractor."""
+class GatheredFeatures:
+    """Features of all images of a kind."""
 
     rows: Tensor
-    seen: tuple[Seen, ...]
+    """(n,) rows of the images; those of unreadable images are missing."""
+    outputs: tuple[ExtractorOutput, ...]
+    """One per extractor."""
 
 
-def gather(job: ScoreJob, kind: str, folder: str) -> Gathered:
-    """What the pieces of a kind hold."""
+def gather_features(job: ScoreJob, kind: str, folder: str) -> GatheredFeatures:
+    """Read all chunks of a kind."""
     parts = [
-        safetensors.torch.load(storage.read_bytes(_url(job, piece, folder)))
-        for piece in score_chunks(job)
-        if piece.kind == kind
+        safetensors.torch.load(storage.read_bytes(_url(job, chunk, folder)))
+        for chunk in score_chunks(job)
+        if chunk.kind == kind
     ]
-    seen = tuple(
-        Seen(*(torch.cat([part[f"{number}/{what}"] for part in parts]) for what in ("features", "logits")))
-        for number in range(len(job.looks))
+    outputs = tuple(
+        ExtractorOutput(*(torch.cat([part[f"{index}/{name}"] for part in parts]) for name in ("features", "logits")))
+        for index in range(len(job.extractors))
     )
-    return Gathered(torch.cat([part["rows"] for part in parts]), seen)
+    return GatheredFeatures(torch.cat([part["rows"] for part in parts]), outputs)
 
 
-def forget(job: ScoreJob, folder: str) -> None:
-    """Remove the pieces of generated pictures; those of real ones serve the next export, too."""
+def remove_generated_chunks(job: ScoreJob, folder: str) -> None:
+    """Remove the chunks of generated images; those of real images are used again for the next export."""
     storage.remove(storage.join(folder, job.key(GENERATED)))
 
 
-def _url(job: ScoreJob, piece: ScoreChunk, folder: str) -> str:
-    return storage.join(folder, job.key(piece.kind), piece.name)
+def _url(job: ScoreJob, chunk: ScoreChunk, folder: str) -> str:
+    return storage.join(folder, job.key(chunk.kind), chunk.name)
 
 
-def pictures(job: ScoreJob, kind: str, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Those of a kind at `rows`: (n, 3, pixels, pixels) uint8, and which of the rows they are (n,).
+def load_images(job: ScoreJob, kind: str, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Generate or read images.
 
-    Rows of real ones ascend. Those that cannot be read are left out, with a warning that names them.
+    Args:
+        job: the job.
+        kind: GENERATED, REAL or TRAIN.
+        rows: rows of the kind; ascending for real images.
+
+    Returns:
+        Images (n, 3, pixels, pixels) uint8, and their rows (n,). Unreadable images are left out with a warning.
     """
-    images, kept = _generated(job, rows) if kind == GENERATED else _real(job, kind, rows)
+    images, kept = _generate_images(job, rows) if kind == GENERATED else _read_images(job, kind, rows)
     if job.jpeg:
-        images = torch.stack([_through_jpeg(image, job.jpeg) for image in images])
+        images = torch.stack([_jpeg_round_trip(image, job.jpeg) for image in images])
     return images, kept
 
 
-# ------------------------------------------------------------ in one process
-_dataset_of = functools.lru_cache(maxsize=1)(open_dataset)
+# ------------------------------------------------------------ caches of one process
+_cached_dataset = functools.lru_cache(maxsize=1)(open_dataset)
 
 
 def _dataset(job: ScoreJob) -> Dataset:
-    return _dataset_of(job.data)
+    return _cached_dataset(job.data)
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded_of(url: str, sha256: str, own_system: str, device: str) -> Loaded:
-    loaded = load(url, torch.device(device), own_system)
-    if not can_draw(loaded.system):
-        raise ValueError(f"{storage.redact(url)}: an export of {loaded.name}, which draws no pictures from captions")
-    return loaded
+def _cached_export(url: str, sha256: str, custom_system: str, device: str) -> LoadedExport:
+    return load_export(url, torch.device(device), custom_system)
 
 
-def _loaded(job: ScoreJob) -> Loaded:
-    return _loaded_of(job.export, job.export_sha256, job.own_system, job.device)
+def _load_generator(job: ScoreJob) -> tuple[LoadedExport, SupportsSample]:
+    loaded = _cached_export(job.export, job.export_sha256, job.custom_system, job.device)
+    if not isinstance(loaded.system, SupportsSample):
+        raise ValueError(
+            f"{storage.redact(job.export)}: is an export of {loaded.name}, which does not generate images from captions"
+        )
+    return loaded, loaded.system
 
 
 @functools.lru_cache(maxsize=8)
-def _looker_of(look: ExtractorSpec, device: str) -> Extractor:
-    if look.name == "damsm":
-        return Matcher(look.weights.url, torch.device(device))
-    return open_extractor(look.name, look.weights, torch.device(device))
+def _cached_extractor(spec: ExtractorSpec, device: str) -> FeatureExtractor:
+    if spec.name == "damsm":
+        return DamsmExtractor(spec.weights.url, torch.device(device))
+    return open_extractor(spec.name, spec.weights, torch.device(device))
 
 
-def looker(job: ScoreJob, number: int) -> Extractor:
-    """What looks at the pictures, by its place in the job."""
-    return _looker_of(job.looks[number], job.device)
+def extractor_of(job: ScoreJob, index: int) -> FeatureExtractor:
+    """Open an extractor by its index in the job."""
+    return _cached_extractor(job.extractors[index], job.device)
 
 
-def drawn_size(job: ScoreJob, dataset: Dataset) -> int:
-    """Pixels of the largest pictures that the export draws.
+# ------------------------------------------------------------ samples and images
+def generated_size(job: ScoreJob, dataset: Dataset) -> int:
+    """Return the size in pixels of the largest images that the export generates.
 
-    Raises ValueError where it draws none, or draws from other words or vectors than this data has.
+    Raises ValueError if it generates none, or reads other words or sentence vectors than the data has.
     """
-    loaded = _loaded(job)
-    if reads_vectors(loaded.system, loaded.plan.extent.vector_dim):
-        if dataset.vector_dim != loaded.plan.extent.vector_dim:
+    loaded, _ = _load_generator(job)
+    vector_dim = loaded.build_info.data.vector_dim
+    if uses_sentence_vectors(loaded.system, vector_dim):
+        if dataset.vector_dim != vector_dim:
             raise ValueError(
-                f"{storage.redact(job.export)}: draws from sentence vectors of {loaded.plan.extent.vector_dim} "
-                f"numbers, and the data's have {dataset.vector_dim}"
+                f"{storage.redact(job.export)}: reads sentence vectors of {vector_dim} elements, and the data's have "
+                f"{dataset.vector_dim}"
             )
-    elif reads_text(loaded.system, loaded.plan.extent.vector_dim):
-        known, there = set(loaded.vocabulary.words), set(dataset.vocabulary.words)
-        if there and len(known & there) < MOST_UNKNOWN * len(there):
+    elif is_text_conditional(loaded.system, vector_dim):
+        known, words = set(loaded.vocabulary.words), set(dataset.vocabulary.words)
+        if words and len(known & words) < MIN_KNOWN_WORDS * len(words):
             raise ValueError(
-                f"{storage.redact(job.export)}: knows {len(known & there)} of the {len(there)} words of this data; it "
+                f"{storage.redact(job.export)}: knows {len(known & words)} of the {len(words)} words of this data; it "
                 "was trained on other captions"
             )
     return loaded.system.sizes[-1]
 
 
-def classes_of(dataset: Dataset, split: str, samples: Sequence[int]) -> Tensor:
-    """(n,): those of one class are not each other's rivals."""
+def class_ids_of(dataset: Dataset, split: str, samples: Sequence[int]) -> Tensor:
+    """Return the classes of samples, (n,); captions of one class are not candidates for each other's images."""
     return torch.from_numpy(dataset.split(split).class_ids[np.asarray(samples, dtype=np.int64)])
 
 
-def caption_of(dataset: Dataset, split: str, sample: int, number: int) -> str:
-    """Of a sample in the given pass: its captions in turn."""
+def caption_of(dataset: Dataset, split: str, sample: int, pass_index: int) -> str:
+    """Return the caption of a sample in a pass: each pass takes the next one. Raises ValueError if it has none."""
     captions = dataset.split(split).captions(sample)
     if not captions:
-        raise ValueError(f"split {split}: sample {dataset.split(split).keys[sample]} has no caption to draw")
-    return captions[number % len(captions)]
+        raise ValueError(f"split {split}: sample {dataset.split(split).keys[sample]} has no caption to generate from")
+    return captions[pass_index % len(captions)]
 
 
-def _part(job: ScoreJob, kind: str, rows: Sequence[int]) -> list[tuple[int, int]]:
-    """Sample and pass of each row."""
-    found = rows_of(kind, job, len(_dataset(job).split(job.split_of(kind))))
-    return [(found.samples[row], found.passes[row]) for row in rows]
+def _samples_and_passes(job: ScoreJob, kind: str, rows: Sequence[int]) -> list[tuple[int, int]]:
+    chosen = sample_rows(kind, job, len(_dataset(job).split(job.split_of(kind))))
+    return [(chosen.samples[row], chosen.passes[row]) for row in rows]
 
 
-def _generated(job: ScoreJob, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The noise of a picture is a function of the seed, its sample and its pass."""
-    loaded, dataset = _loaded(job), _dataset(job)
-    in_split = len(dataset.split(job.split))
-    part = _part(job, GENERATED, rows)
-    if reads_text(loaded.system, loaded.plan.extent.vector_dim):
-        said = [caption_of(dataset, job.split, *one) for one in part]
-        captions = encode(loaded.vocabulary, said, loaded.plan.max_words)
+def _generate_images(job: ScoreJob, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Generate images; the noise of one depends on the seed, its sample and its pass."""
+    (loaded, system), dataset = _load_generator(job), _dataset(job)
+    in_split, vector_dim = len(dataset.split(job.split)), loaded.build_info.data.vector_dim
+    chosen = _samples_and_passes(job, GENERATED, rows)
+    if is_text_conditional(loaded.system, vector_dim):
+        sentences = [caption_of(dataset, job.split, sample, pass_index) for sample, pass_index in chosen]
+        captions = encode_captions(loaded.vocabulary, sentences, loaded.build_info.max_words)
     else:
-        captions = no_captions(len(part))
-    if reads_vectors(loaded.system, loaded.plan.extent.vector_dim):
-        vectors = [_vectors(job, sample, number) for sample, number in part]
+        captions = empty_captions(len(chosen))
+    if uses_sentence_vectors(loaded.system, vector_dim):
+        vectors = [_sentence_vector(job, sample, pass_index) for sample, pass_index in chosen]
         captions = replace(captions, vectors=torch.stack(vectors))
-    places = [number * in_split + sample for sample, number in part]
+    positions = [pass_index * in_split + sample for sample, pass_index in chosen]
     truncation = {} if job.truncation is None else {"truncation": job.truncation}
-    draw = NormalDraw(job.seed, places, torch.device(job.device), **truncation)
-    drawn = generate(cast(SupportsSample, loaded.system), loaded.nets, captions, draw, device=torch.device(job.device))
-    return to_uint8(drawn.images[-1]), torch.tensor(list(rows))
+    device = torch.device(job.device)
+    noise = GaussianNoise(job.seed, positions, device, **truncation)
+    generated = generate(system, loaded.nets, captions, noise, device=device)
+    return to_uint8(generated.images[-1]), torch.tensor(list(rows))
 
 
-def _vectors(job: ScoreJob, sample: int, number: int) -> Tensor:
+def _sentence_vector(job: ScoreJob, sample: int, pass_index: int) -> Tensor:
     dataset = _dataset(job)
-    caption = number % len(dataset.split(job.split).captions(sample))
+    caption = pass_index % len(dataset.split(job.split).captions(sample))
     split = load_split(dataset, job.split, sizes=(1,), max_words=1, rows=[sample], crop=1.0, caption=caption)
     return split.batch.captions.vectors[0]
 
 
-def _real(job: ScoreJob, kind: str, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _read_images(job: ScoreJob, kind: str, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
     dataset, split = _dataset(job), job.split_of(kind)
-    samples = [sample for sample, _ in _part(job, kind, rows)]  # in the split's order, as rows are
-    found = load_split(dataset, split, sizes=(job.pixels,), max_words=1, rows=samples, crop=job.data.crop).batch
-    keys, read = dataset.split(split).keys, set(found.ids)
-    kept = [row for row, sample in zip(rows, samples, strict=True) if keys[sample] in read]
-    return found.images[-1], torch.tensor(kept, dtype=torch.int64)
+    samples = [sample for sample, _ in _samples_and_passes(job, kind, rows)]  # ascending, as the rows are
+    batch = load_split(dataset, split, sizes=(job.pixels,), max_words=1, rows=samples, crop=job.data.crop).batch
+    keys, readable = dataset.split(split).keys, set(batch.ids)
+    kept = [row for row, sample in zip(rows, samples, strict=True) if keys[sample] in readable]
+    return batch.images[-1], torch.tensor(kept, dtype=torch.int64)
 
 
-def _through_jpeg(image: Tensor, quality: int) -> Tensor:
+def _jpeg_round_trip(image: Tensor, quality: int) -> Tensor:
     buffer = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, format="JPEG", quality=quality)
     return torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1)
 
 
-class Matcher:
-    """An export that places pictures and captions in one space, as an extractor."""
+class DamsmExtractor:
+    """An export that embeds images and captions in one space, as an extractor."""
 
     classes = 0
 
     def __init__(self, url: str, device: torch.device) -> None:
-        self._loaded, self._device = load(url, device), device
-        if not can_match(self._loaded.system):
-            raise ValueError(f"{storage.redact(url)}: an export of {self._loaded.name}, which matches no captions")
+        self._loaded, self._device = load_export(url, device), device
+        system = self._loaded.system
+        if not isinstance(system, SupportsEmbed):
+            raise ValueError(
+                f"{storage.redact(url)}: is an export of {self._loaded.name}, which does not embed images and captions"
+            )
+        self._system: SupportsEmbed = system
         self.facts: dict[str, Any] = {
             "name": self._loaded.name,
             "weights": storage.redact(url),
@@ -317,22 +351,21 @@ class Matcher:
         }
         self.dim = int(self._loaded.meta.get("embedding_dim", 0))
 
-    def __call__(self, images: Tensor) -> Seen:
-        pictures = to_float(images).to(self._device)
+    def __call__(self, images: Tensor) -> ExtractorOutput:
         with torch.inference_mode():
-            codes = cast(SupportsEmbed, self._loaded.system).embed_pictures(self._loaded.nets, pictures)
-        return Seen(codes.float().cpu(), torch.zeros(len(images), 0))
+            embeddings = self._system.embed_images(self._loaded.nets, to_float(images).to(self._device))
+        return ExtractorOutput(embeddings.float().cpu(), torch.zeros(len(images), 0))
 
-    def read(self, captions: Sequence[str]) -> Tensor:
+    def embed_captions(self, captions: Sequence[str]) -> Tensor:
+        """Embed captions, (n, D)."""
         parts = []
-        for start in range(0, len(captions), PIECE):
-            read = encode(self._loaded.vocabulary, captions[start : start + PIECE], self._loaded.plan.max_words)
+        for start in range(0, len(captions), CHUNK_SIZE):
+            batch = captions[start : start + CHUNK_SIZE]
+            encoded = encode_captions(self._loaded.vocabulary, batch, self._loaded.build_info.max_words)
             with torch.inference_mode():
-                codes = cast(SupportsEmbed, self._loaded.system).embed_captions(
-                    self._loaded.nets, read.to(self._device)
-                )
-            parts.append(codes.float().cpu())
+                parts.append(self._system.embed_captions(self._loaded.nets, encoded.to(self._device)).float().cpu())
         return torch.cat(parts)
 
 
-Reads = Clip | Matcher
+CaptionEncoder = ClipExtractor | DamsmExtractor
+"""Extractors that also embed captions."""

@@ -1,8 +1,8 @@
-"""Does inverted noise hold the style of a picture? ``python -m t2idist.evaluate.style --export URL``.
+"""Measure whether inverted noise holds the style of an image: the command ``t2idist style``.
 
-The measure of GAN-CLS (Reed et al. 2016, section 5.1): pictures are clustered by their background, and pairs of one
-cluster are told from pairs of two by the cosine of what the style encoder says of both; the area under the ROC curve,
-0.5 by chance. Sentence vectors stand beside as the baseline, as in the paper: a caption should say little of the style.
+The measure is that of GAN-CLS (Reed et al. 2016, section 5.1). Images are clustered by their background; the cosine of
+two inverted noise vectors is used to tell pairs of one cluster from pairs of two clusters. The result is the area under
+the ROC curve, 0.5 by chance. Sentence vectors are the baseline, as in the paper: a caption should say little of style.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,43 +20,53 @@ from torch.nn import functional
 
 from t2idist import storage
 from t2idist.config import DataConfig
+from t2idist.config.arguments import command_parser
 from t2idist.config.strict import from_dict
-from t2idist.contract import Batch, SupportsInvert, System, to_float
+from t2idist.contract import Batch, SupportsInvert, to_float
 from t2idist.data.loader import load_split
 from t2idist.data.sources import open_dataset
 from t2idist.nn.text_encoders import sentence_vectors
-from t2idist.sampling.loading import Loaded, load
+from t2idist.sampling.loading import LoadedExport, load_export
 
 BORDER = 8
-"""The background is the frame of a picture, one part in so many of its height on each side."""
-ROUNDS = 100
-MOST_POINTS = 201
-ROWS_AT_ONCE = 128
+"""The background is a frame whose width is the image's height divided by this number."""
+MAX_ITERATIONS = 100
+MAX_CURVE_POINTS = 201
+BATCH_SIZE = 128
 
 
 @dataclass(frozen=True)
 class Verification:
-    """auc: mean over folds of the area under the ROC curve. fold_std: its standard deviation over them. folds: that
-    had pairs of both kinds. n: samples. roc: (false positive rate, true positive rate) of the pairs of all folds."""
-
     auc: float
+    """Mean over the folds of the area under the ROC curve."""
     fold_std: float
+    """Standard deviation over the folds."""
     folds: int
+    """Number of folds with pairs of both kinds."""
     n: int
+    """Number of samples."""
     roc: tuple[tuple[float, float], ...]
+    """(false positive rate, true positive rate) of the pairs of all folds."""
 
 
 # ------------------------------------------------------------ the measure
 def verify(codes: Tensor, labels: Tensor, *, folds: int = 5, seed: int = 0) -> Verification:
-    """How well the cosine of two codes tells whether their labels are equal.
+    """Measure how well the cosine of two codes shows whether their labels are equal.
 
-    codes (n, D), labels (n,). The samples are parted at random into `folds`; all pairs inside a fold count. Cosines
-    that are equal to nine digits tie, so codes that are all alike score 0.5. Raises ValueError where no fold has pairs
-    of one label and pairs of two.
+    All pairs inside a fold count. Cosines that are equal to nine digits tie, so equal codes score 0.5.
+
+    Args:
+        codes: (n, D).
+        labels: (n,).
+        folds: number of random parts of the samples.
+        seed: seed of the parts.
+
+    Raises:
+        ValueError: no fold has both pairs of one label and pairs of two.
     """
     n = len(labels)
     if codes.dim() != 2 or len(codes) != n:
-        raise ValueError(f"style: codes {tuple(codes.shape)} and labels {tuple(labels.shape)}; give one row for each")
+        raise ValueError(f"style: codes {tuple(codes.shape)} and labels {tuple(labels.shape)}; give one row per label")
     if folds < 1:
         raise ValueError(f"style: {folds} folds; give at least 1")
     unit = functional.normalize(codes.detach().double().cpu(), dim=1)
@@ -64,28 +74,33 @@ def verify(codes: Tensor, labels: Tensor, *, folds: int = 5, seed: int = 0) -> V
     scores, same, areas = [], [], []
     for rows in order.tensor_split(folds):
         first, second = torch.triu_indices(len(rows), len(rows), offset=1)
-        in_fold = labels.cpu()[rows]
-        alike = in_fold[first] == in_fold[second]
-        if not alike.any() or alike.all():
+        fold_labels = labels.cpu()[rows]
+        equal = fold_labels[first] == fold_labels[second]
+        if not equal.any() or equal.all():
             continue
         cosine = (unit[rows] @ unit[rows].T)[first, second]
         scores.append(cosine)
-        same.append(alike)
-        areas.append(area_under(*roc_curve(cosine, alike)))
+        same.append(equal)
+        areas.append(area_under_curve(*roc_curve(cosine, equal)))
     if not areas:
-        raise ValueError(f"style: {n} samples in {folds} folds give no pairs of one label and of two in any fold")
+        raise ValueError(f"style: {n} samples in {folds} folds: no fold has both pairs of one label and pairs of two")
     false_positive, true_positive = roc_curve(torch.cat(scores), torch.cat(same))
-    kept = torch.linspace(0, len(false_positive) - 1, min(len(false_positive), MOST_POINTS)).round().long()
+    kept = torch.linspace(0, len(false_positive) - 1, min(len(false_positive), MAX_CURVE_POINTS)).round().long()
     points = torch.stack([false_positive[kept], true_positive[kept]], 1).tolist()
-    spread = torch.tensor(areas, dtype=torch.float64).std(correction=0).item()
-    return Verification(sum(areas) / len(areas), spread, len(areas), n, tuple((x, y) for x, y in points))
+    fold_std = torch.tensor(areas, dtype=torch.float64).std(correction=0).item()
+    return Verification(sum(areas) / len(areas), fold_std, len(areas), n, tuple((x, y) for x, y in points))
 
 
 def roc_curve(scores: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
-    """False and true positive rates at every threshold on the scores (m,), from (0, 0) to (1, 1); same (m,) bool."""
-    _, place = torch.unique(-scores.double().round(decimals=9), return_inverse=True)
-    hits = torch.zeros(int(place.max()) + 1, dtype=torch.float64).index_add_(0, place, same.double())
-    misses = torch.zeros_like(hits).index_add_(0, place, (~same).double())
+    """Return false and true positive rates, from (0, 0) to (1, 1), at every threshold on the scores.
+
+    Args:
+        scores: (m,).
+        same: (m,) bool, true for positives.
+    """
+    _, rank = torch.unique(-scores.double().round(decimals=9), return_inverse=True)
+    hits = torch.zeros(int(rank.max()) + 1, dtype=torch.float64).index_add_(0, rank, same.double())
+    misses = torch.zeros_like(hits).index_add_(0, rank, (~same).double())
     start = torch.zeros(1, dtype=torch.float64)
     return (
         torch.cat([start, misses.cumsum(0) / misses.sum()]),
@@ -93,139 +108,150 @@ def roc_curve(scores: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def area_under(false_positive: Tensor, true_positive: Tensor) -> float:
-    """Of a ROC curve, by trapezia, which counts a tie as half a success."""
+def area_under_curve(false_positive: Tensor, true_positive: Tensor) -> float:
+    """Integrate a ROC curve by the trapezoidal rule, which counts a tie as half a success."""
     return float(torch.trapezoid(true_positive, false_positive))
 
 
 # ------------------------------------------------------------ styles
 def background_colours(images: Tensor) -> Tensor:
-    """(n, 3): the mean colour of the frame of pictures (n, 3, S, S), uint8 or in [-1, 1]."""
-    pictures = to_float(images)
-    width = max(1, pictures.shape[-1] // BORDER)
-    frame = torch.ones(pictures.shape[-2:], dtype=torch.bool)
+    """Return the mean colour of the frame, (n, 3), of images (n, 3, S, S), uint8 or in [-1, 1]."""
+    images = to_float(images)
+    width = max(1, images.shape[-1] // BORDER)
+    frame = torch.ones(images.shape[-2:], dtype=torch.bool)
     frame[width:-width, width:-width] = False
-    return pictures[:, :, frame].mean(2)
+    return images[:, :, frame].mean(2)
 
 
-def cluster(points: Tensor, clusters: int, *, seed: int = 0) -> Tensor:
-    """(n,): the cluster of each point (n, D) by K-means, from centres that are drawn far apart (k-means++).
+def kmeans(points: Tensor, clusters: int, *, seed: int = 0) -> Tensor:
+    """Cluster points (n, D) by K-means with k-means++ initialisation; returns the cluster of each point, (n,).
 
-    Raises ValueError where there are more clusters than different points.
+    Raises ValueError if there are more clusters than distinct points.
     """
-    different = len(torch.unique(points, dim=0))
-    if not 2 <= clusters <= different:
-        raise ValueError(f"--clusters {clusters}: allowed are 2 to {different}, the different samples there are")
+    distinct = len(torch.unique(points, dim=0))
+    if not 2 <= clusters <= distinct:
+        raise ValueError(f"--clusters {clusters}: allowed are 2 to {distinct}, the number of distinct samples")
     points = points.double()
     generator = torch.Generator().manual_seed(seed)
     centres = points[torch.randint(len(points), (1,), generator=generator)]
     while len(centres) < clusters:
-        nearest = torch.cdist(points, centres).amin(1).square()
-        centres = torch.cat([centres, points[torch.multinomial(nearest, 1, generator=generator)]])
-    nearest_centre = torch.cdist(points, centres).argmin(1)
-    for _ in range(ROUNDS):
-        sums = torch.zeros_like(centres).index_add_(0, nearest_centre, points)
-        counts = torch.bincount(nearest_centre, minlength=clusters).unsqueeze(1)
+        squared = torch.cdist(points, centres).amin(1).square()
+        centres = torch.cat([centres, points[torch.multinomial(squared, 1, generator=generator)]])
+    assignment = torch.cdist(points, centres).argmin(1)
+    for _ in range(MAX_ITERATIONS):
+        sums = torch.zeros_like(centres).index_add_(0, assignment, points)
+        counts = torch.bincount(assignment, minlength=clusters).unsqueeze(1)
         centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
-        moved = torch.cdist(points, centres).argmin(1)
-        if torch.equal(moved, nearest_centre):
+        updated = torch.cdist(points, centres).argmin(1)
+        if torch.equal(updated, assignment):
             break
-        nearest_centre = moved
-    return nearest_centre
+        assignment = updated
+    return assignment
 
 
-def numbered(labels: Mapping[str, Any], ids: Sequence[str], where: str) -> tuple[Tensor, Tensor]:
-    """Rows of the samples that have a label, and its number for each. Raises ValueError where none has one."""
-    rows = [row for row, key in enumerate(ids) if key in labels]
+def label_ids(labels: Mapping[str, Any], keys: Sequence[str], where: str) -> tuple[Tensor, Tensor]:
+    """Number the labels of samples.
+
+    Args:
+        labels: label by sample key.
+        keys: keys of the samples.
+        where: name of the labels in error messages.
+
+    Returns:
+        Rows of the samples that have a label, and the number of the label of each.
+
+    Raises:
+        ValueError: no sample has a label.
+    """
+    rows = [row for row, key in enumerate(keys) if key in labels]
     if not rows:
-        raise ValueError(f"{where}: has a label for none of the {len(ids)} samples")
+        raise ValueError(f"{where}: has no label for any of the {len(keys)} samples")
     numbers: dict[str, int] = {}
-    found = [numbers.setdefault(str(labels[ids[row]]), len(numbers)) for row in rows]
-    return torch.tensor(rows), torch.tensor(found)
+    ids = [numbers.setdefault(str(labels[keys[row]]), len(numbers)) for row in rows]
+    return torch.tensor(rows), torch.tensor(ids)
 
 
 # ------------------------------------------------------------ the command
-def can_invert(system: System) -> bool:
-    """Whether the system finds the noise of a picture (contract.Inverts)."""
-    return callable(getattr(system, "invert", None))
-
-
-def codes_of(loaded: Loaded, batch: Batch) -> dict[str, Tensor]:
-    """Of every sample the inverted noise (n, z_dim) and the sentence vector (n, D) of its caption, by name."""
-    inverted, read = [], []
+def encode_batch(loaded: LoadedExport, batch: Batch) -> dict[str, Tensor]:
+    """Return the inverted noise (n, z_dim) of every sample and the sentence vector (n, D) of its caption, by name."""
+    system = loaded.system
+    assert isinstance(system, SupportsInvert)
+    inverted, vectors = [], []
     with torch.inference_mode():
-        for start in range(0, len(batch.ids), ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
+        for start in range(0, len(batch.ids), BATCH_SIZE):
+            rows = slice(start, start + BATCH_SIZE)
             captions = batch.captions[rows]
-            inverted.append(cast(SupportsInvert, loaded.system).invert(loaded.nets, to_float(batch.images[-1][rows])))
+            inverted.append(system.invert(loaded.nets, to_float(batch.images[-1][rows])))
             encoder = loaded.nets.get("text")
-            read.append(sentence_vectors(encoder, captions.tokens, captions.lengths, captions.vectors, unit=False))
-    return {"inverted noise": torch.cat(inverted), "sentence vector": torch.cat(read)}
+            vectors.append(sentence_vectors(encoder, captions.tokens, captions.lengths, captions.vectors, unit=False))
+    return {"inverted noise": torch.cat(inverted), "sentence vector": torch.cat(vectors)}
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """The command; gives the exit status: 0, or 2 with one sentence on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="python -m t2idist.evaluate.style",
-        description="Tell pictures of one style from pictures of two by their inverted noise.",
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``t2idist style``; returns the exit status: 0, or 2 for bad input."""
+    parser = command_parser(
+        "style",
+        "Measure how well the inverted noise of two images shows whether they have the same style.",
+        "t2idist style --export RUN/style/export --clusters 50 --out style.json",
     )
-    parser.add_argument("--export", required=True, metavar="URL", help="folder of an export of system style")
-    parser.add_argument("--data", metavar="SOURCE", help="data set (default: the one that it was trained on)")
-    parser.add_argument("--split", default="test", help="of the data set (default: test)")
-    parser.add_argument("--labels", metavar="FILE", help="JSON: a style by sample key (default: background colours)")
-    parser.add_argument("--clusters", type=int, default=100, help="of background colours (default: 100, the paper's)")
-    parser.add_argument("--folds", type=int, default=5, help="that the result is the mean of (default: 5)")
-    parser.add_argument("--limit", type=int, help="at most so many samples (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of clusters, folds and limit (default: 0)")
-    parser.add_argument("--out", default="style.json", metavar="FILE", help="for the curves (default: style.json)")
-    arguments = parser.parse_args(words)
+    add = parser.add_argument
+    add("--export", required=True, metavar="URL", help="folder of an export of system style")
+    add("--data", metavar="SOURCE", help="data set (default: the training data)")
+    add("--split", default="test", help="split of the data (default: test)")
+    add("--labels", metavar="FILE", help="JSON object, style by sample key (default: clusters of background colours)")
+    add("--clusters", type=int, default=100, metavar="N", help="clusters of background colours (default: 100, as Reed)")
+    add("--folds", type=int, default=5, metavar="N", help="folds that the result is averaged over (default: 5)")
+    add("--limit", type=int, metavar="N", help="largest number of samples (default: all)")
+    add("--seed", type=int, default=0, help="seed of clusters, folds and limit (default: 0)")
+    add("--out", default="style.json", metavar="FILE", help="file for the curves (default: style.json)")
+    options = parser.parse_args(arguments)
     try:
-        rows = _score(arguments)
+        rows = _score(options)
     except ValueError as error:
         print(f"style: {error}", file=sys.stderr)
         return 2
     for name, row in rows.items():
         print(f"{name:16} AUC {row['auc']:.3f} +- {row['fold_std']:.3f} ({row['n']} samples, {row['folds']} folds)")
-    storage.write_json(arguments.out, rows)
-    print(f"curves in {storage.redact(arguments.out)}; 0.5 is chance")
+    storage.write_json(options.out, rows)
+    print(f"curves in {storage.redact(options.out)}; 0.5 is chance")
     return 0
 
 
-def _score(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    loaded = load(arguments.export, torch.device("cpu"))
-    where = storage.redact(arguments.export)
-    if not can_invert(loaded.system):
-        raise ValueError(f"{where}: system {loaded.name} does not invert pictures; give the export of a style stage")
+def _score(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    loaded = load_export(options.export, torch.device("cpu"))
+    where = storage.redact(options.export)
+    if not isinstance(loaded.system, SupportsInvert):
+        raise ValueError(f"{where}: system {loaded.name} does not invert images; give the export of a style stage")
     settings = from_dict(DataConfig, loaded.meta["data"]["settings"], f"{where}: data")
-    if arguments.data:
-        settings = dataclasses.replace(settings, source=arguments.data)
+    if options.data:
+        settings = dataclasses.replace(settings, source=options.data)
     dataset = dataclasses.replace(open_dataset(settings), vocabulary=loaded.vocabulary)
     batch = load_split(
         dataset,
-        arguments.split,
+        options.split,
         sizes=loaded.system.sizes,
-        max_words=loaded.plan.max_words,
-        limit=arguments.limit,
-        seed=arguments.seed,
+        max_words=loaded.build_info.max_words,
+        limit=options.limit,
+        seed=options.seed,
         crop=settings.crop,
     ).batch
-    if arguments.labels:
-        try:
-            labels = storage.read_json(arguments.labels)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--labels {arguments.labels}: {error}") from None
-        if not isinstance(labels, dict):
-            raise ValueError(f"--labels {arguments.labels}: expected a JSON object of sample keys")
-        rows, styles = numbered(labels, batch.ids, f"--labels {arguments.labels}")
+    if options.labels:
+        rows, styles = label_ids(_read_labels(options.labels), batch.ids, f"--labels {options.labels}")
     else:
         rows = torch.arange(len(batch.ids))
-        styles = cluster(background_colours(batch.images[-1]), arguments.clusters, seed=arguments.seed)
-    codes = codes_of(loaded, batch)
+        styles = kmeans(background_colours(batch.images[-1]), options.clusters, seed=options.seed)
+    codes = encode_batch(loaded, batch)
     return {
-        name: dataclasses.asdict(verify(code[rows], styles, folds=arguments.folds, seed=arguments.seed))
+        name: dataclasses.asdict(verify(code[rows], styles, folds=options.folds, seed=options.seed))
         for name, code in codes.items()
     }
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _read_labels(file: str) -> dict[str, Any]:
+    try:
+        labels = storage.read_json(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--labels {file}: {error}") from None
+    if not isinstance(labels, dict):
+        raise ValueError(f"--labels {file}: expected a JSON object of sample keys")
+    return labels

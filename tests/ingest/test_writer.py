@@ -17,32 +17,31 @@ import pytest
 
 from t2idist import storage
 from t2idist.data.order import SampleRange
-from t2idist.data.reader import Encoded, ShardReader
+from t2idist.data.reader import EncodedImage, ShardReader
 from t2idist.data.sample_format import PackedSample
 from t2idist.data.shards import Dataset
 from t2idist.ingest.folder import FolderOptions, list_folder
-from t2idist.ingest.image import PictureOptions
+from t2idist.ingest.image import ImageOptions
 from t2idist.ingest.listing import Listing
-from t2idist.ingest.prepare import Outcome, Processes, _Budget
-from t2idist.ingest.writer import IngestOptions, Progress, Refused, _choose_shard_samples, write_set
+from t2idist.ingest.prepare import MultiprocessPreparer, SampleResult, _ByteBudget
+from t2idist.ingest.writer import IngestOptions, Progress, StrictError, _choose_shard_samples, write_set
 from tests.helpers.object_store import SECRET, seaweedfs, store
-from tests.ingest.test_readers import encoded, jsonl, picture
 
 ROOT = Path(__file__).parents[2]
-TINY = IngestOptions(picture=PictureOptions(size=8), shard_samples=256)
+TINY = IngestOptions(image=ImageOptions(size=8), shard_samples=256)
 
 
 def own_pictures(root: Path, count: int) -> Path:
     """Pictures with captions.jsonl; every fiftieth is cut short, and one has nothing said of it."""
     root.mkdir()
-    some = [encoded(picture(24, 16, seed=seed)) for seed in range(16)]
+    some = [encode(make_image(24, 16, seed=seed)) for seed in range(16)]
     rows = []
     for number in range(count):
         data = some[number % 16]
         (root / f"p{number:05d}.jpg").write_bytes(data[:-90] if number % 50 == 7 else data)
         rows.append({"image": f"p{number:05d}.jpg", "captions": [f"picture number {number}", "it is small"]})
     (root / "alone.jpg").write_bytes(some[0])
-    jsonl(root / "captions.jsonl", list(rows))
+    write_jsonl(root / "captions.jsonl", list(rows))
     return root
 
 
@@ -80,7 +79,7 @@ def test_a_set_is_whole(mine: Path, done: dict[str, bytes], tmp_path: Path):
     assert numbers != sorted(numbers) and sum(a > b for a, b in pairwise(numbers)) > 300
     assert train.captions(5)[0] == f"picture number {numbers[5]}"
     found = ShardReader(dataset, "train").read(SampleRange(1, 0, 256))
-    assert all(isinstance(sample, Encoded) for sample in found)
+    assert all(isinstance(sample, EncodedImage) for sample in found)
     description = json.loads(done["dataset.json"])
     assert description["rejected"] == {
         "picture_without_captions": {"left out": 1}, "truncated": {"left out": 20},
@@ -140,7 +139,7 @@ def stop_after(mine: Path, out: Path, images: int, options: IngestOptions = TINY
 
 def test_another_plan_is_refused_and_restart_begins_anew(mine: Path, done: dict[str, bytes], tmp_path: Path):
     out = tmp_path / "set"
-    other = IngestOptions(picture=PictureOptions(size=8, quality=80), shard_samples=256)
+    other = IngestOptions(image=ImageOptions(size=8, quality=80), shard_samples=256)
     stop_after(mine, out, 900, other)
     with pytest.raises(ValueError, match=r"begun with another quality .then 80, now 95.; .* --restart"):
         write(mine, out)
@@ -168,15 +167,15 @@ def test_damage_between_two_runs_is_mended(mine: Path, done: dict[str, bytes], t
 
 
 def test_strict_stops_and_finishes_nothing(mine: Path, tmp_path: Path):
-    with pytest.raises(Refused, match="alone.jpg: picture_without_captions"):
+    with pytest.raises(StrictError, match="alone.jpg: picture_without_captions"):
         write(mine, tmp_path / "a", strict=True)
     clean = own_pictures(tmp_path / "clean", 60)
     (clean / "alone.jpg").unlink()
-    with pytest.raises(Refused, match="p00.07.jpg: truncated, left out"):
+    with pytest.raises(StrictError, match="p00.07.jpg: truncated, left out"):
         write(clean, tmp_path / "b", strict=True)
     assert not (tmp_path / "b" / "dataset.json").exists()
     for number in (7, 57):
-        (clean / f"p{number:05d}.jpg").write_bytes(encoded(picture(24, 16)))
+        (clean / f"p{number:05d}.jpg").write_bytes(encode(make_image(24, 16)))
     write(clean, tmp_path / "b", strict=True)
     assert (tmp_path / "b" / "rejected.jsonl").read_bytes() == b""
 
@@ -185,7 +184,7 @@ def test_nothing_usable_gives_a_sentence(tmp_path: Path):
     root = tmp_path / "mine"
     root.mkdir()
     (root / "a.jpg").write_bytes(b"")
-    jsonl(root / "captions.jsonl", [{"image": "a.jpg", "caption": "nothing"}])
+    write_jsonl(root / "captions.jsonl", [{"image": "a.jpg", "caption": "nothing"}])
     with pytest.raises(ValueError, match="no picture can be used: zero_bytes 1"):
         write(root, tmp_path / "set")
     with pytest.raises(ValueError, match="--shard-samples 100: give a multiple of 256"):
@@ -193,7 +192,7 @@ def test_nothing_usable_gives_a_sentence(tmp_path: Path):
 
 
 def test_captions_are_cut_and_rare_words_unknown(mine: Path, tmp_path: Path):
-    options = IngestOptions(picture=PictureOptions(size=8), max_words=2, min_count=2)
+    options = IngestOptions(image=ImageOptions(size=8), max_words=2, min_count=2)
     description = write(mine, tmp_path / "set", options=options)
     assert description["captions_cut"] == 1960
     assert set(description["vocabulary"]) == {"picture", "number", "it", "is"}
@@ -210,14 +209,14 @@ def test_shards_of_large_pictures_hold_fewer(sample_bytes: int, wanted: int, cho
         def __len__(self) -> int:
             return sample_bytes
 
-    outcomes = (Outcome(PackedSample(Long(), {"n": n}), ()) for n in range(400))
+    outcomes = (SampleResult(PackedSample(Long(), {"n": n}), ()) for n in range(400))
     found, again = _choose_shard_samples(outcomes, wanted)
     assert found == chosen
     assert [o.packed.row["n"] for o in again if o.packed] == list(range(400))
 
 
 def test_reading_ahead_keeps_to_its_bytes_and_its_order():
-    budget = _Budget(100)
+    budget = _ByteBudget(100)
     order = []
 
     def take(ticket: int, size: int) -> None:
@@ -241,9 +240,9 @@ def test_reading_ahead_keeps_to_its_bytes_and_its_order():
 def test_a_worker_that_dies_and_one_that_fails_give_a_sentence(mine: Path):
     with Listing() as listing:
         list_folder(str(mine), listing, FolderOptions(val=0, test=0))
-        work = Processes(PictureOptions(), None, 2)
+        work = MultiprocessPreparer(ImageOptions(), None, 2)
         try:
-            outcomes = work.run(listing.sources("train"))
+            outcomes = work.run(listing.images("train"))
             assert len(list(islice(outcomes, 20))) == 20
             work._processes[0].kill()
             with pytest.raises(RuntimeError, match=r"ended by itself .exit status -9"):
@@ -252,10 +251,10 @@ def test_a_worker_that_dies_and_one_that_fails_give_a_sentence(mine: Path):
             work.close()
         (mine / "locked").mkdir(exist_ok=True)
         listing.add("other", "x.jpg", "nothere://bucket/x.jpg")
-        work = Processes(PictureOptions(), None, 1)
+        work = MultiprocessPreparer(ImageOptions(), None, 1)
         try:
-            with pytest.raises(ValueError, match="no way to open this URL"):
-                list(work.run(listing.sources("other")))
+            with pytest.raises(ValueError, match="this URL cannot be opened"):
+                list(work.run(listing.images("other")))
         finally:
             work.close()
 
@@ -372,7 +371,7 @@ def test_from_and_to_an_object_store(
 
 
 def test_sets_in_memory(tmp_path: Path):
-    some = encoded(picture(24, 16))
+    some = encode(make_image(24, 16))
     for number in range(5):
         storage.write_bytes(f"memory://own/{number}.jpg", some)
         storage.write_bytes(f"memory://own/{number}.txt", b"a picture")

@@ -108,7 +108,7 @@ def test_unrecoverable_fault_ends_the_run_with_its_message(finished: Path, tmp_p
 def test_more_workers_than_the_cluster_has_is_an_error(tmp_path: Path) -> None:
     refused = run_command(str(write_recipe(tmp_path)), "cluster.gpus_per_worker=1", "cluster.address=auto")
     assert refused.returncode == 2
-    assert "and 0 GPU, on 1 machine, which hold 0 of them" in refused.stderr
+    assert "and 0 GPU on 1 node, room for 0 workers" in refused.stderr
 
 
 @pytest.mark.whole

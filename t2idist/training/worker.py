@@ -185,8 +185,8 @@ class _StageWorker:
         self._data_info = data_info(self._datasets)
         self._build_info = stage.build_info(self._data_info)
         self._system = self._build_system()
-        self._trainer = self._build_trainer(rollback)
-        self._context.log_context.images = lambda: self._trainer.images
+        self._trainer = trainer = self._build_trainer(rollback)
+        self._context.log_context.images = lambda: trainer.images
         self._checkpoints = self._open_checkpoints()
         self._replicas = self._open_replicas(rollback)
 

@@ -47,8 +47,8 @@ def build_report(run_url: str) -> str:
         "tables": {title: list(_flatten(values)) for title, values in _setup_tables(run).items() if values},
     }
     environment = template_environment()
-    bodies = [environment.get_template(f"{key}.html.j2").render(context).strip() for key in SECTIONS]
-    sections = [(key, SECTIONS[key], Markup(body)) for key, body in zip(SECTIONS, bodies, strict=True) if body]
+    bodies = {key: Markup(environment.get_template(f"{key}.html.j2").render(context).strip()) for key in SECTIONS}
+    sections = [(key, SECTIONS[key], body) for key, body in bodies.items() if body]
     values = [chart.values for chart in chart_list]
     return environment.get_template("page.html.j2").render(context, sections=sections, chart_values=values)
 

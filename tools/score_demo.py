@@ -1,9 +1,8 @@
 """Score a finished run on avatars: ``python tools/score_demo.py RUN_URL [--judge DAMSM_EXPORT_URL]``.
 
-Three questions, on held-out captions: does a classifier trained on real pictures find what the caption names; does a
-DAMSM that the run never saw pick the picture's own caption out of 100; do two draws of one caption differ. Each answer
-stands beside chance and beside what real pictures score. Writes scores.json into the run folder and renews its
-report.html.
+Three questions are answered on held-out captions. Does a classifier trained on real images find what the caption names?
+Does an independent DAMSM retrieve the image's own caption from 100? Do two images of one caption differ? Each value is
+given with chance and the value of real images. Writes scores.json into the run folder and updates its report.html.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,50 +23,50 @@ from t2idist.config.strict import from_dict, parse_yaml
 from t2idist.contract import Batch, SupportsEmbed, SupportsSample, to_float
 from t2idist.data.loader import LoadedSplit, load_split
 from t2idist.data.sources import open_dataset
-from t2idist.evaluate.attribute_classifier import TRAITS, answers, balanced_accuracy, classify, train_classifier
-from t2idist.evaluate.monitor import can_draw, can_match, embed_all
-from t2idist.evaluate.r_precision import r_precision
+from t2idist.evaluate.attribute_classifier import balanced_accuracy, classify, train_classifier, trait_classes
+from t2idist.evaluate.r_precision import embed_batch, r_precision
 from t2idist.report import report
-from t2idist.sampling.generate import NormalDraw, encode, generate
-from t2idist.sampling.loading import Loaded, load
+from t2idist.sampling.attribute_edits import TRAITS
+from t2idist.sampling.generate import GaussianNoise, encode_captions, generate
+from t2idist.sampling.loading import LoadedExport, load_export
 
 CPU = torch.device("cpu")
 Row = dict[str, Any]
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """The command; gives the exit status: 0, or 2 with one sentence on stderr."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the tool; returns the exit status: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN_URL", help="folder of a finished run on avatars")
-    parser.add_argument("--judge", metavar="URL", help="export of a DAMSM of another seed (none: no R-precision)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise, the judge and the candidates (default: 0)")
+    parser.add_argument("--judge", metavar="URL", help="export of a DAMSM of another seed (default: no R-precision)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of noise, classifier and candidates (default: 0)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads (default: all)")
-    arguments = parser.parse_args(words)
-    torch.set_num_threads(arguments.threads)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
     try:
-        rows = score(arguments.run, arguments.judge, arguments.seed)
+        rows = score(options.run, options.judge, options.seed)
     except ValueError as error:
         print(f"score_demo: {error}", file=sys.stderr)
         return 2
-    storage.write_json(storage.join(arguments.run, "scores.json"), rows)
+    storage.write_json(storage.join(options.run, "scores.json"), rows)
     print(table(rows))
-    print(f"in {report.write(arguments.run)}")
+    print(f"in {report.write_report(options.run)}")
     return 0
 
 
-def score(run_url: str, judge_url: str | None, seed: int) -> list[Row]:
-    """The rows of scores.json. Raises ValueError, one sentence, for what cannot be scored."""
+def score(run_url: str, damsm_url: str | None, seed: int) -> list[Row]:
+    """Return the rows of scores.json. Raises ValueError if the run cannot be scored."""
     config = _config(run_url)
-    loaded, stage = _drawing_export(run_url, config)
+    loaded, system, stage = _load_generator(run_url, config)
     data = config.stage_data(stage)
     size = int(loaded.system.sizes[-1])
-    train, test = (_real(data, split, size) for split in ("train", "test"))
+    train, test = (_load_real(data, split, size) for split in ("train", "test"))
     captions = [of_sample[0] for of_sample in test.captions]
-    drawn = [_draw(loaded, captions, seed, first) for first in (0, len(captions))]
-    rows = _attribute_rows(train, test, drawn[0], seed)
-    if judge_url is not None:
-        rows.append(_matching_row(judge_url, config.stage_seed(stage), captions, test.batch, drawn[0], seed))
-    rows.append(_difference_row(drawn[0], drawn[1], test.batch))
+    first, second = (_generate(loaded, system, captions, seed, start) for start in (0, len(captions)))
+    rows = _attribute_rows(train, test, first, seed)
+    if damsm_url is not None:
+        rows.append(_r_precision_row(damsm_url, config.stage_seed(stage), captions, test.batch, first, seed))
+    rows.append(_difference_row(first, second, test.batch))
     return rows
 
 
@@ -80,16 +79,16 @@ def _config(run_url: str) -> RunConfig:
     return from_dict(RunConfig, parse_yaml(text, storage.redact(where)))
 
 
-def _drawing_export(run_url: str, config: RunConfig) -> tuple[Loaded, str]:
-    """The last stage's export, which must draw."""
+def _load_generator(run_url: str, config: RunConfig) -> tuple[LoadedExport, SupportsSample, str]:
+    """Load the export of the last stage, which must generate images; returns it, its system and the stage."""
     stage = list(config.stages)[-1]
-    loaded = load(storage.join(run_url, stage, "export"), CPU)
-    if not can_draw(loaded.system):
-        raise ValueError(f"{storage.redact(run_url)}: its last stage, {stage}, does not draw pictures")
-    return loaded, stage
+    loaded = load_export(storage.join(run_url, stage, "export"), CPU)
+    if not isinstance(loaded.system, SupportsSample):
+        raise ValueError(f"{storage.redact(run_url)}: its last stage, {stage}, does not generate images")
+    return loaded, loaded.system, stage
 
 
-def _real(data: DataConfig, split: str, size: int) -> LoadedSplit:
+def _load_real(data: DataConfig, split: str, size: int) -> LoadedSplit:
     dataset = open_dataset(data)
     missing = sorted({name for trait in TRAITS for name in trait.attributes} - set(dataset.attribute_names))
     if missing:
@@ -97,60 +96,65 @@ def _real(data: DataConfig, split: str, size: int) -> LoadedSplit:
     return load_split(dataset, split, sizes=(size,), max_words=data.max_words, crop=data.crop)
 
 
-def _draw(loaded: Loaded, captions: Sequence[str], seed: int, first_place: int) -> Tensor:
-    """(n, 3, S, S): a picture of each caption, each with noise of its own."""
-    encoded = encode(loaded.vocabulary, captions, loaded.plan.max_words)
-    draw = NormalDraw(seed, range(first_place, first_place + len(captions)), CPU)
-    return generate(cast(SupportsSample, loaded.system), loaded.nets, encoded, draw, device=CPU).images[-1]
+def _generate(
+    loaded: LoadedExport, system: SupportsSample, captions: Sequence[str], seed: int, first_position: int
+) -> Tensor:
+    """Generate an image of each caption, (n, 3, S, S), each with its own noise."""
+    encoded = encode_captions(loaded.vocabulary, captions, loaded.build_info.max_words)
+    noise = GaussianNoise(seed, range(first_position, first_position + len(captions)), CPU)
+    return generate(system, loaded.nets, encoded, noise, device=CPU).images[-1]
 
 
-def _attribute_rows(train: LoadedSplit, test: LoadedSplit, drawn: Tensor, seed: int) -> list[Row]:
-    judge = train_classifier(train.batch.images[-1], answers(train.attributes), seed=seed)
-    wanted = answers(test.attributes)
-    of_drawn, of_real = classify(judge, drawn), classify(judge, test.batch.images[-1])
+def _attribute_rows(train: LoadedSplit, test: LoadedSplit, generated: Tensor, seed: int) -> list[Row]:
+    classifier = train_classifier(train.batch.images[-1], trait_classes(train.attributes), seed=seed)
+    targets = trait_classes(test.attributes)
+    of_generated, of_real = classify(classifier, generated), classify(classifier, test.batch.images[-1])
     rows: list[Row] = []
     for t, trait in enumerate(TRAITS):
-        value, n = balanced_accuracy(of_drawn[:, t], wanted[:, t])
-        real, _ = balanced_accuracy(of_real[:, t], wanted[:, t])
+        value, n = balanced_accuracy(of_generated[:, t], targets[:, t])
+        real, _ = balanced_accuracy(of_real[:, t], targets[:, t])
         kinds = f"mean recall of {trait.classes} classes" if trait.classes > 2 else "mean recall of with and without"
-        note = f"balanced accuracy: {kinds}{', captions with hair' if n < len(wanted) else ''}"
+        note = f"balanced accuracy: {kinds}{', captions with hair' if n < len(targets) else ''}"
         rows.append({"name": trait.name, "value": value, "chance": trait.chance, "real": real, "n": n, "note": note})
     mean = {key: sum(row[key] for row in rows) / len(rows) for key in ("value", "chance", "real")}
     note = f"by a small CNN trained on {len(train.captions):,} real pictures; captions of combinations never trained on"
-    return [*rows, {"name": "mean of the five", **mean, "n": len(wanted), "note": note}]
+    return [*rows, {"name": "mean of the five", **mean, "n": len(targets), "note": note}]
 
 
-def _matching_row(judge_url: str, run_seed: int, captions: Sequence[str], real: Batch, drawn: Tensor, seed: int) -> Row:
-    judge = load(judge_url, CPU)
-    where = storage.redact(judge_url)
-    if not can_match(judge.system):
-        raise ValueError(f"--judge {where}: this export does not match pictures with captions; give that of a DAMSM")
-    if judge.meta["seed"] == run_seed:
-        raise ValueError(f"--judge {where}: has the run's own seed, {run_seed}; a judge must be of another seed")
-    encoded = encode(judge.vocabulary, captions, judge.plan.max_words)
-    scores = []
-    for images in (drawn, to_float(real.images[-1])):
+def _r_precision_row(
+    damsm_url: str, run_seed: int, captions: Sequence[str], real: Batch, generated: Tensor, seed: int
+) -> Row:
+    damsm = load_export(damsm_url, CPU)
+    where = storage.redact(damsm_url)
+    if not isinstance(damsm.system, SupportsEmbed):
+        raise ValueError(f"--judge {where}: this export does not embed images and captions; give that of a DAMSM")
+    if damsm.meta["seed"] == run_seed:
+        raise ValueError(f"--judge {where}: has the run's own seed, {run_seed}; give a DAMSM of another seed")
+    encoded = encode_captions(damsm.vocabulary, captions, damsm.build_info.max_words)
+    results = []
+    for images in (generated, to_float(real.images[-1])):
         batch = replace(real, images=(images,), captions=encoded)
-        codes = embed_all(cast(SupportsEmbed, judge.system), judge.nets, batch, device=CPU)
-        scores.append(r_precision(*codes, seed=seed, class_ids=real.class_ids))
-    generated, of_real = scores
+        embeddings = embed_batch(damsm.system, damsm.nets, batch, device=CPU)
+        results.append(r_precision(*embeddings, seed=seed, class_ids=real.class_ids))
+    of_generated, of_real = results
     return {
         "name": "R-precision, 1 of 100",
-        "value": generated.mean,
-        "chance": generated.chance,
+        "value": of_generated.mean,
+        "chance": of_generated.chance,
         "real": of_real.mean,
-        "n": generated.n,
-        "note": f"{generated.mean / generated.chance:.1f} times chance, standard error {generated.standard_error:.3f}; "
-        f"by a DAMSM of another seed ({judge.meta['seed']}); candidates name other combinations",
+        "n": of_generated.n,
+        "note": f"{of_generated.mean / of_generated.chance:.1f} times chance, standard error "
+        f"{of_generated.standard_error:.3f}; "
+        f"by a DAMSM of another seed ({damsm.meta['seed']}); candidates name other combinations",
     }
 
 
 def _difference_row(first: Tensor, second: Tensor, real: Batch) -> Row:
-    """Whether noise matters: two draws of one caption, beside two real pictures that share a caption."""
-    pictures = to_float(real.images[-1])
+    """Compare the difference of two images of one caption with that of two real images that share a caption."""
+    images = to_float(real.images[-1])
     order = torch.argsort(real.class_ids, stable=True)
     same = real.class_ids[order[1:]] == real.class_ids[order[:-1]]
-    between_real = _distance(pictures[order[1:][same]], pictures[order[:-1][same]])
+    between_real = _distance(images[order[1:][same]], images[order[:-1][same]])
     return {
         "name": "two draws of one caption differ by",
         "value": _distance(first, second),
@@ -166,7 +170,7 @@ def _distance(first: Tensor, second: Tensor) -> float:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as text in columns."""
+    """Format the rows in columns."""
     lines = [f"{'':36}{'generated':>10}{'chance':>9}{'real':>9}{'n':>7}"]
     for row in rows:
         chance = "" if row["chance"] is None else f"{row['chance']:.3f}"

@@ -1,9 +1,9 @@
-"""Score a finished run that translates pictures: ``python tools/score_translation.py --run RUN_URL``.
+"""Score a finished run that translates images: ``python tools/score_translation.py --run RUN_URL``.
 
-Held-out pictures get every other answer to each trait (each other hair colour; glasses where there are none). Does a
-classifier that was trained on real pictures only find the new answer? Beside each share stand what it says of the same
-pictures untranslated, and how well it knows real ones. And: how far is a picture from itself after a change there and
-back. Writes scores.json into the run folder and renews its report.html.
+Held-out images are translated to every other class of each trait (each other hair colour; glasses if there are none).
+The score is how often a classifier trained on real images sees the new class, given with its answers for the same
+images before translation and its accuracy on real images. A second score is the distance of an image from itself after
+a change and the change back. Writes scores.json into the run folder and updates its report.html.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,119 +21,136 @@ from t2idist import storage
 from t2idist.config import RunConfig
 from t2idist.config.strict import from_dict
 from t2idist.contract import SupportsTranslate, to_float
-from t2idist.data.loader import LoadedSplit, load_split
+from t2idist.data.loader import load_split
 from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_datasets
 from t2idist.evaluate.attribute_classifier import (
-    ABSENT,
-    AttributeClassifier,
-    Trait,
-    answers,
     balanced_accuracy,
     classify,
     train_classifier,
+    trait_classes,
 )
-from t2idist.evaluate.monitor import can_translate
 from t2idist.report import report, run_folder
-from t2idist.sampling.attribute_edits import Labels
-from t2idist.sampling.loading import Loaded, load
-from t2idist.sampling.translate import held_out, translate
+from t2idist.sampling.attribute_edits import NOT_APPLICABLE, AttributeEditor, Trait
+from t2idist.sampling.loading import LoadedExport, load_export
+from t2idist.sampling.translate import held_out_split, translate
 
 CPU = torch.device("cpu")
-TRAIN_PICTURES = 20_000
-TEST_PICTURES = 1000
+TRAIN_IMAGES = 20_000
+TEST_IMAGES = 1000
 Row = dict[str, Any]
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """The command; gives the exit status: 0, or 2 with one sentence on stderr."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the tool; returns the exit status: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, metavar="URL", help="folder of a finished run of stargan")
-    parser.add_argument("--seed", type=int, default=0, help="of the judge (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the classifier (default: 0)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads (default: all)")
-    arguments = parser.parse_args(words)
-    torch.set_num_threads(arguments.threads)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
     try:
-        rows = score(arguments.run, arguments.seed)
+        rows = score(options.run, options.seed)
     except ValueError as error:
         print(f"score_translation: {error}", file=sys.stderr)
         return 2
-    storage.write_json(storage.join(arguments.run, "scores.json"), rows)
+    storage.write_json(storage.join(options.run, "scores.json"), rows)
     print(table(rows))
-    print(f"in {report.write(arguments.run)}")
+    print(f"in {report.write_report(options.run)}")
     return 0
 
 
 def score(run_url: str, seed: int) -> list[Row]:
-    """The rows of scores.json. Raises ValueError, one sentence, for what cannot be scored."""
-    config = from_dict(RunConfig, dict(run_folder.read(run_url).config))
+    """Return the rows of scores.json. Raises ValueError if the run cannot be scored."""
+    config = from_dict(RunConfig, dict(run_folder.read_run(run_url).config))
     stage = list(config.stages)[-1]
-    loaded = load(storage.join(run_url, stage, "export"), CPU)
-    if not can_translate(loaded.system):
-        raise ValueError(f"{storage.redact(run_url)}: its last stage, {stage}, changes no pictures")
+    loaded = load_export(storage.join(run_url, stage, "export"), CPU)
+    if not isinstance(loaded.system, SupportsTranslate):
+        raise ValueError(f"{storage.redact(run_url)}: its last stage, {stage}, does not translate images")
     data = config.stage_data(stage)
     datasets = open_datasets(data)
     rows = []
     for domain, dataset in enumerate(datasets):
-        of_set = f"{dataset.source}: " if len(datasets) > 1 else ""
-        for row in _score_domain(loaded, dataset, domain, data.crop, seed):
-            rows.append({**row, "name": f"{of_set}{row['name']}"})
+        prefix = f"{dataset.source}: " if len(datasets) > 1 else ""
+        for row in _DomainScorer(loaded, loaded.system, dataset, domain, data.crop, seed).rows():
+            rows.append({**row, "name": f"{prefix}{row['name']}"})
     return rows
 
 
-def _score_domain(loaded: Loaded, dataset: Dataset, domain: int, crop: float, seed: int) -> list[Row]:
-    system = cast(SupportsTranslate, loaded.system)
-    names = system.labels[domain]
-    labels = Labels.of(names, system.exclusive[domain], dataset.split("train"))
-    sizes, split = loaded.system.sizes, held_out(dataset)
-    if split == "train":
-        raise ValueError(f"{storage.redact(dataset.url)}: has no test and no val split to score on")
-    train = load_split(dataset, "train", sizes=sizes, max_words=1, limit=TRAIN_PICTURES, crop=crop)
-    test = load_split(dataset, split, sizes=sizes, max_words=1, limit=TEST_PICTURES, crop=crop)
-    judge = train_classifier(
-        train.batch.images[-1], answers(train.attributes, labels.traits), seed=seed, traits=labels.traits
-    )
-    own = test.batch.attributes[:, [dataset.attribute_names.index(name) for name in names]]
-    rows = [
-        _trait_row(loaded, judge, test, own, labels, place, domain, len(train.captions))
-        for place in range(len(labels.traits))
-    ]
-    return [*rows, _mean_row(rows), _reconstruction_row(loaded, test, own, labels, domain)]
+class _DomainScorer:
+    """Scores the traits of one domain on a held-out split."""
 
+    def __init__(
+        self,
+        loaded: LoadedExport,
+        system: SupportsTranslate,
+        dataset: Dataset,
+        domain: int,
+        crop: float,
+        seed: int,
+    ) -> None:
+        self._loaded, self._system, self._domain = loaded, system, domain
+        names = system.labels[domain]
+        self._editor = AttributeEditor.from_names(names, system.exclusive[domain], dataset.split("train"))
+        sizes, split = loaded.system.sizes, held_out_split(dataset)
+        if split == "train":
+            raise ValueError(f"{storage.redact(dataset.url)}: has no test and no val split to score on")
+        train = load_split(dataset, "train", sizes=sizes, max_words=1, limit=TRAIN_IMAGES, crop=crop)
+        test = load_split(dataset, split, sizes=sizes, max_words=1, limit=TEST_IMAGES, crop=crop)
+        traits = self._editor.traits
+        self._classifier = train_classifier(
+            train.batch.images[-1], trait_classes(train.attributes, traits), seed=seed, traits=traits
+        )
+        self._trained_on = len(train.captions)
+        self._images = test.batch.images[-1]
+        self._labels = test.batch.attributes[:, [dataset.attribute_names.index(name) for name in names]]
 
-def _trait_row(
-    loaded: Loaded,
-    judge: AttributeClassifier,
-    test: LoadedSplit,
-    own: Tensor,
-    labels: Labels,
-    place: int,
-    domain: int,
-    trained: int,
-) -> Row:
-    """How often a changed trait is seen, over pictures that have an answer to it."""
-    trait: Trait = labels.traits[place]
-    has = labels.answers(own, trait)
-    kept = has != ABSENT
-    pictures, before = test.batch.images[-1][kept], own[kept]
-    system = cast(SupportsTranslate, loaded.system)
-    of_real = classify(judge, pictures)[:, place]
-    seen, wanted, unchanged = [], [], []
-    for after in labels.others(before, trait):
-        made = translate(system, loaded.nets, pictures, after, domain, device=CPU)
-        seen.append(classify(judge, made)[:, place])
-        wanted.append(labels.answers(after, trait))
-        unchanged.append(of_real)
-    value, n = balanced_accuracy(torch.cat(seen), torch.cat(wanted))
-    return {
-        "name": trait.name,
-        "value": value,
-        "chance": balanced_accuracy(torch.cat(unchanged), torch.cat(wanted))[0],
-        "real": balanced_accuracy(of_real, has[kept])[0],
-        "n": n,
-        "note": f"share of changes that a small CNN trained on {trained:,} real pictures sees, mean over the new "
-        "answers; chance: the same pictures not translated",
-    }
+    def rows(self) -> list[Row]:
+        rows = [self._trait_row(index) for index in range(len(self._editor.traits))]
+        return [*rows, _mean_row(rows), self._reconstruction_row()]
+
+    def _translate(self, images: Tensor, labels: Tensor) -> Tensor:
+        return translate(self._system, self._loaded.nets, images, labels, self._domain, device=CPU)
+
+    def _trait_row(self, index: int) -> Row:
+        """Score how often a changed trait is seen, over the images that have a class of it."""
+        trait: Trait = self._editor.traits[index]
+        own = self._editor.trait_classes(self._labels, trait)
+        kept = own != NOT_APPLICABLE
+        images, labels = self._images[kept], self._labels[kept]
+        of_real = classify(self._classifier, images)[:, index]
+        predicted, targets, unchanged = [], [], []
+        for edited in self._editor.alternatives(labels, trait):
+            predicted.append(classify(self._classifier, self._translate(images, edited))[:, index])
+            targets.append(self._editor.trait_classes(edited, trait))
+            unchanged.append(of_real)
+        value, n = balanced_accuracy(torch.cat(predicted), torch.cat(targets))
+        return {
+            "name": trait.name,
+            "value": value,
+            "chance": balanced_accuracy(torch.cat(unchanged), torch.cat(targets))[0],
+            "real": balanced_accuracy(of_real, own[kept])[0],
+            "n": n,
+            "note": f"share of changes that a small CNN trained on {self._trained_on:,} real pictures sees, mean over "
+            "the new answers; chance: the same pictures not translated",
+        }
+
+    def _reconstruction_row(self) -> Row:
+        """Measure the mean absolute difference of images from themselves after each trait's change and back."""
+        images = to_float(self._images)
+        differences = []
+        for trait in self._editor.traits:
+            changed = self._translate(images, self._editor.change_trait(self._labels, trait))
+            restored = self._translate(changed, self._labels)
+            differences.append(float((images - restored).abs().mean()))
+        return {
+            "name": "there and back, L1",
+            "value": sum(differences) / len(differences),
+            "chance": None,
+            "real": None,
+            "n": len(images) * len(differences),
+            "note": "mean absolute difference in [-1, 1]; 0 is the picture itself",
+        }
 
 
 def _mean_row(rows: Sequence[Row]) -> Row:
@@ -141,27 +158,8 @@ def _mean_row(rows: Sequence[Row]) -> Row:
     return {"name": "mean of the traits", **mean, "n": sum(row["n"] for row in rows), "note": ""}
 
 
-def _reconstruction_row(loaded: Loaded, test: LoadedSplit, own: Tensor, labels: Labels, domain: int) -> Row:
-    """Mean absolute difference of pictures in [-1, 1] from themselves after each trait's change there and back."""
-    system = cast(SupportsTranslate, loaded.system)
-    pictures = to_float(test.batch.images[-1])
-    apart = []
-    for trait in labels.traits:
-        there = translate(system, loaded.nets, pictures, labels.changed(own, trait), domain, device=CPU)
-        back = translate(system, loaded.nets, there, own, domain, device=CPU)
-        apart.append(float((pictures - back).abs().mean()))
-    return {
-        "name": "there and back, L1",
-        "value": sum(apart) / len(apart),
-        "chance": None,
-        "real": None,
-        "n": len(pictures) * len(apart),
-        "note": "mean absolute difference in [-1, 1]; 0 is the picture itself",
-    }
-
-
 def table(rows: Sequence[Row]) -> str:
-    """The rows as text in columns."""
+    """Format the rows in columns."""
     lines = [f"{'':36}{'translated':>12}{'not translated':>16}{'real':>8}{'n':>8}"]
     for row in rows:
         chance, real = ("" if row[key] is None else f"{row[key]:.3f}" for key in ("chance", "real"))

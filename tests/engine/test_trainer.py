@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from t2idist.engine.noise import Noise
 from t2idist.engine.strategy import Precision
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import Share, World
+from t2idist.storage import objects
 from tests.helpers import toy_gan
 from tests.helpers.worker_processes import Workers
 
@@ -338,6 +340,11 @@ def test_interrupted_save_leaves_a_valid_checkpoint(workers: Workers, tmp_path: 
             assert images == (24 if writes > size else 12) and interrupted == (writes <= size)
 
 
+def replace_write_bytes(patch: pytest.MonkeyPatch, write: Callable[..., None]) -> None:
+    for module in (storage, objects):  # write_json looks it up in the second
+        patch.setattr(module, "write_bytes", write)
+
+
 def interrupted_save(world: World, url: str, writes: int) -> tuple[int, bool]:
     """Save after step 1, then after step 2 with a store that fails after some writes.
 
@@ -359,14 +366,13 @@ def interrupted_save(world: World, url: str, writes: int) -> tuple[int, bool]:
             raise OSError("the store is unreachable")
         write(url, data, **more)
 
-    storage.write_bytes = write_or_fail  # type: ignore[assignment]
-    try:
-        save_and_wait(checkpoints, trainer)
-        interrupted = False
-    except OSError as error:
-        interrupted = "the store is unreachable" in str(error)
-    finally:
-        storage.write_bytes = write
+    with pytest.MonkeyPatch.context() as patch:
+        replace_write_bytes(patch, write_or_fail)
+        try:
+            save_and_wait(checkpoints, trainer)
+            interrupted = False
+        except OSError as error:
+            interrupted = "the store is unreachable" in str(error)
     fresh = make_trainer(world, seed=9)
     checkpoint = CheckpointManager(url, world, CheckpointConfig(), {}).restore(fresh)
     assert checkpoint is not None
@@ -383,7 +389,7 @@ def test_training_continues_while_a_save_is_written(tmp_path: Path, monkeypatch:
         assert may_write.wait(60)
         write(url, data, **more)
 
-    monkeypatch.setattr(storage, "write_bytes", wait_and_write)
+    replace_write_bytes(monkeypatch, wait_and_write)
     train_steps(trainer, 1)
     expected = snapshot(trainer)
     checkpoints = CheckpointManager(str(tmp_path), SINGLE_WORKER, CheckpointConfig(when_busy="skip"), {})

@@ -232,7 +232,7 @@ def count_live_objects(world: World, zero: int) -> int:
     references = [
         weakref.ref(part) for state in trainer._role_states.values() for part in (state.strategy, state.role.net)
     ]
-    del trainer, states
+    del trainer
     gc.collect()
     return sum(reference() is not None for reference in references)
 

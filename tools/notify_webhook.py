@@ -1,9 +1,9 @@
-"""A hook of t2idist.run: posts each event of a run to the address in T2IDIST_HOOK_URL.
+"""A hook for t2idist.run: post each event of a run to the URL in T2IDIST_HOOK_URL.
 
     T2IDIST_HOOK_URL=https://hooks.example.com/... python -m t2idist.run attngan --hook 'python tools/notify_webhook.py'
 
-The event comes as a JSON object on standard input; what is posted is the same object with a sentence under "text",
-which is what Slack, Mattermost and Discord's Slack addresses show.
+Reads the event from standard input as a JSON object, and adds a one-line summary under "text", which Slack, Mattermost
+and Discord (with its Slack-compatible URLs) show.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import sys
 import urllib.request
 from typing import Any
 
-SECONDS = 20.0
+TIMEOUT_SECONDS = 20.0
 
 
-def sentence(event: dict[str, Any]) -> str:
-    """The event in a line."""
+def summarize(event: dict[str, Any]) -> str:
+    """Describe the event in one line."""
     text = f"{event['run']}: {event['event']}"
     if event.get("stage"):
         text += f", stage {event['stage']} at {event['images']:,} of {event['budget_images']:,} images"
@@ -30,15 +30,15 @@ def sentence(event: dict[str, Any]) -> str:
 def main() -> int:
     url = os.environ.get("T2IDIST_HOOK_URL", "")
     if not url.startswith(("https://", "http://")):
-        print("T2IDIST_HOOK_URL: give the address to post to, http(s)://...", file=sys.stderr)
+        print("T2IDIST_HOOK_URL: must be the URL to post to, http(s)://...", file=sys.stderr)
         return 2
     event = json.load(sys.stdin)
-    body = json.dumps({**event, "text": sentence(event)}).encode()
+    body = json.dumps({**event, "text": summarize(event)}).encode()
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=SECONDS):
+        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS):
             return 0
-    except OSError as error:  # its text may hold the address, which is a secret
+    except OSError as error:  # its message may contain the URL, which is a secret
         print(f"the post failed: {type(error).__name__} {getattr(error, 'code', '')}".strip(), file=sys.stderr)
         return 1
 

@@ -1,27 +1,28 @@
-"""CelebA into a shard set: python tools/shard_celeba.py --celeba FOLDER --out URL"""
+"""Convert CelebA to a shard set."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from t2idist.ingest import cli
 from t2idist.ingest.celeba import list_celeba
 from t2idist.ingest.listing import Listing
 
 
-def listed(arguments: argparse.Namespace, listing: Listing) -> None:
-    list_celeba(arguments.celeba, listing, arguments.captions)
+def list_images(options: argparse.Namespace, listing: Listing) -> None:
+    list_celeba(options.celeba, listing, options.captions)
 
 
-def main(words: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = cli.tool_parser("shard_celeba", "Convert CelebA to a shard set.", "--celeba celeba --out shards/celeba")
     parser.add_argument(
         "--celeba", required=True, metavar="FOLDER",
-        help="holds img_align_celeba, list_attr_celeba.txt and list_eval_partition.txt",
+        help="contains img_align_celeba, list_attr_celeba.txt and list_eval_partition.txt",
     )  # fmt: skip
-    parser.add_argument("--captions", metavar="URL", help="a captions.jsonl with captions of the faces (default: none)")
-    return cli.main(parser, "celeba", listed, words)
+    parser.add_argument("--captions", metavar="URL", help="a captions.jsonl with captions (default: none)")
+    return cli.main(parser, "celeba", list_images, arguments)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Own pictures and captions into shard sets: readers of the usual layouts, one writer, and the check of a set."""
+"""Convert images and captions to shard sets: readers for common layouts, one writer, and a checker."""

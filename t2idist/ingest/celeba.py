@@ -1,10 +1,10 @@
-"""CelebA's own layout: img_align_celeba/, list_attr_celeba.txt, list_eval_partition.txt; captions where given."""
+"""Reader for CelebA: img_align_celeba/, list_attr_celeba.txt and list_eval_partition.txt; optional captions."""
 
 from __future__ import annotations
 
 from t2idist import storage
-from t2idist.ingest.annotations import captions_by_picture
-from t2idist.ingest.files import first_existing, is_picture, is_unsafe, lines, walk
+from t2idist.ingest.annotations import captions_by_image
+from t2idist.ingest.files import first_existing, is_image, is_unsafe, read_lines, walk
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.rejects import Reason
 
@@ -14,21 +14,25 @@ _PARTITION = "list_eval_partition.txt"
 
 
 def list_celeba(root: str, listing: Listing, captions_url: str | None = None) -> None:
-    """List all pictures with their attributes by name. captions_url: captions.jsonl (none: pictures have no captions).
+    """List all images with their attributes.
 
-    Raises ValueError for missing files and for an attribute list that names no attributes.
+    Args:
+        captions_url: a captions.jsonl file. Default: the images have no captions.
+
+    Raises:
+        ValueError: a file is missing, or the list of attributes has no names.
     """
     folders = ("img_align_celeba/img_align_celeba", "Img/img_align_celeba", "img_align_celeba")
     images = first_existing([storage.join(root, name) for name in folders], "the folder img_align_celeba")
     attributes = _find(root, _ATTRIBUTES, "Anno")
-    partition = _partition(_find(root, _PARTITION, "Eval"), listing)
-    captions = {} if captions_url is None else captions_by_picture(captions_url, listing)
-    rows = lines(attributes)
-    said = next(rows, (0, b""))[1].strip()
+    partition = _read_partition(_find(root, _PARTITION, "Eval"), listing)
+    captions = {} if captions_url is None else captions_by_image(captions_url, listing)
+    rows = read_lines(attributes)
+    stated_count = next(rows, (0, b""))[1].strip()
     names = next(rows, (0, b""))[1].decode("utf-8", "replace").split()
-    if not said.isdigit() or not names:
+    if not stated_count.isdigit() or not names:
         raise ValueError(
-            f"{storage.redact(attributes)}: the first line must be a count, the second the attributes' names"
+            f"{storage.redact(attributes)}: the first line must be a count, the second the names of the attributes"
         )
     count = 0
     for number, line in rows:
@@ -38,52 +42,52 @@ def list_celeba(root: str, listing: Listing, captions_url: str | None = None) ->
         count += 1
         name, values = words[0], words[1:]
         split = partition.pop(name, None)
-        reason, detail = _problem(name, values, split, len(names))
+        reason, detail = _check_row(name, values, split, len(names))
         if reason is not None or split is None:
-            where = f"{_ATTRIBUTES}, line {number}"
-            listing.left_out(split or "", name, reason or Reason.NO_SPLIT, where + detail)
+            location = f"{_ATTRIBUTES}, line {number}"
+            listing.exclude(split or "", name, reason or Reason.NO_SPLIT, location + detail)
             if not is_unsafe(name):
-                listing.name_file(storage.join(images, name))
+                listing.mark_annotated(storage.join(images, name))
             continue
-        has = [attribute for attribute, value in zip(names, values, strict=True) if value == "1"]
+        present = [attribute for attribute, value in zip(names, values, strict=True) if value == "1"]
         listing.add(
-            split, name, storage.join(images, name), attributes=has, captions=captions.pop(name, ()),
+            split, name, storage.join(images, name), attributes=present, captions=captions.pop(name, ()),
             needs_captions=captions_url is not None,
         )  # fmt: skip
-    if count != int(said):
-        detail = f"its first line says {int(said)} rows; it has {count}"
-        listing.left_out("", _ATTRIBUTES, Reason.MALFORMED, detail)
+    if count != int(stated_count):
+        detail = f"the first line states {int(stated_count)} rows; the file has {count}"
+        listing.exclude("", _ATTRIBUTES, Reason.MALFORMED, detail)
     for name in captions:
-        listing.left_out("", name, Reason.NO_PICTURE, f"not in {_ATTRIBUTES}")
+        listing.exclude("", name, Reason.NO_IMAGE, f"not in {_ATTRIBUTES}")
     for name in walk(images):
-        if is_picture(name):
-            listing.note_file("", name, storage.join(images, name))
-    listing.reject_unnamed_files()
+        if is_image(name):
+            listing.add_file("", name, storage.join(images, name))
+    listing.reject_unannotated_files()
 
 
-def _problem(name: str, values: list[str], split: str | None, attributes: int) -> tuple[Reason | None, str]:
+def _check_row(name: str, values: list[str], split: str | None, attributes: int) -> tuple[Reason | None, str]:
     if is_unsafe(name):
         return Reason.UNSAFE_NAME, ""
     if split is None:
-        return Reason.NO_SPLIT, f": not in {_PARTITION}, or a second time in {_ATTRIBUTES}"
+        return Reason.NO_SPLIT, f": not in {_PARTITION}, or repeated in {_ATTRIBUTES}"
     if len(values) != attributes or set(values) - {"1", "-1"}:
-        return Reason.MALFORMED, f": {attributes} values of 1 or -1 must follow the name"
+        return Reason.MALFORMED, f": expected a name and {attributes} values, each 1 or -1"
     return None, ""
 
 
-def _partition(url: str, listing: Listing) -> dict[str, str]:
-    """Split by picture."""
+def _read_partition(url: str, listing: Listing) -> dict[str, str]:
+    """Read the split of each image."""
     splits: dict[str, str] = {}
-    for number, line in lines(url):
+    for number, line in read_lines(url):
         words = line.decode("utf-8", "replace").split()
         if not words:
             continue
         if len(words) != 2 or words[1] not in _SPLITS:
-            detail = "a name and 0, 1 or 2 must stand there"
-            listing.left_out("", f"{_PARTITION}, line {number}", Reason.MALFORMED, detail)
+            detail = "expected a name and 0, 1 or 2"
+            listing.exclude("", f"{_PARTITION}, line {number}", Reason.MALFORMED, detail)
         elif words[0] in splits:
-            detail = f"{_PARTITION}, line {number}: the name comes twice"
-            listing.left_out("", words[0], Reason.DUPLICATE, detail)
+            detail = f"{_PARTITION}, line {number}: the name is repeated"
+            listing.exclude("", words[0], Reason.DUPLICATE, detail)
         else:
             splits[words[0]] = _SPLITS[words[1]]
     return splits

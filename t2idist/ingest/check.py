@@ -1,4 +1,4 @@
-"""A shard set against its own manifest: every byte, every tar member, every picture; several shards at a time."""
+"""Check a shard set against its manifest: every byte, tar member and image, several shards in parallel."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from PIL import Image
 
 from t2idist import storage
 from t2idist.data.sample_format import EXTENSIONS, MAX_FILE_BYTES, VECTORS
-from t2idist.data.shards import DESCRIPTION, MANIFEST, Dataset, Shard, Split, VectorFacts, inflate
+from t2idist.data.shards import DESCRIPTION, MANIFEST, Dataset, SentenceVectorInfo, Shard, Split, inflate
 from t2idist.data.tokenizer import count_words
 from t2idist.ingest.contact_sheet import thumbnail
 from t2idist.ingest.duplicates import Fingerprint, fingerprint
@@ -27,12 +27,12 @@ from t2idist.ingest.image import decode_rgb
 from t2idist.ingest.writer import PROGRESS, REJECTED
 
 _PROBLEMS_KEPT = 20
-_CODE = ("pkl", "pickle", "pyd", "pth", "pt", "npy")
+_CODE_EXTENSIONS = ("pkl", "pickle", "pyd", "pth", "pt", "npy")
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What the manifest says of one sample."""
+class ExpectedSample:
+    """A sample according to the manifest."""
 
     key: str
     offset: int
@@ -41,12 +41,13 @@ class Expected:
     facts: dict[str, Any]
     width: int
     height: int
-    pictured: bool
+    on_sheet: bool
+    """Draw it on the contact sheet."""
 
 
 @dataclass
 class Problems:
-    """The first few sentences, and how many there are in all."""
+    """The number of problems, and descriptions of the first few."""
 
     sentences: list[str] = field(default_factory=list)
     count: int = 0
@@ -56,7 +57,7 @@ class Problems:
         if len(self.sentences) < _PROBLEMS_KEPT:
             self.sentences.append(sentence)
 
-    def take(self, other: Problems) -> None:
+    def merge(self, other: Problems) -> None:
         self.count += other.count - len(other.sentences)
         for sentence in other.sentences:
             self.add(sentence)
@@ -64,21 +65,21 @@ class Problems:
 
 @dataclass
 class ShardReport:
-    """problems: of one shard. fingerprints: by key. thumbnails: PNG of the samples that go on the sheet, by key."""
+    """Result for one shard."""
 
     problems: Problems = field(default_factory=Problems)
     fingerprints: dict[str, Fingerprint] = field(default_factory=dict)
+    """By sample key."""
     thumbnails: dict[str, bytes] = field(default_factory=dict)
+    """PNG of the samples on the contact sheet, by sample key."""
 
 
 @dataclass
-class SetReport:
-    """Of a whole set. split_of: by key, of the samples that have fingerprints."""
+class SetReport(ShardReport):
+    """Result for a whole set."""
 
-    problems: Problems
-    fingerprints: dict[str, Fingerprint]
-    thumbnails: dict[str, bytes]
-    split_of: dict[str, str]
+    split_of: dict[str, str] = field(default_factory=dict)
+    """Split of each sample with a fingerprint, by sample key."""
 
 
 def check_set(
@@ -87,85 +88,90 @@ def check_set(
     *,
     processes: int,
     fingerprints: bool,
-    pictured: Sequence[str] = (),
+    on_sheet: Sequence[str] = (),
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> SetReport:
-    """Check everything that opening the set has not. fingerprints: of every picture. pictured: keys for the sheet.
+    """Check everything that opening the set does not check.
 
-    report: is called with samples checked, of all.
+    Args:
+        description: content of dataset.json.
+        processes: number of shards that are checked in parallel.
+        fingerprints: compute a fingerprint of every image.
+        on_sheet: keys of the samples for the contact sheet.
+        report: called with the number of samples checked, and the total.
     """
-    found = SetReport(Problems(), {}, {}, {})
-    _check_folder(dataset, description, found.problems)
-    _check_counts(dataset, description, found.problems)
+    result = SetReport()
+    _check_folder(dataset, description, result.problems)
+    _check_counts(dataset, description, result.problems)
     jobs = (
         (split, shard, first)
         for split in dataset.splits.values()
-        for shard, first in zip(split.shards, _firsts(split), strict=True)
+        for shard, first in zip(split.shards, _first_indices(split), strict=True)
     )
     total = sum(len(split) for split in dataset.splits.values())
-    wanted = frozenset(pictured)
+    sheet_keys = frozenset(on_sheet)
     done = 0
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_ignore_interrupts) as pool:
-        under_way: deque[tuple[Split, Shard, Future[ShardReport]]] = deque()
+        pending: deque[tuple[Split, Shard, Future[ShardReport]]] = deque()
 
-        def settle() -> None:
+        def take_result() -> None:
             nonlocal done
-            split, shard, future = under_way.popleft()
-            of_shard = future.result()
-            found.problems.take(of_shard.problems)
-            found.fingerprints.update(of_shard.fingerprints)
-            found.split_of.update(dict.fromkeys(of_shard.fingerprints, split.name))
-            found.thumbnails.update(of_shard.thumbnails)
+            split, shard, future = pending.popleft()
+            shard_report = future.result()
+            result.problems.merge(shard_report.problems)
+            result.fingerprints.update(shard_report.fingerprints)
+            result.split_of.update(dict.fromkeys(shard_report.fingerprints, split.name))
+            result.thumbnails.update(shard_report.thumbnails)
             done += shard.samples
             report(done, total)
 
         for split, shard, first in jobs:
-            rows = [_expected(split, i, wanted) for i in range(first, first + shard.samples)]
+            rows = [_expected(split, i, sheet_keys) for i in range(first, first + shard.samples)]
             url = storage.join(dataset.url, shard.name)
-            checked = pool.submit(check_shard, url, shard, rows, fingerprints, dataset.vectors)
-            under_way.append((split, shard, checked))
-            if len(under_way) > 2 * processes:
-                settle()
-        while under_way:
-            settle()
-    return found
+            future = pool.submit(check_shard, url, shard, rows, fingerprints, dataset.vector_info)
+            pending.append((split, shard, future))
+            if len(pending) > 2 * processes:
+                take_result()
+        while pending:
+            take_result()
+    return result
 
 
 def _ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _firsts(split: Split) -> Iterator[int]:
+def _first_indices(split: Split) -> Iterator[int]:
     first = 0
     for size in split.shard_sizes:
         yield first
         first += size
 
 
-def _expected(split: Split, index: int, pictured: frozenset[str]) -> Expected:
-    own = int(split.class_ids[index])
+def _expected(split: Split, index: int, sheet_keys: frozenset[str]) -> ExpectedSample:
     facts = {
         "captions": split.captions(index),
         "attributes": split.attributes(index),
-        "class_id": own if split.has_class(index) else None,
+        "class_id": int(split.class_ids[index]) if split.has_class(index) else None,
     }
     key = split.keys[index]
-    width, height = split.picture_size(index)
-    place = (int(split.offsets[index]), int(split.lengths[index]))
-    return Expected(key, *place, split.sha256(index), facts, width, height, key in pictured)
+    width, height = split.image_size(index)
+    location = (int(split.offsets[index]), int(split.lengths[index]))
+    return ExpectedSample(key, *location, split.sha256(index), facts, width, height, key in sheet_keys)
 
 
 def _check_folder(dataset: Dataset, description: dict[str, Any], problems: Problems) -> None:
-    """Nothing but the set's own files may lie there, and rejected.jsonl must say what dataset.json counts."""
-    own = {DESCRIPTION, MANIFEST, REJECTED, *(s.name for split in dataset.splits.values() for s in split.shards)}
+    """Check that the folder has no other files, and that rejected.jsonl agrees with the counts in dataset.json."""
+    expected = {DESCRIPTION, MANIFEST, REJECTED, *(s.name for split in dataset.splits.values() for s in split.shards)}
     for name in storage.list_dir(dataset.url):
-        left = name == PROGRESS and storage.list_dir(storage.join(dataset.url, name))  # some stores keep empty folders
-        if left or (".tar" in name and name not in own):
-            problems.add(f"{name}: lies in the folder, but is not of the set")
+        # some stores keep empty folders
+        leftover = name == PROGRESS and storage.list_dir(storage.join(dataset.url, name))
+        if leftover or (".tar" in name and name not in expected):
+            problems.add(f"{name}: is in the folder, but not part of the set")
     if "rejected" not in description:
         return
-    said = sum(count for effects in description["rejected"].values() for count in effects.values())
+    stated = sum(count for effects in description["rejected"].values() for count in effects.values())
     try:
         lines = storage.read_bytes(storage.join(dataset.url, REJECTED)).splitlines()
         listed = sum(isinstance(json.loads(line), dict) for line in lines)
@@ -173,36 +179,36 @@ def _check_folder(dataset: Dataset, description: dict[str, Any], problems: Probl
         problems.add(f"{REJECTED}: is missing")
         return
     except ValueError as error:
-        problems.add(f"{REJECTED}: not lines of JSON: {error}")
+        problems.add(f"{REJECTED}: its lines are not JSON: {error}")
         return
-    if listed != said:
-        problems.add(f"{REJECTED}: has {listed} lines; {DESCRIPTION} counts {said}")
+    if listed != stated:
+        problems.add(f"{REJECTED}: has {listed} lines; {DESCRIPTION} counts {stated}")
 
 
 def _check_counts(dataset: Dataset, description: dict[str, Any], problems: Problems) -> None:
     counts: Counter[str] = Counter()
     for name, split in dataset.splits.items():
         counts.update(count_words(caption for i in range(len(split)) for caption in split.captions(i)))
-        said = description["splits"][name].get("samples")
-        if said != len(split):
-            problems.add(f"{DESCRIPTION}: says {said} samples of split {name}; its shards hold {len(split)}")
+        stated = description["splits"][name].get("samples")
+        if stated != len(split):
+            problems.add(f"{DESCRIPTION}: states {stated} samples of split {name}; its shards hold {len(split)}")
     wrong = [word for word, count in dataset.word_counts.items() if counts[word] != count]
     if wrong:
         word = wrong[0]
         problems.add(
-            f"{DESCRIPTION}: {len(wrong)} word counts are wrong, such as {word!r}: {dataset.word_counts[word]}; "
+            f"{DESCRIPTION}: {len(wrong)} word counts are wrong, for example {word!r}: {dataset.word_counts[word]}; "
             f"the captions have {counts[word]}"
         )
     attributes = {name for split in dataset.splits.values() for i in range(len(split)) for name in split.attributes(i)}
     if attributes != set(dataset.attribute_names):
-        differ = sorted(attributes ^ set(dataset.attribute_names))
-        problems.add(f"{DESCRIPTION}: its attributes are not those of the samples, such as {differ[0]!r}")
+        different = sorted(attributes ^ set(dataset.attribute_names))
+        problems.add(f"{DESCRIPTION}: its attributes are not those of the samples, for example {different[0]!r}")
 
 
 def check_shard(
-    url: str, shard: Shard, rows: Sequence[Expected], fingerprints: bool, vectors: VectorFacts | None
+    url: str, shard: Shard, rows: Sequence[ExpectedSample], fingerprints: bool, vectors: SentenceVectorInfo | None
 ) -> ShardReport:
-    """Check one shard's bytes, members, pictures and sentence vectors."""
+    """Check the bytes, members, images and sentence vectors of one shard."""
     report = ShardReport()
     try:
         data = storage.read_bytes(url)
@@ -213,97 +219,97 @@ def check_shard(
         report.problems.add(f"{shard.name}: its {len(data)} bytes differ from the SHA-256 in {DESCRIPTION}")
     try:
         tar = inflate(data, shard) if shard.name.endswith(".gz") else data
-        each = 2 if vectors is None else 3
-        members = list(_members(tar, each * len(rows)))
+        per_sample = 2 if vectors is None else 3
+        members = list(_members(tar, per_sample * len(rows)))
     except (tarfile.TarError, ValueError, EOFError, OSError, OverflowError) as error:
         report.problems.add(f"{shard.name}: not a readable tar: {type(error).__name__}: {str(error)[:200]}")
         return report
-    if len(members) != each * len(rows):
-        report.problems.add(f"{shard.name}: holds {len(members)} members; the manifest needs {each * len(rows)}")
-    for place, row in enumerate(rows):
-        own = members[each * place : each * (place + 1)]
-        for sentence in _check_sample(tar, own, row, vectors, fingerprints, report):
+    if len(members) != per_sample * len(rows):
+        report.problems.add(f"{shard.name}: holds {len(members)} members; the manifest needs {per_sample * len(rows)}")
+    for i, row in enumerate(rows):
+        sample_members = members[per_sample * i : per_sample * (i + 1)]
+        for sentence in _check_sample(tar, sample_members, row, vectors, fingerprints, report):
             report.problems.add(f"{shard.name}, sample {row.key}: {sentence}")
-    for member in members[each * len(rows) :]:
-        why = _refusal(member, "") or f"member {member.name[:100]!r} is not of the set"
-        report.problems.add(f"{shard.name}: {why}")
+    for member in members[per_sample * len(rows) :]:
+        problem = _member_problem(member, "") or f"member {member.name[:100]!r} is not part of the set"
+        report.problems.add(f"{shard.name}: {problem}")
     return report
 
 
 def _members(tar: bytes, expected: int) -> Iterator[tarfile.TarInfo]:
-    """The headers of a tar, none of which is ever unpacked; a few more than there should be at most."""
+    """Yield the headers of a tar without unpacking it; at most a few more than expected."""
     with tarfile.open(fileobj=io.BytesIO(tar), mode="r:") as archive:
         yield from islice(archive, expected + 3)
 
 
-def _refusal(member: tarfile.TarInfo, wanted: str) -> str | None:
-    """Why such a member may be in no shard, None where it may. wanted: a name that may be there, whatever its kind."""
+def _member_problem(member: tarfile.TarInfo, allowed: str) -> str | None:
+    """Return why a member is not allowed in a shard, or None. `allowed`: a name that is allowed with any extension."""
     name = member.name[:100]
     if not member.isreg() or member.issparse():
         kinds = ((member.issym(), "a link"), (member.islnk(), "a link"), (member.isdir(), "a folder"))
-        kind = next((text for holds, text in kinds if holds), "a device" if member.isdev() else "no plain file")
-        return f"member {name!r} is {kind}; only plain files are allowed"
+        kind = next((text for holds, text in kinds if holds), "a device" if member.isdev() else "a special file")
+        return f"member {name!r} is {kind}; only regular files are allowed"
     if name.startswith("/") or ".." in name.split("/") or "\\" in name:
-        return f"member {name!r} has a name that leaves its folder"
+        return f"member {name!r} has a name outside its folder"
     extension = name.rsplit(".", 1)[-1].lower()
-    if extension in _CODE and name != wanted:
-        return f"member {name!r} could run code when it is read; it is not allowed"
-    if extension not in (*EXTENSIONS, "json") and name != wanted:
-        return f"member {name!r} is of a kind that is not allowed"
+    if extension in _CODE_EXTENSIONS and name != allowed:
+        return f"member {name!r} could run code when it is read; this is not allowed"
+    if extension not in (*EXTENSIONS, "json") and name != allowed:
+        return f"member {name!r} has an extension that is not allowed"
     if member.size > MAX_FILE_BYTES:
         return f"member {name!r} has {member.size} bytes; at most {MAX_FILE_BYTES}"
     return None
 
 
 def _check_sample(
-    tar: bytes, members: Sequence[tarfile.TarInfo], row: Expected, vectors: VectorFacts | None, fingerprints: bool,
-    report: ShardReport,
+    tar: bytes, members: Sequence[tarfile.TarInfo], row: ExpectedSample, vectors: SentenceVectorInfo | None,
+    fingerprints: bool, report: ShardReport,
 ) -> Iterator[str]:  # fmt: skip
     end = row.offset + row.size
     if hashlib.sha256(tar[row.offset : end]).digest() != row.sha256:
         yield "its bytes differ from the manifest's hash"
-    named = ("json",) if vectors is None else ("json", VECTORS)
-    refused = [why for member in members if (why := _refusal(member, f"{row.key}.{named[-1]}"))]
-    if refused or len(members) != 1 + len(named):
-        yield from refused or ["its members are missing"]
+    extensions = ("json",) if vectors is None else ("json", VECTORS)
+    forbidden = [problem for member in members if (problem := _member_problem(member, f"{row.key}.{extensions[-1]}"))]
+    if forbidden or len(members) != 1 + len(extensions):
+        yield from forbidden or ["its members are missing"]
         return
-    picture, facts, last = members[0], members[1], members[-1]
-    extension = picture.name.rsplit(".", 1)[-1]
-    expected = [f"{row.key}.{extension}", *(f"{row.key}.{kind}" for kind in named)]
+    image_member, facts, last = members[0], members[1], members[-1]
+    extension = image_member.name.rsplit(".", 1)[-1]
+    expected = [f"{row.key}.{kind}" for kind in (extension, *extensions)]
     if [member.name for member in members] != expected or extension not in EXTENSIONS:
         yield f"its members are {' and '.join(repr(member.name[:100]) for member in members)}"
         return
-    if picture.offset != row.offset or last.offset_data + last.size + -last.size % tarfile.BLOCKSIZE != end:
-        yield "does not lie where the manifest says"
+    if image_member.offset != row.offset or last.offset_data + last.size + -last.size % tarfile.BLOCKSIZE != end:
+        yield "is not at the offset that the manifest states"
         return
     if vectors is not None:
         try:
-            vectors.read(_bytes(tar, last), len(row.facts["captions"]))
+            vectors.decode(_bytes(tar, last), len(row.facts["captions"]))
         except ValueError as error:
             yield str(error)
     try:
-        found = json.loads(_bytes(tar, facts))
+        content = json.loads(_bytes(tar, facts))
     except (ValueError, RecursionError) as error:
-        yield f"its JSON cannot be read: {str(error)[:100]}"
+        yield f"its JSON is invalid: {str(error)[:100]}"
     else:
-        if found != row.facts:
+        if content != row.facts:
             yield "its JSON differs from the manifest"
     try:
-        image = decode_rgb(_bytes(tar, picture), extension)
+        image = decode_rgb(_bytes(tar, image_member), extension)
     except ValueError as error:
-        yield f"its picture {error}"
+        yield f"its image {error}"
         return
     if image.size != (row.width, row.height):
-        yield f"its picture is {image.width} x {image.height} pixels; the manifest says {row.width} x {row.height}"
-    _look(image, row, fingerprints, report)
+        yield f"its image is {image.width} x {image.height} pixels; the manifest states {row.width} x {row.height}"
+    _add_image_results(image, row, fingerprints, report)
 
 
 def _bytes(tar: bytes, member: tarfile.TarInfo) -> bytes:
     return tar[member.offset_data : member.offset_data + member.size]
 
 
-def _look(image: Image.Image, row: Expected, fingerprints: bool, report: ShardReport) -> None:
+def _add_image_results(image: Image.Image, row: ExpectedSample, fingerprints: bool, report: ShardReport) -> None:
     if fingerprints:
         report.fingerprints[row.key] = fingerprint(image)
-    if row.pictured:
+    if row.on_sheet:
         report.thumbnails[row.key] = thumbnail(image)

@@ -1,4 +1,4 @@
-"""A contact sheet: pictures of a shard set with their captions, to look at."""
+"""Draw a contact sheet: images of a shard set with their captions."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _TEXT_LINES = 8
 _CHARACTERS = 32
 
 
-def choose(dataset: Dataset, count: int = 24) -> list[str]:
-    """Keys for a sheet: spread evenly over each split, the splits by name."""
-    of_each = max(1, count // max(1, len(dataset.splits)))
+def choose_keys(dataset: Dataset, count: int = 24) -> list[str]:
+    """Choose the keys for a sheet, spread evenly over each split; splits are sorted by name."""
+    per_split = max(1, count // max(1, len(dataset.splits)))
     chosen = []
     for name in sorted(dataset.splits):
         split = dataset.splits[name]
-        places = sorted({i * len(split) // of_each for i in range(of_each)})
-        chosen += [split.keys[i] for i in places if i < len(split)]
+        indices = sorted({i * len(split) // per_split for i in range(per_split)})
+        chosen += [split.keys[i] for i in indices if i < len(split)]
     return chosen
 
 
 def thumbnail(image: Image.Image) -> bytes:
-    """As PNG, its longer side 176 pixels."""
+    """Encode a thumbnail as PNG; its longer side is 176 pixels."""
     scale = _SIDE / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     out = io.BytesIO()
@@ -39,32 +39,34 @@ def thumbnail(image: Image.Image) -> bytes:
 
 
 def draw_sheet(dataset: Dataset, thumbnails: Mapping[str, bytes]) -> bytes:
-    """The sheet as PNG."""
+    """Draw the sheet as PNG."""
     cells = [
-        (thumbnails[split.keys[i]], _text(name, split.keys[i], split.captions(i), split.attributes(i)))
+        (thumbnails[split.keys[i]], _sample_lines(name, split.keys[i], split.captions(i), split.attributes(i)))
         for name, split in sorted(dataset.splits.items())
         for i in range(len(split))
         if split.keys[i] in thumbnails
     ]
-    high = _SIDE + _TEXT_LINES * _LINE + _GAP
+    cell_height = _SIDE + _TEXT_LINES * _LINE + _GAP
     rows = -(-len(cells) // _COLUMNS)
-    sheet = Image.new("RGB", (_COLUMNS * (_SIDE + _GAP) + _GAP, max(1, rows) * high + _GAP), "white")
-    pen = ImageDraw.Draw(sheet)
+    sheet = Image.new("RGB", (_COLUMNS * (_SIDE + _GAP) + _GAP, max(1, rows) * cell_height + _GAP), "white")
+    canvas = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(11)
-    for place, (png, text) in enumerate(cells):
-        left = _GAP + place % _COLUMNS * (_SIDE + _GAP)
-        upper = _GAP + place // _COLUMNS * high
+    for index, (png, text) in enumerate(cells):
+        left = _GAP + index % _COLUMNS * (_SIDE + _GAP)
+        upper = _GAP + index // _COLUMNS * cell_height
         sheet.paste(Image.open(io.BytesIO(png)), (left, upper))
         for number, line in enumerate(text):
-            pen.text((left, upper + _SIDE + 2 + number * _LINE), line, fill="black" if number else "#777777", font=font)
+            canvas.text(
+                (left, upper + _SIDE + 2 + number * _LINE), line, fill="black" if number else "#777777", font=font
+            )
     out = io.BytesIO()
     sheet.save(out, "PNG")
     return out.getvalue()
 
 
-def _text(split: str, key: str, captions: Sequence[str], attributes: Sequence[str]) -> list[str]:
-    said = list(captions) or ([", ".join(attributes)] if attributes else ["(no caption)"])
+def _sample_lines(split: str, key: str, captions: Sequence[str], attributes: Sequence[str]) -> list[str]:
+    texts = list(captions) or ([", ".join(attributes)] if attributes else ["(no caption)"])
     lines = [f"{split} {key}"[: _CHARACTERS + 4]]
-    for caption in said:
-        lines += textwrap.wrap(caption[:400], _CHARACTERS)
+    for text in texts:
+        lines += textwrap.wrap(text[:400], _CHARACTERS)
     return lines if len(lines) <= _TEXT_LINES else [*lines[: _TEXT_LINES - 1], "..."]

@@ -1,4 +1,4 @@
-"""Names and lines of the user's files, on disk or in an object store, read so that none of them can do harm."""
+"""Safe access to user files, on disk or in an object store."""
 
 from __future__ import annotations
 
@@ -9,29 +9,42 @@ from collections.abc import Iterator
 from t2idist import storage
 from t2idist.data.sample_format import MAX_FILE_BYTES
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_LINE_BYTES = 16 << 20
 _BLOCK_BYTES = 8 << 20
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f]")
-_KNOWN = (*PICTURES, ".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".pickle", ".pkl", ".md", ".zip", ".tar")
+_KNOWN = (
+    *IMAGE_SUFFIXES,
+    ".txt",
+    ".json",
+    ".jsonl",
+    ".csv",
+    ".tsv",
+    ".parquet",
+    ".pickle",
+    ".pkl",
+    ".md",
+    ".zip",
+    ".tar",
+)
 
 
-def is_picture(name: str) -> bool:
-    return name.lower().endswith(PICTURES)
+def is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def is_unsafe(name: str) -> bool:
-    """Whether a name from an annotation could leave its folder: absolute, with "..", a URL, or unprintable."""
+    """Check whether a name from an annotation could leave its folder: absolute, with "..", a URL, or unprintable."""
     parts = name.replace("\\", "/").split("/")
-    nowhere = not set(parts) - {"", "."}
-    return nowhere or not parts[0] or ".." in parts or bool(_SCHEME.match(name)) or bool(_UNPRINTABLE.search(name))
+    empty = not set(parts) - {"", "."}
+    return empty or not parts[0] or ".." in parts or bool(_SCHEME.match(name)) or bool(_UNPRINTABLE.search(name))
 
 
 def walk(url: str) -> Iterator[str]:
-    """Relative names of all files below a folder, in an order that does not depend on the file system.
+    """Yield the relative names of all files below a folder, in an order that does not depend on the file system.
 
-    Hidden names are passed over, and links to folders are not followed.
+    Hidden names are skipped; links to folders are not followed.
     """
     root = storage.local_path(url)
     if root is None:
@@ -58,12 +71,12 @@ def _walk_store(url: str, below: str) -> Iterator[str]:
 
 
 def read_limited(url: str, max_bytes: int = MAX_FILE_BYTES) -> bytes:
-    """The file's bytes; raises OverflowError, with its size, before a larger one is read."""
+    """Read a file. Raises OverflowError, with its size, if it is larger than `max_bytes`."""
     name = storage.local_name(url)
     if name is None:
         _check_size(storage.size(url), max_bytes)
         return storage.read_bytes(url)
-    with open(name, "rb", buffering=0) as file:  # one system call for each thing to do: there may be millions of files
+    with open(name, "rb", buffering=0) as file:  # few system calls: there may be millions of files
         _check_size(os.fstat(file.fileno()).st_size, max_bytes)
         return file.readall()
 
@@ -73,10 +86,10 @@ def _check_size(size_bytes: int, max_bytes: int) -> None:
         raise OverflowError(f"{size_bytes} bytes; at most {max_bytes}")
 
 
-def lines(url: str) -> Iterator[tuple[int, bytes]]:
-    """Numbers (from 1) and bytes of the file's lines, ends kept; memory does not grow with the file.
+def read_lines(url: str) -> Iterator[tuple[int, bytes]]:
+    """Yield the number (from 1) and the bytes of each line, line ends included, in constant memory.
 
-    A line of more than MAX_LINE_BYTES comes cut, with a NUL byte as its last. Raises ValueError for a missing file.
+    Lines longer than MAX_LINE_BYTES are cut and end in a NUL byte. Raises ValueError if the file is missing.
     """
     for number, line in enumerate(_raw_lines(url), start=1):
         yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
@@ -86,34 +99,34 @@ def _raw_lines(url: str) -> Iterator[bytes]:
     rest = b""
     cut = False
     for block in _blocks(url):
-        pieces = block.split(b"\n")
-        pieces[0] = rest + pieces[0]
-        for piece in pieces[:-1]:
-            yield piece[:MAX_LINE_BYTES] + b"\0\n" if cut or len(piece) > MAX_LINE_BYTES else piece + b"\n"
+        parts = block.split(b"\n")
+        parts[0] = rest + parts[0]
+        for line in parts[:-1]:
+            yield line[:MAX_LINE_BYTES] + b"\0\n" if cut or len(line) > MAX_LINE_BYTES else line + b"\n"
             cut = False
-        cut, rest = cut or len(pieces[-1]) > MAX_LINE_BYTES, pieces[-1][: MAX_LINE_BYTES + 1]
+        cut, rest = cut or len(parts[-1]) > MAX_LINE_BYTES, parts[-1][: MAX_LINE_BYTES + 1]
     if rest:
         yield rest + b"\0" if cut else rest
 
 
 def _blocks(url: str) -> Iterator[bytes]:
-    size_bytes = size_of(url)
+    size_bytes = file_size(url)
     for start in range(0, size_bytes, _BLOCK_BYTES):
         yield storage.read_bytes(url, start, min(size_bytes, start + _BLOCK_BYTES))
 
 
-def size_of(url: str) -> int:
-    """Raises ValueError, naming the file, where it is missing."""
+def file_size(url: str) -> int:
+    """Return the size of a file in bytes. Raises ValueError if it is missing."""
     try:
         return storage.size(url)
     except FileNotFoundError:
         raise ValueError(f"{storage.redact(url)}: no such file") from None
 
 
-def first_existing(candidates: list[str], what: str) -> str:
-    """The first URL at which there is something; raises ValueError that names all that were tried."""
+def first_existing(candidates: list[str], description: str) -> str:
+    """Return the first URL that exists. Raises ValueError that lists the URLs if there is none."""
     for url in candidates:
         if storage.exists(url):
             return url
     tried = ", ".join(storage.redact(url) for url in candidates)
-    raise ValueError(f"{what} was not found; looked for {tried}")
+    raise ValueError(f"{description} was not found; tried {tried}")

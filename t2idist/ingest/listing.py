@@ -1,6 +1,6 @@
-"""The plan of a shard set: which pictures there are, what is said of them, and in which order they come.
+"""The list of images for a shard set, with their annotations and their order.
 
-It lies in a temporary SQLite file, so that memory does not grow with the number of pictures.
+It is stored in a temporary SQLite file, so that memory does not grow with the number of images.
 """
 
 from __future__ import annotations
@@ -22,53 +22,56 @@ _CACHE_KIB = 16 << 10
 _TABLES = """
 CREATE TABLE entry (key TEXT PRIMARY KEY, url TEXT UNIQUE, split TEXT, mix BLOB, name TEXT, text_url TEXT, facts TEXT);
 CREATE INDEX entry_order ON entry (split, mix, key);
-CREATE TABLE reject (place INTEGER PRIMARY KEY, split TEXT, name TEXT, reason TEXT, effect TEXT, detail TEXT);
-CREATE TABLE named (url TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE reject (position INTEGER PRIMARY KEY, split TEXT, name TEXT, reason TEXT, effect TEXT, detail TEXT);
+CREATE TABLE annotated (url TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE file (url TEXT PRIMARY KEY, split TEXT, name TEXT) WITHOUT ROWID;
-CREATE TABLE remark (place INTEGER PRIMARY KEY, name TEXT, facts TEXT);
-CREATE INDEX remark_name ON remark (name, place);
+CREATE TABLE annotation (position INTEGER PRIMARY KEY, name TEXT, facts TEXT);
+CREATE INDEX annotation_name ON annotation (name, position);
 """
 
 
 @dataclass(frozen=True)
 class ListedImage:
-    """One picture to be stored.
-
-    name: relative, for messages. url: where it lies. captions: raw, of annotations. text_url: a file with one caption a
-    line, read with the picture. box: left, top, width, height in pixels, to be cropped around. needs_captions: left out
-    where none can be used.
-    """
+    """An image to store."""
 
     split: str
     key: str
     name: str
+    """Relative name, for messages."""
     url: str
     captions: tuple[str, ...] = ()
+    """Raw captions from annotations."""
     attributes: tuple[str, ...] = ()
     class_id: int | None = None
     box: tuple[float, float, float, float] | None = None
+    """Left, top, width and height in pixels of the box to crop around."""
     text_url: str | None = None
+    """File with one caption per line."""
     needs_captions: bool = True
+    """Exclude the image if it has no usable caption."""
 
 
 def make_key(name: str) -> str:
-    """The sample key of a picture: its name without extension, cleaned and with a hash where that is no key."""
+    """Return the sample key of an image: its name without extension, or `hashed_key` if that is not a valid key."""
     stem = re.sub(r"\.[^./]*$", "", name)
     return stem if KEY_PATTERN.fullmatch(stem) else hashed_key(name)
 
 
 def hashed_key(name: str) -> str:
-    """A key that tells names apart which look alike when cleaned."""
+    """Return a cleaned name with a hash, which keeps names distinct that are equal when cleaned."""
     stem = re.sub(r"\.[^./]*$", "", name)
     cleaned = re.sub(r"[^A-Za-z0-9_]+", "-", stem).strip("-")[-60:].strip("-") or "picture"
     return f"{cleaned}-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:12]}"
 
 
 class Listing:
-    """Collects sources and rejects; gives each split's sources in the order of a hash of their keys.
+    """Collect images and rejects; iterate over the images of a split in the order of a hash of their keys.
 
-    classes: names of the class numbers. licence: as the data itself names it. Use as a context manager: it removes its
-    temporary file.
+    Use it as a context manager, which removes the temporary file.
+
+    Attributes:
+        classes: names by class id.
+        licence: the licence that the data names, if any.
     """
 
     def __init__(self) -> None:
@@ -101,14 +104,14 @@ class Listing:
         text_url: str | None = None,
         needs_captions: bool = True,
     ) -> None:
-        """List a picture; a picture that is listed already becomes a reject."""
+        """Add an image; a duplicate becomes a reject."""
         if not KEY_PATTERN.fullmatch(split):
             detail = f"split {split[:100]!r}: allowed are 1 to 90 letters, digits, '_' and '-'"
-            self.left_out("", name, Reason.MALFORMED, detail)
+            self.exclude("", name, Reason.MALFORMED, detail)
             return
-        self.name_file(url)
+        self.mark_annotated(url)
         if self._database.execute("SELECT 1 FROM entry WHERE url = ?", (url,)).fetchone():
-            self.left_out(split, name, Reason.DUPLICATE, "this picture is listed already")
+            self.exclude(split, name, Reason.DUPLICATE, "this image is already listed")
             return
         facts = {
             "captions": list(captions),
@@ -117,64 +120,64 @@ class Listing:
             "box": box,
             "needs_captions": needs_captions,
         }
-        for make, of in ((make_key, name), (hashed_key, name), (hashed_key, f"{split}/{name}")):
-            key = make(of)
+        for make, unique_name in ((make_key, name), (hashed_key, name), (hashed_key, f"{split}/{name}")):
+            key = make(unique_name)
             mix = hashlib.blake2b(key.encode(), digest_size=8).digest()
             row = (key, url, split, mix, name, text_url, json.dumps(facts))
             if self._database.execute("INSERT OR IGNORE INTO entry VALUES (?, ?, ?, ?, ?, ?, ?)", row).rowcount:
                 return
-        self.left_out(split, name, Reason.DUPLICATE, "this name is listed already")
+        self.exclude(split, name, Reason.DUPLICATE, "this name is already listed")
 
     def reject(self, reject: Reject) -> None:
         row = [reject.split, reject.name, str(reject.reason), str(reject.effect), reject.detail]
         texts = [text.encode("utf-8", "backslashreplace").decode() for text in row]
         self._database.execute("INSERT INTO reject VALUES (NULL, ?, ?, ?, ?, ?)", texts)
 
-    def left_out(self, split: str, name: str, reason: Reason, detail: str) -> None:
-        """A picture, or a line of the annotations, that does not come into the set."""
-        self.reject(Reject(split, name, reason, Effect.LEFT_OUT, detail))
+    def exclude(self, split: str, name: str, reason: Reason, detail: str) -> None:
+        """Reject an image, or a line of an annotation file."""
+        self.reject(Reject(split, name, reason, Effect.EXCLUDED, detail))
 
-    def name_file(self, url: str) -> None:
-        """Say that the annotations speak of this picture."""
-        self._database.execute("INSERT OR IGNORE INTO named VALUES (?)", (url,))
+    def mark_annotated(self, url: str) -> None:
+        """Record that an image is annotated."""
+        self._database.execute("INSERT OR IGNORE INTO annotated VALUES (?)", (url,))
 
-    def note_file(self, split: str, name: str, url: str) -> None:
-        """Say that this picture lies in the folder."""
+    def add_file(self, split: str, name: str, url: str) -> None:
+        """Record that a file exists."""
         self._database.execute("INSERT OR IGNORE INTO file VALUES (?, ?, ?)", (url, split, name))
 
     def has_file(self, url: str) -> bool:
         return self._database.execute("SELECT 1 FROM file WHERE url = ?", (url,)).fetchone() is not None
 
-    def reject_unnamed_files(
-        self, reason: Reason = Reason.NO_CAPTIONS, detail: str = "nothing is said of this picture"
+    def reject_unannotated_files(
+        self, reason: Reason = Reason.NO_CAPTIONS, detail: str = "no annotation for this image"
     ) -> None:
-        """Every file in the folders that nothing speaks of becomes a reject."""
-        left = "SELECT split, name FROM file WHERE url NOT IN (SELECT url FROM named) ORDER BY split, name"
-        for split, name in self._database.execute(left):
-            self.left_out(split, name, reason, detail)
+        """Reject every file that exists but is not annotated."""
+        query = "SELECT split, name FROM file WHERE url NOT IN (SELECT url FROM annotated) ORDER BY split, name"
+        for split, name in self._database.execute(query):
+            self.exclude(split, name, reason, detail)
 
-    def remark(self, name: str, facts: dict[str, Any]) -> None:
-        """Keep one row of a table that speaks of picture `name`."""
-        self._database.execute("INSERT INTO remark VALUES (NULL, ?, ?)", (name, json.dumps(facts)))
+    def add_annotation(self, name: str, facts: dict[str, Any]) -> None:
+        """Store one annotation of image `name`."""
+        self._database.execute("INSERT INTO annotation VALUES (NULL, ?, ?)", (name, json.dumps(facts)))
 
-    def remarks(self) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-        """All rows by picture, in the order in which they came."""
+    def annotations(self) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+        """Yield each image name with its annotations, in the order in which they were added."""
         name, facts = None, []
-        for following, text in self._database.execute("SELECT name, facts FROM remark ORDER BY name, place"):
-            if following != name and name is not None:
+        for next_name, text in self._database.execute("SELECT name, facts FROM annotation ORDER BY name, position"):
+            if next_name != name and name is not None:
                 yield name, facts
                 facts = []
-            name = following
+            name = next_name
             facts.append(json.loads(text))
         if name is not None:
             yield name, facts
 
     def splits(self) -> dict[str, int]:
-        """Pictures by split, by name of the split."""
+        """Return the number of images per split, sorted by split name."""
         return dict(self._database.execute("SELECT split, count(*) FROM entry GROUP BY split ORDER BY split"))
 
-    def sources(self, split: str, first: int = 0) -> Iterator[ListedImage]:
-        """The split's pictures in order, from place `first` on."""
+    def images(self, split: str, first: int = 0) -> Iterator[ListedImage]:
+        """Yield the images of a split in order, from position `first`."""
         query = "SELECT key, name, url, text_url, facts FROM entry WHERE split = ? ORDER BY mix, key LIMIT -1 OFFSET ?"
         for key, name, url, text_url, text in self._database.execute(query, (split, first)):
             facts = json.loads(text)
@@ -186,12 +189,12 @@ class Listing:
             )  # fmt: skip
 
     def rejects(self) -> Iterator[Reject]:
-        query = "SELECT split, name, reason, effect, detail FROM reject ORDER BY place"
+        query = "SELECT split, name, reason, effect, detail FROM reject ORDER BY position"
         for split, name, reason, effect, detail in self._database.execute(query):
             yield Reject(split, name, Reason(reason), Effect(effect), detail)
 
     def reject_counts(self) -> dict[str, dict[str, int]]:
-        """By reason and effect."""
+        """Count the rejects by reason and effect."""
         query = "SELECT reason, effect, count(*) FROM reject GROUP BY reason, effect ORDER BY reason, effect"
         counts: dict[str, dict[str, int]] = {}
         for reason, effect, count in self._database.execute(query):
@@ -199,7 +202,7 @@ class Listing:
         return counts
 
     def digest(self) -> str:
-        """SHA-256 of all that is listed, in order; where the pictures lie does not count."""
+        """Return the SHA-256 of all entries and rejects, in order. The URLs are not included."""
         hashed = hashlib.sha256()
         query = "SELECT split, key, name, facts FROM entry ORDER BY split, mix, key"
         for row in self._database.execute(query):

@@ -1,4 +1,4 @@
-"""From listed sources to packed samples: in this process, or in several that read ahead; the order is kept."""
+"""Convert listed images to packed samples, in order, in this process or in several that prefetch."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ import torch
 
 from t2idist import storage
 from t2idist.data.sample_format import PackedSample, SampleRecord, pack
-from t2idist.ingest.captions import clean
+from t2idist.ingest.captions import clean_captions
 from t2idist.ingest.files import MAX_LINE_BYTES, read_limited
-from t2idist.ingest.image import PictureOptions, Prepared, Unusable, prepare
+from t2idist.ingest.image import ImageOptions, UnusableImage, prepare_image
 from t2idist.ingest.listing import ListedImage
 from t2idist.ingest.rejects import Effect, Reason, Reject
 
@@ -34,245 +34,250 @@ _BYTES_AHEAD = 256 << 20
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of one source: packed is None where it is left out."""
+class SampleResult:
+    """Result for one listed image."""
 
     packed: PackedSample | None
+    """None if the image is excluded."""
     rejects: tuple[Reject, ...]
     captions_cut: int = 0
 
 
-class Preparers(Protocol):
-    """Whatever turns sources into outcomes, in their order."""
+class Preparer(Protocol):
+    """Converts listed images to results, in order."""
 
-    def run(self, sources: Iterator[ListedImage]) -> Iterator[Outcome]: ...
+    def run(self, images: Iterator[ListedImage]) -> Iterator[SampleResult]: ...
 
     def close(self) -> None: ...
 
 
-def start_preparers(options: PictureOptions, max_words: int | None, processes: int) -> Preparers:
-    """One process: this one. More: spawned ones, which end with this one whatever ends it."""
-    return Inline(options, max_words) if processes == 1 else Processes(options, max_words, processes)
+def start_preparer(options: ImageOptions, max_words: int | None, processes: int) -> Preparer:
+    """Return a preparer that runs in this process, or in N spawned ones, which exit with this process."""
+    return (
+        InProcessPreparer(options, max_words) if processes == 1 else MultiprocessPreparer(options, max_words, processes)
+    )
 
 
-def make_outcome(
-    source: ListedImage, data: bytes | Reject, text: bytes | Reject, options: PictureOptions, max_words: int | None
-) -> Outcome:
-    """data, text: what was read of the picture and of its caption file, or why it could not be used."""
-    cleaned = clean([*source.captions, *(() if isinstance(text, Reject) else _text_lines(text))], max_words)
+def prepare_sample(
+    image: ListedImage, data: bytes | Reject, text: bytes | Reject, options: ImageOptions, max_words: int | None
+) -> SampleResult:
+    """Convert one image and its captions to a packed sample.
+
+    Args:
+        data: content of the image file, or why it was not read.
+        text: content of the caption file, likewise.
+    """
+    cleaned = clean_captions([*image.captions, *(() if isinstance(text, Reject) else _text_lines(text))], max_words)
     rejects = [text] if isinstance(text, Reject) else []
-    rejects += [_reject(source, why, Effect.CAPTION_LEFT_OUT, detail) for why, detail in cleaned.left_out]
-    if not cleaned.captions and source.needs_captions:
-        rejects.append(_reject(source, Reason.NO_CAPTIONS, Effect.LEFT_OUT, "no caption of it can be used"))
-        return Outcome(None, tuple(rejects))
+    rejects += [_reject(image, reason, Effect.CAPTION_EXCLUDED, detail) for reason, detail in cleaned.rejected]
+    if not cleaned.captions and image.needs_captions:
+        rejects.append(_reject(image, Reason.NO_CAPTIONS, Effect.EXCLUDED, "it has no usable caption"))
+        return SampleResult(None, tuple(rejects))
     if isinstance(data, Reject):
-        return Outcome(None, (*rejects, data))
+        return SampleResult(None, (*rejects, data))
     try:
-        prepared = prepare(data, options, source.box)
-    except Unusable as error:
-        return Outcome(None, (*rejects, _reject(source, error.reason, Effect.LEFT_OUT, error.detail)))
-    rejects += [_reject(source, why, Effect.REPAIRED, detail) for why, detail in prepared.repairs]
-    return Outcome(pack(_record(source, prepared, cleaned.captions)), tuple(rejects), cleaned.cut)
-
-
-def _record(source: ListedImage, prepared: Prepared, captions: tuple[str, ...]) -> SampleRecord:
-    return SampleRecord(
-        source.split, source.key, prepared.data, prepared.extension, captions, prepared.width, prepared.height,
-        source.attributes, source.class_id,
+        prepared = prepare_image(data, options, image.box)
+    except UnusableImage as error:
+        return SampleResult(None, (*rejects, _reject(image, error.reason, Effect.EXCLUDED, error.detail)))
+    rejects += [_reject(image, reason, Effect.REPAIRED, detail) for reason, detail in prepared.repairs]
+    record = SampleRecord(
+        image.split, image.key, prepared.data, prepared.extension, cleaned.captions, prepared.width, prepared.height,
+        image.attributes, image.class_id,
     )  # fmt: skip
+    return SampleResult(pack(record), tuple(rejects), cleaned.truncated)
 
 
 def _text_lines(text: bytes) -> list[bytes]:
     return text.removeprefix(b"\xef\xbb\xbf").rstrip().splitlines()
 
 
-def _reject(source: ListedImage, reason: Reason, effect: Effect, detail: str) -> Reject:
-    return Reject(source.split, source.name, reason, effect, detail)
+def _reject(image: ListedImage, reason: Reason, effect: Effect, detail: str) -> Reject:
+    return Reject(image.split, image.name, reason, effect, detail)
 
 
-class _Budget:
-    """Bytes that may be read ahead, granted in the order of tickets: whoever is needed next always gets its own."""
+class _ByteBudget:
+    """Limit the bytes that are prefetched. Requests are granted in ticket order, so the next one needed never waits."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._held = 0
-        self._next = 0
+        self._used = 0
+        self._next_ticket = 0
         self._closed = False
         self._changed = threading.Condition()
 
-    def take(self, ticket: int, size_bytes: int) -> None:
+    def acquire(self, ticket: int, size_bytes: int) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or (ticket == self._next and self._fits(size_bytes)))
-            self._next += 1
-            self._held += size_bytes
+            self._changed.wait_for(lambda: self._closed or (ticket == self._next_ticket and self._fits(size_bytes)))
+            self._next_ticket += 1
+            self._used += size_bytes
             self._changed.notify_all()
 
     def _fits(self, size_bytes: int) -> bool:
-        return self._held == 0 or self._held + size_bytes <= self._max_bytes
+        return self._used == 0 or self._used + size_bytes <= self._max_bytes
 
     def close(self) -> None:
-        """Let everyone who waits go on: nobody wants the bytes any more."""
+        """Grant all waiting requests; the bytes are no longer needed."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
-    def give(self, size_bytes: int) -> None:
+    def release(self, size_bytes: int) -> None:
         with self._changed:
-            self._held -= size_bytes
+            self._used -= size_bytes
             self._changed.notify_all()
 
 
 @dataclass(frozen=True)
-class _Read:
+class _FileContents:
     data: bytes | Reject
     text: bytes | Reject
     size_bytes: int
 
 
-class ReadAhead:
-    """Sources in, outcomes out in the same order; a few threads read while the caller's thread decodes."""
+class Prefetcher:
+    """Read files in a few threads while the calling thread decodes; results keep the order of the images."""
 
-    def __init__(self, options: PictureOptions, max_words: int | None) -> None:
+    def __init__(self, options: ImageOptions, max_words: int | None) -> None:
         self._options = options
         self._max_words = max_words
-        self._budget = _Budget(_BYTES_AHEAD)
+        self._budget = _ByteBudget(_BYTES_AHEAD)
         self._tickets = 0
         self._pool = ThreadPoolExecutor(_READ_THREADS, "read")
 
-    def start(self, source: ListedImage) -> Future[_Read] | None:
-        """Begin to read. None: of a file on disk, which the kernel reads ahead without a thread that takes turns."""
-        if storage.is_local(source.url):
-            _advise(storage.local_name(source.url))
+    def start(self, image: ListedImage) -> Future[_FileContents] | None:
+        """Start to read. Returns None for a file on disk, which the kernel prefetches without a thread."""
+        if storage.is_local(image.url):
+            _advise_kernel(storage.local_name(image.url))
             return None
         ticket = self._tickets
         self._tickets += 1
-        return self._pool.submit(self._read, source, ticket)
+        return self._pool.submit(self._read, image, ticket)
 
-    def finish(self, source: ListedImage, read: Future[_Read] | None) -> Outcome:
-        """Raises what reading raised, where it is not the file's own fault."""
+    def finish(self, image: ListedImage, read: Future[_FileContents] | None) -> SampleResult:
+        """Return the result. Raises the exception of the read, unless the file itself is at fault."""
         if read is None:
-            text, data = _read_both(source)
-            return make_outcome(source, data, text, self._options, self._max_words)
-        found = read.result()
+            text, data = _read_both(image)
+            return prepare_sample(image, data, text, self._options, self._max_words)
+        contents = read.result()
         try:
-            return make_outcome(source, found.data, found.text, self._options, self._max_words)
+            return prepare_sample(image, contents.data, contents.text, self._options, self._max_words)
         finally:
-            self._budget.give(found.size_bytes)
+            self._budget.release(contents.size_bytes)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._budget.close()
 
-    def _read(self, source: ListedImage, ticket: int) -> _Read:
-        held = 0
+    def _read(self, image: ListedImage, ticket: int) -> _FileContents:
+        size_bytes = 0
         try:
-            text, data = _read_both(source)
-            held = 0 if isinstance(data, Reject) else len(data)
+            text, data = _read_both(image)
+            size_bytes = 0 if isinstance(data, Reject) else len(data)
         finally:
-            self._budget.take(ticket, held)
-        return _Read(data, text, held)
+            self._budget.acquire(ticket, size_bytes)
+        return _FileContents(data, text, size_bytes)
 
 
-def _advise(path: str | None) -> None:
-    """Tell the kernel that the whole file is wanted soon, where it can be told."""
+def _advise_kernel(path: str | None) -> None:
+    """Ask the kernel to prefetch the whole file, if the platform supports it."""
     if path is None or not hasattr(os, "posix_fadvise"):
         return
     try:
-        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
-        return  # reading it says what is wrong
+        return  # reported when the file is read
     try:
         with contextlib.suppress(OSError):
-            os.posix_fadvise(number, 0, 0, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
-def _read_both(source: ListedImage) -> tuple[bytes | Reject, bytes | Reject]:
-    """The caption file and the picture."""
+def _read_both(image: ListedImage) -> tuple[bytes | Reject, bytes | Reject]:
+    """Read the caption file and the image file."""
     text: bytes | Reject = b""
-    if source.text_url is not None:
-        text = _read_or_reject(source, source.text_url, Effect.CAPTION_LEFT_OUT, MAX_LINE_BYTES)
-    return text, _read_or_reject(source, source.url, Effect.LEFT_OUT, None)
+    if image.text_url is not None:
+        text = _read_or_reject(image, image.text_url, Effect.CAPTION_EXCLUDED, MAX_LINE_BYTES)
+    return text, _read_or_reject(image, image.url, Effect.EXCLUDED, None)
 
 
-def _read_or_reject(source: ListedImage, url: str, effect: Effect, max_bytes: int | None) -> bytes | Reject:
+def _read_or_reject(image: ListedImage, url: str, effect: Effect, max_bytes: int | None) -> bytes | Reject:
     try:
         return read_limited(url) if max_bytes is None else read_limited(url, max_bytes)
     except FileNotFoundError:
-        return b"" if effect is Effect.CAPTION_LEFT_OUT else _reject(source, Reason.NO_PICTURE, effect, "no such file")
+        return b"" if effect is Effect.CAPTION_EXCLUDED else _reject(image, Reason.NO_IMAGE, effect, "no such file")
     except IsADirectoryError:
-        return _reject(source, Reason.NOT_A_PICTURE, effect, "it is a folder")
+        return _reject(image, Reason.NOT_AN_IMAGE, effect, "it is a folder")
     except OverflowError as error:
-        return _reject(source, Reason.FILE_TOO_LARGE, effect, str(error))
+        return _reject(image, Reason.FILE_TOO_LARGE, effect, str(error))
 
 
-class Inline:
-    """Everything in this process; for one core, and for memory:// URLs, which no other process sees."""
+class InProcessPreparer:
+    """Prepare in this process: for one core, and for memory:// URLs, which other processes cannot read."""
 
-    def __init__(self, options: PictureOptions, max_words: int | None) -> None:
-        self._work = ReadAhead(options, max_words)
+    def __init__(self, options: ImageOptions, max_words: int | None) -> None:
+        self._prefetcher = Prefetcher(options, max_words)
         self._threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # several on so small a task wait for each other
+        torch.set_num_threads(1)  # the tasks are too small for several threads
 
-    def run(self, sources: Iterator[ListedImage]) -> Iterator[Outcome]:
-        ahead: deque[tuple[ListedImage, Future[_Read] | None]] = deque()
-        for source in sources:
-            ahead.append((source, self._work.start(source)))
-            if len(ahead) >= _CHUNK * _CHUNKS_AHEAD:
-                yield self._work.finish(*ahead.popleft())
-        while ahead:
-            yield self._work.finish(*ahead.popleft())
+    def run(self, images: Iterator[ListedImage]) -> Iterator[SampleResult]:
+        pending: deque[tuple[ListedImage, Future[_FileContents] | None]] = deque()
+        for image in images:
+            pending.append((image, self._prefetcher.start(image)))
+            if len(pending) >= _CHUNK * _CHUNKS_AHEAD:
+                yield self._prefetcher.finish(*pending.popleft())
+        while pending:
+            yield self._prefetcher.finish(*pending.popleft())
 
     def close(self) -> None:
         torch.set_num_threads(self._threads)
-        self._work.close()
+        self._prefetcher.close()
 
 
-class Processes:
-    """Spawned processes (fork breaks s3fs), each with a pipe of its own; chunks of sources go to the least busy."""
+class MultiprocessPreparer:
+    """Prepare in spawned processes (fork breaks s3fs). Each has a pipe; the least busy one gets the next chunk."""
 
-    def __init__(self, options: PictureOptions, max_words: int | None, processes: int) -> None:
+    def __init__(self, options: ImageOptions, max_words: int | None, processes: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes: list[BaseProcess] = []
         for number in range(processes):
-            mine, theirs = context.Pipe()
-            name = f"prepare-{number}"
-            process = context.Process(target=_work, args=(theirs, options, max_words), name=name, daemon=True)
+            pipe, worker_pipe = context.Pipe()
+            arguments = (worker_pipe, options, max_words)
+            process = context.Process(target=_worker_main, args=arguments, name=f"prepare-{number}", daemon=True)
             process.start()
-            theirs.close()
-            self._pipes.append(mine)
+            worker_pipe.close()
+            self._pipes.append(pipe)
             self._processes.append(process)
 
-    def run(self, sources: Iterator[ListedImage]) -> Iterator[Outcome]:
-        """Raises OSError or ValueError as a worker did, and RuntimeError where one has ended."""
-        chunks = _chunks(sources)
+    def run(self, images: Iterator[ListedImage]) -> Iterator[SampleResult]:
+        """Yield the results. Raises the OSError or ValueError of a worker, and RuntimeError if a worker exits."""
+        chunks = _chunks(images)
         busy = [0] * len(self._pipes)
-        done: dict[int, list[Outcome]] = {}
-        sent = taken = 0
+        done: dict[int, list[SampleResult]] = {}
+        sent = yielded = 0
         more = True
         while True:
-            while more and sent < taken + _CHUNKS_AHEAD * len(self._pipes):
+            while more and sent < yielded + _CHUNKS_AHEAD * len(self._pipes):
                 chunk = next(chunks, None)
                 if chunk is None:
                     more = False
                     break
-                to = busy.index(min(busy))
-                self._send(to, (sent, chunk))
-                busy[to] += 1
+                worker = busy.index(min(busy))
+                self._send(worker, (sent, chunk))
+                busy[worker] += 1
                 sent += 1
-            if taken == sent:
+            if yielded == sent:
                 return
-            while taken not in done:
+            while yielded not in done:
                 for pipe in wait(self._pipes):
                     assert isinstance(pipe, Connection)
-                    number = self._pipes.index(pipe)
-                    index, outcomes = self._receive(number)
-                    done[index] = outcomes
-                    busy[number] -= 1
-            yield from done.pop(taken)
-            taken += 1
+                    worker = self._pipes.index(pipe)
+                    index, results = self._receive(worker)
+                    done[index] = results
+                    busy[worker] -= 1
+            yield from done.pop(yielded)
+            yielded += 1
 
     def close(self) -> None:
         for pipe in self._pipes:
@@ -282,35 +287,35 @@ class Processes:
         for process in self._processes:
             process.join()
 
-    def _send(self, number: int, message: tuple[int, list[ListedImage]]) -> None:
+    def _send(self, worker: int, message: tuple[int, list[ListedImage]]) -> None:
         try:
-            self._pipes[number].send(message)
+            self._pipes[worker].send(message)
         except OSError:
-            raise self._ended(number) from None
+            raise self._exit_error(worker) from None
 
-    def _receive(self, number: int) -> tuple[int, list[Outcome]]:
+    def _receive(self, worker: int) -> tuple[int, list[SampleResult]]:
         try:
-            answer = self._pipes[number].recv()
+            message = self._pipes[worker].recv()
         except (EOFError, OSError):
-            raise self._ended(number) from None
-        if isinstance(answer, _Failure):
-            raise answer.as_error()
-        index, outcomes = answer
-        return index, outcomes
+            raise self._exit_error(worker) from None
+        if isinstance(message, _WorkerError):
+            raise message.as_exception()
+        index, results = message
+        return index, results
 
-    def _ended(self, number: int) -> RuntimeError:
-        process = self._processes[number]
+    def _exit_error(self, worker: int) -> RuntimeError:
+        process = self._processes[worker]
         process.join(5)
         return RuntimeError(
-            f"a process that prepares pictures ended by itself (exit status {process.exitcode}); was memory too small? "
+            f"a worker process exited unexpectedly (exit status {process.exitcode}), perhaps for lack of memory; "
             "fewer --processes need less"
         )
 
 
-def _chunks(sources: Iterator[ListedImage]) -> Iterator[list[ListedImage]]:
+def _chunks(images: Iterator[ListedImage]) -> Iterator[list[ListedImage]]:
     chunk: list[ListedImage] = []
-    for source in sources:
-        chunk.append(source)
+    for image in images:
+        chunk.append(image)
         if len(chunk) == _CHUNK:
             yield chunk
             chunk = []
@@ -319,14 +324,14 @@ def _chunks(sources: Iterator[ListedImage]) -> Iterator[list[ListedImage]]:
 
 
 @dataclass(frozen=True)
-class _Failure:
-    """An exception of a worker, on its way to the main process."""
+class _WorkerError:
+    """An exception in a worker, sent to the main process."""
 
     kind: str
     message: str
     trace: str
 
-    def as_error(self) -> Exception:
+    def as_exception(self) -> Exception:
         if self.kind == "ValueError":
             return ValueError(self.message)
         if self.kind == "OSError":
@@ -334,30 +339,30 @@ class _Failure:
         return RuntimeError(f"{self.message}\n{self.trace}")
 
 
-def _work(pipe: Connection, options: PictureOptions, max_words: int | None) -> None:
-    """A worker's life: it ends when the other end of the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides
-    torch.set_num_threads(1)  # there is a process for every core
-    work = ReadAhead(options, max_words)
-    inbox: queue.Queue[tuple[int, list[tuple[ListedImage, Future[_Read] | None]]]] = queue.Queue()
+def _worker_main(pipe: Connection, options: ImageOptions, max_words: int | None) -> None:
+    """Run a worker until the main process closes the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles it
+    torch.set_num_threads(1)  # one process per core
+    prefetcher = Prefetcher(options, max_words)
+    inbox: queue.Queue[tuple[int, list[tuple[ListedImage, Future[_FileContents] | None]]]] = queue.Queue()
 
     def receive() -> None:
         while True:
             try:
                 index, chunk = pipe.recv()
             except (EOFError, OSError):
-                os._exit(0)  # nobody is left who wants the rest
-            inbox.put((index, [(source, work.start(source)) for source in chunk]))
+                os._exit(0)  # the main process has exited
+            inbox.put((index, [(image, prefetcher.start(image)) for image in chunk]))
 
     threading.Thread(target=receive, daemon=True).start()
     while True:
         index, chunk = inbox.get()
         try:
-            answer: object = (index, [work.finish(source, read) for source, read in chunk])
+            message: object = (index, [prefetcher.finish(image, read) for image, read in chunk])
         except Exception as error:
             kind = next((k for k in (OSError, ValueError) if isinstance(error, k)), RuntimeError).__name__
-            answer = _Failure(kind, str(error), traceback.format_exc())
+            message = _WorkerError(kind, str(error), traceback.format_exc())
         try:
-            pipe.send(answer)
+            pipe.send(message)
         except OSError:
             os._exit(0)

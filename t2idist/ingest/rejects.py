@@ -1,4 +1,4 @@
-"""What can be wrong with a picture or a caption, as rejected.jsonl names it."""
+"""Reasons for rejecting or repairing an image or a caption, as rejected.jsonl lists them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from enum import StrEnum
 
 
 class Reason(StrEnum):
-    """The closed set of reasons; rejected.jsonl adds a detail in words."""
+    """Code of a reason. The values are stored in rejected.jsonl and dataset.json."""
 
     ZERO_BYTES = "zero_bytes"
-    NOT_A_PICTURE = "not_a_picture"
+    NOT_AN_IMAGE = "not_a_picture"
     TRUNCATED = "truncated"
     DAMAGED = "damaged"
     TOO_MANY_PIXELS = "too_many_pixels"
@@ -24,7 +24,7 @@ class Reason(StrEnum):
     ALPHA = "alpha"
     OTHER_COLOURS = "other_colours"
     EXIF_ROTATION = "exif_rotation"
-    NO_PICTURE = "captions_without_picture"
+    NO_IMAGE = "captions_without_picture"
     NO_CAPTIONS = "picture_without_captions"
     EMPTY_CAPTION = "empty_caption"
     CAPTION_WITHOUT_WORDS = "caption_without_words"
@@ -37,31 +37,32 @@ class Reason(StrEnum):
 
 
 class Effect(StrEnum):
-    """What was done about it."""
+    """What was done about a problem. The values are stored in rejected.jsonl and dataset.json."""
 
-    LEFT_OUT = "left out"
+    EXCLUDED = "left out"
     REPAIRED = "repaired"
-    CAPTION_LEFT_OUT = "caption left out"
+    CAPTION_EXCLUDED = "caption left out"
 
 
 @dataclass(frozen=True)
 class Reject:
-    """One line of rejected.jsonl. name: the picture's name, or the file and line that speak of it."""
+    """One line of rejected.jsonl."""
 
     split: str
     name: str
+    """Name of the image, or the annotation file and line."""
     reason: Reason
     effect: Effect
     detail: str = ""
 
     def as_json(self) -> str:
-        readable = {key: _printable(str(value)) for key, value in asdict(self).items()}
-        return json.dumps(readable, ensure_ascii=False)
+        printable = {key: _printable(str(value)) for key, value in asdict(self).items()}
+        return json.dumps(printable, ensure_ascii=False)
 
     def __str__(self) -> str:
         return f"{_printable(self.name)}: {self.reason}, {self.effect}{': ' if self.detail else ''}{self.detail}"
 
 
 def _printable(text: str) -> str:
-    """Bytes that are no UTF-8 (surrogates) as backslash escapes; at most 300 characters."""
+    """Escape surrogates, which stand for bytes that are not UTF-8; at most 300 characters."""
     return text[:300].encode("utf-8", "backslashreplace").decode()

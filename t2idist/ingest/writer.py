@@ -1,7 +1,7 @@
-"""The writer behind all layouts: listed sources into a shard set, in several processes, resumable, byte for byte equal.
+"""Write listed images as a shard set, in several processes. An interrupted run resumes; the bytes are always the same.
 
-After each shard that is stored, a record of it goes to the folder `progress` of the set: the same command goes on after
-the last of them. At the end they become the manifest, dataset.json is written last, and the records are removed.
+Each stored shard has a record in the folder `progress` of the set, and the same command resumes after the last one. At
+the end the records become the manifest, dataset.json is written last, and the records are removed.
 """
 
 from __future__ import annotations
@@ -16,53 +16,52 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from t2idist import storage
-from t2idist.data.shard_writer import Row, ShardPacker, refuse_finished, shard_name, write_index
+from t2idist.data.shard_writer import Row, ShardBuilder, check_unfinished, shard_name, write_index
 from t2idist.data.shards import DESCRIPTION, Shard, stored_bytes
-from t2idist.ingest.image import PictureOptions
+from t2idist.ingest.image import ImageOptions
 from t2idist.ingest.listing import Listing
-from t2idist.ingest.prepare import Outcome, Preparers, start_preparers
+from t2idist.ingest.prepare import Preparer, SampleResult, start_preparer
 from t2idist.ingest.rejects import Effect, Reason, Reject
 
 PROGRESS = "progress"
 REJECTED = "rejected.jsonl"
 PART_SAMPLES = 256
-"""Samples that the order of training takes as one part (t2idist.data.order): shards hold whole parts."""
+"""Samples per part of the training order (t2idist.data.order); shards hold whole parts."""
 
 _SHARD_BYTES = 100 << 20
 _UPLOADS = 2
 _FORMAT = 1
-_LEFT_OVER = re.compile(r"\..+\.(tar|json|jsonl|parquet)\.[0-9a-f]{8}")
+_TEMPORARY_FILE = re.compile(r"\..+\.(tar|json|jsonl|parquet)\.[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
 class IngestOptions:
-    """What decides the bytes of a set, besides the pictures and captions.
+    """Options that, with the images and captions, determine the bytes of a set."""
 
-    max_words: longer captions are cut (None: none is). min_count: rarer words are left out of the vocabulary.
-    shard_samples: a multiple of 256; fewer where that would be far more than 100 MB.
-    """
-
-    picture: PictureOptions = field(default_factory=PictureOptions)
+    image: ImageOptions = field(default_factory=ImageOptions)
     max_words: int | None = None
+    """Longer captions are cut to this many words (None: no limit)."""
     min_count: int = 1
+    """Words that occur less often are not in the vocabulary."""
     shard_samples: int = 1024
+    """Samples per shard, a multiple of 256; less if a shard would be much larger than 100 MB."""
 
     def __post_init__(self) -> None:
-        if self.picture.size < 0:
-            raise ValueError(f"--size {self.picture.size}: give pixels, or 0 for no resizing")
-        if not 1 <= self.picture.quality <= 100:
-            raise ValueError(f"--quality {self.picture.quality}: allowed are 1 to 100")
+        if self.image.size < 0:
+            raise ValueError(f"--size {self.image.size}: must be at least 0 (0: no resizing)")
+        if not 1 <= self.image.quality <= 100:
+            raise ValueError(f"--quality {self.image.quality}: must be from 1 to 100")
         if self.shard_samples < PART_SAMPLES or self.shard_samples % PART_SAMPLES:
-            raise ValueError(f"--shard-samples {self.shard_samples}: give a multiple of {PART_SAMPLES}")
+            raise ValueError(f"--shard-samples {self.shard_samples}: must be a multiple of {PART_SAMPLES}")
         if self.max_words is not None and self.max_words < 1:
-            raise ValueError(f"--max-words {self.max_words}: give at least 1")
+            raise ValueError(f"--max-words {self.max_words}: must be at least 1")
         if self.min_count < 1:
-            raise ValueError(f"--min-count {self.min_count}: give at least 1")
+            raise ValueError(f"--min-count {self.min_count}: must be at least 1")
 
-    def facts(self) -> dict[str, Any]:
-        """As dataset.json has them."""
+    def describe(self) -> dict[str, Any]:
+        """Return the options as dataset.json holds them."""
         return {
-            **asdict(self.picture),
+            **asdict(self.image),
             "max_words": self.max_words,
             "min_count": self.min_count,
             "shard_samples": self.shard_samples,
@@ -70,17 +69,12 @@ class IngestOptions:
         }
 
 
-class Refused(ValueError):
-    """Something is wrong with the data, and nothing was to be wrong (--strict)."""
+class StrictError(ValueError):
+    """Raised by --strict if the data has any problem."""
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far it is. images: done of all, shards: stored."""
-
-    images: int
-    total: int
-    shards: int
+ReportProgress = Callable[[int, int, int], None]
+"""Called with the number of images done, the total, and the number of shards stored."""
 
 
 def write_set(
@@ -93,64 +87,73 @@ def write_set(
     processes: int,
     strict: bool = False,
     restart: bool = False,
-    report: Callable[[Progress], None] = lambda progress: None,
+    report: ReportProgress = lambda done, total, shards: None,
 ) -> dict[str, Any]:
-    """Write what is listed as a shard set at `out`, or go on with it; gives its dataset.json.
+    """Write the listed images as a shard set at `out`, or resume an interrupted run.
 
-    processes: that prepare pictures. restart: forget what a run that was cut off has stored. report: is called as
-    pictures are done. Raises ValueError for a finished set, for one that was begun with other options or other data,
-    and where no picture can be used; Refused where `strict` and anything is wrong.
+    Args:
+        processes: number of processes that prepare images.
+        restart: remove what an interrupted run has stored, and start again.
+        report: called after each image.
+
+    Returns:
+        The content of dataset.json.
+
+    Raises:
+        ValueError: the set is finished, was started with other options or data, or no image is usable.
+        StrictError: `strict`, and the data has a problem.
     """
     if storage.exists(storage.join(out, DESCRIPTION)):
-        storage.remove(storage.join(out, PROGRESS))  # left where the last run was killed at its very end
-    refuse_finished(out)
+        storage.remove(storage.join(out, PROGRESS))  # a run that was killed at the very end leaves it
+    check_unfinished(out)
     if not listing.splits():
-        raise ValueError(f"no picture is listed; wrong with the data: {_counts(listing) or 'nothing'}")
-    store = _Store(out, _plan(listing, options))
+        raise ValueError(f"no images are listed; problems: {_format_reject_counts(listing) or 'none'}")
+    store = _ShardStore(out, _plan(listing, options))
     if restart:
-        _forget(out)
+        _remove_unfinished(out)
     if strict:
-        _refuse_any(list(itertools.islice(listing.rejects(), 3)))
-    _remove_left_overs(out)
-    run = _Run(listing, store, options, strict, report)
-    if run.total > run.done:
-        whole_memory = any(source.url.startswith("memory:") for s in listing.splits() for source in _first(listing, s))
-        preparers = start_preparers(options.picture, options.max_words, 1 if whole_memory else processes)
+        _check_strict(list(itertools.islice(listing.rejects(), 3)))
+    _remove_temporary_files(out)
+    writer = _SetWriter(listing, store, options, strict, report)
+    if writer.total > writer.done:
+        in_memory = any(image.url.startswith("memory:") for s in listing.splits() for image in _first(listing, s))
+        preparer = start_preparer(options.image, options.max_words, 1 if in_memory else processes)
         try:
-            run.write(preparers)
+            writer.write(preparer)
         finally:
-            preparers.close()
+            preparer.close()
             store.close()
     return _finish(listing, store, options, source, licence)
 
 
 def _first(listing: Listing, split: str) -> Iterator[Any]:
-    return itertools.islice(listing.sources(split), 1)
+    return itertools.islice(listing.images(split), 1)
 
 
 @dataclass(frozen=True)
-class _Stored:
-    """A finished shard: next_source is the place of the first source after it, cut the number of captions cut."""
+class _StoredShard:
+    """A finished shard."""
 
     split: str
     shard: Shard
     shard_samples: int
-    next_source: int
-    cut: int
+    next_image: int
+    """Position in the listing of the first image after it."""
+    captions_cut: int
 
 
-class _Store:
-    """Stores shards and their records; two at a time, off the main thread."""
+class _ShardStore:
+    """Store shards and their records in the background, two at a time."""
 
     def __init__(self, out: str, plan: dict[str, Any]) -> None:
         self.out = out
         self.plan = plan
-        self.stored: dict[str, list[_Stored]] = {}
+        self.stored: dict[str, list[_StoredShard]] = {}
         self._pool = ThreadPoolExecutor(_UPLOADS, "upload")
-        self._under_way: deque[Future[_Stored]] = deque()
+        self._pending: deque[Future[_StoredShard]] = deque()
 
     def load(self, split: str, listing: Listing) -> None:
-        """Take up the shards that an earlier run has stored; their rejects go to the listing."""
+        """Load the shards that an earlier run has stored; their rejects are added to the listing."""
         names = set(storage.list_dir(storage.join(self.out, PROGRESS)))
         self.stored[split] = []
         for number in itertools.count():
@@ -160,7 +163,7 @@ class _Store:
             record = self._record(name)
             if record is None:
                 return
-            stored = _Stored(
+            stored = _StoredShard(
                 split, Shard(**record["shard"]), record["shard_samples"], record["next_source"], record["cut"]
             )
             if stored_bytes(self.out, stored.shard) != stored.shard.bytes:
@@ -176,60 +179,60 @@ class _Store:
             for stored in self.stored[split]:
                 record = self._record(stored.shard.name)
                 if record is None:
-                    raise ValueError(f"{self._record_url(stored.shard.name)}: was damaged while this command ran")
+                    raise ValueError(f"{self._record_url(stored.shard.name)}: was damaged during this run")
                 yield record["rows"]
 
-    def put(self, packer: ShardPacker, name: str, record: dict[str, Any]) -> None:
-        """Store a shard, then its record; waits where two are under way already."""
-        while len(self._under_way) >= _UPLOADS:
-            self._take_in()
-        self._under_way.append(self._pool.submit(self._put, packer, name, record))
+    def put(self, builder: ShardBuilder, name: str, record: dict[str, Any]) -> None:
+        """Store a shard, then its record; wait if two are pending."""
+        while len(self._pending) >= _UPLOADS:
+            self._take_result()
+        self._pending.append(self._pool.submit(self._put, builder, name, record))
 
-    def settle(self) -> None:
-        """Wait for all that is under way."""
-        while self._under_way:
-            self._take_in()
+    def wait(self) -> None:
+        """Wait until all shards are stored."""
+        while self._pending:
+            self._take_result()
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True)  # what was handed over is stored, also where the run is cut off
+        self._pool.shutdown(wait=True)  # pending shards are stored even if the run is interrupted
 
-    def _take_in(self) -> None:
-        stored = self._under_way.popleft().result()
+    def _take_result(self) -> None:
+        stored = self._pending.popleft().result()
         self.stored[stored.split].append(stored)
 
-    def _put(self, packer: ShardPacker, name: str, record: dict[str, Any]) -> _Stored:
-        shard, data = packer.finish(name)
+    def _put(self, builder: ShardBuilder, name: str, record: dict[str, Any]) -> _StoredShard:
+        shard, data = builder.finish(name)
         storage.write_bytes(storage.join(self.out, name), data)
-        whole = {"plan": self.plan, "shard": asdict(shard), **record, "rows": packer.rows}
-        storage.write_bytes(self._record_url(name), json.dumps(whole).encode())
-        return _Stored(record["split"], shard, record["shard_samples"], record["next_source"], record["cut"])
+        record = {"plan": self.plan, "shard": asdict(shard), **record, "rows": builder.rows}
+        storage.write_bytes(self._record_url(name), json.dumps(record).encode())
+        return _StoredShard(record["split"], shard, record["shard_samples"], record["next_source"], record["cut"])
 
     def _record_url(self, name: str) -> str:
         return storage.join(self.out, PROGRESS, f"{name}.json")
 
     def _record(self, name: str) -> dict[str, Any] | None:
-        """The record of a shard, None where it is damaged; raises ValueError where it is of another plan."""
+        """Read the record of a shard; None if it is damaged. Raises ValueError if it belongs to another plan."""
         try:
             record: dict[str, Any] = storage.read_json(self._record_url(name))
             plan = record["plan"]
         except (ValueError, KeyError, TypeError, FileNotFoundError):
             return None
         if plan != self.plan:
-            differ = [key for key in self.plan if plan.get(key) != self.plan[key]]
-            which = ", ".join(f"{key} (then {plan.get(key)}, now {self.plan[key]})" for key in differ)
+            changed = [key for key in self.plan if plan.get(key) != self.plan[key]]
+            changes = ", ".join(f"{key} (then {plan.get(key)}, now {self.plan[key]})" for key in changed)
             raise ValueError(
-                f"{storage.redact(self.out)}: was begun with another {which or 'plan'}; give the same again, or "
-                "--restart to begin anew"
+                f"{storage.redact(self.out)}: was started with another {changes or 'plan'}; use the same options and "
+                "data, or --restart to start again"
             )
         return record
 
 
-class _Run:
-    """Everything that is still to be written, split by split."""
+class _SetWriter:
+    """Write the images that remain, split by split."""
 
     def __init__(
-        self, listing: Listing, store: _Store, options: IngestOptions, strict: bool,
-        report: Callable[[Progress], None],
+        self, listing: Listing, store: _ShardStore, options: IngestOptions, strict: bool,
+        report: ReportProgress,
     ) -> None:  # fmt: skip
         self._listing = listing
         self._store = store
@@ -243,119 +246,119 @@ class _Run:
         for split in self._sizes:
             store.load(split, listing)
             stored = store.stored[split]
-            self.done += stored[-1].next_source if stored else 0
+            self.done += stored[-1].next_image if stored else 0
             self._shards += len(stored)
         if strict:
-            _refuse_any(list(itertools.islice(listing.rejects(), 3)))
+            _check_strict(list(itertools.islice(listing.rejects(), 3)))
 
-    def write(self, preparers: Preparers) -> None:
-        self._tell()
+    def write(self, preparer: Preparer) -> None:
+        self._report_progress()
         for split, size in self._sizes.items():
             stored = self._store.stored[split]
-            first = stored[-1].next_source if stored else 0
+            first = stored[-1].next_image if stored else 0
             if first == size:
                 continue
-            outcomes = self._counted(preparers.run(self._listing.sources(split, first)))
+            results = self._counted(preparer.run(self._listing.images(split, first)))
             if stored:
                 shard_samples = stored[-1].shard_samples
             else:
-                shard_samples, outcomes = _choose_shard_samples(outcomes, self._options.shard_samples)
-            self._write_split(split, first, shard_samples, outcomes)
-        self._store.settle()
+                shard_samples, results = _choose_shard_samples(results, self._options.shard_samples)
+            self._write_split(split, first, shard_samples, results)
+        self._store.wait()
 
-    def _counted(self, outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
-        for outcome in outcomes:
+    def _counted(self, results: Iterator[SampleResult]) -> Iterator[SampleResult]:
+        for result in results:
             if self._strict:
-                _refuse_any(outcome.rejects)
+                _check_strict(result.rejects)
             self.done += 1
-            self._tell()
-            yield outcome
+            self._report_progress()
+            yield result
 
-    def _tell(self) -> None:
-        self._report(Progress(self.done, self.total, self._shards))
+    def _report_progress(self) -> None:
+        self._report(self.done, self.total, self._shards)
 
-    def _write_split(self, split: str, first: int, shard_samples: int, outcomes: Iterator[Outcome]) -> None:
+    def _write_split(self, split: str, first: int, shard_samples: int, results: Iterator[SampleResult]) -> None:
         number = len(self._store.stored[split])
-        packer, rejects, cut = ShardPacker(), list[Reject](), 0
-        place = first
+        builder, rejects, cut = ShardBuilder(), list[Reject](), 0
+        position = first
 
         def close() -> None:
-            facts = {"split": split, "shard_samples": shard_samples, "next_source": place, "cut": cut}
-            self._store.put(packer, shard_name(split, number), {**facts, "rejects": [asdict(r) for r in rejects]})
+            facts = {"split": split, "shard_samples": shard_samples, "next_source": position, "cut": cut}
+            self._store.put(builder, shard_name(split, number), {**facts, "rejects": [asdict(r) for r in rejects]})
             self._shards += 1
             for reject in rejects:
                 self._listing.reject(reject)
 
-        for outcome in outcomes:
-            if outcome.packed is not None and len(packer.rows) == shard_samples:
+        for result in results:
+            if result.packed is not None and len(builder.rows) == shard_samples:
                 close()
-                number, packer, rejects, cut = number + 1, ShardPacker(), [], 0
-            place += 1
-            rejects += outcome.rejects
-            cut += outcome.captions_cut
-            if outcome.packed is not None:
-                packer.add(outcome.packed)
-        if packer.rows:
+                number, builder, rejects, cut = number + 1, ShardBuilder(), [], 0
+            position += 1
+            rejects += result.rejects
+            cut += result.captions_cut
+            if result.packed is not None:
+                builder.add(result.packed)
+        if builder.rows:
             close()
         else:
-            for reject in rejects:  # of a split in which nothing can be used
+            for reject in rejects:  # the split has no usable image
                 self._listing.reject(reject)
 
 
-def _choose_shard_samples(outcomes: Iterator[Outcome], wanted: int) -> tuple[int, Iterator[Outcome]]:
-    """How many samples a shard shall hold, by the mean size of the first ones, and all outcomes again."""
-    seen: list[Outcome] = []
-    good = size_bytes = 0
-    for outcome in outcomes:
-        seen.append(outcome)
-        if outcome.packed is not None:
-            good += 1
-            size_bytes += len(outcome.packed.tar)
-        if good == PART_SAMPLES or size_bytes >= _SHARD_BYTES:
+def _choose_shard_samples(results: Iterator[SampleResult], requested: int) -> tuple[int, Iterator[SampleResult]]:
+    """Choose the samples per shard by the mean size of the first samples. Returns it with all the results."""
+    seen: list[SampleResult] = []
+    usable = size_bytes = 0
+    for result in results:
+        seen.append(result)
+        if result.packed is not None:
+            usable += 1
+            size_bytes += len(result.packed.tar)
+        if usable == PART_SAMPLES or size_bytes >= _SHARD_BYTES:
             break
-    fit = _SHARD_BYTES * good // size_bytes if good else wanted
-    if fit >= PART_SAMPLES:
-        return min(wanted, fit // PART_SAMPLES * PART_SAMPLES), itertools.chain(seen, outcomes)
-    return 1 << max(3, fit.bit_length() - 1), itertools.chain(seen, outcomes)  # huge pictures: 8, 16 ... 128
+    fitting = _SHARD_BYTES * usable // size_bytes if usable else requested
+    if fitting >= PART_SAMPLES:
+        return min(requested, fitting // PART_SAMPLES * PART_SAMPLES), itertools.chain(seen, results)
+    return 1 << max(3, fitting.bit_length() - 1), itertools.chain(seen, results)  # huge images: 8, 16 ... 128
 
 
 def _plan(listing: Listing, options: IngestOptions) -> dict[str, Any]:
-    """What must be equal for a run to be taken up."""
-    facts = {key: value for key, value in options.facts().items() if key not in ("min_count", "order")}
+    """Return what must be equal for a run to be resumed. The keys are in the records of interrupted runs."""
+    facts = {key: value for key, value in options.describe().items() if key not in ("min_count", "order")}
     return {"format": _FORMAT, **facts, "number of pictures": sum(listing.splits().values()), "list": listing.digest()}
 
 
-def _refuse_any(rejects: tuple[Reject, ...] | list[Reject]) -> None:
+def _check_strict(rejects: tuple[Reject, ...] | list[Reject]) -> None:
     if rejects:
-        raise Refused(f"--strict, and something is wrong with the data: {'; '.join(str(r) for r in rejects[:3])}")
+        raise StrictError(f"--strict, and the data has problems: {'; '.join(str(r) for r in rejects[:3])}")
 
 
-def _finish(listing: Listing, store: _Store, options: IngestOptions, source: str, licence: str) -> dict[str, Any]:
+def _finish(listing: Listing, store: _ShardStore, options: IngestOptions, source: str, licence: str) -> dict[str, Any]:
     shards = {split: [s.shard for s in store.stored[split]] for split in sorted(store.stored) if store.stored[split]}
     if not shards:
-        raise ValueError(f"no picture can be used: {_counts(listing)}")
+        raise ValueError(f"no image is usable: {_format_reject_counts(listing)}")
     lines = "".join(f"{reject.as_json()}\n" for reject in listing.rejects())
     storage.write_bytes(storage.join(store.out, REJECTED), lines.encode())
     facts = {
         "source": source,
         "licence": licence,
-        "options": options.facts(),
+        "options": options.describe(),
         "classes": {str(number): listing.classes[number] for number in sorted(listing.classes)},
         "rejected": listing.reject_counts(),
-        "captions_cut": sum(stored.cut for of_split in store.stored.values() for stored in of_split),
+        "captions_cut": sum(shard.captions_cut for split in store.stored.values() for shard in split),
     }
     description = write_index(store.out, shards, store.rows(), facts=facts, min_count=options.min_count)
     storage.remove(storage.join(store.out, PROGRESS))
     return description
 
 
-def _counts(listing: Listing) -> str:
+def _format_reject_counts(listing: Listing) -> str:
     counts = listing.reject_counts()
     return ", ".join(f"{reason} {sum(by_effect.values())}" for reason, by_effect in counts.items())
 
 
-def _forget(out: str) -> None:
-    """Remove the shards and records of a run that did not finish."""
+def _remove_unfinished(out: str) -> None:
+    """Remove the shards and records of an interrupted run."""
     for name in storage.list_dir(storage.join(out, PROGRESS)):
         shard = name.removesuffix(".json")
         if re.fullmatch(r"[A-Za-z0-9_-]+\.tar", shard):
@@ -363,10 +366,10 @@ def _forget(out: str) -> None:
     storage.remove(storage.join(out, PROGRESS))
 
 
-def _remove_left_overs(out: str) -> None:
-    """Half-written files of a run that was killed, where `out` is a folder on disk."""
+def _remove_temporary_files(out: str) -> None:
+    """Remove half-written files of a killed run, if `out` is a folder on disk."""
     folder = storage.local_path(out)
     if folder is not None and folder.is_dir():
         for path in [*folder.glob(".*"), *(folder / PROGRESS).glob(".*")]:
-            if _LEFT_OVER.fullmatch(path.name):
+            if _TEMPORARY_FILE.fullmatch(path.name):
                 path.unlink(missing_ok=True)

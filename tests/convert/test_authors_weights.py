@@ -20,16 +20,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from t2idist import systems
-from t2idist.contract import BuildInfo, Captions, DataInfo
+from t2idist.contract import BuildInfo, Captions, DataInfo, SupportsEmbed, SupportsSample, SupportsTranslate
 from t2idist.convert.authors import captions, checkpoints
 from t2idist.convert.authors.checkpoints import Checkpoint
-from t2idist.convert.authors.importing import Imported, Options, import_weights, prepare
+from t2idist.convert.authors.importing import ImportResult, ImportOptions, import_weights, prepare_exports
 from t2idist.data.tokenizer import Vocabulary
 from t2idist.engine.checkpoint import export
-from t2idist.evaluate.monitor import can_draw, can_match, can_translate
-from t2idist.sampling.loading import load, network
+from t2idist.sampling.loading import load_export, exported_network
 from tests.helpers.fixed_weights import weight
-from tests.systems.test_loss_values import TINY_DAMSM, colour_batch, counts, damsm_config, made, trainer
+from tests.systems.test_loss_values import (TINY_DAMSM, colour_batch, parameter_counts, damsm_config, build_system, trainer)
 from tools import import_weights as tool
 
 CPU = torch.device("cpu")
@@ -69,7 +68,7 @@ def thin(images: Tensor, places: int = 16) -> Tensor:
 
 # --------------------------------------------------------------------------------- the authors' networks, through files
 @pytest.fixture(scope="module")
-def attngan(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Imported]]:
+def attngan(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[ImportResult]]:
     """Small weights of AttnGAN as its authors saved theirs in 2018, imported."""
     folder = tmp_path_factory.mktemp("attngan")
     files = [
@@ -78,15 +77,15 @@ def attngan(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Import
             ("damsm/text_encoder", "attngan/netG", "attngan/netD0", "attngan/netD1", "attngan/netD2")
         )
     ]
-    return folder, import_weights("attngan", files, str(folder / "out"), Options(words(60)))
+    return folder, import_weights("attngan", files, str(folder / "out"), ImportOptions(words(60)))
 
 
 def as_of_2018(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
 
 
-def test_attngan_draws_what_its_authors_drew(attngan: tuple[Path, list[Imported]], outputs: dict[str, Tensor]) -> None:
-    loaded = load(str(attngan[0] / "out/attngan"), CPU)
+def test_attngan_draws_what_its_authors_drew(attngan: tuple[Path, list[ImportResult]], outputs: dict[str, Tensor]) -> None:
+    loaded = load_export(str(attngan[0] / "out/attngan"), CPU)
     names = ("z", "eps", "sent_emb", "word_embs", "mask")
     with torch.no_grad():
         drawn = loaded.nets["generator"](*(outputs[f"attngan/{name}"] for name in names))
@@ -98,9 +97,9 @@ def test_attngan_draws_what_its_authors_drew(attngan: tuple[Path, list[Imported]
     close(read[1], outputs["text/sentence"])
 
 
-def test_attngan_judges_as_its_authors_did(attngan: tuple[Path, list[Imported]], outputs: dict[str, Tensor]) -> None:
+def test_attngan_judges_as_its_authors_did(attngan: tuple[Path, list[ImportResult]], outputs: dict[str, Tensor]) -> None:
     url = str(attngan[0] / "out/attngan")
-    system, weights = load(url, CPU).system, export.read(url).weights
+    system, weights = load_export(url, CPU).system, export.read(url).weights
     torch.manual_seed(3)
     for size in (64, 128, 256):
         picture = torch.tanh(torch.randn(2, 3, size, size))
@@ -113,14 +112,14 @@ def test_attngan_judges_as_its_authors_did(attngan: tuple[Path, list[Imported]],
             close(judge.unconditional(features).sigmoid(), outputs[f"discriminator/unconditional_{size}"])
 
 
-def test_an_import_says_what_it_found_and_where_from(attngan: tuple[Path, list[Imported]]) -> None:
+def test_an_import_says_what_it_found_and_where_from(attngan: tuple[Path, list[ImportResult]]) -> None:
     folder, (made,) = attngan
     assert made.settings == {
         "generator_width": 8, "branches": 3, "base_size": 64, "residuals": 2, "z_dim": 32, "condition_dim": 32,
         "discriminator_width": 4, "gamma_attention": 4.0, "compat": "authors",
     }  # fmt: skip
-    loaded = load(made.url, CPU)
-    assert loaded.vocabulary == words(60) and loaded.plan.max_words == 18
+    loaded = load_export(made.url, CPU)
+    assert loaded.vocabulary == words(60) and loaded.build_info.max_words == 18
     said = loaded.meta["imported"]
     assert "average" in said["weights"] and "running statistics" in said["weights"]
     assert said["from"]["generator"]["sha256"] == export.storage.sha256((folder / "1.pth").read_bytes())
@@ -130,8 +129,8 @@ def test_an_import_says_what_it_found_and_where_from(attngan: tuple[Path, list[I
 def test_stackgan_pp_draws_what_its_authors_drew(tmp_path: Path, outputs: dict[str, Tensor]) -> None:
     file = write(tmp_path, "netG.pth", recipe_weights(SMALL["stackganv2/netG"]), "module.")
     (made,) = import_weights("stackgan_pp", [file], str(tmp_path / "out"))
-    loaded = load(made.url, CPU)
-    assert loaded.plan.extent.vector_dim == 64 and made.settings["conditional"]
+    loaded = load_export(made.url, CPU)
+    assert loaded.build_info.data.vector_dim == 64 and made.settings["conditional"]
     tokens, lengths = torch.zeros(2, 18, dtype=torch.int64), torch.ones(2, dtype=torch.int64)
     noise = iter([outputs["stackgan/z"], outputs["stackgan/eps"]])
     system: Any = loaded.system
@@ -165,11 +164,11 @@ def test_stackgan_pp_trains_on_vectors_that_come_with_the_data() -> None:
 
 def test_attndcgan_has_one_picture_and_one_judge_of_pairs() -> None:
     with torch.device("meta"):
-        system = made("attngan", damsm_config(), residuals=0, single_output=True)
-    assert counts(system) == {"generator": 6_638_960, "discriminator_256": 71_850_753}
+        system = build_system("attngan", damsm_config(), residuals=0, single_output=True)
+    assert parameter_counts(system) == {"generator": 6_638_960, "discriminator_256": 71_850_753}
     torch.manual_seed(0)
     shape = {"base_size": 16, "branches": 2, "generator_width": 8, "discriminator_width": 4, "residuals": 0, "z_dim": 4}
-    tiny = made("attngan", damsm_config(**TINY_DAMSM), 15, 8, **shape, condition_dim=8, single_output=True)
+    tiny = build_system("attngan", damsm_config(**TINY_DAMSM), 15, 8, **shape, condition_dim=8, single_output=True)
     assert tiny.sizes == (32,)
     run = trainer(tiny, 8)
     for step in range(2):
@@ -190,7 +189,7 @@ def test_stargan_translates_and_judges_as_its_authors_did(tmp_path: Path, change
         write(tmp_path, "200000-D.ckpt", recipe_weights(SMALL["stargan/D"])),
     ]
     (made,) = import_weights("stargan", files, str(tmp_path / "out"))
-    loaded = load(made.url, CPU)
+    loaded = load_export(made.url, CPU)
     system: Any = loaded.system
     assert system.labels == (("Black_Hair", "Blond_Hair", "Brown_Hair", "Male", "Young"),)
     with torch.no_grad():
@@ -204,10 +203,10 @@ def test_stargan_translates_and_judges_as_its_authors_did(tmp_path: Path, change
 def test_names_of_attributes_fit_the_files(tmp_path: Path) -> None:
     files = [write(tmp_path, f"{net}.ckpt", recipe_weights(SMALL[f"stargan/{net}"])) for net in ("G", "D")]
     names = ("hat", "glasses", "beard", "red", "blue")
-    (made,) = import_weights("stargan", files, str(tmp_path / "own"), Options(attributes=(names,)))
-    assert load(made.url, CPU).plan.extent.attributes == (names,)
+    (made,) = import_weights("stargan", files, str(tmp_path / "own"), ImportOptions(attributes=(names,)))
+    assert load_export(made.url, CPU).build_info.data.attributes == (names,)
     with pytest.raises(ValueError, match="--attributes: 2 names are given; the files have 5, of 1 data set"):
-        import_weights("stargan", files, str(tmp_path / "bad"), Options(attributes=(names[:2],)))
+        import_weights("stargan", files, str(tmp_path / "bad"), ImportOptions(attributes=(names[:2],)))
 
 
 # ------------------------------------------------------------------------------------------- the published sizes, whole
@@ -314,15 +313,15 @@ def test_every_published_tensor_has_its_place(case: str) -> None:
         Checkpoint(name, {key: torch.empty(shape, device="meta") for key, shape in PUBLISHED[name].items()})
         for name in names
     ]
-    made = prepare(system, files, Options(vocabulary_of(names)))
+    made = prepare_exports(system, files, ImportOptions(vocabulary_of(names)))
     assert settings.items() <= vars(made[system].config).items()
     placed = set()
     for maker in made.values():
         for dotted, file in maker.places().values():
             assert file is not None
-            net = network(maker.system, dotted)
+            net = exported_network(maker.system, dotted)
             ours = {key: list(value.shape) for key, value in net.state_dict().items()}
-            assert ours == {key: list(value.shape) for key, value in checkpoints.fitted(file, net).items()}
+            assert ours == {key: list(value.shape) for key, value in checkpoints.adapt_weights(file, net).items()}
             placed.add(file.file)
     assert placed == set(names)
 
@@ -351,23 +350,23 @@ def test_published_sizes_go_the_whole_way(tmp_path: Path, case: str) -> None:
     for i, name in enumerate(name for name in names if megabytes(name) <= LARGEST_MB):
         line += ["--from", write(tmp_path, f"{i}.pth", recipe_weights(PUBLISHED[name]), "module." if i % 2 else "")]
     assert tool.main(line) == 0
-    loaded = load(str(tmp_path / "out" / system), CPU)
+    loaded = load_export(str(tmp_path / "out" / system), CPU)
     runs: Any = loaded.system
     size = max(loaded.system.sizes)
     pictures = torch.rand(2, 3, size, size) * 2 - 1
     tokens = torch.tensor([[1, 0, 0], [1, 2, 0]]) if vocabulary is not None else torch.zeros(2, 3, dtype=torch.int64)
-    read = Captions(tokens, torch.tensor([1, 2]), torch.randn(2, loaded.plan.extent.vector_dim))
+    read = Captions(tokens, torch.tensor([1, 2]), torch.randn(2, loaded.build_info.data.vector_dim))
     with torch.no_grad():
-        if can_draw(runs):
+        if isinstance(runs, SupportsSample):
             made = runs.sample(loaded.nets, read, lambda *shape: torch.randn(2, *shape)).images
-            assert [image.shape[2] for image in made] == list(loaded.system.sizes)
-        elif can_translate(runs):
+            assert [image.shape[2] for image in build_system] == list(loaded.system.sizes)
+        elif isinstance(runs, SupportsTranslate):
             made = tuple(
                 runs.translate(loaded.nets, pictures, torch.ones(2, len(labels)), domain)
                 for domain, labels in enumerate(runs.labels)
             )
-        elif can_match(runs):
-            made = runs.embed_pictures(loaded.nets, pictures), runs.embed_captions(loaded.nets, read)
+        elif isinstance(runs, SupportsEmbed):
+            made = runs.embed_images(loaded.nets, pictures), runs.embed_captions(loaded.nets, read)
         else:
             made = (runs.describe(loaded.nets, pictures, 3),)
         for name, weights in export.read(loaded.url).weights.items():
@@ -423,13 +422,13 @@ def test_files_of_2017_from_a_gpu_are_read(tmp_path: Path) -> None:
 def test_instance_normalisation_with_and_without_statistics(tracks: bool) -> None:
     net = nn.Sequential(nn.InstanceNorm2d(3, affine=True, track_running_stats=tracks), nn.BatchNorm2d(3))
     theirs = nn.Sequential(nn.InstanceNorm2d(3, affine=True, track_running_stats=not tracks), nn.BatchNorm2d(3))
-    export.load_into(net, checkpoints.fitted(Checkpoint("f", as_of_2018(theirs.state_dict())), net), "f")
+    export.load_into(net, checkpoints.adapt_weights(Checkpoint("f", as_of_2018(theirs.state_dict())), net), "f")
     if tracks:
         assert net.state_dict()["0.running_var"].tolist() == [1, 1, 1]
     state = theirs.state_dict()
     del state["1.running_mean"]  # of BatchNorm nothing is made up
     with pytest.raises(ValueError, match=r"f: lacks '1\.running_mean'"):
-        export.load_into(net, checkpoints.fitted(Checkpoint("f", state), net), "f")
+        export.load_into(net, checkpoints.adapt_weights(Checkpoint("f", state), net), "f")
 
 
 class Harmful:
@@ -489,11 +488,11 @@ def small(name: str, **changes: Tensor | None) -> Checkpoint:
 
 def test_what_does_not_fit_is_named() -> None:
     generator, text = small("attngan/netG"), small("damsm/text_encoder")
-    known = Options(words(60))
+    known = ImportOptions(words(60))
 
-    def refused(message: str, *files: Checkpoint, options: Options = known, system: str = "attngan") -> None:
+    def refused(message: str, *files: Checkpoint, options: ImportOptions = known, system: str = "attngan") -> None:
         with pytest.raises(ValueError, match=message) as caught:
-            [maker.load() for maker in prepare(system, files, options).values()]
+            [maker.load() for maker in prepare_exports(system, files, options).values()]
         assert "\n" not in str(caught.value)
 
     refused("attngan: its text too must be given, with --from FILE", generator)
@@ -501,9 +500,9 @@ def test_what_does_not_fit_is_named() -> None:
     refused(r"netG\.pth and attngan/netG\.pth: each holds a generator; give one", generator, generator, text)
     refused(r"stackganv2/netG\.pth: by its names \(the first is 'ca_net\.fc", small("stackganv2/netG"), generator, text)
     refused(
-        r"text_encoder\.pth: knows 60 words by number; give the captions\.pickle", generator, text, options=Options()
+        r"text_encoder\.pth: knows 60 words by number; give the captions\.pickle", generator, text, options=ImportOptions()
     )
-    refused("knows 60 words; the given vocabulary has 59", generator, text, options=Options(words(59)))
+    refused("knows 60 words; the given vocabulary has 59", generator, text, options=ImportOptions(words(59)))
     refused(r"netG\.pth: generator: has an unknown 'extra'", small("attngan/netG", extra=torch.zeros(1)), text)
     gone = {"h_net3.att.conv_context.weight": None}
     refused(r"netG\.pth: generator: lacks 'h_net3\.att\.conv_context\.weight'", small("attngan/netG", **gone), text)
@@ -515,10 +514,10 @@ def test_what_does_not_fit_is_named() -> None:
     refused("no weights of its authors that can be read; there are: attngan", generator, system="pixelcnn")
 
 
-def test_an_export_is_not_overwritten(attngan: tuple[Path, list[Imported]]) -> None:
+def test_an_export_is_not_overwritten(attngan: tuple[Path, list[ImportResult]]) -> None:
     folder, _ = attngan
     with pytest.raises(ValueError, match="out/attngan: an export is there already; give another --to"):
-        import_weights("attngan", [str(folder / f"{i}.pth") for i in (0, 1)], str(folder / "out"), Options(words(60)))
+        import_weights("attngan", [str(folder / f"{i}.pth") for i in (0, 1)], str(folder / "out"), ImportOptions(words(60)))
 
 
 # ------------------------------------------------------------------------------------------------ captions.pickle
@@ -605,14 +604,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     generator = write(tmp_path, "g.pth", recipe_weights(SMALL["attngan/netG"]))
     (tmp_path / "words.txt").write_text("\n".join(words(60).words) + "\n")
     (tmp_path / "captions.pickle").write_bytes(
-        pickle.dumps([[], [], dict(enumerate(words(60).words)), words(60).numbers], 2)
+        pickle.dumps([[], [], dict(enumerate(words(60).words)), words(60).ids], 2)
     )
     given = ["--system", "attngan", "--from", file, "--from", generator]
     for i, option in enumerate((("--captions", "captions.pickle"), ("--vocabulary", "words.txt"))):
         line = [*given, option[0], str(tmp_path / option[1]), "--to", str(tmp_path / f"out{i}"), "--max-words", "12"]
         assert tool.main(line) == 0
         assert "generator 509,352, text 103,504" in capsys.readouterr().out
-        loaded = load(str(tmp_path / f"out{i}" / "attngan"), CPU)
-        assert loaded.vocabulary == words(60) and loaded.plan.max_words == 12
+        loaded = load_export(str(tmp_path / f"out{i}" / "attngan"), CPU)
+        assert loaded.vocabulary == words(60) and loaded.build_info.max_words == 12
     assert tool.main([*given, "--to", str(tmp_path / "out2")]) == 2
     assert "knows 60 words by number" in capsys.readouterr().err and not (tmp_path / "out2").exists()

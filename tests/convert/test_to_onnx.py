@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from t2idist.contract import Captions
-from t2idist.sampling.loading import load
+from t2idist.sampling.loading import load_export
 from tests.helpers import small_systems, toy_gan
 from tools import export_weights as tool
 
@@ -23,14 +23,14 @@ NO_PICTURES = {"damsm", "char_text", "captioner"}
 
 def made(folder: Path, name: str) -> str:
     """An export of an untrained small system."""
-    small_systems.write_export(name, str(folder / name), WORDS, small_systems.EXTENTS.get(name, toy_gan.EXTENT))
+    small_systems.write_export(name, str(folder / name), WORDS, small_systems.DATA_INFOS.get(name, toy_gan.DATA_INFO))
     return str(folder / name)
 
 
 def test_plain_files_hold_the_tensors_and_say_what_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     url = made(tmp_path, "attngan")
     assert tool.main(["--export", url, "--to", str(tmp_path / "out")]) == 0
-    loaded, said = load(url, CPU), json.loads((tmp_path / "out/config.json").read_text())
+    loaded, said = load_export(url, CPU), json.loads((tmp_path / "out/config.json").read_text())
     assert said["system"] == "attngan" and said["config"]["generator_width"] == 8
     for name, net in loaded.nets.items():
         tensors = load_file(tmp_path / "out" / said["networks"][name]["file"])
@@ -77,7 +77,7 @@ def test_onnx_draws_the_same_pictures(tmp_path: Path, name: str, asked: list[str
     assert tool.main(["--export", url, "--to", str(tmp_path / "out"), "--onnx"]) == 0
     said = json.loads((tmp_path / "out/config.json").read_text())["onnx"]["draw.onnx"]
     assert [given["name"] for given in said["inputs"]] == asked and said["largest_difference"] < 1e-4
-    loaded = load(url, CPU)
+    loaded = load_export(url, CPU)
     torch.manual_seed(0)
     lengths = torch.tensor([6, 1, 3, 4, 2])
     tokens = torch.randint(1, len(WORDS), (5, 6)) * (torch.arange(6) < lengths[:, None])

@@ -31,10 +31,10 @@ from t2idist.ingest.embed import CaptionedSamples, embed_set
 from t2idist.ingest.vectors_file import VectorsFile
 from t2idist.sampling import sample as sampler
 from t2idist.sampling.loading import exported_network
-from t2idist.sampling.sentence_encoders import open_encoder, encode_sentences
+from t2idist.sampling.sentence_encoders import encode_sentences, open_encoder
 from t2idist.training import worker
 from t2idist.training.stages import StageRun
-from tests.data.test_loader import WORDS, loader, sample, take
+from tests.data.shard_sets import WORDS, make_loader, make_sample, take_batches
 from tests.helpers import small_systems, toy_gan
 from tools import check_shards, embed_captions
 
@@ -52,7 +52,7 @@ def vectors(key: str, captions: int, dim: int = DIM) -> np.ndarray:
 
 def spoken(number: int, split: str = "train", captions: int = 5, dtype: str = "float32") -> SampleRecord:
     """A sample whose captions are all different words, so that the words tell which one was drawn."""
-    made = sample(number, split)
+    made = make_sample(number, split)
     words = tuple(WORDS[(number + i) % len(WORDS)] for i in range(captions))
     return replace(made, captions=words, vectors=vectors(made.key, captions).astype(dtype))
 
@@ -111,7 +111,7 @@ def test_headers_are_those_of_numpy(shape: tuple[int, int], dtype: str):
 
 
 def test_sets_without_vectors_open_as_before(tmp_path: Path):
-    dataset = write(tmp_path / "set", [sample(n) for n in range(9)])
+    dataset = write(tmp_path / "set", [make_sample(n) for n in range(9)])
     assert dataset.vector_info is None and dataset.info.vector_dim == 0
     assert load_split(dataset, "train", sizes=(8,), max_words=5).batch.captions.vectors.shape == (9, 0)
 
@@ -153,7 +153,7 @@ def test_a_hostile_description_gives_a_sentence(told: Dataset, tmp_path: Path, s
 
 # ------------------------------------------------------------------------------------------------ streamed
 def test_a_row_has_the_vector_of_the_caption_that_was_drawn(told: Dataset):
-    batches = take(loader(told, [0, 1, 2, 3]), 6)
+    batches = take_batches(make_loader(told, [0, 1, 2, 3]), 6)
     for batch in batches:
         assert torch.equal(batch.captions.vectors, expected(told, batch))
     drawn = {(key, int(t)) for b in batches for key, t in zip(b.ids, b.captions.tokens[:, 0], strict=True)}
@@ -161,9 +161,9 @@ def test_a_row_has_the_vector_of_the_caption_that_was_drawn(told: Dataset):
 
 
 def test_any_workers_and_any_resume_give_the_same_vectors(told: Dataset):
-    whole = take(loader(told, [0, 1, 2, 3]), 5)
+    whole = take_batches(make_loader(told, [0, 1, 2, 3]), 5)
     for groups in ([0, 1], [2, 3], [1]):
-        for step, batch in enumerate(take(loader(told, groups, step0=2), 3), start=2):
+        for step, batch in enumerate(take_batches(make_loader(told, groups, step0=2), 3), start=2):
             rows = torch.cat([torch.arange(6) + 6 * group for group in groups])
             assert torch.equal(batch.captions.vectors, whole[step].captions.vectors[rows])
 
@@ -171,7 +171,9 @@ def test_any_workers_and_any_resume_give_the_same_vectors(told: Dataset):
 def test_mean_of_several_is_the_drawn_one_and_others(told: Dataset):
     mean_of = {"config": DataConfig(max_words=5, threads=2, vectors_mean_of=3)}
     seen = set()
-    for batch, again in zip(take(loader(told, [0, 1], **mean_of), 4), take(loader(told, [0, 1]), 4), strict=True):
+    for batch, again in zip(
+        take_batches(make_loader(told, [0, 1], **mean_of), 4), take_batches(make_loader(told, [0, 1]), 4), strict=True
+    ):
         assert torch.equal(batch.captions.tokens, again.captions.tokens)  # the words are those of the caption drawn
         for key, own, found in zip(batch.ids, expected(told, batch), batch.captions.vectors, strict=True):
             of_picture = [torch.from_numpy(vector(key, number)) for number in range(5)]
@@ -184,7 +186,7 @@ def test_mean_of_several_is_the_drawn_one_and_others(told: Dataset):
             assert len(fits) == 1 and not any(torch.equal(of_picture[i], own) for i in fits[0])
             seen.add(fits[0])
     assert len(seen) > 5
-    (batch,) = take(loader(told, [0], config=DataConfig(max_words=5, vectors_mean_of=9)), 1)
+    (batch,) = take_batches(make_loader(told, [0], config=DataConfig(max_words=5, vectors_mean_of=9)), 1)
     for key, found in zip(batch.ids, batch.captions.vectors, strict=True):
         assert torch.allclose(found, torch.from_numpy(vectors(key, 5).mean(0)), atol=1e-6)
 
@@ -200,8 +202,8 @@ def test_bad_vectors_quarantine_their_sample(tmp_path: Path, monkeypatch: pytest
     spoilt = {f"{key}.vectors.npy": data for key, data in bad.items()}
     monkeypatch.setattr(sample_format, "member", lambda name, data: real(name, spoilt.get(name, data)))
     dataset = write(tmp_path / "set", [spoken(n) for n in range(24)])
-    stream = loader(dataset, [0, 1], total_groups=2)
-    batches = take(stream, 4)
+    stream = make_loader(dataset, [0, 1], total_groups=2)
+    batches = take_batches(stream, 4)
     assert set(stream.quarantine) == set(bad)
     assert "not finite" in stream.quarantine["s0007"] and "5 x 7 elements of float32" in stream.quarantine["s0005"]
     for batch in batches:
@@ -218,8 +220,8 @@ def test_a_sample_without_vectors_in_a_set_with_them(tmp_path: Path, monkeypatch
             sample_format, "member", lambda name, data: b"" if name == "s0003.vectors.npy" else real(name, data)
         )
         dataset = write(tmp_path / "set", [spoken(n) for n in range(8)])
-    stream = loader(dataset, [0], total_groups=1)
-    take(stream, 2)
+    stream = make_loader(dataset, [0], total_groups=1)
+    take_batches(stream, 2)
     assert stream.quarantine == {"s0003": "has no sentence vectors"}
     assert any("holds 23 members; the manifest needs 24" in sentence for sentence in check(dataset))
 
@@ -262,7 +264,9 @@ def test_an_embedded_set_is_the_same_with_vectors(told: Dataset, tmp_path: Path)
         assert [new.split(name).captions(i) for i in range(len(split))] == [
             split.captions(i) for i in range(len(split))
         ]
-    for ours, theirs in zip(take(loader(new, [0, 1]), 3), take(loader(plain, [0, 1]), 3), strict=True):
+    for ours, theirs in zip(
+        take_batches(make_loader(new, [0, 1]), 3), take_batches(make_loader(plain, [0, 1]), 3), strict=True
+    ):
         assert ours.ids == theirs.ids and torch.equal(ours.images[-1], theirs.images[-1])
         words = [new.vocabulary.words[token] for token in ours.captions.tokens[:, 0].tolist()]
         assert torch.equal(ours.captions.vectors, torch.tensor([[len(w), ord(w[0])] for w in words]).float())
@@ -371,7 +375,7 @@ def test_files_that_hold_no_vectors_give_a_sentence(tmp_path: Path):
 def text_export(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     """An export of an untrained text encoder that knows the words of the emoji and of these tests' samples."""
     words = ("<end>", *dict.fromkeys([*WORDS, *Dataset.open(emoji()).vocabulary.words[1:]]))
-    name, extent = request.param, replace(toy_gan.EXTENT, words=words)
+    name, extent = request.param, replace(toy_gan.DATA_INFO, words=words)
     run = small_systems.config(name)
     plan = StageRun(run, name).build_info(extent)
     torch.manual_seed(2)
@@ -423,7 +427,10 @@ def test_the_tool_embeds_emoji_by_an_export(text_export: str, tmp_path: Path, ca
     assert embed_captions.main(words) == 0
     assert "sentence vectors: 16 numbers of float16" in capsys.readouterr().out
     old, new = Dataset.open(emoji()), Dataset.open(out)
-    assert new.vector_info is not None and new.vector_info.encoder["sha256"] == open_encoder(text_export, CPU).facts["sha256"]
+    assert (
+        new.vector_info is not None
+        and new.vector_info.encoder["sha256"] == open_encoder(text_export, CPU).facts["sha256"]
+    )
     assert new.split("val").keys == old.split("val").keys and new.vocabulary == old.vocabulary
     loaded = load_split(new, "val", sizes=(32,), max_words=18, limit=20)
     direct = open_encoder(text_export, CPU).encode([captions[0] for captions in loaded.captions])
@@ -467,14 +474,14 @@ def test_a_system_is_trained_on_vectors_and_drawn_from_by_their_encoder(
     stage = {"system": "gan_cls", "group_size": 4, "groups": 2, "images": 16, "model": small_systems.MODELS["gan_cls"]}
     given = {"name": "run", "storage": str(tmp_path), "precision": "float32", "data": data, "stages": {"gan": stage}}
     worker.main(from_dict(RunConfig, {**given, "report": {"captions": ["a red heart"]}}), CPU, worker.WorkerContext())
-    assert "reads the data's sentence vectors, and these captions have none" in caplog.text
+    assert "reads the data's sentence vectors, which these captions do not have" in caplog.text
     assert (tmp_path / "run/gan/pictures/images_000000016.png").exists()
     url = str(tmp_path / "run/gan/export")
     assert set(export.read(url).weights) == {"generator"}
     command = ["--export", url, "--out", str(tmp_path / "out"), "--text", "a red heart", "--text", "smiling face"]
     capsys.readouterr()
     assert sampler.main(command) == 2
-    assert f"sentence vectors of 16 numbers, made by {text_export}; give" in capsys.readouterr().err
+    assert f"sentence vectors of 16 elements, made by {text_export}; give" in capsys.readouterr().err
     assert sampler.main([*command, "--encoder", text_export, "--n", "2"]) == 0
     assert capsys.readouterr().err == "" and len(list((tmp_path / "out").iterdir())) == 5
     assert sampler.main([*command[:4], "--interpolate-text", "red heart", "face", "--encoder", text_export]) == 0
@@ -482,9 +489,9 @@ def test_a_system_is_trained_on_vectors_and_drawn_from_by_their_encoder(
     assert '"qqxq zqz": the encoder knows no word' in capsys.readouterr().err
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(small_systems.MODELS, "damsm", {**small_systems.MODELS["damsm"], "embedding_dim": 8})
-        small_systems.write_export("damsm", str(tmp_path / "short"), ("<end>", *toy_gan.EXTENT.words[1:]))
+        small_systems.write_export("damsm", str(tmp_path / "short"), ("<end>", *toy_gan.DATA_INFO.words[1:]))
     assert sampler.main([*command, "--encoder", str(tmp_path / "short")]) == 2
-    assert "gives 8 numbers; the export reads 16" in capsys.readouterr().err
+    assert "gives 8 elements; the export reads vectors of 16" in capsys.readouterr().err
 
 
 @pytest.mark.slow

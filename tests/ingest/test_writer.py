@@ -1,4 +1,4 @@
-"""The writer of shard sets: the same bytes at any number of processes and after any kill, in flat memory."""
+"""The writer of shard sets: the same bytes with any number of processes and after any interruption."""
 
 from __future__ import annotations
 
@@ -24,30 +24,31 @@ from t2idist.ingest.folder import FolderOptions, list_folder
 from t2idist.ingest.image import ImageOptions
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.prepare import MultiprocessPreparer, SampleResult, _ByteBudget
-from t2idist.ingest.writer import IngestOptions, Progress, StrictError, _choose_shard_samples, write_set
+from t2idist.ingest.writer import IngestOptions, StrictError, _choose_shard_samples, write_set
+from tests.helpers.image_files import encode, make_image, write_jsonl
 from tests.helpers.object_store import SECRET, seaweedfs, store
 
 ROOT = Path(__file__).parents[2]
 TINY = IngestOptions(image=ImageOptions(size=8), shard_samples=256)
 
 
-def own_pictures(root: Path, count: int) -> Path:
-    """Pictures with captions.jsonl; every fiftieth is cut short, and one has nothing said of it."""
+def write_folder(root: Path, count: int) -> Path:
+    """Write images with captions.jsonl; every fiftieth is truncated, and one has no annotation."""
     root.mkdir()
-    some = [encode(make_image(24, 16, seed=seed)) for seed in range(16)]
+    images = [encode(make_image(24, 16, seed=seed)) for seed in range(16)]
     rows = []
     for number in range(count):
-        data = some[number % 16]
+        data = images[number % 16]
         (root / f"p{number:05d}.jpg").write_bytes(data[:-90] if number % 50 == 7 else data)
         rows.append({"image": f"p{number:05d}.jpg", "captions": [f"picture number {number}", "it is small"]})
-    (root / "alone.jpg").write_bytes(some[0])
+    (root / "alone.jpg").write_bytes(images[0])
     write_jsonl(root / "captions.jsonl", list(rows))
     return root
 
 
 @pytest.fixture(scope="module")
-def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return own_pictures(tmp_path_factory.mktemp("own") / "mine", 1000)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("own") / "mine", 1000)
 
 
 def write(root: Path, out: Path | str, processes: int = 1, options: IngestOptions = TINY, **more: object) -> dict:
@@ -57,19 +58,19 @@ def write(root: Path, out: Path | str, processes: int = 1, options: IngestOption
         return write_set(listing, str(out), options, processes=processes, **settings)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def contents(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
-def done(mine: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("done") / "set"
-    write(mine, out)
+    write(folder, out)
     return contents(out)
 
 
-def test_a_set_is_whole(mine: Path, done: dict[str, bytes], tmp_path: Path):
-    for name, data in done.items():
+def test_the_set_is_complete(folder: Path, finished: dict[str, bytes], tmp_path: Path):
+    for name, data in finished.items():
         (tmp_path / name).write_bytes(data)
     dataset = Dataset.open(str(tmp_path))
     train, val = dataset.split("train"), dataset.split("val")
@@ -78,9 +79,9 @@ def test_a_set_is_whole(mine: Path, done: dict[str, bytes], tmp_path: Path):
     numbers = [int(key[1:]) for key in train.keys]
     assert numbers != sorted(numbers) and sum(a > b for a, b in pairwise(numbers)) > 300
     assert train.captions(5)[0] == f"picture number {numbers[5]}"
-    found = ShardReader(dataset, "train").read(SampleRange(1, 0, 256))
-    assert all(isinstance(sample, EncodedImage) for sample in found)
-    description = json.loads(done["dataset.json"])
+    samples = ShardReader(dataset, "train").read(SampleRange(1, 0, 256))
+    assert all(isinstance(sample, EncodedImage) for sample in samples)
+    description = json.loads(finished["dataset.json"])
     assert description["rejected"] == {
         "picture_without_captions": {"left out": 1}, "truncated": {"left out": 20},
     }  # fmt: skip
@@ -88,17 +89,17 @@ def test_a_set_is_whole(mine: Path, done: dict[str, bytes], tmp_path: Path):
         "min": 3, "mean": 3.0, "median": 3, "p95": 3, "max": 3,
     }  # fmt: skip
     assert description["options"]["size"] == 8 and description["vocabulary"]["picture"] == 980
-    assert done["rejected.jsonl"].count(b"\n") == 21
+    assert finished["rejected.jsonl"].count(b"\n") == 21
     assert description["captions"]["val"]["unknown_word_share"] == 0
 
 
 @pytest.mark.whole
 @pytest.mark.parametrize("processes", [2, 3])
-def test_any_number_of_processes_gives_the_same_bytes(
-    mine: Path, done: dict[str, bytes], tmp_path: Path, processes: int
+def test_the_bytes_do_not_depend_on_the_number_of_processes(
+    folder: Path, finished: dict[str, bytes], tmp_path: Path, processes: int
 ):
-    write(mine, tmp_path / "set", processes)
-    assert contents(tmp_path / "set") == done
+    write(folder, tmp_path / "set", processes)
+    assert contents(tmp_path / "set") == finished
 
 
 class Killed(BaseException):
@@ -106,53 +107,53 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize(("at", "stored"), [(1, 0), (300, 1), (530, 2), (999, 4)])
-def test_the_same_call_goes_on_after_the_last_stored_shard(
-    mine: Path, done: dict[str, bytes], tmp_path: Path, at: int, stored: int
+def test_the_same_call_resumes_after_the_last_stored_shard(
+    folder: Path, finished: dict[str, bytes], tmp_path: Path, at: int, stored: int
 ):
-    def kill(progress: Progress) -> None:
-        if progress.images == at:
+    def kill(done: int, total: int, shards: int) -> None:
+        if done == at:
             raise Killed
 
     out = tmp_path / "set"
     with pytest.raises(Killed):
-        write(mine, out, report=kill)
+        write(folder, out, report=kill)
     assert not (out / "dataset.json").exists()
     with pytest.raises(ValueError, match="no finished shard set"):
         Dataset.open(str(out))
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     assert len(before) == stored
-    seen = []
-    write(mine, out, report=seen.append)
-    assert contents(out) == done
+    shard_counts: list[int] = []
+    write(folder, out, report=lambda done, total, shards: shard_counts.append(shards))
+    assert contents(out) == finished
     assert all(path.stat().st_mtime_ns == written for path, written in before.items())
-    assert seen[0].shards == len(before)
+    assert shard_counts[0] == len(before)
 
 
-def stop_after(mine: Path, out: Path, images: int, options: IngestOptions = TINY) -> None:
-    def kill(progress: Progress) -> None:
-        if progress.images == images:
+def stop_after(folder: Path, out: Path, images: int, options: IngestOptions = TINY) -> None:
+    def kill(done: int, total: int, shards: int) -> None:
+        if done == images:
             raise Killed
 
     with pytest.raises(Killed):
-        write(mine, out, options=options, report=kill)
+        write(folder, out, options=options, report=kill)
 
 
-def test_another_plan_is_refused_and_restart_begins_anew(mine: Path, done: dict[str, bytes], tmp_path: Path):
+def test_other_options_are_refused_and_restart_starts_again(folder: Path, finished: dict[str, bytes], tmp_path: Path):
     out = tmp_path / "set"
     other = IngestOptions(image=ImageOptions(size=8, quality=80), shard_samples=256)
-    stop_after(mine, out, 900, other)
-    with pytest.raises(ValueError, match=r"begun with another quality .then 80, now 95.; .* --restart"):
-        write(mine, out)
-    write(mine, out, restart=True)
-    assert contents(out) == done
+    stop_after(folder, out, 900, other)
+    with pytest.raises(ValueError, match=r"started with another quality .then 80, now 95.; .* --restart"):
+        write(folder, out)
+    write(folder, out, restart=True)
+    assert contents(out) == finished
     with pytest.raises(ValueError, match="finished shard set already"):
-        write(mine, out)
+        write(folder, out)
 
 
 @pytest.mark.parametrize("damage", ["shard missing", "shard short", "record damaged", "left overs"])
-def test_damage_between_two_runs_is_mended(mine: Path, done: dict[str, bytes], tmp_path: Path, damage: str):
+def test_damage_between_two_runs_is_repaired(folder: Path, finished: dict[str, bytes], tmp_path: Path, damage: str):
     out = tmp_path / "set"
-    stop_after(mine, out, 900)
+    stop_after(folder, out, 900)
     if damage == "shard missing":
         (out / "train-00001.tar").unlink()
     elif damage == "shard short":
@@ -162,14 +163,14 @@ def test_damage_between_two_runs_is_mended(mine: Path, done: dict[str, bytes], t
     else:
         (out / ".train-00003.tar.0123abcd").write_bytes(b"half")
         (out / "progress" / ".train-00003.tar.json.0123abcd").write_bytes(b"half")
-    write(mine, out)
-    assert contents(out) == done
+    write(folder, out)
+    assert contents(out) == finished
 
 
-def test_strict_stops_and_finishes_nothing(mine: Path, tmp_path: Path):
+def test_strict_stops_at_the_first_problem(folder: Path, tmp_path: Path):
     with pytest.raises(StrictError, match="alone.jpg: picture_without_captions"):
-        write(mine, tmp_path / "a", strict=True)
-    clean = own_pictures(tmp_path / "clean", 60)
+        write(folder, tmp_path / "a", strict=True)
+    clean = write_folder(tmp_path / "clean", 60)
     (clean / "alone.jpg").unlink()
     with pytest.raises(StrictError, match="p00.07.jpg: truncated, left out"):
         write(clean, tmp_path / "b", strict=True)
@@ -180,20 +181,20 @@ def test_strict_stops_and_finishes_nothing(mine: Path, tmp_path: Path):
     assert (tmp_path / "b" / "rejected.jsonl").read_bytes() == b""
 
 
-def test_nothing_usable_gives_a_sentence(tmp_path: Path):
+def test_data_without_usable_images_is_refused(tmp_path: Path):
     root = tmp_path / "mine"
     root.mkdir()
     (root / "a.jpg").write_bytes(b"")
     write_jsonl(root / "captions.jsonl", [{"image": "a.jpg", "caption": "nothing"}])
-    with pytest.raises(ValueError, match="no picture can be used: zero_bytes 1"):
+    with pytest.raises(ValueError, match="no image is usable: zero_bytes 1"):
         write(root, tmp_path / "set")
-    with pytest.raises(ValueError, match="--shard-samples 100: give a multiple of 256"):
+    with pytest.raises(ValueError, match="--shard-samples 100: must be a multiple of 256"):
         IngestOptions(shard_samples=100)
 
 
-def test_captions_are_cut_and_rare_words_unknown(mine: Path, tmp_path: Path):
+def test_long_captions_are_cut_and_rare_words_are_unknown(folder: Path, tmp_path: Path):
     options = IngestOptions(image=ImageOptions(size=8), max_words=2, min_count=2)
-    description = write(mine, tmp_path / "set", options=options)
+    description = write(folder, tmp_path / "set", options=options)
     assert description["captions_cut"] == 1960
     assert set(description["vocabulary"]) == {"picture", "number", "it", "is"}
     dataset = Dataset.open(str(tmp_path / "set"))
@@ -201,35 +202,35 @@ def test_captions_are_cut_and_rare_words_unknown(mine: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("sample_bytes", "wanted", "chosen"),
+    ("sample_bytes", "requested", "expected"),
     [(10_000, 1024, 1024), (200_000, 1024, 512), (400_000, 1024, 256), (600_000, 1024, 128), (60 << 20, 1024, 8)],
 )
-def test_shards_of_large_pictures_hold_fewer(sample_bytes: int, wanted: int, chosen: int):
-    class Long(bytes):
+def test_shards_of_large_images_hold_fewer_samples(sample_bytes: int, requested: int, expected: int):
+    class LargeBytes(bytes):
         def __len__(self) -> int:
             return sample_bytes
 
-    outcomes = (SampleResult(PackedSample(Long(), {"n": n}), ()) for n in range(400))
-    found, again = _choose_shard_samples(outcomes, wanted)
-    assert found == chosen
-    assert [o.packed.row["n"] for o in again if o.packed] == list(range(400))
+    results = (SampleResult(PackedSample(LargeBytes(), {"n": n}), ()) for n in range(400))
+    shard_samples, same_results = _choose_shard_samples(results, requested)
+    assert shard_samples == expected
+    assert [result.packed.row["n"] for result in same_results if result.packed] == list(range(400))
 
 
-def test_reading_ahead_keeps_to_its_bytes_and_its_order():
+def test_prefetching_respects_the_byte_limit_and_the_order():
     budget = _ByteBudget(100)
     order = []
 
-    def take(ticket: int, size: int) -> None:
-        budget.take(ticket, size)
+    def acquire(ticket: int, size: int) -> None:
+        budget.acquire(ticket, size)
         order.append(ticket)
 
-    threads = [threading.Thread(target=take, args=(t, s)) for t, s in ((3, 10), (2, 500), (1, 60), (0, 60))]
+    threads = [threading.Thread(target=acquire, args=(t, s)) for t, s in ((3, 10), (2, 500), (1, 60), (0, 60))]
     for thread in threads:
         thread.start()
     time.sleep(0.1)
     assert order == [0]
     for size, expected in ((60, [0, 1]), (60, [0, 1, 2]), (500, [0, 1, 2, 3])):
-        budget.give(size)
+        budget.release(size)
         time.sleep(0.1)
         assert order == expected
     for thread in threads:
@@ -237,131 +238,137 @@ def test_reading_ahead_keeps_to_its_bytes_and_its_order():
 
 
 @pytest.mark.whole
-def test_a_worker_that_dies_and_one_that_fails_give_a_sentence(mine: Path):
+def test_errors_and_deaths_of_workers_are_reported(folder: Path):
     with Listing() as listing:
-        list_folder(str(mine), listing, FolderOptions(val=0, test=0))
-        work = MultiprocessPreparer(ImageOptions(), None, 2)
+        list_folder(str(folder), listing, FolderOptions(val=0, test=0))
+        preparer = MultiprocessPreparer(ImageOptions(), None, 2)
         try:
-            outcomes = work.run(listing.images("train"))
-            assert len(list(islice(outcomes, 20))) == 20
-            work._processes[0].kill()
-            with pytest.raises(RuntimeError, match=r"ended by itself .exit status -9"):
-                list(outcomes)
+            results = preparer.run(listing.images("train"))
+            assert len(list(islice(results, 20))) == 20
+            preparer._processes[0].kill()
+            with pytest.raises(RuntimeError, match=r"exited unexpectedly .exit status -9"):
+                list(results)
         finally:
-            work.close()
-        (mine / "locked").mkdir(exist_ok=True)
+            preparer.close()
+        (folder / "locked").mkdir(exist_ok=True)
         listing.add("other", "x.jpg", "nothere://bucket/x.jpg")
-        work = MultiprocessPreparer(ImageOptions(), None, 1)
+        preparer = MultiprocessPreparer(ImageOptions(), None, 1)
         try:
             with pytest.raises(ValueError, match="this URL cannot be opened"):
-                list(work.run(listing.images("other")))
+                list(preparer.run(listing.images("other")))
         finally:
-            work.close()
+            preparer.close()
 
 
-def tool(name: str, *words: str) -> list[str]:
-    return [sys.executable, str(ROOT / "tools" / f"{name}.py"), *words]
+def tool(name: str, *arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "tools" / f"{name}.py"), *arguments]
 
 
-def shard_folder(mine: Path, out: Path | str, processes: int = 2) -> list[str]:
-    words = ["--folder", str(mine), "--out", str(out), "--size", "8", "--shard-samples", "256", "--val", "0.1"]
-    return tool("shard_folder", *words, "--test", "0", "--processes", str(processes), "--licence", "mine")
+def shard_folder(folder: Path, out: Path | str, processes: int = 2) -> list[str]:
+    arguments = ["--folder", str(folder), "--out", str(out), "--size", "8", "--shard-samples", "256", "--val", "0.1"]
+    return tool("shard_folder", *arguments, "--test", "0", "--processes", str(processes), "--licence", "mine")
 
 
 @pytest.mark.slow
-def test_a_killed_tool_goes_on_and_its_workers_end(mine: Path, done: dict[str, bytes], tmp_path: Path):
+def test_a_killed_tool_resumes_and_its_workers_exit(folder: Path, finished: dict[str, bytes], tmp_path: Path):
     out = tmp_path / "set"
     for shards in (0, 2):
-        process = subprocess.Popen(shard_folder(mine, out), stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(shard_folder(folder, out), stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
-        while len(list((out / "progress").glob("*.json"))) < shards or not _children(process.pid):
+        while len(list((out / "progress").glob("*.json"))) < shards or not child_pids(process.pid):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
-        workers = _children(process.pid)
+        workers = child_pids(process.pid)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        kept = {path: path.stat().st_mtime_ns for path in out.glob("*.tar") if _recorded(path)}
+        kept = {path: path.stat().st_mtime_ns for path in out.glob("*.tar") if has_record(path)}
         while any(Path(f"/proc/{pid}").exists() for pid in workers):
             assert time.monotonic() < deadline
             time.sleep(0.05)
-    ended = subprocess.run(shard_folder(mine, out), capture_output=True, text=True, timeout=120, check=False)
+    ended = subprocess.run(shard_folder(folder, out), capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 0, ended.stderr
-    assert contents(out) == done
+    assert contents(out) == finished
     assert all(path.stat().st_mtime_ns == written for path, written in kept.items()) and len(kept) >= 2
     assert "truncated" in ended.stdout and "980" not in ended.stderr
 
 
-def _recorded(shard: Path) -> bool:
+def has_record(shard: Path) -> bool:
     return (shard.parent / "progress" / f"{shard.name}.json").exists()
 
 
-def _children(pid: int) -> list[int]:
+def child_pids(pid: int) -> list[int]:
     try:
-        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return [int(pid) for pid in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except FileNotFoundError:
         return []
 
 
 @pytest.mark.whole
-def test_tools_end_in_a_sentence_and_a_status(mine: Path, tmp_path: Path):
-    def ends(*words: str) -> tuple[int, str]:
-        done = subprocess.run(tool(*words), capture_output=True, text=True, timeout=60, check=False)
-        return done.returncode, done.stderr
+def test_tools_print_one_line_and_return_the_status_after_errors(folder: Path, tmp_path: Path):
+    def run(*arguments: str) -> tuple[int, str]:
+        process = subprocess.run(tool(*arguments), capture_output=True, text=True, timeout=60, check=False)
+        return process.returncode, process.stderr
 
     out = str(tmp_path / "set")
-    assert ends("shard_coco", "--coco", str(mine), "--out", out)[0] == 2
-    status, said = ends("shard_cub", "--cub", str(mine), "--out", out)
+    assert run("shard_coco", "--coco", str(folder), "--out", out)[0] == 2
+    status, error = run("shard_cub", "--cub", str(folder), "--out", out)
     assert (
-        status == 2 and said.startswith("shard_cub.py: the folder CUB_200_2011 was not found") and said.count("\n") == 1
+        status == 2
+        and error.startswith("shard_cub.py: the folder CUB_200_2011 was not found")
+        and error.count("\n") == 1
     )
-    status, said = ends("shard_folder", "--folder", str(mine), "--out", out, "--strict", "--processes", "1")
-    assert status == 1 and "alone.jpg: picture_without_captions" in said and said.count("\n") == 1
-    status, said = ends("shard_celeba", "--celeba", "pipe:cat /etc/passwd", "--out", out)
-    assert status == 2 and "not allowed" in said
-    for delay in (0.5, 0.2, 0.1, 0.0):  # a fast machine may be done before it is interrupted
-        again = f"{out}-{delay}"
+    status, error = run("shard_folder", "--folder", str(folder), "--out", out, "--strict", "--processes", "1")
+    assert status == 1 and "alone.jpg: picture_without_captions" in error and error.count("\n") == 1
+    status, error = run("shard_celeba", "--celeba", "pipe:cat /etc/passwd", "--out", out)
+    assert status == 2 and "not allowed" in error
+    for delay in (0.5, 0.2, 0.1, 0.0):  # a fast machine may finish before the interrupt
+        interrupted = f"{out}-{delay}"
         process = subprocess.Popen(
-            shard_folder(mine, again), stderr=subprocess.PIPE, text=True, start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
+            shard_folder(folder, interrupted), stderr=subprocess.PIPE, text=True, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs of a shell ignore it
         )  # fmt: skip
-        while len(_children(process.pid)) < 2:
+        while len(child_pids(process.pid)) < 2:
             time.sleep(0.01)
         time.sleep(delay)
         os.killpg(process.pid, signal.SIGINT)
-        said = process.communicate(timeout=60)[1]
+        error = process.communicate(timeout=60)[1]
         if process.returncode:
             break
-    assert process.returncode == 130 and "the same command goes on" in said
+    assert process.returncode == 130 and "run the same command again to resume" in error
 
 
 @pytest.fixture(scope="module")
 def object_store() -> Iterator[dict[str, str]]:
-    with seaweedfs() as reach:
-        yield reach
+    with seaweedfs() as environment:
+        yield environment
 
 
 @pytest.mark.slow
-def test_from_and_to_an_object_store(
-    mine: Path, done: dict[str, bytes], tmp_path: Path, object_store: dict[str, str], monkeypatch: pytest.MonkeyPatch
+def test_object_stores_as_source_and_destination(
+    folder: Path,
+    finished: dict[str, bytes],
+    tmp_path: Path,
+    object_store: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ):
     address = object_store["AWS_ENDPOINT_URL"]
     remote = store(address)
-    remote.put(str(mine) + "/", "bucket/mine/", recursive=True)
+    remote.put(str(folder) + "/", "bucket/mine/", recursive=True)
     env = {name: value for name, value in object_store.items() if name != "AWS_ENDPOINT_URL"}
-    words = [*shard_folder(mine, "s3://bucket/set"), "--endpoint-url", address]
-    words[words.index(str(mine))] = "s3://bucket/mine"
-    process = subprocess.Popen(words, env=env, stderr=subprocess.DEVNULL)
+    command = [*shard_folder(folder, "s3://bucket/set"), "--endpoint-url", address]
+    command[command.index(str(folder))] = "s3://bucket/mine"
+    process = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
     while process.poll() is None and not remote.exists("bucket/set/train-00000.tar"):
         time.sleep(0.05)
         remote.invalidate_cache()
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    ended = subprocess.run(words, env=env, capture_output=True, text=True, timeout=200, check=False)
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
     assert ended.returncode == 0, ended.stderr
     assert SECRET not in ended.stdout + ended.stderr
     remote.invalidate_cache()
-    found = {name.removeprefix("bucket/set/"): remote.cat_file(name) for name in remote.find("bucket/set")}
-    assert found == done
+    stored = {name.removeprefix("bucket/set/"): remote.cat_file(name) for name in remote.find("bucket/set")}
+    assert stored == finished
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
         monkeypatch.setenv(name, object_store[name])
     assert len(Dataset.open("s3://bucket/set", endpoint_url=address).split("train").shards) == 4
@@ -370,10 +377,10 @@ def test_from_and_to_an_object_store(
     assert ended.returncode == 0 and "problems: none" in ended.stdout, ended.stdout + ended.stderr
 
 
-def test_sets_in_memory(tmp_path: Path):
-    some = encode(make_image(24, 16))
+def test_sets_in_memory_are_written_in_process(tmp_path: Path):
+    data = encode(make_image(24, 16))
     for number in range(5):
-        storage.write_bytes(f"memory://own/{number}.jpg", some)
+        storage.write_bytes(f"memory://own/{number}.jpg", data)
         storage.write_bytes(f"memory://own/{number}.txt", b"a picture")
     with Listing() as listing:
         list_folder("memory://own", listing, FolderOptions(val=0, test=0))
@@ -382,12 +389,12 @@ def test_sets_in_memory(tmp_path: Path):
     assert storage.list_dir("memory://own-set/progress") == []
 
 
-def _peak_kib(words: list[str]) -> list[int]:
-    """Highest resident memory of a tool and of its workers, largest first."""
-    process = subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+def peak_kib(command: list[str]) -> list[int]:
+    """Return the peak resident memory of a tool and of its workers, largest first."""
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     peaks: dict[int, int] = {}
     while process.poll() is None:
-        for pid in [process.pid, *_children(process.pid)]:
+        for pid in [process.pid, *child_pids(process.pid)]:
             try:
                 status = Path(f"/proc/{pid}/status").read_text()
             except (FileNotFoundError, ProcessLookupError):
@@ -401,10 +408,10 @@ def _peak_kib(words: list[str]) -> list[int]:
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path: Path):
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path):
     peaks = []
     for count in (5000, 20_000):
-        root = own_pictures(tmp_path / f"mine{count}", count)
-        peaks.append(_peak_kib(shard_folder(root, tmp_path / f"set{count}")))
+        root = write_folder(tmp_path / f"mine{count}", count)
+        peaks.append(peak_kib(shard_folder(root, tmp_path / f"set{count}")))
     for few, many in zip(*peaks, strict=True):
         assert many < 1.1 * few, peaks

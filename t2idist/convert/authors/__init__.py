@@ -1,5 +1,5 @@
-"""The weights that the authors of the published systems gave out, made into exports of ours.
+"""Convert the weights that the authors of the published systems released to exports.
 
-`checkpoints` reads their files, `captions` their vocabulary, `recipes` says which tensor is which and reads the sizes
-off the shapes, `importing` puts it together.
+`checkpoints` reads the files of weights and `captions` the vocabularies; `layouts` describes which tensors identify a
+network and which settings follow from their shapes; `importing` writes the exports.
 """

@@ -1,4 +1,4 @@
-"""The authors' vocabularies: words in the order of their numbers, which no one can make again from the captions."""
+"""Read the authors' vocabularies. The order of the words cannot be reconstructed from the captions."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from pathlib import Path
 from t2idist import storage
 from t2idist.data.tokenizer import Vocabulary
 
-SECONDS = 180.0
-LARGEST_BYTES = 1 << 30
+TIMEOUT_SECONDS = 180.0
+MAX_BYTES = 1 << 30
 
 
-def from_pickle(url: str, seconds: float = SECONDS) -> Vocabulary:
-    """The vocabulary of an AttnGAN captions.pickle, read by another process with limits of time and memory.
+def from_pickle(url: str, seconds: float = TIMEOUT_SECONDS) -> Vocabulary:
+    """Read the vocabulary of an AttnGAN captions.pickle in a subprocess with limited time and memory.
 
-    Raises ValueError, one sentence, where it is not one, or asks for anything but plain values.
+    Raises ValueError if it is not such a file, or needs anything but plain values.
     """
     file = storage.redact(url)
     data = _bytes(url)
     reader = Path(__file__).with_name("unpickle.py")
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-I", "-S", str(reader)], input=data, capture_output=True, timeout=seconds, env={}
         )
     except subprocess.TimeoutExpired:
         raise ValueError(f"{file}: not read within {seconds:g} s; the reader was stopped") from None
     try:
-        answer = json.loads(done.stdout)
+        answer = json.loads(process.stdout)
     except ValueError:
-        raise ValueError(f"{file}: the process that read it ended with status {done.returncode}") from None
+        raise ValueError(f"{file}: the process that read it exited with status {process.returncode}") from None
     if "error" in answer:
-        raise ValueError(f"{file}: not a captions.pickle that can be read: {answer['error']}")
+        raise ValueError(f"{file}: not a readable captions.pickle: {answer['error']}")
     return _vocabulary(answer["words"], file)
 
 
 def from_text(url: str) -> Vocabulary:
-    """The vocabulary of a text file: one word a line, the first line is word 0."""
+    """Read the vocabulary of a text file with one word per line; the first line is word 0."""
     file = storage.redact(url)
     try:
         text = _bytes(url).decode("utf-8")
@@ -49,8 +49,8 @@ def from_text(url: str) -> Vocabulary:
 
 def _bytes(url: str) -> bytes:
     try:
-        if (size := storage.size(url)) > LARGEST_BYTES:
-            raise ValueError(f"{storage.redact(url)}: {size >> 20} MB; a vocabulary's file has at most 1024 MB")
+        if (size := storage.size(url)) > MAX_BYTES:
+            raise ValueError(f"{storage.redact(url)}: {size >> 20} MB; a vocabulary file has at most 1024 MB")
         return storage.read_bytes(url)
     except (FileNotFoundError, IsADirectoryError):
         raise ValueError(f"{storage.redact(url)}: no such file") from None

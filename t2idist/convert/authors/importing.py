@@ -1,4 +1,4 @@
-"""The authors' files made into exports, strictly: every tensor has its place, every size is read off the shapes."""
+"""Convert the authors' files to exports: every tensor must be used, and all sizes are inferred from the shapes."""
 
 from __future__ import annotations
 
@@ -13,226 +13,236 @@ from t2idist.config.strict import from_dict, to_dict
 from t2idist.contract import BuildInfo, DataInfo, System
 from t2idist.convert.authors import checkpoints
 from t2idist.convert.authors.checkpoints import Checkpoint
-from t2idist.convert.authors.recipes import RECIPES, Fit, Part, WeightsLayout, of_system
-from t2idist.data.tokenizer import END, Vocabulary
+from t2idist.convert.authors.layouts import LAYOUTS, FileLayout, InferredConfig, WeightsLayout, layouts_for
+from t2idist.data.tokenizer import END_TOKEN, Vocabulary
 from t2idist.engine.checkpoint import export
 from t2idist.nn.init import shapes_only
-from t2idist.sampling.loading import network
+from t2idist.sampling.loading import exported_network
 from t2idist.systems import load as load_system
 
-Sorted = dict[str, dict[str, Checkpoint]]
-"""Files by recipe and by network."""
+FilesByLayout = dict[str, dict[str, Checkpoint]]
+"""Files by layout and network."""
 
 
 @dataclass(frozen=True)
-class Imported:
-    """An export that was written. parameters: of each network. settings: those that the files told."""
+class ImportResult:
+    """An export that was written."""
 
     url: str
     system: str
     settings: Mapping[str, Any]
+    """Settings of the system that were inferred from the files."""
     parameters: Mapping[str, int]
+    """Number of parameters of each network."""
 
 
 @dataclass(frozen=True)
-class Options:
-    """What no file tells.
-
-    vocabulary: of the text encoder. attributes: their names, for each data set. max_words: of a caption.
-    """
+class ImportOptions:
+    """Information that the files do not contain."""
 
     vocabulary: Vocabulary | None = None
+    """Vocabulary of the text encoder."""
     attributes: tuple[tuple[str, ...], ...] = ()
+    """Names of the attributes of each data set."""
     max_words: int = 18
+    """Words per caption."""
 
 
-def import_weights(system: str, files: Sequence[str], to: str, options: Options = Options()) -> list[Imported]:
-    """Write exports of the authors' files under `to`: one in a folder of the system's name, one for each slot it uses.
+def import_weights(
+    system: str, files: Sequence[str], to: str, options: ImportOptions = ImportOptions()
+) -> list[ImportResult]:
+    """Write an export of the system under `to`, and one of each system that it uses if all files of that are given.
 
-    An export of a slot is written where all of its files are given. Raises ValueError, one sentence that names the
-    file and the tensor, for whatever does not fit; then nothing is written.
+    Raises:
+        ValueError: a file or tensor does not match; nothing is written.
     """
-    read = [checkpoints.read(url) for url in files]
-    hashes = {checkpoint.file: sha256 for checkpoint, sha256 in read}
-    makers = prepare(system, [checkpoint for checkpoint, _ in read], options)
-    for folder in makers:
+    contents = [checkpoints.read(url) for url in files]
+    hashes = {checkpoint.file: sha256 for checkpoint, sha256 in contents}
+    builders = prepare_exports(system, [checkpoint for checkpoint, _ in contents], options)
+    for folder in builders:
         if export.exists(storage.join(to, folder)):
             raise ValueError(
-                f"{storage.redact(storage.join(to, folder))}: an export is there already; give another --to"
+                f"{storage.redact(storage.join(to, folder))}: already contains an export; use another --to"
             )
-    loaded = {folder: maker.load() for folder, maker in makers.items()}
-    return [maker.write(storage.join(to, folder), loaded[folder], hashes) for folder, maker in makers.items()]
+    loaded = {folder: builder.load() for folder, builder in builders.items()}
+    return [builder.write(storage.join(to, folder), loaded[folder], hashes) for folder, builder in builders.items()]
 
 
-def prepare(system: str, files: Sequence[Checkpoint], options: Options = Options()) -> dict[str, Maker]:
-    """The exports that can be made of the files, by their folder. Raises ValueError, one sentence."""
-    recipe, found = _sort(of_system(system), files)
-    words = _words(found, options.vocabulary)
-    makers = {slot: Maker(RECIPES[name], found.get(name, {}), words, options) for slot, name in recipe.uses.items()}
-    makers[system] = Maker(recipe, found[recipe.name], words, options, dict(makers))
-    missing = makers[system].missing()
+def prepare_exports(
+    system: str, files: Sequence[Checkpoint], options: ImportOptions = ImportOptions()
+) -> dict[str, ExportBuilder]:
+    """Return a builder for each export that the files are sufficient for, by folder. Raises ValueError."""
+    layout, matched = _match_layout(layouts_for(system), files)
+    words = _vocabulary_words(matched, options.vocabulary)
+    builders = {
+        slot: ExportBuilder(LAYOUTS[name], matched.get(name, {}), words, options) for slot, name in layout.uses.items()
+    }
+    builders[system] = ExportBuilder(layout, matched[layout.name], words, options, dict(builders))
+    missing = builders[system].missing()
     if missing:
-        raise ValueError(f"{system}: its {' and '.join(missing)} too must be given, with --from FILE")
-    return {folder: maker for folder, maker in makers.items() if not maker.missing()}
+        raise ValueError(f"{system}: missing {' and '.join(missing)}; add the file with --from FILE")
+    return {folder: builder for folder, builder in builders.items() if not builder.missing()}
 
 
-# ------------------------------------------------------------------------------------------------ which file is what
-def _sort(recipes: Sequence[WeightsLayout], files: Sequence[Checkpoint]) -> tuple[WeightsLayout, Sorted]:
-    """The first of a system's recipes that has a place for every file, and the files in their places."""
-    for recipe in recipes:
-        found: Sorted = {recipe.name: {}}
-        if all(_place(recipe, file, found) for file in files) and found[recipe.name]:
-            return recipe, found
-    known = {part.network for recipe in recipes for _, part in _parts(recipe)}
+# -------------------------------------------------------------------------------------------------- matching of files
+def _match_layout(layouts: Sequence[WeightsLayout], files: Sequence[Checkpoint]) -> tuple[WeightsLayout, FilesByLayout]:
+    """Return the first layout that accounts for every file, and the files by layout and network."""
+    for layout in layouts:
+        matched: FilesByLayout = {layout.name: {}}
+        if all(_assign(layout, file, matched) for file in files) and matched[layout.name]:
+            return layout, matched
+    kinds = [kind for layout in layouts for _, kind in _file_layouts(layout)]
     for file in files:
-        if not any(part.fits(file) for recipe in recipes for _, part in _parts(recipe)):
+        if not any(kind.matches(file) for kind in kinds):
+            known = ", ".join(sorted({kind.network for kind in kinds}))
             raise ValueError(
-                f"{file.file}: by its names (the first is '{next(iter(file.weights))}') none of {recipes[0].system}'s "
-                f"networks; these are {', '.join(sorted(known))}"
+                f"{file.file}: its tensor names (the first is '{next(iter(file.weights))}') match no network of "
+                f"{layouts[0].system}; the networks are {known}"
             )
-    raise ValueError(f"{recipes[0].system}: none of the files holds its generator")
+    raise ValueError(f"{layouts[0].system}: none of the files contains its generator")
 
 
-def _parts(recipe: WeightsLayout) -> list[tuple[str, Part]]:
-    """All kinds of files that a recipe takes, each with the recipe that it is of."""
-    own = [(recipe.name, part) for part in recipe.parts]
-    return own + [(name, part) for name in recipe.uses.values() for part in RECIPES[name].parts]
+def _file_layouts(layout: WeightsLayout) -> list[tuple[str, FileLayout]]:
+    """Return all kinds of files of a layout and of the layouts that it uses, each with the name of its layout."""
+    names = [layout.name, *layout.uses.values()]
+    return [(name, kind) for name in names for kind in LAYOUTS[name].files]
 
 
-def _place(recipe: WeightsLayout, file: Checkpoint, found: Sorted) -> bool:
-    part_of = next(((name, part) for name, part in _parts(recipe) if part.fits(file)), None)
-    if part_of is None:
+def _assign(layout: WeightsLayout, file: Checkpoint, matched: FilesByLayout) -> bool:
+    """Add a file to `matched`. Returns False if it is not of this layout."""
+    match = next(((name, kind) for name, kind in _file_layouts(layout) if kind.matches(file)), None)
+    if match is None:
         return False
-    name, part = part_of
-    places = {(name, part.network): file.outside(tuple(part.inner)) if part.inner else file}
-    for prefix, (slot, inner) in part.inner.items():
-        places[RECIPES[name].uses[slot], inner] = file.under(prefix)
-    for (owner, net), checkpoint in places.items():
-        taken = found.setdefault(owner, {})
-        if net in taken:
-            raise ValueError(f"{taken[net].file} and {file.file}: each holds a {net}; give one")
-        taken[net] = checkpoint
+    name, kind = match
+    networks = {(name, kind.network): file.without_prefixes(tuple(kind.nested)) if kind.nested else file}
+    for prefix, (slot, network) in kind.nested.items():
+        networks[LAYOUTS[name].uses[slot], network] = file.with_prefix(prefix)
+    for (owner, network), checkpoint in networks.items():
+        others = matched.setdefault(owner, {})
+        if network in others:
+            raise ValueError(f"{others[network].file} and {file.file}: both contain a {network}; use only one")
+        others[network] = checkpoint
     return True
 
 
-def _words(found: Sorted, vocabulary: Vocabulary | None) -> tuple[str, ...]:
-    """The words that the text encoder numbers; "<end>" alone where the files read no words."""
-    for name, files in found.items():
-        for part in RECIPES[name].parts:
-            if not part.numbered or part.network not in files:
+def _vocabulary_words(matched: FilesByLayout, vocabulary: Vocabulary | None) -> tuple[str, ...]:
+    """Return the words in the order of the text encoder's ids; only "<end>" if no network reads words."""
+    for name, files in matched.items():
+        for kind in LAYOUTS[name].files:
+            if not kind.vocabulary_tensor or kind.network not in files:
                 continue
-            rows = files[part.network].size(part.numbered, 0)
+            file = files[kind.network]
+            rows = file.size(kind.vocabulary_tensor, 0)
             if vocabulary is None:
                 raise ValueError(
-                    f"{files[part.network].file}: knows {rows} words by number; give the captions.pickle of its "
-                    "authors with --captions, or the words, one a line, with --vocabulary"
+                    f"{file.file}: has a vocabulary of {rows} words; add the authors' captions.pickle with --captions, "
+                    "or a file with one word per line with --vocabulary"
                 )
             if len(vocabulary) != rows:
                 raise ValueError(
-                    f"{files[part.network].file}: knows {rows} words; the given vocabulary has {len(vocabulary)}"
+                    f"{file.file}: has a vocabulary of {rows} words; the given vocabulary has {len(vocabulary)}"
                 )
-    return (END,) if vocabulary is None else vocabulary.words
+    return (END_TOKEN,) if vocabulary is None else vocabulary.words
 
 
 # ---------------------------------------------------------------------------------------------------- one export
-class Maker:
-    """One export in the making: its system, built from what the files tell, on no device."""
+class ExportBuilder:
+    """Builds one export: its system, on the meta device, with the settings inferred from the files."""
 
     def __init__(
         self,
-        recipe: WeightsLayout,
+        layout: WeightsLayout,
         files: Mapping[str, Checkpoint],
         words: tuple[str, ...],
-        options: Options,
-        sources: Mapping[str, Maker] | None = None,
+        options: ImportOptions,
+        sources: Mapping[str, ExportBuilder] | None = None,
     ) -> None:
-        self.recipe, self.files, self.sources = recipe, files, sources or {}
-        module = load_system(recipe.system)
-        borrowed = {
+        self.layout, self.files, self.sources = layout, files, sources or {}
+        module = load_system(layout.system)
+        source_files = {
             f"{slot}.{name}": file for slot, source in self.sources.items() for name, file in source.files.items()
         }
         try:
-            fit = recipe.fit({**borrowed, **files})
-        except KeyError as lacking:
-            raise ValueError(f"{recipe.system}: its {lacking.args[0]} too must be given, with --from FILE") from None
-        self.settings = fit.config
-        self.config = from_dict(module.Config, fit.config, recipe.system)
-        extent = DataInfo(
-            words, 1, fit.vector_dim, _attributes(fit, options.attributes)
-        )  # how much data, no file tells
-        described = {slot: maker.describe() for slot, maker in self.sources.items()}
-        self.plan = BuildInfo(recipe.group_size, options.max_words, extent, described)
+            inferred = layout.infer({**source_files, **files})
+        except KeyError as error:
+            raise ValueError(f"{layout.system}: missing {error.args[0]}; add the file with --from FILE") from None
+        self.settings = inferred.config
+        self.config = from_dict(module.Config, inferred.config, layout.system)
+        # the number of training samples is unknown
+        data = DataInfo(words, 1, inferred.vector_dim, _attribute_names(inferred, options.attributes))
+        described = {slot: source.describe() for slot, source in self.sources.items()}
+        self.build_info = BuildInfo(layout.group_size, options.max_words, data, described)
         try:
             with shapes_only():
-                self.system: System = module.build(self.config, self.plan)
+                self.system: System = module.build(self.config, self.build_info)
         except ValueError as error:
-            raise ValueError(f"{recipe.system}: {error}") from None
+            raise ValueError(f"{layout.system}: {error}") from None
 
     def describe(self) -> dict[str, Any]:
-        """What a plan says of an export."""
-        return {"system": self.recipe.system, "config": to_dict(self.config), "plan": self.plan.describe()}
+        """Return the description of the export for the build info of a system that uses it."""
+        return {"system": self.layout.system, "config": to_dict(self.config), "plan": self.build_info.describe()}
 
-    def places(self) -> dict[str, tuple[str, Checkpoint | None]]:
-        """The networks by their name in the export: what the system calls each, and its file."""
-        places: dict[str, tuple[str, Checkpoint | None]] = {}
+    def networks(self) -> dict[str, tuple[str, Checkpoint | None]]:
+        """Return, by name in the export, each network's name in the system and its file."""
+        networks: dict[str, tuple[str, Checkpoint | None]] = {}
         for dotted in self.system.exports:
             name = dotted.rpartition(".")[2]
-            places[name] = (dotted, self.files.get(name) or self._borrowed(dotted))
+            networks[name] = (dotted, self.files.get(name) or self._source_file(dotted))
         others = self.files.keys() & self.system.roles.keys()
-        places.update({name: (name, self.files[name]) for name in sorted(others - places.keys())})
-        return places
+        networks.update({name: (name, self.files[name]) for name in sorted(others - networks.keys())})
+        return networks
 
-    def _borrowed(self, name: str) -> Checkpoint | None:
-        """The file of a network that the system has from one of its slots."""
+    def _source_file(self, name: str) -> Checkpoint | None:
+        """Return the file of a network that the system takes from an export that it uses."""
         if name not in self.system.frozen:
             return None
         frozen = self.system.frozen[name]
         source = self.sources[frozen.source]
-        return source.files.get(frozen.network) or source._borrowed(frozen.network)
+        return source.files.get(frozen.network) or source._source_file(frozen.network)
 
     def missing(self) -> list[str]:
-        """Networks of the export that no file holds."""
-        return [name for name, (_, file) in self.places().items() if file is None]
+        """Return the networks of the export without a file."""
+        return [name for name, (_, file) in self.networks().items() if file is None]
 
     def load(self) -> dict[str, nn.Module]:
-        """The networks with their weights. Raises ValueError that names the file and the tensor."""
+        """Return the networks with their weights. Raises ValueError if a tensor does not match."""
         nets, used = {}, set()
-        for name, (dotted, file) in self.places().items():
+        for name, (dotted, file) in self.networks().items():
             assert file is not None
-            net = network(self.system, dotted).to_empty(device="cpu")
-            export.load_into(net, checkpoints.fitted(file, net), f"{file.file}: {name}")
+            net = exported_network(self.system, dotted).to_empty(device="cpu")
+            export.load_into(net, checkpoints.adapt_weights(file, net), f"{file.file}: {name}")
             nets[name] = net
             used.add(name)
         for name in self.files.keys() - used:
-            raise ValueError(f"{self.files[name].file}: {self.recipe.system} of these sizes has no {name}")
+            raise ValueError(f"{self.files[name].file}: {self.layout.system} of these sizes has no {name}")
         return nets
 
-    def write(self, url: str, nets: Mapping[str, nn.Module], hashes: Mapping[str, str]) -> Imported:
-        files = {name: file for name, (_, file) in self.places().items() if file is not None}
+    def write(self, url: str, nets: Mapping[str, nn.Module], hashes: Mapping[str, str]) -> ImportResult:
+        files = {name: file for name, (_, file) in self.networks().items() if file is not None}
         index = {
             **self.describe(),
-            "vocabulary": list(self.plan.extent.words),
+            "vocabulary": list(self.build_info.data.words),
             "images": 0,
             "imported": {
                 "from": {name: {"file": file.file, "sha256": hashes[file.file]} for name, file in files.items()},
-                "weights": self.recipe.weights,
+                "weights": self.layout.weights,
             },
         }
         export.write(url, nets, index)
         counts = {name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()}
-        return Imported(url, self.recipe.system, self.settings, counts)
+        return ImportResult(url, self.layout.system, self.settings, counts)
 
 
-def _attributes(fit: Fit, given: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
-    """The attributes' names, by data set: the given ones, else the published ones, else numbers."""
-    sets = f"{fit.domains} data set{'s' if fit.domains > 1 else ''}"
+def _attribute_names(inferred: InferredConfig, given: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
+    """Return the attribute names of each data set: the given, else the published ones, else attribute_1, ..."""
+    data_sets = f"{inferred.domains} data set{'s' if inferred.domains > 1 else ''}"
     if given:
-        if len(given) != fit.domains or sum(len(names) for names in given) != fit.labels:
+        if len(given) != inferred.domains or sum(len(names) for names in given) != inferred.labels:
             counts = " and ".join(str(len(names)) for names in given)
-            raise ValueError(f"--attributes: {counts} names are given; the files have {fit.labels}, of {sets}")
+            raise ValueError(f"--attributes: {counts} names; the files have {inferred.labels}, of {data_sets}")
         return given
-    if fit.names:
-        return fit.names
-    if fit.domains > 1:
-        raise ValueError(f"--attributes: must be given for each of {sets}, {fit.labels} names in all")
-    return (tuple(f"attribute_{i + 1}" for i in range(fit.labels)),)
+    if inferred.names:
+        return inferred.names
+    if inferred.domains > 1:
+        raise ValueError(f"--attributes: required for each of {data_sets}, {inferred.labels} names in total")
+    return (tuple(f"attribute_{i + 1}" for i in range(inferred.labels)),)

@@ -1,0 +1,122 @@
+"""``t2idist convert``: import published weights, or export to safetensors and ONNX."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+
+from t2idist import storage
+from t2idist.config.arguments import command_parser
+from t2idist.convert.authors import captions
+from t2idist.convert.authors.importing import ImportOptions, ImportResult, import_weights
+from t2idist.convert.to_onnx import CONFIG, write_onnx, write_safetensors
+from t2idist.data.tokenizer import Vocabulary
+from t2idist.sampling.loading import load_export
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``t2idist convert import`` or ``t2idist convert export``."""
+    commands = {"import": import_main, "export": export_main}
+    parser = command_parser(
+        "convert",
+        "Convert weights from or to other formats. `t2idist convert COMMAND --help` lists the options of a command.",
+        "t2idist convert export --export runs/birds/attngan/export --to birds --onnx",
+    )
+    parser.add_argument("command", choices=commands, help="import published weights, or export to safetensors and ONNX")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="options of the command")
+    parsed = parser.parse_args(arguments)
+    return commands[parsed.command](parsed.options)
+
+
+def import_main(arguments: Sequence[str] | None = None) -> int:
+    """Convert the published weights of a system to exports. Returns the exit status: 0, or 2 after an error."""
+    parser = command_parser(
+        "convert import",
+        "Convert the weights that the authors of a system published to exports, for sampling, scoring and training.\n"
+        "Networks are recognised by the names of their tensors, and their sizes by the shapes; file names are free.\n"
+        "Writes an export of the system under --to, and one of each system that it uses (damsm, for attngan) if all\n"
+        "files of that are given.",
+        "t2idist convert import --system attngan --from netG_epoch_600.pth --from text_encoder200.pth \\\n"
+        "      --captions captions.pickle --to exports/birds",
+    )
+    add = parser.add_argument
+    add("--system", required=True, help="the system of the weights: attngan, stackgan_pp, ...")
+    add("--from", required=True, action="append", dest="files", metavar="FILE", help="file of weights; repeatable")
+    add("--to", required=True, metavar="URL", help="folder or object store URL for the exports")
+    add("--captions", metavar="FILE", help="the authors' captions.pickle, for the vocabulary")
+    add("--vocabulary", metavar="FILE", help="alternative: a text file with one word per line, in order")
+    add(
+        "--attributes", action="append", default=[], metavar="A,B,C",
+        help="names of the attributes; repeat for a second data set",
+    )  # fmt: skip
+    add("--max-words", type=int, default=18, help="words per caption (default: %(default)s, for CUB; COCO: 12)")
+    options = parser.parse_args(arguments)
+    return _run(parser.prog, lambda: _import(options))
+
+
+def export_main(arguments: Sequence[str] | None = None) -> int:
+    """Convert an export to safetensors and ONNX. Returns the exit status: 0, or 2 after an error."""
+    parser = command_parser(
+        "convert export",
+        "Convert an export for use in other programs: safetensors, settings, vocabulary, a README.md that documents\n"
+        "the tensors, and with --onnx the generator as ONNX.",
+        "t2idist convert export --export runs/birds/attngan/export --to birds --onnx",
+    )
+    parser.add_argument("--export", required=True, metavar="URL", help="folder of an export")
+    parser.add_argument("--to", required=True, metavar="FOLDER", help="output folder or object store URL")
+    parser.add_argument(
+        "--onnx", action="store_true", help="write and check the generator as ONNX; needs: pip install t2idist[onnx]"
+    )
+    options = parser.parse_args(arguments)
+    return _run(parser.prog, lambda: _export(options))
+
+
+def _run(name: str, command: Callable[[], None]) -> int:
+    try:
+        command()
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"{name}: {error or type(error).__name__}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _import(options: argparse.Namespace) -> None:
+    if options.max_words < 1:
+        raise ValueError(f"--max-words {options.max_words}: must be at least 1")
+    attributes = tuple(tuple(name.strip() for name in names.split(",")) for names in options.attributes)
+    import_options = ImportOptions(_vocabulary(options), attributes, options.max_words)
+    for result in import_weights(options.system, options.files, options.to, import_options):
+        print(_format_result(result))
+
+
+def _vocabulary(options: argparse.Namespace) -> Vocabulary | None:
+    if options.captions and options.vocabulary:
+        raise ValueError("--captions and --vocabulary: use only one of them")
+    if options.captions:
+        return captions.from_pickle(options.captions)
+    return captions.from_text(options.vocabulary) if options.vocabulary else None
+
+
+def _format_result(result: ImportResult) -> str:
+    settings = ", ".join(f"{key} {value}" for key, value in result.settings.items())
+    networks = ", ".join(f"{name} {count:,}" for name, count in result.parameters.items())
+    return f"{storage.redact(result.url)}: {result.system}\n  settings: {settings}\n  parameters: {networks}"
+
+
+def _export(options: argparse.Namespace) -> None:
+    if storage.exists(storage.join(options.to, CONFIG)):
+        raise ValueError(f"--to {storage.redact(options.to)}: already contains a {CONFIG}; use another folder")
+    loaded = load_export(options.export, torch.device("cpu"))
+    onnx = write_onnx(loaded, options.to) if options.onnx else None
+    config = write_safetensors(loaded, options.to, onnx)
+    print(f"{storage.redact(options.to)}: {loaded.name}")
+    for network in config["networks"].values():
+        print(f"  {network['file']}: {network['parameters']:,} parameters, {network['bytes'] / 1e6:.1f} MB")
+    for file, graph in config["onnx"].items():
+        inputs = ", ".join(tensor["name"] for tensor in graph["inputs"])
+        print(f"  {file}: inputs {inputs}; largest difference from torch {graph['largest_difference']:.1g}")
+    if onnx and "text" in config["networks"]:
+        print("  the text encoder is only in safetensors: ONNX cannot express its packed LSTM")

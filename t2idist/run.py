@@ -173,7 +173,7 @@ def _train(submission: _Submission | None, options: argparse.Namespace, own_clus
     if submission is None:
         return 0
     from t2idist.engine.preemption import StopRequested
-    from t2idist.observability.hook import Hook
+    from t2idist.observability.hook import CommandHook
     from t2idist.training import resume
     from t2idist.training.lifecycle import run_lifecycle
     from t2idist.training.stages import run_url
@@ -183,7 +183,7 @@ def _train(submission: _Submission | None, options: argparse.Namespace, own_clus
     if submission.resume_point is not None:
         resume.prepare(config, options.resume_from, submission.resume_point)
     try:
-        with run_lifecycle(config, Hook(submission.hook_command), stops=stop_after is not None) as notifier:
+        with run_lifecycle(config, CommandHook(submission.hook_command), stops=stop_after is not None) as notifier:
             if options.local:
                 from t2idist.training import local
 

@@ -50,7 +50,7 @@ def parse(command: str) -> list[str]:
     return arguments
 
 
-class Hook:
+class CommandHook:
     """Runs a command (if it is not empty) for each event, one at a time, in a background thread."""
 
     def __init__(self, command: list[str]) -> None:

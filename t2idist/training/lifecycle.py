@@ -10,7 +10,7 @@ from t2idist import storage
 from t2idist.config import RunConfig
 from t2idist.engine.metrics import now
 from t2idist.engine.preemption import StopRequested
-from t2idist.observability.hook import Hook
+from t2idist.observability.hook import CommandHook
 from t2idist.observability.logs import redact_secrets
 from t2idist.training.stages import run_url
 
@@ -24,7 +24,7 @@ _EVENT_KEYS = ("stage", "images", "budget_images", "images_per_second", "restart
 class LifecycleNotifier:
     """Derives the hook's events from the progress messages of a submission."""
 
-    def __init__(self, config: RunConfig, hook: Hook) -> None:
+    def __init__(self, config: RunConfig, hook: CommandHook) -> None:
         self._hook = hook
         self._run = {"run": config.name, "url": storage.redact(run_url(config))}
         self._progress: dict[str, Any] = {}
@@ -44,7 +44,7 @@ class LifecycleNotifier:
 
 
 @contextlib.contextmanager
-def run_lifecycle(config: RunConfig, hook: Hook, stops: bool) -> Iterator[LifecycleNotifier]:
+def run_lifecycle(config: RunConfig, hook: CommandHook, stops: bool) -> Iterator[LifecycleNotifier]:
     """Report the start and the end of a submission, and write its outcome to the run folder.
 
     Args:

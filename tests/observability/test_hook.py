@@ -23,7 +23,7 @@ def test_hook_that_fails_or_hangs_logs_a_warning(
     monkeypatch.setenv("T2IDIST_HOOK_STATUS", "3")
     monkeypatch.setattr(hook, "TIMEOUT_SECONDS", 1.0)
     for command in ([str(hook_program)], [sys.executable, "-c", "import time; time.sleep(60)"], ["/nowhere/hook"]):
-        runner = hook.Hook(command)
+        runner = hook.CommandHook(command)
         runner.send({"event": "start"})
         runner.close()
     assert "exit status 3: nothing on stderr" in caplog.text and "No such file" in caplog.text

@@ -20,7 +20,7 @@ from tests.helpers.runs import (
 def test_hook_receives_start_restart_and_end_without_secrets(hook_program: Path, tmp_path: Path) -> None:
     config = load_config(tmp_path)
     message = {"stage": "damsm", "images": 8, "budget_images": 64, "restarts": 0, "losses": {"a": 1.0}, "run": "tiny"}
-    with lifecycle.run_lifecycle(config, hook.Hook([str(hook_program)]), stops=False) as notifier:
+    with lifecycle.run_lifecycle(config, hook.CommandHook([str(hook_program)]), stops=False) as notifier:
         notifier.on_progress(message)
         notifier.on_progress({**message, "images": 16, "restarts": 1})
         notifier.on_progress({**message, "images": 24, "restarts": 1})
@@ -44,7 +44,10 @@ def test_outcome_is_sent_to_the_hook_and_stored(
     error: BaseException, state: str, last_event: str, hook_program: Path, tmp_path: Path
 ) -> None:
     config = load_config(tmp_path)
-    with pytest.raises(type(error)), lifecycle.run_lifecycle(config, hook.Hook([str(hook_program)]), stops=False):
+    with (
+        pytest.raises(type(error)),
+        lifecycle.run_lifecycle(config, hook.CommandHook([str(hook_program)]), stops=False),
+    ):
         raise error
     outcome = storage.read_json(storage.join(stages.run_url(config), lifecycle.OUTCOME))
     assert outcome["state"] == state and received_events(hook_program)[-1]["event"] == last_event

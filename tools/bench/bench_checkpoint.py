@@ -31,9 +31,9 @@ from tools.bench.bench_step import EMPTY_STORAGE, build_system, build_trainer
 
 
 def seconds(function: Callable[[], object]) -> float:
-    began = time.perf_counter()
+    start = time.perf_counter()
     function()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def measure(trainer: Trainer, url: str, repeats: int) -> dict[str, float]:
@@ -57,11 +57,11 @@ def measure(trainer: Trainer, url: str, repeats: int) -> dict[str, float]:
 
     for number in range(repeats + 1):
         trainer.step += 1
-        began = time.perf_counter()
+        start = time.perf_counter()
         checkpoints.save(trainer)
-        stall = time.perf_counter() - began
+        stall = time.perf_counter() - start
         checkpoints.finish()
-        whole = time.perf_counter() - began
+        whole = time.perf_counter() - start
         copied = seconds(lambda: copy_state(copies))
         written = seconds(lambda: storage.write_bytes(storage.join(url, "plain"), raw.numpy().data))
         if number == 0:  # the first save also plans the shards and allocates its buffers

@@ -124,10 +124,10 @@ def rate(batches: Iterator[Any], count: int) -> float:
     """Return the images per second over `count` batches, after some warm-up batches."""
     for _ in range(WARM_BATCHES):
         next(batches)
-    began = time.perf_counter()
+    start = time.perf_counter()
     for _ in range(count):
         next(batches)
-    return count * BATCH / (time.perf_counter() - began)
+    return count * BATCH / (time.perf_counter() - start)
 
 
 # ------------------------------------------------------------------------------------------------ loaders
@@ -155,12 +155,12 @@ def time_bare(url: str, samples: int) -> float:
     rng = np.random.default_rng(0)
     best = 0.0
     for _ in range(2):
-        began = time.perf_counter()
+        start = time.perf_counter()
         for data in jpegs:
             image = Image.open(io.BytesIO(data))
             image.load()
             pyramid(random_crop(image, rng))
-        best = max(best, len(jpegs) / (time.perf_counter() - began))
+        best = max(best, len(jpegs) / (time.perf_counter() - start))
     return best
 
 
@@ -227,11 +227,11 @@ def wait_share(url: str, step_seconds: float, steps: int = 20) -> float:
     """Return the share of time spent waiting in `next` if a step takes `step_seconds`."""
     loader = open_ours(url)
     next(loader)
-    began, waited = time.perf_counter(), loader.wait_seconds
+    start, waited = time.perf_counter(), loader.wait_seconds
     for _ in range(steps):
         time.sleep(step_seconds)
         next(loader)
-    share = (loader.wait_seconds - waited) / (time.perf_counter() - began)
+    share = (loader.wait_seconds - waited) / (time.perf_counter() - start)
     loader.close()
     return share
 
@@ -254,14 +254,14 @@ def run_child(arguments: list[str], core: int, env: dict[str, str]) -> Any:
     """Run this file in its own process on one core. Returns the JSON that it prints."""
     command = [sys.executable, __file__, *arguments]
     pinned = functools.partial(os.sched_setaffinity, 0, {core})
-    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=False, preexec_fn=pinned)
-    if done.returncode:
+    process = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=False, preexec_fn=pinned)
+    if process.returncode:
         raise RuntimeError(f"{' '.join(arguments)} failed")
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(process.stdout.splitlines()[-1])
 
 
-def measure_one(what: str, folder: Path, url: str, samples: int, step_seconds: float) -> Any:
-    name, _, workers = what.partition(":")
+def measure_one(variant: str, folder: Path, url: str, samples: int, step_seconds: float) -> Any:
+    name, _, workers = variant.partition(":")
     functions: dict[str, Any] = {
         "ours": lambda: time_ours(url, samples),
         "bare": lambda: time_bare(str(folder / "shards"), samples),
@@ -296,16 +296,16 @@ def run(folder: Path, options: argparse.Namespace) -> None:
             sys.path.insert(0, str(ROOT))
             from tests.helpers.object_store import seaweedfs, store
 
-            reach = stack.enter_context(seaweedfs())
-            env |= {key: value for key, value in reach.items() if key.startswith("AWS")}
-            store(reach["AWS_ENDPOINT_URL"]).put(shards + "/", "bucket/shards/", recursive=True)
+            environment = stack.enter_context(seaweedfs())
+            env |= {key: value for key, value in environment.items() if key.startswith("AWS")}
+            store(environment["AWS_ENDPOINT_URL"]).put(shards + "/", "bucket/shards/", recursive=True)
             remote = "s3://bucket/shards"
             entries["ours, SeaweedFS"] = ["ours"]
         for _ in range(options.rounds):
             for name, variants in entries.items():
                 url = remote if "SeaweedFS" in name else shards
-                for what in variants:
-                    value = run_child([*common, "--child", what, "--url", url], core, env)
+                for variant in variants:
+                    value = run_child([*common, "--child", variant, "--url", url], core, env)
                     best[name] = max(best.get(name, 0.0), value)
         print_table(best)
         for name, url in (("local disk", shards), ("SeaweedFS", remote)):
@@ -329,15 +329,12 @@ def main() -> int:
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child is not None:
-        print(
-            json.dumps(
-                measure_one(options.child, Path(options.folder), options.url, options.samples, options.step_seconds)
-            )
-        )
+        folder = Path(options.folder)
+        print(json.dumps(measure_one(options.child, folder, options.url, options.samples, options.step_seconds)))
         return 0
     try:
-        with tempfile.TemporaryDirectory(prefix="t2idist-bench-") as folder:
-            run(Path(folder), options)
+        with tempfile.TemporaryDirectory(prefix="t2idist-bench-") as directory:
+            run(Path(directory), options)
     except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

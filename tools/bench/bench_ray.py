@@ -77,14 +77,8 @@ def main() -> None:
         under_torchrun(options, Path(options.torchrun))
         return
     arguments = [options.system, *options.settings, f"--workers={options.workers}", f"--images={options.images}"]
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nproc-per-node={options.workers}",
-        __file__,
-        *arguments,
-    ]
+    module = ["-m", "torch.distributed.run", f"--nproc-per-node={options.workers}"]
+    torchrun = [sys.executable, *module, __file__, *arguments]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     launchers = {"one worker": 1, "Ray Train": options.workers, "torchrun": options.workers}
     rates: dict[str, list[float]] = {name: [] for name in launchers}

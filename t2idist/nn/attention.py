@@ -1,4 +1,4 @@
-"""Attention to a caption: for every place of a feature map, a mixture of its words, and a part of its sentence."""
+"""Attention of image features to the words and the sentence of a caption."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from t2idist.nn.precision import upcast
 
 
 class WordAttention(nn.Module):
-    """F^attn of AttnGAN (section 3.1, eq. 2): scores are h^T (U e), without scaling.
+    """F^attn of AttnGAN (section 3.1, eq. 2): the scores are h^T (U e), without scaling.
 
     features (N, C, H, W), words (N, D, T), padding (N, T) true past the end of a caption -> context (N, C, H, W) and
     weights (N, T, H, W) that sum to one over T.
 
-    compat "authors" repeats the released code's mask layout, which the released weights were trained with: row
-    b * H * W + q gets the padding of sample (b * H * W + q) mod B instead of b; B is then the samples of one group.
+    compat "authors" reproduces the mask layout of the released code, for its weights: row b * H * W + q gets the
+    padding of sample (b * H * W + q) mod B instead of b, where B is the number of samples in a group.
     """
 
     def __init__(self, channels: int, word_dim: int, compat: str = "") -> None:
@@ -25,28 +25,23 @@ class WordAttention(nn.Module):
 
     def forward(self, features: Tensor, words: Tensor, padding: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
         count, channels, height, width = features.shape
-        places = height * width
+        positions = height * width
         projected = self.conv_context(words.unsqueeze(3)).squeeze(3)  # (N, C, T)
         rows = features.permute(0, 2, 3, 1).flatten(1, 2)  # (N, H*W, C)
         scores = torch.bmm(rows.to(projected.dtype), projected)  # (N, H*W, T)
         if self.compat == "authors":
             size = count // groups
-            hidden = padding.view(groups, size, -1).repeat(1, places, 1).view(count, places, -1)
+            mask = padding.view(groups, size, -1).repeat(1, positions, 1).view(count, positions, -1)
         else:
-            hidden = padding.unsqueeze(1)
-        weights = upcast(scores).masked_fill(hidden, float("-inf")).softmax(dim=2)
+            mask = padding.unsqueeze(1)
+        weights = upcast(scores).masked_fill(mask, float("-inf")).softmax(dim=2)
         context = torch.bmm(weights.to(projected.dtype), projected.transpose(1, 2))  # (N, H*W, C)
-        laid_out = context.view(count, height, width, channels).permute(0, 3, 1, 2)
-        return laid_out, weights.transpose(1, 2).unflatten(2, (height, width))
+        context = context.view(count, height, width, channels).permute(0, 3, 1, 2)
+        return context, weights.transpose(1, 2).unflatten(2, (height, width))
 
 
 class GlobalLocalAttention(WordAttention):
-    """GLAM of MirrorGAN (section 3.2, eq. 4 and 5): attention to words, and beside it to the sentence.
-
-    `sentence`: features (N, C, H, W), condition (N, condition_dim) -> context (N, C, H, W). As released: the features
-    times the projected sentence go through one more 1x1 convolution, and the softmax is over channels; the paper leaves
-    open over what.
-    """
+    """GLAM of MirrorGAN (section 3.2, eq. 4 and 5): attention to words and, in parallel, to the sentence."""
 
     def __init__(self, channels: int, word_dim: int, condition_dim: int, compat: str = "") -> None:
         super().__init__(channels, word_dim, compat)
@@ -54,7 +49,12 @@ class GlobalLocalAttention(WordAttention):
         self.conv_sentence_vis = nn.Conv2d(channels, channels, kernel_size=1, bias=False)
 
     def sentence(self, features: Tensor, condition: Tensor) -> Tensor:
-        rows = features.permute(0, 2, 3, 1)  # (N, H, W, C), as they lie channels last
+        """Attend to the sentence: features (N, C, H, W), condition (N, condition_dim) -> context (N, C, H, W).
+
+        As released, features times the projected sentence pass one more 1x1 convolution, and the softmax is over
+        channels; the paper does not specify its dimension.
+        """
+        rows = features.permute(0, 2, 3, 1)  # (N, H, W, C), contiguous in channels-last layout
         projected = self.linear(condition).to(rows.dtype)[:, None, None]
         scores = self.conv_sentence_vis((rows * projected).permute(0, 3, 1, 2))
         weights = upcast(scores).permute(0, 2, 3, 1).softmax(dim=3)

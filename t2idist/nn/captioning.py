@@ -115,7 +115,7 @@ def caption_rnn(config: Mapping[str, Any], vocabulary_size: int) -> CaptionRNN:
 def captioner_from_export(
     export: Mapping[str, Any], vocabulary_size: int
 ) -> tuple[ResNetCaptionCNN | SmallCaptionCNN, CaptionRNN]:
-    """Build both parts for the export of a `captioner` stage, given its index (``{"system", "config", "plan", ...}``).
+    """Build both parts of a `captioner` stage's export, given its index (``{"system", "config", "plan", ...}``).
 
     Raises ValueError if the export is of another system or its vocabulary has another size than the data's.
     """

@@ -12,51 +12,59 @@ from torch import Tensor, nn
 from t2idist.nn.precision import no_autocast
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789-,;.!?:'\"/\\|_@#$%^&*~`+-=<>()[]{} "
-"""The released one: 70 places, of which the first '-' is never used."""
+"""As released: 70 characters, with '-' twice, of which the first is never used."""
 
 MAX_WORD_CHARACTERS = 32
-"""Longer words lose their end."""
+"""Longer words are truncated."""
 
 KERNEL = 4
 POOL = 3
 RECURRENT = {"gru": nn.GRU, "rnn": nn.RNN}
 
-_CHARACTER_IDS = {character: place + 1 for place, character in enumerate(ALPHABET)}  # of two the last counts; 0: none
+_CHARACTER_IDS = {character: i + 1 for i, character in enumerate(ALPHABET)}  # 0 = padding
 
 
 def spell_words(words: Sequence[str]) -> Tensor:
-    """(V, WORD_CHARACTERS) uint8: each word's characters by place in the alphabet + 1, then zeros."""
+    """Return (V, MAX_WORD_CHARACTERS) uint8: the character ids of each word, then zeros."""
     known = ([_CHARACTER_IDS[character] for character in word.lower() if character in _CHARACTER_IDS] for word in words)
     rows = (word[:MAX_WORD_CHARACTERS] for word in known)
     return torch.tensor([row + [0] * (MAX_WORD_CHARACTERS - len(row)) for row in rows], dtype=torch.uint8)
 
 
 def encode_characters(letters: Tensor, tokens: Tensor, lengths: Tensor, characters: int) -> Tensor:
-    """Captions as characters (N, characters), words joined by single spaces; 0 past the end, a longer text is cut off.
+    """Convert captions to character ids (N, characters), words joined by single spaces, truncated or padded with 0.
 
-    letters: `spell_words` of the vocabulary. tokens (N, T), lengths (N,).
+    Args:
+        letters: `spell_words` of the vocabulary.
+        tokens: (N, T).
+        lengths: (N,).
     """
     words = letters[tokens].long()  # (N, T, L)
     spaced = F.pad(words, (0, 1))
     sizes = (words > 0).sum(2)
-    place = torch.arange(spaced.shape[2], device=tokens.device)
-    number = torch.arange(tokens.shape[1], device=tokens.device)
+    character = torch.arange(spaced.shape[2], device=tokens.device)
+    word = torch.arange(tokens.shape[1], device=tokens.device)
     lengths = lengths.to(tokens.device, non_blocking=True)
-    ends = (number + 1 < lengths[:, None])[:, :, None] & (place == sizes[:, :, None])
+    ends = (word + 1 < lengths[:, None])[:, :, None] & (character == sizes[:, :, None])
     spaced = torch.where(ends, _CHARACTER_IDS[" "], spaced)
-    spoken = (number < lengths[:, None])[:, :, None] & (spaced > 0)
-    at = spoken.flatten(1).cumsum(1) - 1
-    at = torch.where(spoken.flatten(1) & (at < characters), at, characters)  # all else goes to one place too many
+    used = (word < lengths[:, None])[:, :, None] & (spaced > 0)
+    target = used.flatten(1).cumsum(1) - 1
+    target = torch.where(used.flatten(1) & (target < characters), target, characters)  # the rest to a dropped column
     text = torch.zeros(len(tokens), characters + 1, dtype=torch.int64, device=tokens.device)
-    return text.scatter_(1, at, spaced.flatten(1))[:, :characters]
+    return text.scatter_(1, target, spaced.flatten(1))[:, :characters]
 
 
 class CharEncoder(nn.Module):
     """The char-CNN-RNN (Reed et al. 2016, "Learning Deep Representations of Fine-Grained Visual Descriptions").
 
-    tokens (N, T) int64 with 0 = padding, lengths (N,) at least 1 -> words (N, D, 0), for it knows none, and sentence
-    (N, D). It spells the tokens by the words that it was made with, which are part of its state.
-    widths: channels of the three convolutions, the last one's also of the recurrent network.
+    tokens (N, T) int64 with 0 = padding, lengths (N,) at least 1 -> words (N, D, 0), since it has no word vectors, and
+    sentence (N, D). The spelling of the vocabulary is part of its state.
+
+    Args:
+        words: The vocabulary.
+        characters: Characters read of a caption.
+        widths: Channels of the three convolutions; the last also of the recurrent network.
+        recurrent: "gru" or "rnn".
     """
 
     letters: Tensor
@@ -67,9 +75,9 @@ class CharEncoder(nn.Module):
         super().__init__()
         if recurrent not in RECURRENT:
             raise ValueError(f"recurrent is '{recurrent}'; it must be one of {', '.join(RECURRENT)}")
-        least = KERNEL - 1 + POOL * (KERNEL - 1 + POOL * KERNEL)  # that leave the recurrent network one step
-        if characters < least:
-            raise ValueError(f"characters is {characters}; it must be at least {least}")
+        minimum = KERNEL - 1 + POOL * (KERNEL - 1 + POOL * KERNEL)  # leaves one recurrent step
+        if characters < minimum:
+            raise ValueError(f"characters is {characters}; it must be at least {minimum}")
         self.embedding_dim = embedding_dim
         self.characters = characters
         self.register_buffer("letters", spell_words(words))
@@ -99,5 +107,5 @@ class CharEncoder(nn.Module):
 
 
 def char_text_encoder(config: Mapping[str, Any], words: Sequence[str]) -> CharEncoder:
-    """The text encoder that a `char_text` stage with this config trains on data of these words; drawn anew."""
+    """Build the text encoder of a `char_text` stage with this config and vocabulary, with new weights."""
     return CharEncoder(words, config["embedding_dim"], config["characters"], config["widths"], config["recurrent"])

@@ -1,4 +1,4 @@
-"""Conditioning augmentation: a text vector becomes a Gaussian from which the condition is drawn."""
+"""Conditioning augmentation: a text vector parametrises a Gaussian from which the condition is sampled."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class LinearConditioning(nn.Module):
     """Conditioning augmentation of StackGAN (section 3.2): one linear map gives mean and log-variance.
 
     (N, text_dim) and standard normal (N, condition_dim) -> condition, mean and log-variance, each (N, condition_dim).
-    compat "authors": a ReLU on both, as the released weights were trained, so that the deviation is at least 1.
+    compat "authors": a ReLU on both, as in the released code; the standard deviation is then at least 1.
     """
 
     def __init__(self, text_dim: int, condition_dim: int, compat: str = "") -> None:
@@ -41,6 +41,6 @@ class LinearConditioning(nn.Module):
 
 
 def _sample_gaussian(statistics: Tensor, normal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and log-variance side by side (N, 2 * D) -> a draw from the Gaussian, the mean and the log-variance."""
+    """Concatenated mean and log-variance (N, 2 * D) -> sample, mean and log-variance, each (N, D)."""
     mean, log_variance = upcast(statistics).chunk(2, dim=1)
     return mean + torch.exp(0.5 * log_variance) * normal, mean, log_variance

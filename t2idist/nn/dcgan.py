@@ -1,9 +1,9 @@
-"""DCGAN's networks, without and with a caption; parameter names follow the GAN-CLS port in PyTorch.
+"""The networks of DCGAN, with and without captions; parameter names follow the GAN-CLS port in PyTorch.
 
-Sizes follow from the picture's: from 4x4 places on, every layer doubles them and halves the channels, up to `width`
-channels before the picture. With a caption there are two layouts: the plain one, and the residual one that Reed et al.
-released, with bottleneck blocks at the two lowest sizes of the generator and at 4x4 in the discriminator.
-Convolutions have no biases: DCGAN's BatchNorm takes them out, and Reed's code sets them to zero before every step.
+From 4x4 on, every generator layer doubles the size and halves the channels, down to `width` channels before the image.
+With captions there are two layouts: the plain one, and the residual one released by Reed et al., with bottleneck blocks
+at the two lowest sizes of the generator and at 4x4 in the discriminator. Convolutions have no biases: BatchNorm cancels
+them, and Reed's code sets them to zero before every step.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ MIN_IMAGE_SIZE = 16
 
 
 def num_doublings(image_size: int) -> int:
-    """How often 4x4 places double up to a picture. Raises ValueError where they do not."""
+    """Return the number of doublings from 4x4 to `image_size`. Raises ValueError if there is none."""
     if image_size < MIN_IMAGE_SIZE or image_size & (image_size - 1):
-        raise ValueError(f"image_size is {image_size}; it must be a power of two from {MIN_IMAGE_SIZE} on")
+        raise ValueError(f"image_size is {image_size}; it must be a power of two, at least {MIN_IMAGE_SIZE}")
     return (image_size // 4).bit_length() - 1
 
 
 class InitConv(nn.ConvTranspose2d):
-    """A 4x4 transposed convolution of one place, which is a linear map and quicker as one: (N, C) -> (N, out, 4, 4)."""
+    """4x4 transposed convolution of a 1x1 map, computed as a faster linear map: (N, C) -> (N, channels_out, 4, 4)."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__(channels_in, channels_out, kernel_size=4, bias=False)
@@ -39,7 +39,7 @@ class InitConv(nn.ConvTranspose2d):
 
 
 class Bottleneck(nn.Module):
-    """x + BN(conv3x3(act(BN(conv3x3(act(BN(conv1x1(x)))))))) through a quarter of the channels, no activation after."""
+    """x + BN(conv3x3(act(BN(conv3x3(act(BN(conv1x1(x)))))))) with a quarter of the channels inside."""
 
     def __init__(self, channels: int, activation: nn.Module) -> None:
         super().__init__()
@@ -63,18 +63,18 @@ class Bottleneck(nn.Module):
 def text_projection(text_dim: int, condition_dim: int, norm: bool) -> nn.Sequential:
     """Sentence vectors (N, text_dim) -> (N, condition_dim): linear (+ BatchNorm) + LeakyReLU."""
     linear = nn.Linear(text_dim, condition_dim)
-    leak = nn.LeakyReLU(LEAKY_SLOPE, inplace=True)
+    activation = nn.LeakyReLU(LEAKY_SLOPE, inplace=True)
     if not norm:
-        return nn.Sequential(linear, leak)
-    # BatchNorm takes the bias out again: its gradient is rounding alone, which Adam would blow up to whole steps.
+        return nn.Sequential(linear, activation)
+    # BatchNorm cancels the bias: its gradient is rounding noise, which Adam would scale up to full steps.
     linear.bias.requires_grad_(False)
-    return nn.Sequential(linear, nn.BatchNorm1d(condition_dim), leak)
+    return nn.Sequential(linear, nn.BatchNorm1d(condition_dim), activation)
 
 
 class DcganGenerator(nn.Module):
-    """z (N, z_dim) and, with text_dim, sentence vectors (N, text_dim) -> pictures (N, 3, S, S) in [-1, 1].
+    """z (N, z_dim) and, with text_dim, sentence vectors (N, text_dim) -> images (N, 3, S, S) in [-1, 1].
 
-    The port puts the text before z and normalises it; the residual layout has z first and does not.
+    The plain layout puts the text before z and normalises it; the residual one puts z first and does not.
     """
 
     def __init__(
@@ -95,11 +95,11 @@ class DcganGenerator(nn.Module):
             inputs += condition_dim
         channels = [width << i for i in reversed(range(num_doublings(image_size)))]
         layers: list[nn.Module] = [InitConv(inputs, channels[0])]
-        for place, (here, after) in enumerate(pairwise([*channels, 3])):
-            layers.append(nn.BatchNorm2d(here))
-            if residual and place < 2:
-                layers.append(Bottleneck(here, nn.ReLU(inplace=True)))
-            layers += [nn.ReLU(inplace=True), nn.ConvTranspose2d(here, after, 4, stride=2, padding=1, bias=False)]
+        for i, (inner, outer) in enumerate(pairwise([*channels, 3])):
+            layers.append(nn.BatchNorm2d(inner))
+            if residual and i < 2:
+                layers.append(Bottleneck(inner, nn.ReLU(inplace=True)))
+            layers += [nn.ReLU(inplace=True), nn.ConvTranspose2d(inner, outer, 4, stride=2, padding=1, bias=False)]
         self.netG = nn.Sequential(*layers, nn.Tanh())
 
     def forward(self, z: Tensor, text: Tensor | None = None) -> Tensor:
@@ -114,27 +114,33 @@ class DcganGenerator(nn.Module):
 def trunk(
     width: int, image_size: int, *, residual: bool = False, second_last_activation: bool = True
 ) -> tuple[nn.Sequential, int]:
-    """Pictures (N, 3, S, S) -> features (N, C, 4, 4), and C. second_last_activation: see `DcganDiscriminator`."""
+    """Build the layers from images (N, 3, S, S) to features (N, C, 4, 4); returns them and C.
+
+    second_last_activation: see `DcganDiscriminator`.
+    """
     channels = [3, *(width << i for i in range(num_doublings(image_size)))]
     last = len(channels) - 2
     layers: list[nn.Module] = []
-    for place, (before, here) in enumerate(pairwise(channels)):
-        *layer, leak = down_block(before, here, norm=place > 0)
+    for i, (channels_in, channels_out) in enumerate(pairwise(channels)):
+        *layer, activation = down_block(channels_in, channels_out, norm=i > 0)
         layers += layer
-        if residual and place == last:
-            layers.append(Bottleneck(here, nn.LeakyReLU(LEAKY_SLOPE, inplace=True)))
-        if second_last_activation or place != last - 1 or place == 0:
-            layers.append(leak)
+        if residual and i == last:
+            layers.append(Bottleneck(channels_out, nn.LeakyReLU(LEAKY_SLOPE, inplace=True)))
+        if second_last_activation or i != last - 1 or i == 0:
+            layers.append(activation)
     return nn.Sequential(*layers), channels[-1]
 
 
 class DcganDiscriminator(PairDiscriminator):
-    """Pictures (N, 3, S, S) and, with text_dim, sentence vectors (N, text_dim) -> logits (N,).
+    """Images (N, 3, S, S) and, with text_dim, sentence vectors (N, text_dim) -> logits (N,).
 
-    text_norm: BatchNorm after the text's linear map. joins: a 1x1 convolution and a LeakyReLU join picture and text
-    before the logit (Reed et al., section 4.1); the port has none, so that its logit is a sum of one term for the
-    picture and one for the text, and no pair can be told from a mismatch. second_last_activation: false leaves the LeakyReLU
-    after the last but one BatchNorm of the trunk out, as Reed's GAN-INT-CLS script does.
+    Args:
+        text_norm: BatchNorm after the text's linear map.
+        joins: Join image and text by a 1x1 convolution and a LeakyReLU before the logit (Reed et al., section 4.1).
+            The port does not: its logit is a term of the image plus a term of the text, so it cannot tell mismatched
+            pairs from matching ones.
+        second_last_activation: LeakyReLU after the last but one BatchNorm of the trunk; Reed's GAN-INT-CLS script has
+            none.
     """
 
     def __init__(
@@ -157,12 +163,12 @@ class DcganDiscriminator(PairDiscriminator):
             self.netD_2 = nn.Sequential(LogitConv2d(channels, bias=False))
             return
         self.projector = nn.ModuleDict({"projection": text_projection(text_dim, condition_dim, text_norm)})
-        both = channels + condition_dim
+        joint_channels = channels + condition_dim
         if not joins:
-            self.netD_2 = nn.Sequential(LogitConv2d(both, bias=False))
+            self.netD_2 = nn.Sequential(LogitConv2d(joint_channels, bias=False))
             return
         self.netD_2 = nn.Sequential(
-            nn.Conv2d(both, channels, kernel_size=1, bias=False),
+            nn.Conv2d(joint_channels, channels, kernel_size=1, bias=False),
             nn.BatchNorm2d(channels),
             nn.LeakyReLU(LEAKY_SLOPE, inplace=True),
             LogitConv2d(channels, bias=False),
@@ -174,7 +180,7 @@ class DcganDiscriminator(PairDiscriminator):
         return out
 
     def conditionals(self, features: Tensor, *conditions: Tensor) -> list[Tensor]:
-        """Features (N, C, 4, 4), which come first, and sentence vectors (N, text_dim) -> logits (N,) for each."""
+        """Features (N, C, 4, 4) and sentence vectors (N, text_dim) -> logits (N,) for each."""
         tiles = (tile(self.projector["projection"](condition), features) for condition in conditions)
         return [self.netD_2(torch.cat([features, tiled], dim=1)) for tiled in tiles]
 
@@ -187,7 +193,7 @@ class DcganDiscriminator(PairDiscriminator):
 
 
 def conditional_generator(config: Mapping[str, Any], text_dim: int, residual: bool) -> DcganGenerator:
-    """The generator with captions of a `gan_cls` or `dcgan` stage with this config; drawn anew."""
+    """Build the conditional generator of a `gan_cls` or `dcgan` stage with this config, with new weights."""
     return DcganGenerator(
         width=config["generator_width"],
         image_size=config["image_size"],
@@ -199,9 +205,9 @@ def conditional_generator(config: Mapping[str, Any], text_dim: int, residual: bo
 
 
 def generator_from_export(export: Mapping[str, Any], text_dim: int) -> DcganGenerator:
-    """The generator that fits an export with captions, by its index (``{"system", "config", "plan", ...}``).
+    """Build the conditional generator of an export, given its index (``{"system", "config", "plan", ...}``).
 
-    Raises ValueError where the export is of a system that has none.
+    Raises ValueError if the export's system has none.
     """
     system, config = export["system"], export["config"]
     if system == "gan_cls":

@@ -1,7 +1,7 @@
-"""Discriminators of StackGAN and of the trees: a trunk down to 4x4 places, a conditional and an unconditional head.
+"""Discriminators of StackGAN and of the trees: a trunk down to 4x4, a conditional and an unconditional head.
 
-The published layouts are those of 64, 128 and 256 pixels, and their parameter names are kept; below 64 there are fewer
-down blocks and the trunk ends with fewer channels.
+The layouts for 64, 128 and 256 pixels are the published ones, with their parameter names; below 64 pixels there are
+fewer down blocks and the trunk ends with fewer channels.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ SIZES = (16, 32, 64, 128, 256)
 
 
 class LogitConv2d(nn.Conv2d):
-    """A 4x4 convolution on 4x4 places, which is a linear map and quicker as one: (N, C, 4, 4) -> (N,)."""
+    """4x4 convolution of a 4x4 map to one logit, computed as a faster linear map: (N, C, 4, 4) -> (N,)."""
 
     def __init__(self, channels: int, bias: bool = True) -> None:
         super().__init__(channels, 1, kernel_size=4, stride=4, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, weight = (part.permute(0, 2, 3, 1).flatten(1) for part in (x, self.weight))  # as they lie, channels last
+        rows, weight = (part.permute(0, 2, 3, 1).flatten(1) for part in (x, self.weight))  # channels last
         return F.linear(rows, weight, self.bias).squeeze(1)
 
 
@@ -31,15 +31,15 @@ def logit_head(channels: int) -> nn.Sequential:
 
 
 def _joint_layers(channels: int, condition_dim: int, *, condition_first: bool = False) -> list[nn.Module]:
-    """JointConv2d + BatchNorm + LeakyReLU, which keep size and channels."""
+    """JointConv2d + BatchNorm + LeakyReLU that keep size and channels."""
     joint = JointConv2d(channels, condition_dim, channels, condition_first=condition_first)
     return [joint, nn.BatchNorm2d(channels), nn.LeakyReLU(LEAKY_SLOPE, inplace=True)]
 
 
 def _trunk(width: int, size: int) -> tuple[list[tuple[str, nn.Sequential]], int]:
-    """Named parts of the trunk for pictures of `size` pixels, and the channels that come out at 4x4."""
+    """Build the named parts of the trunk for images of `size` pixels; returns them and the channels at 4x4."""
     if size not in SIZES:
-        raise ValueError(f"a discriminator for pictures of {size} pixels is asked for; there are {SIZES}")
+        raise ValueError(f"no discriminator for images of {size} pixels; allowed are {', '.join(map(str, SIZES))}")
     downs = (size // 4).bit_length() - 1
     first = min(downs, 4)
     layers: list[nn.Module] = [*down_block(3, width, norm=False)]
@@ -59,22 +59,19 @@ def _trunk(width: int, size: int) -> tuple[list[tuple[str, nn.Sequential]], int]
 
 
 class PairDiscriminator(nn.Module):
-    """What judges pictures with conditions."""
+    """Base of the discriminators of images with conditions."""
 
     def conditionals(self, features: Tensor, *conditions: Tensor) -> list[Tensor]:
-        """(N, C, 4, 4), (N, condition_dim) each -> logits (N,) for each: are they real pictures of these conditions?"""
+        """Features (N, C, 4, 4), conditions (N, condition_dim) -> logits (N,) for each: real and of this condition?"""
         raise NotImplementedError
 
     def conditional(self, features: Tensor, condition: Tensor) -> Tensor:
-        """`conditionals` for one: logits (N,)."""
+        """`conditionals` for one condition: logits (N,)."""
         return self.conditionals(features, condition)[0]
 
 
 class Discriminator(PairDiscriminator):
-    """The trunk that both published kinds share: `features`, then the heads of a sub-class.
-
-    features: (N, 3, size, size) -> (N, C, 4, 4), C = 8 * width from 64 pixels up.
-    """
+    """The trunk that the discriminators of all trees share; sub-classes add the heads."""
 
     def __init__(self, width: int, size: int) -> None:
         super().__init__()
@@ -84,6 +81,7 @@ class Discriminator(PairDiscriminator):
             self.add_module(name, part)
 
     def features(self, images: Tensor) -> Tensor:
+        """(N, 3, size, size) -> (N, C, 4, 4); C is 8 * width from 64 pixels on."""
         x = images
         for name in self.trunk_names:
             x = self.get_submodule(name)(x)
@@ -103,10 +101,7 @@ class LogitHead(nn.Module):
 
 
 class ConditionalHead(nn.Module):
-    """AttnGAN's conditional head: features (N, C, 4, 4), conditions (N, D) -> logits (N,) for each condition.
-
-    The picture's channels are first in the weight.
-    """
+    """AttnGAN's conditional head: features (N, C, 4, 4), conditions (N, D) -> logits (N,) for each condition."""
 
     def __init__(self, channels: int, condition_dim: int) -> None:
         super().__init__()
@@ -130,7 +125,7 @@ class JointLogitHead(nn.Module):
 
 
 class StageDiscriminator(PairDiscriminator):
-    """Discriminator of a stage of StackGAN (v1). unconditional: with the head that the second stage has too."""
+    """Discriminator of one stage of StackGAN (v1); that of stage II also has the unconditional head."""
 
     def __init__(self, width: int, size: int, condition_dim: int, *, unconditional: bool) -> None:
         super().__init__()
@@ -150,13 +145,13 @@ class StageDiscriminator(PairDiscriminator):
         return out
 
     def unconditional(self, features: Tensor) -> Tensor:
-        """(N, C, 4, 4) -> logits (N,): is it a real picture?"""
+        """(N, C, 4, 4) -> logits (N,): real or generated?"""
         out: Tensor = self.get_uncond_logits(features)
         return out
 
 
 class AttnDiscriminator(Discriminator):
-    """Discriminator of AttnGAN and MirrorGAN, with both heads. unconditional: false leaves one out (AttnDCGAN)."""
+    """Discriminator of AttnGAN and MirrorGAN; that of AttnDCGAN has no unconditional head."""
 
     def __init__(self, width: int, size: int, condition_dim: int, *, unconditional: bool = True) -> None:
         super().__init__(width, size)
@@ -169,15 +164,15 @@ class AttnDiscriminator(Discriminator):
         return out
 
     def unconditional(self, features: Tensor) -> Tensor:
-        """(N, C, 4, 4) -> logits (N,): is it a real picture?"""
+        """(N, C, 4, 4) -> logits (N,): real or generated?"""
         out: Tensor = self.UNCOND_DNET(features)
         return out
 
 
 class StackDiscriminator(Discriminator):
-    """Discriminator of StackGAN-v2: both heads with a condition, the unconditional one alone without.
+    """Discriminator of StackGAN-v2; without `condition_dim` it has only the unconditional head.
 
-    The published nets name the only head of an unconditional tree like the conditional head of the other: `logits`.
+    As published, that single head is named `logits`, like the conditional head otherwise.
     """
 
     def __init__(self, width: int, size: int, condition_dim: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Image encoders of what matches text: a picture to a vector for every region, if asked for, and one for the whole."""
+"""Image encoders of DAMSM and char-CNN-RNN: an image to a vector for each region and one for the whole image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MIN_INCEPTION_SIZE = 75
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """(N, 3, H, W) -> (N, 3, size, size), bilinear, smoothed where it shrinks."""
+    """Resize (N, 3, H, W) to (N, 3, size, size), bilinear, antialiased if it shrinks."""
     if images.shape[2] == size and images.shape[3] == size:
         return images
     shrinks = images.shape[2] > size
@@ -25,11 +25,11 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 
 class InceptionEncoder(InceptionTrunk):
-    """AttnGAN's image encoder (section 3.2): Inception-v3, not trained, and two trained projections.
+    """AttnGAN's image encoder (section 3.2): frozen Inception-v3 and two trained projections.
 
-    Pictures (N, 3, S, S) in [-1, 1] -> regions (N, embedding_dim, 289), none of them where `regions` is false, and
-    whole (N, embedding_dim). The trunk has no gradient to its weights and stays in eval mode (the released code left it
-    in train mode, so its running statistics drifted, and then used it in eval mode).
+    Images (N, 3, S, S) in [-1, 1] -> regions (N, embedding_dim, 289), or (N, embedding_dim, 0) if `regions` is false,
+    and whole (N, embedding_dim). The trunk has no gradient to its weights and stays in eval mode. (The released code
+    left it in train mode, so its running statistics drifted, and then used it in eval mode.)
     """
 
     def __init__(self, embedding_dim: int, image_size: int = 299, regions: bool = True) -> None:
@@ -52,16 +52,16 @@ class InceptionEncoder(InceptionTrunk):
 
 
 class SmallTrunk(nn.Module):
-    """A trunk small enough to be trained from scratch on small pictures.
+    """A trunk small enough to be trained from scratch on small images.
 
-    Pictures (N, 3, S, S) in [-1, 1] -> regions (N, 4 * width, image_size / 8, image_size / 8) and their pooled features
-    (N, 8 * width).
+    `features`: images (N, 3, S, S) in [-1, 1] -> regions (N, 4 * width, image_size / 8, image_size / 8) and pooled
+    features (N, 8 * width).
     """
 
     def __init__(self, image_size: int, width: int) -> None:
         super().__init__()
         if image_size < 32 or image_size % 16:
-            raise ValueError(f"image_size is {image_size}; the small trunk takes multiples of 16 from 32 up")
+            raise ValueError(f"image_size is {image_size}; the small trunk needs a multiple of 16, at least 32")
         self.image_size = image_size
         self.local = nn.Sequential(
             down_block(3, width, norm=False), down_block(width, 2 * width), down_block(2 * width, 4 * width)
@@ -76,8 +76,8 @@ class SmallTrunk(nn.Module):
 class SmallEncoder(SmallTrunk):
     """The small trunk with the DAMSM's two projections.
 
-    Pictures (N, 3, S, S) in [-1, 1] -> regions (N, embedding_dim, (image_size / 8)**2), none of them where `regions` is
-    false, and whole (N, embedding_dim).
+    Images (N, 3, S, S) in [-1, 1] -> regions (N, embedding_dim, (image_size / 8)**2), or (N, embedding_dim, 0) if
+    `regions` is false, and whole (N, embedding_dim).
     """
 
     def __init__(self, embedding_dim: int, image_size: int, width: int, regions: bool = True) -> None:
@@ -105,9 +105,9 @@ def _with_regions(projection: nn.Conv2d | None, regions: Tensor, whole: Tensor) 
 
 
 def damsm_image_encoder(config: Mapping[str, Any], regions: bool = True) -> InceptionEncoder | SmallEncoder:
-    """The image encoder that a `damsm` stage (or, without `regions`, a `char_text` stage) with this config trains.
+    """Build the image encoder of a `damsm` stage or, without `regions`, a `char_text` stage, with new weights.
 
-    It is drawn anew. Raises ValueError for a trunk that there is not, and for a picture size that it does not take.
+    Raises ValueError for an unknown trunk or an unsupported image size.
     """
     if config["trunk"] not in TRUNKS:
         raise ValueError(f"trunk is '{config['trunk']}'; it must be one of {', '.join(TRUNKS)}")
@@ -117,10 +117,10 @@ def damsm_image_encoder(config: Mapping[str, Any], regions: bool = True) -> Ince
 
 
 def check_trunk(trunk: str, image_size: int, trunk_weights: str) -> None:
-    """Whether a stage can train with such a trunk. Raises ValueError that names the key."""
+    """Raise ValueError, naming the key, if a stage cannot train with this trunk."""
     if trunk == "inception" and image_size < MIN_INCEPTION_SIZE:
         raise ValueError(
-            f"image_size is {image_size}; the trunk 'inception' takes {MIN_INCEPTION_SIZE} and more, "
+            f"image_size is {image_size}; the trunk 'inception' needs at least {MIN_INCEPTION_SIZE} "
             "and was trained at 299"
         )
     if trunk != "inception" and trunk_weights:
@@ -128,7 +128,7 @@ def check_trunk(trunk: str, image_size: int, trunk_weights: str) -> None:
 
 
 class TextImageEncoders(nn.Module):
-    """A text and an image encoder as one role: one Adam trains both, as published."""
+    """A text and an image encoder as one role, trained by one Adam, as published."""
 
     def __init__(self, text: nn.Module, image: nn.Module) -> None:
         super().__init__()
@@ -137,10 +137,9 @@ class TextImageEncoders(nn.Module):
 
 
 def load_trunk(encoder: InceptionEncoder, weights: Mapping[str, Tensor]) -> None:
-    """Put torchvision's Inception-v3 weights into the frozen trunk of an image encoder, in place.
+    """Load torchvision's Inception-v3 weights into the frozen trunk of an image encoder, in place.
 
-    Classifiers (`fc.*`, `AuxLogits.*`) are left out and missing `num_batches_tracked` keep their value. Raises
-    ValueError, naming the key, where the rest does not fit.
+    Classifiers (`fc.*`, `AuxLogits.*`) are ignored. Raises ValueError, naming the key, if the rest does not fit.
     """
     own = {k: v for k, v in encoder.state_dict().items() if not k.startswith(("emb_features.", "emb_cnn_code."))}
     given = {k.removeprefix("module."): v for k, v in weights.items()}
@@ -149,15 +148,15 @@ def load_trunk(encoder: InceptionEncoder, weights: Mapping[str, Tensor]) -> None
 
 
 def copy_trunk_weights(own: Mapping[str, Tensor], given: Mapping[str, Tensor], kind: str) -> None:
-    """Copy weights by name into a trunk's tensors; missing `num_batches_tracked` keep their value.
+    """Copy weights by name into the tensors of a trunk; missing `num_batches_tracked` keep their value.
 
-    Raises ValueError, naming the key, where names or shapes do not fit. kind: the trunk's name, for the message.
+    Raises ValueError, naming the key, if names or shapes do not fit. kind: name of the trunk, for the message.
     """
     unknown = sorted(given.keys() - own.keys())
     missing = sorted(k for k in own.keys() - given.keys() if not k.endswith("num_batches_tracked"))
     if unknown or missing:
-        what = f"does not have '{missing[0]}'" if missing else f"has '{unknown[0]}', which {kind} does not"
-        raise ValueError(f"trunk_weights {what} ({len(missing)} names missing, {len(unknown)} unknown)")
+        problem = f"does not have '{missing[0]}'" if missing else f"has '{unknown[0]}', which {kind} does not"
+        raise ValueError(f"trunk_weights {problem} ({len(missing)} names missing, {len(unknown)} unknown)")
     for key, value in given.items():
         if value.shape != own[key].shape:
             raise ValueError(

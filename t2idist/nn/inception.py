@@ -1,5 +1,7 @@
-"""Inception-v3 (Szegedy et al. 2015) in plain torch, with torchvision's parameter names: as torchvision has it, and as
-the TensorFlow graph of December 2015 has it, which FID and the Inception score were published with.
+"""Inception-v3 (Szegedy et al. 2015) with torchvision's parameter names.
+
+Two variants: torchvision's, and the TensorFlow graph of December 2015 that FID and the Inception score were published
+with.
 """
 
 from __future__ import annotations
@@ -13,10 +15,12 @@ from torch import Tensor, nn
 
 
 class InceptionFeatures(NamedTuple):
-    """regions: Mixed_6e, (N, 768, 17, 17) at 299 pixels. pooled: (N, 2048), the mean of Mixed_7c."""
+    """Features of an image."""
 
     regions: Tensor
+    """Output of Mixed_6e, (N, 768, 17, 17) at 299 pixels."""
     pooled: Tensor
+    """Mean of Mixed_7c, (N, 2048)."""
 
 
 class ConvUnit(nn.Module):
@@ -43,7 +47,7 @@ def _avg_pool_with_padding(x: Tensor) -> Tensor:
 
 
 def _avg_pool_without_padding(x: Tensor) -> Tensor:
-    """TensorFlow's: the border's zeros do not count."""
+    """As in TensorFlow: the zeros of the padding do not count."""
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
@@ -137,7 +141,7 @@ class BlockD(nn.Module):
 
 
 class BlockE(nn.Module):
-    """8x8 block with branches that part in a row and a column."""
+    """8x8 block whose 3x3 branches split into a 1x3 and a 3x1 convolution."""
 
     def __init__(self, channels: int, pool: Pool) -> None:
         super().__init__()
@@ -162,10 +166,7 @@ class BlockE(nn.Module):
 
 
 class InceptionTrunk(nn.Module):
-    """Inception-v3 from the picture to its pooled features.
-
-    Pictures (N, 3, S, S) in [-1, 1], S at least 75, trained at 299.
-    """
+    """Inception-v3 from images (N, 3, S, S) in [-1, 1] to pooled features; S is at least 75, trained at 299."""
 
     def __init__(self, pool: Pool = _avg_pool_with_padding, last_pool: Pool = _avg_pool_with_padding) -> None:
         super().__init__()
@@ -198,9 +199,9 @@ class InceptionTrunk(nn.Module):
 
 
 class InceptionV3(InceptionTrunk):
-    """The trunk with the classifier `fc`: pictures (N, 3, S, S) in [-1, 1] -> logits (N, classes).
+    """The trunk with the classifier `fc`: images (N, 3, S, S) in [-1, 1] -> logits (N, classes).
 
-    There is no auxiliary classifier: leave `AuxLogits.*` out when torchvision's weights are loaded.
+    There is no auxiliary classifier: drop `AuxLogits.*` when loading torchvision's weights.
     """
 
     def __init__(self, classes: int = 1000) -> None:
@@ -213,10 +214,10 @@ class InceptionV3(InceptionTrunk):
 
 
 class Inception2015(InceptionTrunk):
-    """The graph `classify_image` of December 2015: means leave the border out, the last block takes the largest.
+    """The graph `classify_image` of December 2015: average pooling ignores padding, the last block uses max pooling.
 
-    Its weights are known as `pt_inception-2015-12-05`. Pictures (N, 3, 299, 299), (byte - 128) / 128 -> pooled features
-    (N, 2048) and logits (N, 1008) without their bias, as the Inception score takes them.
+    Its weights are known as `pt_inception-2015-12-05`. Images (N, 3, 299, 299), scaled (byte - 128) / 128 -> pooled
+    features (N, 2048) and logits (N, 1008) without bias, as the Inception score uses them.
     """
 
     def __init__(self) -> None:

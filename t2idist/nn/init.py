@@ -1,4 +1,4 @@
-"""Initial weights as the papers draw them, and networks of which only the shapes are wanted."""
+"""Weight initialisation as in the papers, and networks without values for shape checks."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _RANDOM_INITS = ("normal_", "uniform_", "orthogonal_", "kaiming_uniform_", "kaim
 
 @contextlib.contextmanager
 def shapes_only() -> Iterator[None]:
-    """Inside, networks are made on the meta device: their tensors have a shape and a type, and no numbers."""
+    """Enter a context in which networks are built on the meta device: tensors with shape and dtype, without values."""
     with torch.device("meta"), _SkipRandomInit():
         yield
 
 
 class _SkipRandomInit(TorchFunctionMode):
-    """On the meta device a draw does nothing; the first one there imports torch's compiler, for seconds."""
+    """Skip random initialisation on the meta device, where it only imports torch's compiler, for seconds."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in _RANDOM_INITS:
@@ -43,7 +43,7 @@ def normal_(net: nn.Module) -> None:
 
 
 def _initialise(net: nn.Module, draw: Callable[[Tensor], Tensor]) -> None:
-    """Draw the weights of convolutions and linear maps; BatchNorm N(1, 0.02), biases 0."""
+    """Initialise convolutions and linear maps by `draw`, BatchNorm as N(1, 0.02), biases as 0."""
     for module in net.modules():
         if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
             draw(module.weight)

@@ -1,4 +1,4 @@
-"""ResNet-152 (He et al. 2016) from the picture to its pooled features, with torchvision's layers and layout."""
+"""ResNet-152 (He et al. 2016) from image to pooled features, with torchvision's layers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from t2idist.nn.image_encoders import copy_trunk_weights
 
 BLOCKS = (3, 8, 36, 3)
-"""Of ResNet-152, in its four layers."""
+"""Blocks in the four layers of ResNet-152."""
 NAMES = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
-"""Where torchvision's parts stand in the sequence."""
+"""Index of torchvision's parts in the sequence."""
 MEAN = (0.485, 0.456, 0.406)
 DEVIATION = (0.229, 0.224, 0.225)
-"""Of ImageNet's pictures in [0, 1], by colour; what the published weights were trained with."""
+"""Of the colours of ImageNet's images in [0, 1], as used for the published weights."""
 
 
 class Bottleneck(nn.Module):
@@ -47,7 +47,7 @@ def _layer(channels: int, width: int, blocks: int, stride: int) -> nn.Sequential
 
 
 class ResNetTrunk(nn.Sequential):
-    """Pictures (N, 3, S, S), S at least 32, trained at 224 -> (N, 2048, 1, 1); a sequence, as captioners have it."""
+    """Images (N, 3, S, S), S at least 32, trained at 224 -> (N, 2048, 1, 1) (as in the released captioner)."""
 
     channels = 2048
 
@@ -67,7 +67,7 @@ class ResNetTrunk(nn.Sequential):
 
 
 def imagenet_scale(images: Tensor) -> Tensor:
-    """Pictures (N, 3, H, W) in [-1, 1] on the scale of the weights: each colour less its mean, by its deviation."""
+    """Normalise images (N, 3, H, W) in [-1, 1] by ImageNet's mean and standard deviation."""
     scaled = [
         (images[:, i : i + 1] * 0.5 + (0.5 - mean)) / deviation
         for i, (mean, deviation) in enumerate(zip(MEAN, DEVIATION, strict=True))
@@ -76,9 +76,9 @@ def imagenet_scale(images: Tensor) -> Tensor:
 
 
 def load_resnet(trunk: ResNetTrunk, weights: Mapping[str, Tensor]) -> None:
-    """Put torchvision's ResNet-152 weights into a trunk, in place; the classifier (`fc.*`) is left out.
+    """Load torchvision's ResNet-152 weights into a trunk, in place; the classifier (`fc.*`) is ignored.
 
-    Raises ValueError, naming torchvision's key, where they do not fit.
+    Raises ValueError, naming torchvision's key, if they do not fit.
     """
     theirs = {index: name for name, index in NAMES.items()}
     own = {}

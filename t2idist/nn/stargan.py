@@ -1,4 +1,4 @@
-"""StarGAN's generator and discriminator (Choi et al. 2018, appendix, tables 4 and 5); names are the published ones."""
+"""Generator and discriminator of StarGAN (Choi et al. 2018, tables 4 and 5); parameter names are the published ones."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from t2idist.nn.fast import blocks as fast
 from t2idist.nn.precision import upcast
 
 LEAKY_SLOPE = 0.01
-"""Slope of LeakyReLU in the discriminator: not the 0.2 of the rest of the family."""
+"""Negative slope of LeakyReLU in the discriminator, not the 0.2 of the other systems."""
 
 
 BORDER = 3
-"""Pixels of padding that the generator's first convolution reads on each side."""
+"""Padding of the generator's first convolution, in pixels on each side."""
 
 
 def instance_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -46,7 +46,7 @@ class ConditionalInstanceNorm2d(nn.InstanceNorm2d):
 
 
 class ConditionalSequential(nn.Sequential):
-    """Layers in turn; norms and residual blocks hear the labels."""
+    """nn.Sequential whose norms and residual blocks also get the labels."""
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         for layer in self:
@@ -55,7 +55,7 @@ class ConditionalSequential(nn.Sequential):
 
 
 class ResidualBlock(nn.Module):
-    """x + norm(conv(relu(norm(conv(x))))), without an activation at the end; label_dim: of the first norm."""
+    """x + norm(conv(relu(norm(conv(x))))), without a final activation; label_dim: of the first norm."""
 
     def __init__(self, channels: int, label_dim: int = 0) -> None:
         super().__init__()
@@ -73,16 +73,17 @@ class ResidualBlock(nn.Module):
 
 
 class TranslationGenerator(nn.Module):
-    """A picture and labels to a picture: (N, 3, S, S) in [-1, 1], (N, label_dim) -> (N, 3, S, S); S a multiple of 4.
+    """Images (N, 3, S, S) in [-1, 1] and labels (N, label_dim) -> images (N, 3, S, S); S is a multiple of 4.
 
-    The published net takes labels as planes of one value, padded with zeros. What such a plane adds is the same at all
-    places but near the border, and the norm takes away what is the same everywhere: labels act by the border alone.
-    Here they stand there and only there, which gives the same pictures, without a large constant that half precision
-    would round, and without gradients of rounding errors for weights that can do nothing.
+    The published network concatenates labels as constant planes, padded with zeros. Such a plane adds a constant at all
+    positions but near the border, and instance normalisation removes constants: labels act through the border only.
+    Here the planes are non-zero at the border only. The output is the same, without a large constant that half
+    precision would round, and without rounding noise as gradient of weights that have no effect.
 
-    modulated: labels act on the norms of the residual blocks and after, everywhere alike, instead; then a few blocks
-    are enough, where from the border they reach 8 pixels further with each. masked: a fourth plane says how much of the
-    picture stays as it is at each place, so that the net need not draw it again (Pumarola et al. 2018, eq. 1).
+    Args:
+        modulated: Apply labels in the norms from the residual blocks on instead, at all positions. A few blocks then
+            suffice; from the border, labels reach 8 pixels further with each block.
+        masked: A fourth output channel blends input and output at each position (Pumarola et al. 2018, eq. 1).
     """
 
     def __init__(
@@ -90,16 +91,16 @@ class TranslationGenerator(nn.Module):
     ) -> None:
         super().__init__()
         self.modulated, self.masked = modulated, masked
-        planes, heard = (0, label_dim) if modulated else (label_dim, 0)
+        planes, norm_dim = (0, label_dim) if modulated else (label_dim, 0)
         layers: list[nn.Module] = [nn.Conv2d(3 + planes, width, 7, bias=False)]
         layers += [ConditionalInstanceNorm2d(width), nn.ReLU(inplace=True)]
         for channels in (width, 2 * width):
             layers.append(nn.Conv2d(channels, 2 * channels, 4, 2, 1, bias=False))
             layers += [ConditionalInstanceNorm2d(2 * channels), nn.ReLU(inplace=True)]
-        layers += [ResidualBlock(4 * width, heard) for _ in range(residuals)]
+        layers += [ResidualBlock(4 * width, norm_dim) for _ in range(residuals)]
         for channels in (4 * width, 2 * width):
             layers.append(nn.ConvTranspose2d(channels, channels // 2, 4, 2, 1, bias=False))
-            layers += [ConditionalInstanceNorm2d(channels // 2, heard), nn.ReLU(inplace=True)]
+            layers += [ConditionalInstanceNorm2d(channels // 2, norm_dim), nn.ReLU(inplace=True)]
         self.main = ConditionalSequential(*layers, nn.Conv2d(width, 4 if masked else 3, 7, padding=3, bias=False))
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -107,23 +108,23 @@ class TranslationGenerator(nn.Module):
         if not self.modulated:
             border = F.pad(images.new_zeros(images.shape[2:]), (BORDER,) * 4, value=-1.0)
             padded = torch.cat([padded, labels[:, :, None, None] * border], dim=1)
-        out = upcast(self.main(padded, labels)).contiguous()  # plane by plane, as they are used
+        out = upcast(self.main(padded, labels)).contiguous()
         if not self.masked:
             return torch.tanh(out)
-        stays = torch.sigmoid(out[:, 3:])
-        return stays * upcast(images) + (1 - stays) * torch.tanh(out[:, :3])
+        mask = torch.sigmoid(out[:, 3:])
+        return mask * upcast(images) + (1 - mask) * torch.tanh(out[:, :3])
 
 
 class PatchDiscriminator(nn.Module):
-    """Pictures (N, 3, size, size) -> scores of patches (N, P, P), P = size / 2**layers, and class logits (N, classes).
+    """Images (N, 3, size, size) -> patch scores (N, P, P), P = size / 2**layers, and class logits (N, classes).
 
-    No normalisation, as a gradient penalty of each picture needs it.
+    Without BatchNorm, because the gradient penalty is a function of each single image.
     """
 
     def __init__(self, width: int, size: int, classes: int, layers: int) -> None:
         super().__init__()
-        places = size >> layers
-        assert places << layers == size, f"{size} pixels are not a multiple of {2**layers}"
+        patches = size >> layers
+        assert patches << layers == size, f"{size} pixels are not a multiple of {2**layers}"
         body: list[nn.Module] = []
         channels = 3
         for layer in range(layers):
@@ -131,13 +132,13 @@ class PatchDiscriminator(nn.Module):
             channels = width << layer
         self.main = nn.Sequential(*body)
         self.conv1 = nn.Conv2d(channels, 1, 3, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(channels, classes, places, bias=False)
+        self.conv2 = nn.Conv2d(channels, classes, patches, bias=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.main(images)
         return self.conv1(features).squeeze(1), self.conv2(features).flatten(1)
 
     def scores(self, images: Tensor) -> Tensor:
-        """The patches' scores (N, P, P) alone."""
+        """Return only the patch scores (N, P, P)."""
         out: Tensor = self.conv1(self.main(images)).squeeze(1)
         return out

@@ -1,4 +1,4 @@
-"""Text encoders: tokens to a vector for every word and one for the sentence."""
+"""Text encoders: tokens to a vector for each word and one for the sentence."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ MIN_NORM = 1e-8
 class BiLSTM(nn.Module):
     """AttnGAN's text encoder (section 3.2): embedding, dropout, one bidirectional LSTM layer.
 
-    tokens (N, T) int64 with 0 = padding, lengths (N,) at least 1, in any order -> words (N, embedding_dim, T), zero
-    past the length, and sentence (N, embedding_dim), the last state of both directions.
+    tokens (N, T) int64 with 0 = padding, lengths (N,) at least 1, on the host -> words (N, embedding_dim, T) and
+    sentence (N, embedding_dim), as `bidirectional_lstm`.
     """
 
     def __init__(self, vocabulary_size: int, embedding_dim: int, word_dim: int, dropout: float) -> None:
@@ -62,14 +62,14 @@ def bidirectional_lstm(rnn: nn.LSTM, embedded: Tensor, lengths: Tensor) -> tuple
 
 
 def damsm_text_encoder(config: Mapping[str, Any], vocabulary_size: int) -> BiLSTM:
-    """The text encoder that a `damsm` stage with this config trains; drawn anew."""
+    """Build the text encoder of a `damsm` stage with this config, with new weights."""
     return BiLSTM(vocabulary_size, config["embedding_dim"], config["word_dim"], config["dropout"])
 
 
 def text_encoder_from_export(export: Mapping[str, Any], vocabulary_size: int) -> BiLSTM:
-    """The text encoder that fits a `damsm` stage's export, by its index (``{"system", "config", "plan", ...}``).
+    """Build the text encoder of a `damsm` stage's export, given its index (``{"system", "config", "plan", ...}``).
 
-    Raises ValueError where the export is another system's, or knows another number of words than the data.
+    Raises ValueError if the export is of another system or its vocabulary has another size than the data's.
     """
     _check_encoder("damsm", export, vocabulary_size, ("damsm",))
     return damsm_text_encoder(export["config"], vocabulary_size)
@@ -90,42 +90,55 @@ def _check_encoder(slot: str, export: Mapping[str, Any], vocabulary_size: int, s
 def sentence_encoder(
     sources: Mapping[str, Mapping[str, Any]], vocabulary_size: int, vector_dim: int
 ) -> tuple[nn.Module | None, int]:
-    """What gives a system its sentence vectors, and their length: the encoder in slot "text", or the data itself.
+    """Build the encoder of a system's sentence vectors: that of slot "text", or None if the data has the vectors.
 
-    The encoder, of a `damsm` or `char_text` export, is drawn anew: tokens (N, T), lengths (N,) -> words and sentence
-    (N, D). None stands for the data's own vectors (of `vector_dim`). Raises ValueError where there is neither.
+    Args:
+        sources: By slot, the index of the export; "text" is of `damsm` or `char_text`.
+        vector_dim: Length of the data's sentence vectors, 0 if it has none.
+
+    Returns:
+        The encoder, with new weights (tokens (N, T), lengths (N,) -> words and sentence (N, D)), and D.
+
+    Raises:
+        ValueError: If there is neither an encoder nor vectors.
     """
     if "text" in sources:
         source = sources["text"]
         _check_encoder("text", source, vocabulary_size, ("damsm", "char_text"))
         config = source["config"]
         if source["system"] == "char_text":
-            unspelled = ("",) * vocabulary_size  # the export's weights bring the spelling
-            return char_text_encoder(config, unspelled), config["embedding_dim"]
+            placeholder = ("",) * vocabulary_size  # the spelling is part of the export's weights
+            return char_text_encoder(config, placeholder), config["embedding_dim"]
         return damsm_text_encoder(config, vocabulary_size), config["embedding_dim"]
     if vector_dim:
         return None, vector_dim
-    raise ValueError(
-        "uses.text is missing; it gives the sentence vectors (an export with a text encoder), or take data that comes "
-        "with vectors"
-    )
+    raise ValueError("uses.text is missing; give an export with a text encoder, or use data with sentence vectors")
 
 
 def sentence_vectors(encoder: nn.Module | None, tokens: Tensor, lengths: Tensor, given: Tensor, unit: bool) -> Tensor:
-    """A vector (N, D) for each of N captions: by the encoder, or those given with the data where there is none.
+    """Return the sentence vectors (N, D) of captions, by the encoder or, if it is None, those of the data.
 
-    tokens (N, T), lengths (N,), given (N, D). unit: scaled by `unit_scale`. Raises ValueError where none are given.
+    Args:
+        tokens: (N, T).
+        lengths: (N,).
+        given: Vectors of the data (N, D), D = 0 if it has none.
+        unit: Whether to scale by `unit_scale`.
+
+    Raises:
+        ValueError: If there is neither an encoder nor vectors.
     """
     if encoder is None and not given.shape[1]:
-        raise ValueError("captions without sentence vectors; what was trained on given vectors needs them to draw")
+        raise ValueError(
+            "captions without sentence vectors; a system trained on the data's vectors needs them to sample"
+        )
     vectors: Tensor = given if encoder is None else encoder(tokens, lengths)[1]
     return unit_scale(vectors) if unit else vectors
 
 
 def unit_scale(text: Tensor) -> Tensor:
-    """Vectors (N, D) or (N, D, T) scaled to a root mean square of 1 over D; zeros stay zeros.
+    """Scale vectors (N, D) or (N, D, T) to a root mean square of 1 over D; zeros stay zeros.
 
-    An encoder that was trained on cosines, as the DAMSM is, leaves the length of its vectors to chance.
+    An encoder trained on cosines, such as DAMSM, leaves the length of its vectors arbitrary.
     """
     x = upcast(text)
     norm: Tensor = x.norm(dim=1, keepdim=True)
@@ -133,6 +146,6 @@ def unit_scale(text: Tensor) -> Tensor:
 
 
 def padding_mask(lengths: Tensor, words: Tensor) -> Tensor:
-    """lengths (N,), words (N, D, T) -> (N, T) where the words are, true past the end of a caption."""
+    """lengths (N,), words (N, D, T) -> (N, T) on the device of `words`, true past the end of a caption."""
     past = torch.arange(words.shape[2], device=lengths.device) >= lengths.unsqueeze(1)
     return past.to(words.device, non_blocking=True)

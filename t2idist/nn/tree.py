@@ -1,7 +1,7 @@
-"""The generator trees of StackGAN++, AttnGAN and MirrorGAN: one trunk, a picture at every branch.
+"""The generator trees of StackGAN++, AttnGAN and MirrorGAN: one trunk, an image at every branch.
 
-Widths are those of the papers, whose first branch is 64 pixels: the trunk starts with ``width * base_size / 4``
-channels on 4x4 places and reaches `width` channels at the first branch. Parameter names are the published ones.
+The trunk starts with ``width * base_size / 4`` channels at 4x4 and reaches `width` channels at the first branch, which
+has 64 pixels in the papers. Parameter names are the published ones.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from t2idist.nn.conditioning import ConditioningAugmentation
 from t2idist.nn.precision import upcast
 
 INIT_SIZE = 4
-"""Pixels a side of the first feature map."""
+"""Width and height of the first feature map."""
 
 
 @dataclass(frozen=True)
 class GeneratorOutput:
-    """What a generator gives.
-
-    images: lowest size first, (N, 3, S, S) in [-1, 1]. mean, log_variance: (N, condition_dim) of the conditioning
-    Gaussian, None without a condition. attention: word weights (N, T, H, W) of each attention stage.
-    """
+    """What a generator returns."""
 
     images: tuple[Tensor, ...]
+    """Lowest size first, (N, 3, S, S) each, in [-1, 1]."""
     mean: Tensor | None = None
+    """(N, condition_dim) of the conditioning Gaussian; None without a condition."""
     log_variance: Tensor | None = None
+    """(N, condition_dim)."""
     attention: tuple[Tensor, ...] = ()
+    """Word weights (N, T, H, W) of each attention stage."""
 
 
 def generate(net: nn.Module, *inputs: Tensor | int | None) -> GeneratorOutput:
-    """What a generator gives for its inputs, as a function of the network."""
-    drawn: GeneratorOutput = net(*inputs)
-    return drawn
+    """Call the network; for `Train.forward`, which takes a function of it."""
+    output: GeneratorOutput = net(*inputs)
+    return output
 
 
 def pyramid(base_size: int, branches: int) -> tuple[int, ...]:
-    """Picture sizes of a tree, lowest first; raises ValueError where a size is not one that the nets can have."""
+    """Return the image sizes of a tree, lowest first. Raises ValueError if they are not supported."""
     if base_size not in (16, 32, 64):
         raise ValueError(f"base_size is {base_size}; it must be 16, 32 or 64")
     if branches < 1:
@@ -50,7 +50,7 @@ def pyramid(base_size: int, branches: int) -> tuple[int, ...]:
 
 
 class InitStage(nn.Module):
-    """Vector to the first branch's features: (N, input_dim) -> (N, width, base_size, base_size)."""
+    """Noise and condition to the features of the first branch: (N, input_dim) -> (N, width, base_size, base_size)."""
 
     def __init__(self, input_dim: int, width: int, base_size: int) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class InitStage(nn.Module):
 
 
 class JointStage(nn.Module):
-    """StackGAN-v2's later stage: features and the tiled condition, (N, C, H, W) -> (N, C/2, 2H, 2W)."""
+    """Later stage of StackGAN-v2: features and condition, (N, C, H, W) and (N, D) -> (N, C/2, 2H, 2W)."""
 
     def __init__(self, channels: int, condition_dim: int, residuals: int) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class JointStage(nn.Module):
 
 
 class AttentionStage(nn.Module):
-    """AttnGAN's later stage: features and their word context, (N, C, H, W) -> (N, C, 2H, 2W) and word weights."""
+    """Later stage of AttnGAN: features and their word context, (N, C, H, W) -> (N, C, 2H, 2W) and word weights."""
 
     def __init__(self, channels: int, word_dim: int, residuals: int, compat: str) -> None:
         super().__init__()
@@ -102,12 +102,12 @@ class AttentionStage(nn.Module):
         return self.upsample(self.residual(joint)), weights
 
     def join(self, features: Tensor, context: Tensor, condition: Tensor) -> Tensor:
-        """Features and word context, each (N, C, H, W), -> (N, 2 * C, H, W); AttnGAN has no use for the condition."""
+        """Join features and word context, each (N, C, H, W), to (N, 2 * C, H, W); the condition is not used."""
         return torch.cat([features, context], dim=1)
 
 
 class MirrorStage(AttentionStage):
-    """MirrorGAN's later stage: AttnGAN's, with a context from the sentence beside that from the words."""
+    """Later stage of MirrorGAN: that of AttnGAN, with a sentence context in addition to the word context."""
 
     def __init__(self, channels: int, word_dim: int, condition_dim: int, residuals: int, compat: str) -> None:
         super().__init__(channels, word_dim, residuals, compat)
@@ -120,7 +120,7 @@ class MirrorStage(AttentionStage):
 
 
 class ImageHead(nn.Module):
-    """Features to a picture in [-1, 1], in full precision."""
+    """Features (N, C, S, S) to an image (N, 3, S, S) in [-1, 1], in float32 at least."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -131,10 +131,10 @@ class ImageHead(nn.Module):
 
 
 class StackGenerator(nn.Module):
-    """The tree of StackGAN-v2 (StackGAN++, section 4), conditional where `text_dim` is given.
+    """The tree of StackGAN-v2 (StackGAN++, section 4): z (N, z_dim), normal (N, condition_dim), text (N, text_dim).
 
-    Branch i (0 first) has width / 2**i channels. forward(z (N, z_dim), normal (N, condition_dim), text (N, text_dim));
-    the unconditional tree takes z alone and uses it in the place of the condition at every stage.
+    Branch i, from 0, has width / 2**i channels. Without `text_dim` the tree is unconditional: it takes z only and uses
+    it in place of the condition at every stage.
     """
 
     def __init__(
@@ -173,11 +173,15 @@ class StackGenerator(nn.Module):
 
 
 class AttentionGenerator(nn.Module):
-    """The attentional generator of AttnGAN (section 3.1): every branch has `width` channels.
+    """The attentional generator of AttnGAN (section 3.1); every branch has `width` channels.
 
-    forward(z (N, z_dim), normal (N, condition_dim), sentence (N, text_dim), words (N, text_dim, T), padding (N, T)).
-    compat: see `WordAttention`; only with compat "authors" does `groups` matter. global_attention: MirrorGAN's stages.
-    single_output: one picture, at the end of the tree (AttnDCGAN, section 4.2 of AttnGAN).
+    forward(z (N, z_dim), normal (N, condition_dim), sentence (N, text_dim), words (N, text_dim, T), padding (N, T),
+    groups); `groups` matters only with compat "authors".
+
+    Args:
+        compat: See `WordAttention`.
+        global_attention: Use the stages of MirrorGAN.
+        single_output: Generate only the image at the end of the tree (AttnDCGAN; AttnGAN, section 4.2).
     """
 
     def __init__(
@@ -221,6 +225,6 @@ class AttentionGenerator(nn.Module):
             features, weights = self.get_submodule(f"h_net{i + 1}")(features, condition, words, padding, groups)
             maps.append(features)
             attention.append(weights)
-        shown = maps[-len(self.heads) :]
-        images = tuple(self.get_submodule(head)(here) for head, here in zip(self.heads, shown, strict=True))
+        maps = maps[-len(self.heads) :]
+        images = tuple(self.get_submodule(head)(x) for head, x in zip(self.heads, maps, strict=True))
         return GeneratorOutput(images, mean, log_variance, tuple(attention))

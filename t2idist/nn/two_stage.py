@@ -1,6 +1,6 @@
-"""The generators of StackGAN (v1): a sketch from noise and text, and its refinement to a larger picture.
+"""The generators of StackGAN (v1): stage I from noise and text, stage II refines to a larger image.
 
-Widths are those of the paper, whose pictures have 64 and 256 pixels; other sizes have fewer or more doublings.
+Widths are those of the paper, whose images have 64 and 256 pixels; other sizes have fewer or more upsampling blocks.
 Parameter names are the published ones.
 """
 
@@ -35,12 +35,12 @@ def _upsample(channels_in: int, channels_out: int) -> nn.Sequential:
 
 
 def num_doublings(size: int, image_size: int) -> int:
-    """How often `size` pixels are doubled to get to `image_size`."""
+    """Return the number of doublings from `size` to `image_size`."""
     return (image_size // size).bit_length() - 1
 
 
 class Upsampler(nn.Module):
-    """What both generators end with: `ups` doublings, each to half the channels, and the picture."""
+    """Common end of both generators: `ups` upsampling blocks, each halving the channels, and the image layer."""
 
     def __init__(self, channels: int, ups: int) -> None:
         super().__init__()
@@ -49,18 +49,17 @@ class Upsampler(nn.Module):
             setattr(self, f"upsample{i + 1}", _upsample(channels >> i, channels >> (i + 1)))
         self.img = nn.Sequential(conv3x3(channels >> ups, 3))
 
-    def picture(self, features: Tensor) -> Tensor:
-        """(N, channels, S, S) -> (N, 3, S << ups, S << ups) in [-1, 1], in full precision."""
+    def image(self, features: Tensor) -> Tensor:
+        """(N, channels, S, S) -> (N, 3, S << ups, S << ups) in [-1, 1], in float32 at least."""
         for i in range(self.ups):
             features = self.get_submodule(f"upsample{i + 1}")(features)
         return torch.tanh(upcast(self.img(features)))
 
 
 class StageOneGenerator(Upsampler):
-    """Stage-I generator (StackGAN, section 3.3): noise and condition to a small picture.
+    """Stage-I generator (StackGAN, section 3.3): z (N, z_dim), normal (N, condition_dim), text (N, text_dim).
 
-    forward(z (N, z_dim), normal (N, condition_dim), text (N, text_dim)). The last features have width / 2 channels.
-    compat: see `LinearConditioning`.
+    The last features have width / 2 channels. compat: see `LinearConditioning`.
     """
 
     def __init__(
@@ -78,11 +77,11 @@ class StageOneGenerator(Upsampler):
     def forward(self, z: Tensor, normal: Tensor, text: Tensor) -> GeneratorOutput:
         condition, mean, log_variance = self.ca_net(text, normal)
         seed = self.fc(torch.cat([z, condition], dim=1))
-        return GeneratorOutput((self.picture(seed.view(seed.shape[0], -1, INIT_SIZE, INIT_SIZE)),), mean, log_variance)
+        return GeneratorOutput((self.image(seed.view(seed.shape[0], -1, INIT_SIZE, INIT_SIZE)),), mean, log_variance)
 
 
 def stage_one_generator(config: Mapping[str, Any], text_dim: int) -> StageOneGenerator:
-    """The generator that a `stackgan` stage 1 with this config trains; drawn anew."""
+    """Build the generator of a `stackgan` stage 1 with this config, with new weights."""
     return StageOneGenerator(
         width=config["generator_width"],
         image_size=config["image_size"],
@@ -109,10 +108,11 @@ class ReLUResidual(nn.Module):
 
 
 class StageTwoGenerator(Upsampler):
-    """Stage-II generator (StackGAN, section 3.4): a small picture and the condition again to a large one.
+    """Stage-II generator (StackGAN, section 3.4): a small image and the condition to a large image.
 
-    forward(low (N, 3, low_size, low_size), normal (N, condition_dim), text (N, text_dim)). The small picture is brought
-    down to a quarter of its size and 4 * width channels, joined with the condition, and refined by residual blocks.
+    forward(low (N, 3, low_size, low_size), normal (N, condition_dim), text (N, text_dim)). The small image is
+    downsampled to a quarter of its size and 4 * width channels, joined with the condition, and refined by residual
+    blocks.
     """
 
     def __init__(
@@ -139,12 +139,12 @@ class StageTwoGenerator(Upsampler):
         condition, mean, log_variance = self.ca_net(text, normal)
         features = self.encoder(low)
         (joint,) = self.hr_joint(features, condition)
-        return GeneratorOutput((self.picture(self.residual(joint)),), mean, log_variance)
+        return GeneratorOutput((self.image(self.residual(joint)),), mean, log_variance)
 
 
 @contextlib.contextmanager
 def use_batch_statistics(net: nn.Module) -> Iterator[None]:
-    """Inside, BatchNorm of a network in eval mode goes by the samples at hand; its running statistics stay."""
+    """Let BatchNorm of a network in eval mode use batch statistics inside; running statistics do not change."""
     norms = [module for module in net.modules() if isinstance(module, BATCH_NORMS)]
     for norm in norms:
         norm.training, norm.track_running_stats = True, False

@@ -17,11 +17,11 @@ from t2idist.data.sources import open_dataset
 from t2idist.engine.checkpoint import export
 from t2idist.evaluate import style
 from t2idist.evaluate.style import area_under_curve, background_colours, kmeans, label_ids, roc_curve, verify
-from t2idist.sampling.loading import load_export, exported_network
+from t2idist.sampling.loading import exported_network, load_export
 from t2idist.training.stages import StageRun
 from tests.helpers import small_systems
 from tests.helpers.fixed_weights import fill
-from tests.systems.test_gan_cls import TINY_TEXT, VECTORS, made, plan_of, source, text_batch
+from tests.systems.test_gan_cls import TINY_TEXT, VECTORS, build_info, build_system, export_index, text_batch
 from tests.systems.test_loss_values import trainer
 
 
@@ -30,8 +30,8 @@ from tests.systems.test_loss_values import trainer
 def test_the_style_encoder_finds_the_noise_of_a_picture(name: str) -> None:
     torch.manual_seed(0)
     settings = {**TINY_TEXT, **({"conditional": True} if name == "dcgan" else {"residual": False})}
-    plan = plan_of(VECTORS, 32, sources={"generator": source(name, plan_of(VECTORS), **settings)})
-    system: Any = made("style", plan, width=16, lr=1e-3)
+    plan = build_info(VECTORS, 32, sources={"generator": export_index(name, build_info(VECTORS), **settings)})
+    system: Any = build_system("style", plan, width=16, lr=1e-3)
     generator = fill(system.frozen["generator"].net)
     before = {key: value.clone() for key, value in generator.state_dict().items()}
     run = trainer(system, 32)

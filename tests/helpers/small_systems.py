@@ -1,4 +1,4 @@
-"""Every system at small widths, as a run's stages: what the generic tests are run over."""
+"""Every system at small widths, as stages of a run, for the tests that cover all systems."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CHAR_TEXT = {
     "trunk": "small",
     "trunk_width": 4,
     "image_size": 32,
-    "margin": 3e-4,  # as small as the scores: where every hinge acts, the biases' gradients are rounding alone
+    "margin": 3e-4,  # as small as the scores: if every hinge is active, the gradients of biases are rounding noise
 }
 TWO_STAGE = {"generator_width": 8, "discriminator_width": 4, "z_dim": 6, "condition_dim": 6}
 MODELS: dict[str, dict[str, Any]] = {
@@ -66,9 +66,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "captioner": {"trunk": "small", "trunk_width": 4, "image_size": 32, "word_dim": 8, "hidden_dim": 8},
     "mirrorgan": {**TREE, "generator_width": 8, "discriminator_width": 4, "damsm_weight": 1.0},
 }
-"""By label: a system's name, and what follows a dash tells its settings apart."""
+"""Settings by label: the system's name, with a suffix after a dash for further settings of one system."""
 QUICK = ("damsm", "attngan", "stackgan_pp")
-"""Systems for which everything is tested every time; the whole of it for all others takes longer."""
+"""Systems that are tested completely in every run; the others are too slow."""
 USES: dict[str, dict[str, str]] = {
     "attngan": {"damsm": "damsm"},
     "stackgan_pp": {"text": "damsm"},
@@ -78,27 +78,27 @@ USES: dict[str, dict[str, str]] = {
     "stackgan-2": {"stage1": "stackgan"},
     "mirrorgan": {"damsm": "damsm", "captioner": "captioner"},
 }
-"""By label and slot, which other one trains what it uses."""
+"""By label and slot, the label of the stage that the slot uses."""
 
 
 def system_of(label: str) -> str:
     return label.partition("-")[0]
 
 
-EXTENTS = {"stargan": toy_gan.TWO_SETS}
-"""By system, what its data is like, where that is not `toys.EXTENT`."""
+DATA_INFOS = {"stargan": toy_gan.TWO_DOMAINS}
+"""By system, its data if that is not `toy_gan.DATA_INFO`."""
 
 
 def config(system: str, precision: str = "float64") -> RunConfig:
-    """A run of one system, after those that it uses."""
+    """Return a run of the system, preceded by the stages that it uses."""
     scale = {"group_size": GROUP_SIZE, "groups": GROUPS, "images": 240}
-    made: dict[str, Any] = {}
+    stages: dict[str, Any] = {}
 
     def add(name: str) -> None:
         uses = USES.get(name, {})
         for source in uses.values():
             add(source)
-        made[name] = {"system": system_of(name), **scale, "model": MODELS[name], "uses": uses}
+        stages[name] = {"system": system_of(name), **scale, "model": MODELS[name], "uses": uses}
 
     add(system)
     return from_dict(
@@ -108,30 +108,29 @@ def config(system: str, precision: str = "float64") -> RunConfig:
             "storage": "memory://small",
             "precision": precision,
             "data": {"max_words": MAX_WORDS},
-            "stages": made,
+            "stages": stages,
         },
     )
 
 
 def build(system: str) -> System:
-    """The system with weights that are a function of its name alone; frozen networks are those of fresh sources."""
+    """Build the system with weights that depend on its name only; frozen networks are those of new sources."""
     run = config(system)
     torch.manual_seed(11)
     stage = StageRun(run, system)
-    made = stage.build(stage.build_info(EXTENTS.get(system, toy_gan.EXTENT)))
-    for frozen in made.frozen.values():
+    built = stage.build(stage.build_info(DATA_INFOS.get(system, toy_gan.DATA_INFO)))
+    for frozen in built.frozen.values():
         source = build(USES[system][frozen.source])
         dotted = next(name for name in source.exports if name.rpartition(".")[2] == frozen.network)
         frozen.net.load_state_dict(exported_network(source, dotted).state_dict())
-    return made
+    return built
 
 
 def build_smooth(label: str) -> System:
-    """The system with SiLU in the place of ReLU and LeakyReLU, for what is compared in float32.
+    """Build the system with SiLU instead of ReLU and LeakyReLU, for comparisons in float32.
 
-    A unit that rounding puts on the other side of a kink changes the gradients of a small network by half a percent,
-    and all that comes after by more: that would hide what a comparison is for. char_text stays as it is: its margin was
-    chosen for the scores that it gives with them.
+    If rounding moves a unit across a kink, the gradients of a small network change by half a percent, and later values
+    by more, which would hide real differences. char_text is not changed: its margin was chosen for its scores.
     """
     system = build(label)
     if label == "char_text":
@@ -144,27 +143,25 @@ def build_smooth(label: str) -> System:
     return system
 
 
-WITHOUT_VECTORS = replace(toy_gan.EXTENT, vector_dim=0)
+DATA_WITHOUT_VECTORS = replace(toy_gan.DATA_INFO, vector_dim=0)
 
 
-def write_export(system: str, url: str, words: Sequence[str], extent: DataInfo = WITHOUT_VECTORS) -> None:
-    """The export of the system as `build` makes it, from a stage whose data is like `extent`, with this vocabulary."""
-    run, made = config(system), build(system)
-    stage = StageRun(run, system)
-    plan = stage.build_info(extent)
+def write_export(system: str, url: str, words: Sequence[str], data: DataInfo = DATA_WITHOUT_VECTORS) -> None:
+    """Write the export of `build(system)`, as a stage on such data with this vocabulary would."""
+    stage, built = StageRun(config(system), system), build(system)
     settings = to_dict(stage.model_config())
     index = {
         "system": system_of(system),
         "config": settings,
-        "plan": plan.describe(),
+        "plan": stage.build_info(data).describe(),
         "vocabulary": list(words),
         "images": 7,
     }
-    export.write(url, {dotted.rpartition(".")[2]: exported_network(made, dotted) for dotted in made.exports}, index)
+    export.write(url, {dotted.rpartition(".")[2]: exported_network(built, dotted) for dotted in built.exports}, index)
 
 
 def trainer(world: World, system: str, precision: str, groups: int = GROUPS) -> Trainer:
-    """precision: "float64" for the system itself; in others its smooth variant."""
+    """Build a trainer: of the system itself in float64, else of `build_smooth`."""
     share = Share.of(world, groups)
     return Trainer(
         build(system) if precision == "float64" else build_smooth(system),
@@ -177,8 +174,9 @@ def trainer(world: World, system: str, precision: str, groups: int = GROUPS) -> 
     )
 
 
-def run_steps(made: Trainer, count: int) -> None:
-    extent = EXTENTS.get(made.noise_source.stage, toy_gan.EXTENT)
+def run_steps(trainer: Trainer, count: int) -> None:
+    """Train on toy batches, with both kinds of BatchNorm averages."""
+    data = DATA_INFOS.get(trainer.noise_source.stage, toy_gan.DATA_INFO)
     for _ in range(count):
-        batch = toy_gan.batch(made.step, made.share.lanes, GROUP_SIZE, made.system.sizes, MAX_WORDS, extent)
-        made.run_step(batch, momentum=1 / (made.step + 1) if made.step % 3 else 0.0)  # both ways to settle averages
+        batch = toy_gan.batch(trainer.step, trainer.share.lanes, GROUP_SIZE, trainer.system.sizes, MAX_WORDS, data)
+        trainer.run_step(batch, momentum=1 / (trainer.step + 1) if trainer.step % 3 else 0.0)

@@ -1,8 +1,9 @@
-"""Losses: the published values, and that nothing crosses a group's border."""
+"""Losses: published values, and that nothing crosses groups."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from t2idist.losses.adversarial import (
 from t2idist.losses.image import colour_consistency, kl_divergence
 from t2idist.losses.matching import Gammas, WrongPairs, sentence_losses, word_losses, word_similarity, wrong_pairs
 from t2idist.nn.discriminators import PairDiscriminator
+from t2idist.nn.fast import word_attention as fast
 
 NONE_ALIKE = torch.arange(4)
 LENGTHS = torch.tensor([12, 9, 7, 5])
@@ -48,7 +50,9 @@ def codes() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         (5.0, [3, 5, 3, 8], (2.644973, 1.575387, 1.270727, 1.261330)),
     ],
 )
-def test_damsm_values(codes: tuple[Tensor, ...], attention: float, classes: list[int], expected: tuple[float]) -> None:
+def test_damsm_losses_have_the_published_values(
+    codes: tuple[Tensor, ...], attention: float, classes: list[int], expected: tuple[float]
+) -> None:
     regions, words, images, sentences = codes
     gammas, ids = Gammas(attention, 5.0, 10.0), torch.tensor(classes)
     by_word = word_losses(regions, words, LENGTHS, ids, 1, gammas)
@@ -58,12 +62,13 @@ def test_damsm_values(codes: tuple[Tensor, ...], attention: float, classes: list
     assert [x.item() for x in got] == pytest.approx(expected, abs=5e-6)
 
 
-def test_word_similarity_is_the_papers_formula_pair_by_pair() -> None:
+@pytest.mark.parametrize("form", [word_similarity, fast.word_similarity], ids=["plain", "fast"])
+def test_word_similarity_matches_the_formula_pair_by_pair(form: Callable[..., Tensor]) -> None:
     torch.manual_seed(1)
     regions, words = torch.randn(3, 6, 5).double(), torch.randn(3, 6, 4).double()
     lengths = torch.tensor([4, 1, 3])
     gammas = Gammas(4.0, 5.0, 10.0)
-    got = word_similarity(regions[None], words[None], lengths[None], gammas)[0]
+    got = form(regions[None], words[None], lengths[None], gammas.attention, gammas.words)[0]
     for i in range(3):
         for j in range(3):
             e = words[j, :, : lengths[j]]
@@ -73,33 +78,40 @@ def test_word_similarity_is_the_papers_formula_pair_by_pair() -> None:
             assert got[i, j].item() == pytest.approx(evidence.item(), abs=1e-10)
 
 
-def test_gradients_of_word_similarity() -> None:
+def test_fast_word_similarity_has_correct_gradients() -> None:
     torch.manual_seed(1)
     regions = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     words = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
     lengths = torch.tensor([[4, 1, 3], [2, 2, 4]])
 
     def similarity(regions: Tensor, words: Tensor) -> Tensor:
-        return word_similarity(regions, words, lengths, Gammas(4.0, 5.0, 10.0))
+        return fast.word_similarity(regions, words, lengths, 4.0, 5.0)
 
     assert torch.autograd.gradcheck(similarity, (regions, words))
+    plain = word_similarity(regions, words, lengths, 4.0, 5.0)
+    quick = similarity(regions, words)
+    torch.testing.assert_close(quick, plain)
+    cotangent = torch.randn_like(plain)
+    gradients = [torch.autograd.grad(x, (regions, words), cotangent) for x in (quick, plain)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_damsm_losses_of_two_groups_are_the_mean_of_each(codes: tuple[Tensor, ...]) -> None:
     regions, words, images, sentences = (x.double() for x in codes)
     ids, gammas = torch.tensor([1, 1, 1, 2]), Gammas()
-    halves = (slice(2), slice(2, 4))
+    groups = (slice(2), slice(2, 4))
     both = word_losses(regions, words, LENGTHS, ids, 2, gammas).sum()
-    each = [word_losses(regions[h], words[h], LENGTHS[h], ids[h], 1, gammas).sum() for h in halves]
+    each = [word_losses(regions[h], words[h], LENGTHS[h], ids[h], 1, gammas).sum() for h in groups]
     torch.testing.assert_close(both, torch.stack(each).mean(), atol=1e-12, rtol=0)
     whole = word_losses(regions, words, LENGTHS, ids, 1, gammas).sum()
     assert abs(whole.item() - both.item()) > 0.1
     both = sentence_losses(images, sentences, ids, 2, gammas).sum()
-    each = [sentence_losses(images[h], sentences[h], ids[h], 1, gammas).sum() for h in halves]
+    each = [sentence_losses(images[h], sentences[h], ids[h], 1, gammas).sum() for h in groups]
     torch.testing.assert_close(both, torch.stack(each).mean(), atol=1e-12, rtol=0)
 
 
-def test_damsm_losses_do_not_see_padding_and_have_finite_gradients(codes: tuple[Tensor, ...]) -> None:
+def test_damsm_losses_ignore_padding_and_have_finite_gradients(codes: tuple[Tensor, ...]) -> None:
     regions, words = codes[0].requires_grad_(), codes[1]
     filled = words.clone()
     filled[1, :, 9:] = 100.0
@@ -114,7 +126,7 @@ def test_damsm_losses_do_not_see_padding_and_have_finite_gradients(codes: tuple[
     assert zeroed.grad is not None and zeroed.grad.isfinite().all() and zeroed.grad[1, :, 9:].abs().max() == 0
 
 
-def test_damsm_losses_are_in_full_precision_under_autocast(codes: tuple[Tensor, ...]) -> None:
+def test_damsm_losses_keep_full_precision_under_autocast(codes: tuple[Tensor, ...]) -> None:
     regions, words, images, sentences = codes
     plain = word_losses(regions, words, LENGTHS, NONE_ALIKE, 1, Gammas()).sum()
     with torch.autocast("cpu", torch.bfloat16):
@@ -124,7 +136,7 @@ def test_damsm_losses_are_in_full_precision_under_autocast(codes: tuple[Tensor, 
     assert halved.dtype == torch.float32
 
 
-def test_wrong_pairs_stay_in_their_group_and_leave_out_one_class() -> None:
+def test_wrong_pairs_stay_in_their_group_and_drop_pairs_of_one_class() -> None:
     pairs = wrong_pairs(torch.tensor([7, 7, 8, 1, 2, 1]), groups=2)
     assert pairs.caption.tolist() == [1, 2, 0, 4, 5, 3]
     assert pairs.keep.tolist() == [False, True, True, True, True, False]
@@ -132,7 +144,7 @@ def test_wrong_pairs_stay_in_their_group_and_leave_out_one_class() -> None:
         wrong_pairs(torch.arange(3), groups=3)
 
 
-def test_kept_terms_are_averaged_in_each_group() -> None:
+def test_masked_bce_fake_averages_within_each_group() -> None:
     logits = torch.tensor([0.0, 5.0, 1.0, 2.0, 9.0, 9.0])
     keep = torch.tensor([True, False, True, True, False, False])
     terms = F.softplus(logits)
@@ -145,7 +157,7 @@ ACCURACIES = ("accuracy_real", "accuracy_wrong", "accuracy_fake", "accuracy_matc
 
 
 class Logits(PairDiscriminator):
-    """A discriminator whose pictures are their own features, and whose logit is their product with the condition."""
+    """A discriminator whose images are their own features, and whose logit is their product with the condition."""
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         return images
@@ -157,18 +169,18 @@ class Logits(PairDiscriminator):
         return features.sum(1)
 
 
-def test_a_verdict_counts_who_is_judged_rightly() -> None:
+def test_losses_report_accuracies() -> None:
     real = torch.tensor([[2.0, 0.0], [-1.0, 0.0], [0.0, 3.0], [0.0, 1.0]])
     fake = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0], [-1.0, -1.0]])
     condition = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
     pairs = WrongPairs(caption=torch.tensor([2, 3, 0, 1]), keep=torch.tensor([True, True, True, False]))
-    verdict = joint_losses(Logits(), real, fake, condition, pairs, groups=1)
-    assert verdict.accuracy_real == 0.5  # 2, -1, 3, -1
-    assert verdict.accuracy_wrong == 0.0  # 0, 0, 0, and one that does not count: at 0 nothing is decided
-    assert verdict.accuracy_fake == 0.25  # 1, -1, 0, 1
-    assert verdict.accuracy_matching == pytest.approx(2 / 3)  # 2 > 0, -1 > 0, 3 > 0
+    losses = joint_losses(Logits(), real, fake, condition, pairs, groups=1)
+    assert losses.accuracy_real == 0.5  # 2, -1, 3, -1
+    assert losses.accuracy_wrong == 0.0  # 0, 0, 0, and one that is not kept; a logit of 0 is not correct
+    assert losses.accuracy_fake == 0.25  # 1, -1, 0, 1
+    assert losses.accuracy_matching == pytest.approx(2 / 3)  # 2 > 0, -1 > 0, 3 > 0
     same = matching_aware_losses(Logits(), real, fake, condition, pairs, groups=1)
-    assert all(value == getattr(verdict, name) for name, value in vars(same).items())
+    assert all(value == getattr(losses, name) for name, value in vars(same).items())
     none = WrongPairs(caption=pairs.caption, keep=torch.zeros(4, dtype=torch.bool))
     assert matching_aware_losses(Logits(), real, fake, condition, none, groups=1).accuracy_matching == 0.0
     alone = unconditional_losses(torch.tensor([1.0, -1.0]), torch.tensor([-2.0, -1.0]))
@@ -178,7 +190,7 @@ def test_a_verdict_counts_who_is_judged_rightly() -> None:
 def test_discriminator_losses_have_the_published_values() -> None:
     torch.manual_seed(0)
     real, fake, wrong, real_alone, fake_alone = torch.randn(5, 4)
-    verdict = JointLosses(
+    losses = JointLosses(
         real=bce_real(real),
         wrong=bce_fake(wrong[:3]),
         fake=bce_fake(fake),
@@ -186,31 +198,31 @@ def test_discriminator_losses_have_the_published_values() -> None:
         fake_alone=bce_fake(fake_alone),
         **dict.fromkeys(ACCURACIES, torch.ones(())),
     )
-    assert attngan_discriminator_loss(verdict).item() == pytest.approx(1.9574025, abs=1e-6)
-    assert matching_aware_loss(verdict.real, verdict.wrong, verdict.fake).item() == pytest.approx(2.1567173, abs=1e-6)
+    assert attngan_discriminator_loss(losses).item() == pytest.approx(1.9574025, abs=1e-6)
+    assert matching_aware_loss(losses).item() == pytest.approx(2.1567173, abs=1e-6)
 
 
-def test_stackgan_losses_weigh_their_terms() -> None:
+def test_stackgan_losses_weight_their_terms() -> None:
     parts = ("real", "wrong", "fake", "real_alone", "fake_alone")
     values = {name: torch.tensor(float(10**i)) for i, name in enumerate(parts)}
-    verdict = JointLosses(**values, **dict.fromkeys(ACCURACIES, torch.ones(())))
-    assert stackgan_pp_discriminator_loss(verdict).item() == 1 + (10 + 100) / 2 + 1000 + 10000
-    assert stackgan_v2_released_loss(verdict).item() == 1 + 10 + 100 + 2 * 1000 + 10000
+    losses = JointLosses(**values, **dict.fromkeys(ACCURACIES, torch.ones(())))
+    assert stackgan_pp_discriminator_loss(losses).item() == 1 + (10 + 100) / 2 + 1000 + 10000
+    assert stackgan_v2_released_loss(losses).item() == 1 + 10 + 100 + 2 * 1000 + 10000
 
 
-def test_cross_entropy_is_full_precision_and_stable() -> None:
+def test_bce_is_full_precision_and_stable() -> None:
     assert bce_real(torch.tensor([-200.0])).item() == pytest.approx(200.0)
     assert bce_fake(torch.tensor([-200.0])).item() == pytest.approx(0.0)
     assert bce_real(torch.zeros(3, dtype=torch.bfloat16)).item() == pytest.approx(math.log(2), abs=1e-7)
 
 
-def test_kl_value() -> None:
+def test_kl_divergence_has_the_published_value() -> None:
     torch.manual_seed(0)
     assert kl_divergence(torch.randn(4, 100), torch.randn(4, 100)).item() == pytest.approx(0.8998332, abs=1e-6)
     assert kl_divergence(torch.zeros(2, 3), torch.zeros(2, 3)).item() == 0
 
 
-def test_colour_consistency_by_hand() -> None:
+def test_colour_consistency_matches_hand_computation() -> None:
     high = torch.zeros(1, 3, 4, 4)
     high[0, 0, :, ::2] = 1.0  # mean 1/2, variance 1/4 of red
     low = torch.zeros(1, 3, 2, 2, requires_grad=True)

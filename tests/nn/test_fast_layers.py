@@ -1,4 +1,4 @@
-"""Quick layers compute what torch's own do: values, gradients, gradients of gradients; casts are never stale."""
+"""Fast layers match torch in values, gradients and second derivatives; cached casts are never stale."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from torch.utils.flop_counter import flop_registry
 from t2idist.contract import Adam
 from t2idist.engine.strategy import adam_step, init_optimizer_state, make_adam
 from t2idist.losses.penalties import gradient_penalty
-from t2idist.nn.blocks import GLU, GatedRows, JointConv2d
+from t2idist.nn.blocks import GLU, JointConv2d
 from t2idist.nn.fast import layers
+from t2idist.nn.fast.blocks import LastDimGLU
 from t2idist.nn.fast.layers import CachedCast, FastConv2d, clear_cached_casts, use_fast_layers
 from t2idist.nn.stargan import PatchDiscriminator
 
@@ -26,29 +27,29 @@ from t2idist.nn.stargan import PatchDiscriminator
 @pytest.mark.parametrize(
     ("side", "stride", "padding", "size"), [(4, 2, 1, 8), (3, 1, 1, 4), (3, 1, 0, 5), (4, 4, 0, 8), (5, 2, 2, 7)]
 )
-def test_a_product_of_matrices_is_the_convolution(
+def test_matrix_product_equals_the_convolution(
     monkeypatch: pytest.MonkeyPatch, side: int, stride: int, padding: int, size: int
 ) -> None:
-    monkeypatch.setattr(layers, "SMALLEST_MATRIX", 1)
+    monkeypatch.setattr(layers, "MIN_MATRIX_ELEMENTS", 1)
     torch.manual_seed(0)
     plain = nn.Conv2d(6, 9, side, stride, padding).double()
     quick = use_fast_layers(copy.deepcopy(plain))
     assert isinstance(quick, FastConv2d) and list(quick.state_dict()) == list(plain.state_dict())
     images = torch.randn(2, 6, size, size, dtype=torch.float64, requires_grad=True)
 
-    def slopes(net: nn.Module) -> list[Tensor]:
+    def gradients(net: nn.Module) -> list[Tensor]:
         out = net(images)
         (to_images,) = torch.autograd.grad(out.sin().sum(), images, create_graph=True)
         return [out, to_images, *torch.autograd.grad(to_images.square().sum(), [images, net.weight])]
 
     used = _count_calls(monkeypatch, F, "linear")
-    ours = slopes(quick)
+    ours = gradients(quick)
     assert used, "the weight is larger than the input"
-    for mine, theirs in zip(ours, slopes(plain), strict=True):
+    for mine, theirs in zip(ours, gradients(plain), strict=True):
         torch.testing.assert_close(mine, theirs)
 
 
-def test_a_large_input_goes_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_input_uses_the_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
     used = _count_calls(monkeypatch, F, "linear")
     net = use_fast_layers(nn.Conv2d(64, 128, 3))
     net(torch.randn(1, 64, 16, 16))
@@ -58,11 +59,11 @@ def test_a_large_input_goes_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     "module", [nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, dilation=2), nn.Conv2d(4, 4, (1, 3))]
 )
-def test_other_convolutions_are_left(module: nn.Conv2d) -> None:
+def test_other_convolutions_are_not_replaced(module: nn.Conv2d) -> None:
     assert type(use_fast_layers(module)) is nn.Conv2d
 
 
-def test_a_joint_convolution_keeps_its_cast_and_stays_what_it_is() -> None:
+def test_joint_convolution_caches_its_cast_and_keeps_its_class() -> None:
     torch.manual_seed(0)
     plain = JointConv2d(6, 3, 8)
     quick = use_fast_layers(copy.deepcopy(plain))
@@ -81,7 +82,7 @@ def test_a_joint_convolution_keeps_its_cast_and_stays_what_it_is() -> None:
     assert type(copied) is type(quick) and copied._half is None and quick._half is half
 
 
-def test_a_weight_is_cast_once_an_update_and_never_stale() -> None:
+def test_weight_is_cast_once_per_update_and_never_stale() -> None:
     torch.manual_seed(0)
     net = use_fast_layers(nn.Sequential(nn.Conv2d(3, 8, 3)))
     conv = net[0]  # type: ignore[index]
@@ -102,11 +103,11 @@ def test_a_weight_is_cast_once_an_update_and_never_stale() -> None:
     half = conv._half
     assert half is not None
     run()
-    assert conv._half is half, "kept while the weight is the same"
+    assert conv._half is half, "kept while the weight does not change"
     with torch.no_grad():
         conv.weight.add_(1)
     torch.testing.assert_close(run(), expected())
-    conv.weight.data.add_(1)  # what no version tells
+    conv.weight.data.add_(1)  # does not change the version
     clear_cached_casts(net)
     torch.testing.assert_close(run(), expected())
     conv.weight.requires_grad_(False)
@@ -123,7 +124,7 @@ def test_a_weight_is_cast_once_an_update_and_never_stale() -> None:
     torch.testing.assert_close(run(), expected())
 
 
-def test_gradients_of_two_passes_are_those_of_autocast() -> None:
+def test_gradients_of_two_passes_match_autocast() -> None:
     torch.manual_seed(0)
     plain = nn.Conv2d(8, 16, 3)
     quick = use_fast_layers(copy.deepcopy(plain))
@@ -144,15 +145,15 @@ class _Flops(TorchDispatchMode):
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         if func._overloadpacket in flop_registry:
-            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=made)
-        return made
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 @pytest.mark.parametrize("smallest", [1, layers.MIN_MATRIX_ELEMENTS])
-def test_a_penalty_on_a_slope_is_torchs_for_less(monkeypatch: pytest.MonkeyPatch, smallest: int) -> None:
-    monkeypatch.setattr(layers, "SMALLEST_MATRIX", smallest)
+def test_gradient_penalty_matches_torch_with_fewer_operations(monkeypatch: pytest.MonkeyPatch, smallest: int) -> None:
+    monkeypatch.setattr(layers, "MIN_MATRIX_ELEMENTS", smallest)
     torch.manual_seed(0)
     plain = PatchDiscriminator(4, 16, 3, 3).double()
     quick = use_fast_layers(copy.deepcopy(plain))
@@ -165,10 +166,10 @@ def test_a_penalty_on_a_slope_is_torchs_for_less(monkeypatch: pytest.MonkeyPatch
     for (name, mine), theirs in zip(quick.named_parameters(), plain.parameters(), strict=True):
         if theirs.grad is not None and bool(theirs.grad.any()):  # torch has zeros for biases
             torch.testing.assert_close(mine.grad, theirs.grad, msg=name)
-    assert flops[1] < 0.7 * flops[0], "forward, to the pictures, and the gradients of both: four passes, not six"
+    assert flops[1] < 0.7 * flops[0], "forward, backward to the images, and the gradients of both: four passes, not six"
 
 
-def test_leaky_relu_is_torchs() -> None:
+def test_leaky_relu_matches_torch() -> None:
     torch.manual_seed(0)
     leak = use_fast_layers(nn.LeakyReLU(0.3, inplace=True))
     x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
@@ -178,7 +179,7 @@ def test_leaky_relu_is_torchs() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("channels", [4, 32, 64])
-def test_glu_is_torchs(dtype: torch.dtype, channels: int) -> None:
+def test_glu_matches_torch(dtype: torch.dtype, channels: int) -> None:
     torch.manual_seed(0)
     given = torch.randn(2, 2 * channels, 5, 7).to(dtype)
     results = []
@@ -192,17 +193,17 @@ def test_glu_is_torchs(dtype: torch.dtype, channels: int) -> None:
         torch.testing.assert_close(mine, theirs, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
 
 
-def test_gated_rows_have_the_gradients_of_glu() -> None:
+def test_last_dim_glu_has_the_gradients_of_glu() -> None:
     torch.manual_seed(0)
     rows = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(GatedRows.apply, rows)
+    assert torch.autograd.gradcheck(LastDimGLU.apply, rows)
     one = torch.randn(1, 8, dtype=torch.float64)
     before = one.clone()
-    torch.testing.assert_close(GatedRows.apply(one), F.glu(before, -1))  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(LastDimGLU.apply(one), F.glu(before, -1))  # type: ignore[no-untyped-call]
     assert torch.equal(one, before)
 
 
-def test_adam_is_torchs_whatever_the_layout() -> None:
+def test_adam_matches_torch_in_either_layout() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     other = copy.deepcopy(net)
@@ -221,13 +222,14 @@ def test_adam_is_torchs_whatever_the_layout() -> None:
         torch.testing.assert_close(p, q)
     before = [p.detach().clone() for p in net.parameters()]
     adam_step(ours, 0.01, torch.ones(()))
-    assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True)), "a bad update changes nothing"
+    assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True)), "found_inf skips the update"
 
 
-def test_the_heap_is_kept() -> None:
-    """Large tensors take no new pages when they are made again. In a process of its own, for it lasts."""
+def test_freed_memory_is_kept() -> None:
+    """Large tensors reuse their pages. Runs in a separate process, because the setting is permanent."""
     code = (
-        "import resource, torch; from t2idist.nn.fast.layers import keep_freed_memory; torch.set_num_threads(1); keep_freed_memory()\n"
+        "import resource, torch; from t2idist.nn.fast.memory import keep_freed_memory\n"
+        "torch.set_num_threads(1); keep_freed_memory()\n"
         "def faults():\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    torch.empty(1 << 26).fill_(1)\n"

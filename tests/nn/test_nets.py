@@ -1,4 +1,4 @@
-"""Layers and networks: the published names, counts and outputs, and what each layer promises."""
+"""Layers and networks: published names, counts and outputs, and properties of each layer."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from t2idist.nn.attention import WordAttention
-from t2idist.nn.blocks import GLU, JointSequential, JointConv2d, UpConv2d, up_block
+from t2idist.nn.blocks import GLU, JointConv2d, JointSequential, UpConv2d, joint_conv2d, up_block, up_conv2d
 from t2idist.nn.conditioning import ConditioningAugmentation
 from t2idist.nn.discriminators import SIZES, AttnDiscriminator, StackDiscriminator
+from t2idist.nn.fast import lstm as fast
 from t2idist.nn.image_encoders import InceptionEncoder, SmallEncoder, damsm_image_encoder, load_trunk
 from t2idist.nn.inception import InceptionTrunk, InceptionV3
 from t2idist.nn.init import normal_, orthogonal_
-from t2idist.nn.text_encoders import BiLSTM, unit_scale
+from t2idist.nn.text_encoders import BiLSTM, bidirectional_lstm, unit_scale
 from t2idist.nn.tree import AttentionGenerator, StackGenerator, pyramid
 from tests.helpers.fixed_weights import fill, fingerprint, parameters, weight
 
@@ -29,8 +30,8 @@ def authors() -> dict[str, Tensor]:
     return load_file(Path(__file__).parents[1] / "convert/authors" / "outputs.safetensors")
 
 
-def thin(images: Tensor, places: int) -> Tensor:
-    step = images.shape[2] // places
+def thin(images: Tensor, positions: int) -> Tensor:
+    step = images.shape[2] // positions
     return images[:, :, ::step, ::step]
 
 
@@ -40,44 +41,44 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 
 # ------------------------------------------------------------------------------------------ the authors' networks
 @pytest.mark.parametrize("compat", ["", "authors"])
-def test_attngan_generator_draws_what_the_authors_net_draws(authors: dict[str, Tensor], compat: str) -> None:
+def test_attngan_generator_reproduces_released_outputs(authors: dict[str, Tensor], compat: str) -> None:
     net = fill(AttentionGenerator(**SMALL, condition_dim=32, compat=compat))
     names = ("z", "eps", "sent_emb", "word_embs", "mask")
     with torch.no_grad():
-        drawn = net(*(authors[f"attngan/{name}"] for name in names))
-    close(drawn.mean, authors["attngan/mean"])
-    close(thin(drawn.images[0], 16), authors["attngan/image_64"])
+        output = net(*(authors[f"attngan/{name}"] for name in names))
+    close(output.mean, authors["attngan/mean"])
+    close(thin(output.images[0], 16), authors["attngan/image_64"])
     for i, size in enumerate((128, 256), start=1):
         name = f"attngan/image_{size}" if compat else f"attngan/right_mask_{size}"
-        close(thin(drawn.images[i], 16), authors[name])
+        close(thin(output.images[i], 16), authors[name])
     if compat:
         for i, size in enumerate((64, 128)):
-            close(thin(drawn.attention[i], 16), authors[f"attngan/attention_{size}"])
+            close(thin(output.attention[i], 16), authors[f"attngan/attention_{size}"])
 
 
-def test_stackgan_generator_draws_what_the_authors_net_draws(authors: dict[str, Tensor]) -> None:
+def test_stackgan_generator_reproduces_released_outputs(authors: dict[str, Tensor]) -> None:
     net = fill(StackGenerator(**SMALL, condition_dim=16))
     with torch.no_grad():
-        drawn = net(*(authors[f"stackgan/{name}"] for name in ("z", "eps", "text_embedding")))
-    for image, size in zip(drawn.images, (64, 128, 256), strict=True):
+        output = net(*(authors[f"stackgan/{name}"] for name in ("z", "eps", "text_embedding")))
+    for image, size in zip(output.images, (64, 128, 256), strict=True):
         close(thin(image, 16), authors[f"stackgan/image_{size}"])
 
 
-def test_attngan_discriminators_judge_as_the_authors_do(authors: dict[str, Tensor]) -> None:
+def test_attngan_discriminators_reproduce_released_outputs(authors: dict[str, Tensor]) -> None:
     torch.manual_seed(3)
-    pictures = [torch.tanh(torch.randn(2, 3, size, size)) for size in (64, 128, 256)]
+    images = [torch.tanh(torch.randn(2, 3, size, size)) for size in (64, 128, 256)]
     condition = authors["discriminator/condition"]
-    for picture in pictures:
-        size = picture.shape[2]
+    for image in images:
+        size = image.shape[2]
         net = fill(AttnDiscriminator(4, size, 64))
         with torch.no_grad():
-            features = net.features(picture)
+            features = net.features(image)
             close(features, authors[f"discriminator/features_{size}"])
             close(net.conditional(features, condition).sigmoid(), authors[f"discriminator/conditional_{size}"])
             close(net.unconditional(features).sigmoid(), authors[f"discriminator/unconditional_{size}"])
 
 
-def test_text_encoder_reads_as_the_authors_does_in_any_order(authors: dict[str, Tensor]) -> None:
+def test_text_encoder_reproduces_released_outputs_in_any_order(authors: dict[str, Tensor]) -> None:
     net = fill(BiLSTM(60, 64, 300, dropout=0.5))
     tokens, lengths = authors["text/tokens"], authors["text/lengths"]
     order = torch.tensor([2, 0, 3, 1])
@@ -87,7 +88,7 @@ def test_text_encoder_reads_as_the_authors_does_in_any_order(authors: dict[str, 
     close(sentence, authors["text/sentence"][order])
 
 
-def test_inception_is_torchvisions() -> None:
+def test_inception_matches_torchvision() -> None:
     """Values of torchvision's inception_v3 with the recipe's weights."""
     net = fill(InceptionTrunk())
     torch.manual_seed(0)
@@ -132,10 +133,10 @@ def published(name: str) -> nn.Module:
     preset, net = rest
     tree = {"z_dim": 100, "base_size": 64, "branches": 3}
     if system == "attngan":
-        width, residuals, judge = {"cub": (32, 2, 64), "coco": (48, 3, 96)}[preset]
+        width, residuals, discriminator = {"cub": (32, 2, 64), "coco": (48, 3, 96)}[preset]
         if net == "netG":
             return AttentionGenerator(**tree, width=width, residuals=residuals, text_dim=256, condition_dim=100)
-        return AttnDiscriminator(judge, int(net.removeprefix("netD")), 256)
+        return AttnDiscriminator(discriminator, int(net.removeprefix("netD")), 256)
     conditional = preset == "cub"
     if net == "netG":
         text_dim = 1024 if conditional else None
@@ -157,11 +158,11 @@ def test_glu_gates_with_the_second_half() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 4, 4), (1, 5, 3, 7)])
-def test_up_convolution_is_nearest_then_convolution(shape: tuple[int, ...]) -> None:
+def test_fast_up_conv2d_matches_the_plain_form(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     layer = UpConv2d(5, 4).double()
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    slow = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), layer.weight, padding=1)
+    slow = up_conv2d(x, layer.weight)
     quick = layer(x)
     torch.testing.assert_close(quick, slow, atol=1e-12, rtol=0)
     cotangent = torch.randn_like(slow)
@@ -175,17 +176,13 @@ def test_up_convolution_is_nearest_then_convolution(shape: tuple[int, ...]) -> N
 
 
 @pytest.mark.parametrize("first", [False, True])
-@pytest.mark.parametrize("places", [(2, 2), (4, 4), (3, 7)])
-def test_joint_convolution_is_that_of_tiled_conditions(places: tuple[int, int], first: bool) -> None:
+@pytest.mark.parametrize("positions", [(2, 2), (4, 4), (3, 7)])
+def test_fast_joint_conv2d_matches_the_plain_form(positions: tuple[int, int], first: bool) -> None:
     torch.manual_seed(0)
     layer = JointConv2d(5, 3, 4, condition_first=first).double()
-    features = torch.randn(2, 5, *places, dtype=torch.float64, requires_grad=True)
+    features = torch.randn(2, 5, *positions, dtype=torch.float64, requires_grad=True)
     conditions = torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True)
-    slow = []
-    for condition in conditions:
-        tiled = condition[:, :, None, None].expand(-1, -1, *places)
-        both = torch.cat([tiled, features] if first else [features, tiled], dim=1)
-        slow.append(F.conv2d(both, layer.weight, padding=1))
+    slow = joint_conv2d(features, conditions, layer.weight, condition_first=first)
     quick = layer(features, *conditions)
     torch.testing.assert_close(quick, slow, atol=1e-12, rtol=0)
     cotangents = list(torch.randn_like(torch.stack(slow)))
@@ -197,7 +194,7 @@ def test_joint_convolution_is_that_of_tiled_conditions(places: tuple[int, int], 
         torch.testing.assert_close(a, b, atol=1e-11, rtol=0)
 
 
-def test_what_follows_a_joint_convolution_sees_one_condition_after_the_other() -> None:
+def test_joint_sequential_runs_each_condition_separately() -> None:
     torch.manual_seed(0)
     layers = JointSequential(JointConv2d(5, 3, 4), nn.BatchNorm2d(4))
     features, conditions = torch.randn(2, 5, 4, 4), torch.randn(2, 2, 3)
@@ -209,7 +206,7 @@ def test_what_follows_a_joint_convolution_sees_one_condition_after_the_other() -
     torch.testing.assert_close(statistics, layers[1].running_mean)
 
 
-def test_conditioning_draws_from_its_gaussian() -> None:
+def test_conditioning_samples_its_gaussian() -> None:
     torch.manual_seed(0)
     net = ConditioningAugmentation(6, 3)
     text, normal = torch.randn(4, 6), torch.randn(4, 3)
@@ -235,7 +232,7 @@ def test_word_attention_values(compat: str, total: float) -> None:
         assert weights[1, 4:].abs().max() == 0 and weights[0, 4:].min() > 0
 
 
-def test_word_attention_ignores_padding_and_the_other_samples() -> None:
+def test_word_attention_ignores_padding_and_other_samples() -> None:
     torch.manual_seed(0)
     net = WordAttention(8, 16)
     features, words = torch.randn(3, 8, 4, 4), torch.randn(3, 16, 6)
@@ -245,7 +242,7 @@ def test_word_attention_ignores_padding_and_the_other_samples() -> None:
     torch.testing.assert_close(whole[1:2], alone)
 
 
-def test_authors_mask_stays_in_its_group() -> None:
+def test_mask_with_compat_authors_stays_in_its_group() -> None:
     torch.manual_seed(0)
     net = WordAttention(8, 16, "authors")
     features, words = torch.randn(6, 8, 4, 4), torch.randn(6, 16, 6)
@@ -255,7 +252,7 @@ def test_authors_mask_stays_in_its_group() -> None:
     torch.testing.assert_close(both, torch.cat(parts))
 
 
-def test_text_encoder_does_not_see_padding() -> None:
+def test_text_encoder_ignores_padding() -> None:
     torch.manual_seed(0)
     net = BiLSTM(20, 8, 6, dropout=0.0)
     tokens, lengths = torch.randint(1, 20, (3, 7)), torch.tensor([7, 2, 4])
@@ -267,17 +264,17 @@ def test_text_encoder_does_not_see_padding() -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_text_encoder_reads_whole_rows_as_it_reads_packed_captions(training: bool) -> None:
+def test_fast_bidirectional_lstm_matches_the_plain_form(training: bool) -> None:
     torch.manual_seed(0)
     net = BiLSTM(20, 8, 6, dropout=0.0).train(training)
     lengths = torch.tensor([3, 5, 1, 4])
     embedded = torch.randn(4, 5, 6, requires_grad=True)
-    found = []
-    for read in (net._each_way, net._packed):
-        words, sentence = read(embedded, lengths)
+    results = []
+    for run in (fast.bidirectional_lstm, bidirectional_lstm):
+        words, sentence = run(net.rnn, embedded, lengths)
         inputs = (embedded, *net.rnn.parameters())
-        found.append((words, sentence, *torch.autograd.grad((words.sin() * 3).sum() + sentence.cos().sum(), inputs)))
-    torch.testing.assert_close(found[0], found[1])
+        results.append((words, sentence, *torch.autograd.grad((words.sin() * 3).sum() + sentence.cos().sum(), inputs)))
+    torch.testing.assert_close(results[0], results[1])
 
 
 def test_unit_scale_keeps_direction_and_padding() -> None:
@@ -292,7 +289,7 @@ def test_unit_scale_keeps_direction_and_padding() -> None:
 
 @pytest.mark.parametrize("base_size", [16, 32, 64])
 @pytest.mark.parametrize("branches", [1, 2, 4])
-def test_trees_of_any_height(base_size: int, branches: int) -> None:
+def test_trees_of_any_height_have_the_right_shapes(base_size: int, branches: int) -> None:
     sizes = pyramid(base_size, branches)
     shape = {"width": 16, "z_dim": 5, "base_size": base_size, "branches": branches, "residuals": 1, "condition_dim": 4}
     with torch.device("meta"):
@@ -301,12 +298,12 @@ def test_trees_of_any_height(base_size: int, branches: int) -> None:
         attn = AttentionGenerator(**shape, text_dim=6)(z, normal, text, words, padding)
         stack = StackGenerator(**shape, text_dim=6)(z, normal, text)
         plain = StackGenerator(**shape, text_dim=None)(z)
-    for drawn in (attn, stack, plain):
-        assert [tuple(x.shape) for x in drawn.images] == [(2, 3, s, s) for s in sizes]
+    for output in (attn, stack, plain):
+        assert [tuple(x.shape) for x in output.images] == [(2, 3, s, s) for s in sizes]
     assert [tuple(x.shape) for x in attn.attention] == [(2, 3, s, s) for s in sizes[:-1]]
 
 
-def test_impossible_sizes_are_named() -> None:
+def test_unsupported_sizes_are_rejected() -> None:
     with pytest.raises(ValueError, match="base_size is 48; it must be 16, 32 or 64"):
         pyramid(48, 2)
     with pytest.raises(ValueError, match="branches is 0"):
@@ -316,7 +313,7 @@ def test_impossible_sizes_are_named() -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_discriminators_of_every_size(size: int) -> None:
+def test_discriminators_support_every_size(size: int) -> None:
     with torch.device("meta"):
         images, condition = torch.randn(3, 3, size, size), torch.randn(3, 6)
         for net in (AttnDiscriminator(8, size, 6), StackDiscriminator(8, size, 6)):
@@ -325,7 +322,7 @@ def test_discriminators_of_every_size(size: int) -> None:
             assert net.conditional(features, condition).shape == net.unconditional(features).shape == (3,)
 
 
-def test_initial_weights() -> None:
+def test_initial_weights_have_the_published_distributions() -> None:
     torch.manual_seed(0)
     net = AttnDiscriminator(8, 64, 6)
     orthogonal_(net)
@@ -339,7 +336,7 @@ def test_initial_weights() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- image encoders
-def test_inception_encoder_trains_its_projections_alone() -> None:
+def test_inception_encoder_trains_its_projections_only() -> None:
     with torch.device("meta"):
         net = InceptionEncoder(256).train()
     assert sum(p.numel() for p in net.parameters() if p.requires_grad) == 721_152
@@ -362,7 +359,7 @@ def test_small_encoder_shapes_and_gradients() -> None:
     assert all(p.grad is not None for p in net.parameters()) and images.grad is not None
 
 
-def test_unknown_trunk_is_named() -> None:
+def test_unknown_trunk_is_rejected() -> None:
     with pytest.raises(ValueError, match="trunk is 'resnet'; it must be one of inception, small"):
         damsm_image_encoder({"trunk": "resnet"})
 

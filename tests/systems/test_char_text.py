@@ -1,4 +1,4 @@
-"""The char-CNN-RNN: its spelling, its size, its loss by hand, and that it learns."""
+"""The char-CNN-RNN: spelling, size, loss computed by hand, errors, and learning."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from t2idist import systems
+from t2idist.config.strict import from_dict
 from t2idist.contract import BuildInfo, DataInfo, System
 from t2idist.engine.checkpoint import export
 from t2idist.losses.matching import joint_embedding_losses
@@ -24,44 +25,44 @@ TINY = {"embedding_dim": 16, "characters": 60, "widths": (16, 16, 16), "trunk": 
         "image_size": 32}  # fmt: skip
 
 
-def plan_for(words: tuple[str, ...], group_size: int = 8) -> BuildInfo:
+def build_info(words: tuple[str, ...], group_size: int = 8) -> BuildInfo:
     return BuildInfo(group_size, 5, DataInfo(words, 1000))
 
 
-def made(group_size: int = 8, words: tuple[str, ...] = WORDS, **settings: Any) -> System:
+def build_system(group_size: int = 8, words: tuple[str, ...] = WORDS, **settings: Any) -> System:
     module = systems.load("char_text")
-    return module.build(module.Config(**settings), plan_for(words, group_size))
+    return module.build(from_dict(module.Config, settings), build_info(words, group_size))
 
 
-def read(characters: Tensor) -> list[str]:
-    """What characters by place in the alphabet + 1 say; '' past the end."""
+def to_text(characters: Tensor) -> list[str]:
+    """Decode rows of character ids."""
     return ["".join(ALPHABET[number - 1] for number in row if number) for row in characters.tolist()]
 
 
 # ------------------------------------------------------------------------------------------------ spelling
-def test_the_alphabet_is_the_released_one() -> None:
+def test_alphabet_is_the_released_one() -> None:
     assert len(ALPHABET) == 70 and len(set(ALPHABET)) == 69 and ALPHABET.count("-") == 2
 
 
-def test_captions_are_spelled_with_single_spaces() -> None:
+def test_encode_characters_joins_words_by_single_spaces() -> None:
     tokens = torch.tensor([[9, 1, 11, 0], [5, 0, 0, 0], [10, 12, 10, 4], [9, 9, 9, 9]])
     lengths = torch.tensor([3, 1, 4, 2])
     found = encode_characters(spell_words(WORDS), tokens, lengths, 12)
     said = ["a red x_1", "magenta", "the of the yellow"[:12], "a a"]
-    assert found.shape == (4, 12) and read(found) == said
+    assert found.shape == (4, 12) and to_text(found) == said
     assert found[1, 7:].abs().max() == 0
 
 
-def test_words_are_kept_to_the_alphabet_and_to_a_length() -> None:
+def test_spell_words_drops_unknown_characters_and_truncates() -> None:
     letters = spell_words(["Caf\u00e9", "w" * 40, "", "-"])
     assert letters.shape == (4, MAX_WORD_CHARACTERS) and letters.dtype == torch.uint8
-    assert read(letters) == ["caf", "w" * MAX_WORD_CHARACTERS, "", "-"]
-    assert int(letters[3, 0]) == ALPHABET.rindex("-") + 1, "of the two dashes the last counts, as in the released code"
+    assert to_text(letters) == ["caf", "w" * MAX_WORD_CHARACTERS, "", "-"]
+    assert int(letters[3, 0]) == ALPHABET.rindex("-") + 1, "the last of the two dashes, as in the released code"
     whole = encode_characters(letters, torch.tensor([[1, 1, 1, 1]]), torch.tensor([4]), 201)
-    assert read(whole) == [" ".join(["w" * MAX_WORD_CHARACTERS] * 4)]
+    assert to_text(whole) == [" ".join(["w" * MAX_WORD_CHARACTERS] * 4)]
 
 
-def test_what_is_past_the_caption_changes_nothing() -> None:
+def test_tokens_past_the_length_do_not_change_the_sentence() -> None:
     torch.manual_seed(0)
     net = CharEncoder(WORDS, 8, 60, (6, 6, 6), "gru")
     short = torch.tensor([[1, 9, 0, 0]])
@@ -75,9 +76,9 @@ def test_what_is_past_the_caption_changes_nothing() -> None:
 
 # ------------------------------------------------------------------------------------------------ size
 @pytest.mark.parametrize(("recurrent", "of_recurrent"), [("gru", 3), ("rnn", 1)])
-def test_parameters_are_those_of_the_published_layers(recurrent: str, of_recurrent: int) -> None:
+def test_parameter_counts_are_the_published_ones(recurrent: str, of_recurrent: int) -> None:
     with torch.device("meta"):
-        system = made(group_size=40, recurrent=recurrent)
+        system = build_system(group_size=40, recurrent=recurrent)
         text = system.roles["char_text"].net.get_submodule("text")
         shapes = [layer[0].shape for layer in [text.recurrent(torch.randn(2, 18, 512))]]
         through = text.convolutions(torch.randn(2, 70, 201))
@@ -90,24 +91,26 @@ def test_parameters_are_those_of_the_published_layers(recurrent: str, of_recurre
     trained = sum(
         p.numel() for p in system.roles["char_text"].net.get_submodule("image").parameters() if p.requires_grad
     )
-    assert trained == 2048 * 1024 + 1024, "of the image encoder the projection of the whole picture, and no other"
+    assert trained == 2048 * 1024 + 1024, "of the image encoder only the projection of the whole image"
 
 
 # ------------------------------------------------------------------------------------------------ loss
-def test_the_loss_by_hand() -> None:
+def test_joint_embedding_loss_matches_hand_computation() -> None:
     images = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
     sentences = torch.tensor([[1.0, 0.0], [0.5, 1.0], [0.0, 1.0]])
-    # scores: picture by caption
+    # scores: image by caption
     #   1    0.5  0
     #   0    2    2
     #   1    1.5  1
     found = joint_embedding_losses(images, sentences, torch.tensor([0, 1, 2]), 1, margin=1.0)
-    of_captions = (0.5 + 0) + (0 + 1) + (1 + 1.5)  # row by row, over the own caption
-    of_images = (0 + 1) + (0 + 0.5) + (0 + 2)  # column by column, over the own picture
-    assert found.caption_of_image.item() == pytest.approx(of_captions / 9)
-    assert found.image_of_caption.item() == pytest.approx(of_images / 9)
+    caption_term = (0.5 + 0) + (0 + 1) + (1 + 1.5)  # row by row, over the own caption
+    image_term = (0 + 1) + (0 + 0.5) + (0 + 2)  # column by column, over the own image
+    assert found.caption_of_image.item() == pytest.approx(caption_term / 9)
+    assert found.image_of_caption.item() == pytest.approx(image_term / 9)
     same = joint_embedding_losses(images, sentences, torch.tensor([0, 1, 1]), 1, margin=1.0)
-    assert same.caption_of_image.item() == pytest.approx((0.5 + 0 + 0 + 1) / 9), "a class is no negative of its own"
+    assert same.caption_of_image.item() == pytest.approx((0.5 + 0 + 0 + 1) / 9), (
+        "samples of the same class are no negatives"
+    )
     assert same.image_of_caption.item() == pytest.approx((0 + 1 + 0 + 0) / 9)
     two = joint_embedding_losses(
         torch.cat([images, images]), torch.cat([sentences, sentences]), torch.tensor([0, 1, 2, 0, 1, 1]), 2, margin=1.0
@@ -116,33 +119,33 @@ def test_the_loss_by_hand() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ learning
-def test_it_learns_which_caption_a_picture_has() -> None:
+def test_char_text_learns_to_retrieve_captions() -> None:
     torch.manual_seed(0)
-    run = trainer(made(**TINY, lr=3e-3, margin=0.3), 8)
+    run = trainer(build_system(**TINY, lr=3e-3, margin=0.3), 8)
     for step in range(150):
         run.run_step(colour_batch((32,), step))
     system: Any = run.system
     nets = run.evaluation_nets()
     batch = colour_batch((32,), step=1000, repeats=4)
     with torch.no_grad():
-        codes = system.embed_pictures(nets, batch.images[-1])
+        codes = system.embed_images(nets, batch.images[-1])
         sentences = system.embed_captions(nets, batch.captions)
     score = codes @ sentences.T
     best = batch.class_ids[score.argmax(1)]
     assert (best == batch.class_ids).float().mean() >= 0.75
 
 
-# ------------------------------------------------------------------------------------------------ as a source
-def source(system: System, words: tuple[str, ...]) -> dict[str, Any]:
+# ------------------------------------------------------------------------------------------------ exports
+def export_index(system: System, words: tuple[str, ...]) -> dict[str, Any]:
     config: Any = system.config  # type: ignore[attr-defined]
-    return {"system": "char_text", "config": asdict(config), "plan": plan_for(words).describe()}
+    return {"system": "char_text", "config": asdict(config), "plan": build_info(words).describe()}
 
 
-def test_another_system_gets_it_whole_with_its_spelling() -> None:
+def test_exported_encoder_keeps_its_spelling() -> None:
     torch.manual_seed(0)
-    system = made(**TINY)
+    system = build_system(**TINY)
     trained = system.roles["char_text"].net.get_submodule("text")
-    encoder, dim = sentence_encoder({"text": source(system, WORDS)}, len(WORDS), 0)
+    encoder, dim = sentence_encoder({"text": export_index(system, WORDS)}, len(WORDS), 0)
     assert dim == 16 and encoder is not None
     export.load_into(encoder, trained.state_dict(), "text")
     batch = colour_batch((32,), 3)
@@ -150,18 +153,18 @@ def test_another_system_gets_it_whole_with_its_spelling() -> None:
     assert torch.equal(ours, theirs)
 
 
-def test_what_cannot_be_built_is_named() -> None:
+def test_build_rejects_invalid_settings() -> None:
     for settings, message in (
         ({"characters": 20}, "characters is 20; it must be at least 48"),
         ({"recurrent": "lstm"}, "recurrent is 'lstm'; it must be one of gru, rnn"),
         ({"trunk": "resnet"}, "trunk is 'resnet'"),
-        ({"image_size": 64, "trunk": "inception"}, "image_size is 64; the trunk 'inception' takes 75"),
+        ({"image_size": 64, "trunk": "inception"}, "image_size is 64; the trunk 'inception' needs at least 75"),
         ({"group_size": 1}, "group_size is 1; char_text compares"),
     ):
         with pytest.raises(ValueError, match=message):
-            made(**{**TINY, **settings})
-    assert made(**{**TINY, "characters": 48}) is not None
-    given = source(made(**TINY), WORDS)
+            build_system(**{**TINY, **settings})
+    assert build_system(**{**TINY, "characters": 48}) is not None
+    given = export_index(build_system(**TINY), WORDS)
     with pytest.raises(ValueError, match=r"uses: text: its vocabulary has 15 words and this data's has 9"):
         sentence_encoder({"text": given}, 9, 0)
     with pytest.raises(ValueError, match="of system 'attngan'; it must be of 'damsm' or 'char_text'"):

@@ -1,4 +1,4 @@
-"""DCGAN, GAN-CLS with its switches and the style encoder: the published sizes, losses by hand, and what they learn."""
+"""DCGAN, GAN-CLS and the style encoder: published sizes, losses computed by hand, errors, and learning."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from t2idist import systems
+from t2idist.config.strict import from_dict
 from t2idist.contract import Batch, BuildInfo, Captions, DataInfo, System
 from t2idist.engine.trainer import Trainer
 from t2idist.losses.adversarial import matching_aware_losses
@@ -17,31 +18,31 @@ from t2idist.losses.matching import WrongPairs
 from t2idist.nn.discriminators import PairDiscriminator
 from t2idist.nn.text_encoders import unit_scale
 from tests.helpers.fixed_weights import fill, fingerprint, parameters
-from tests.systems.test_loss_values import COLOURS, TINY_DAMSM, colour_batch, counts, trainer
+from tests.systems.test_loss_values import COLOURS, TINY_DAMSM, colour_batch, parameter_counts, trainer
 
 VECTORS = len(COLOURS)
 TINY: dict[str, Any] = {"image_size": 16, "generator_width": 16, "discriminator_width": 16, "z_dim": 4}
 TINY_TEXT = {**TINY, "condition_dim": 8}
 
 
-def plan_of(vector_dim: int = 1024, group_size: int = 64, sources: Any = None) -> BuildInfo:
+def build_info(vector_dim: int = 1024, group_size: int = 64, sources: Any = None) -> BuildInfo:
     return BuildInfo(group_size, 5, DataInfo(("",) * 15, 8855, vector_dim), sources or {})
 
 
-def made(name: str, plan: BuildInfo, **settings: Any) -> System:
+def build_system(name: str, info: BuildInfo, **settings: Any) -> System:
     module = systems.load(name)
-    return module.build(module.Config(**settings), plan)
+    return module.build(from_dict(module.Config, settings), info)
 
 
-def source(system: str, plan: BuildInfo, **settings: Any) -> dict[str, Any]:
+def export_index(system: str, info: BuildInfo, **settings: Any) -> dict[str, Any]:
     """The index of an export of `system`."""
     config = asdict(systems.load(system).Config(**settings))
-    return {"system": system, "config": config, "plan": plan.describe()}
+    return {"system": system, "config": config, "plan": info.describe()}
 
 
-def on_meta(name: str, plan: BuildInfo, **settings: Any) -> System:
+def build_on_meta(name: str, info: BuildInfo, **settings: Any) -> System:
     with torch.device("meta"):
-        return made(name, plan, **settings)
+        return build_system(name, info, **settings)
 
 
 # ------------------------------------------------------------------------------------------------ the published sizes
@@ -49,7 +50,7 @@ COCO = {"generator_width": 196, "discriminator_width": 196, "text_norm": False, 
 PORT = {"residual": False, "generator_width": 64, "discriminator_width": 64, "compat": "authors"}
 
 
-def with_biases(net: nn.Module) -> int:
+def parameters_with_biases(net: nn.Module) -> int:
     """Parameters if every convolution had a bias, as in the published files, where the code holds them at zero."""
     convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
     assert all(m.bias is None for m in convolutions)
@@ -65,54 +66,61 @@ def with_biases(net: nn.Module) -> int:
         (PORT, (4_756_736, 2_899_072), None),
     ],
 )
-def test_gan_cls_counts(settings: dict[str, Any], expected: tuple[int, int], biased: tuple[int, int] | None) -> None:
-    system = on_meta("gan_cls", plan_of(), **settings)
-    assert counts(system) == dict(zip(("generator", "discriminator"), expected, strict=True))
+def test_gan_cls_parameter_counts_are_the_published_ones(
+    settings: dict[str, Any], expected: tuple[int, int], biased: tuple[int, int] | None
+) -> None:
+    system = build_on_meta("gan_cls", build_info(), **settings)
+    assert parameter_counts(system) == dict(zip(("generator", "discriminator"), expected, strict=True))
     if biased is not None:
-        assert tuple(with_biases(role.net) for role in system.roles.values()) == biased
+        assert tuple(parameters_with_biases(role.net) for role in system.roles.values()) == biased
 
 
-def test_the_plain_layout_has_the_names_of_the_port() -> None:
-    system = on_meta("gan_cls", plan_of(), **PORT)
+def test_plain_layout_has_the_parameter_names_of_the_port() -> None:
+    system = build_on_meta("gan_cls", build_info(), **PORT)
     assert fingerprint(system.roles["generator"].net) == "fe4b6e1d687185cb"
     assert fingerprint(system.roles["discriminator"].net) == "1529a0aa9c18af15"
     assert parameters(system.roles["generator"].net.get_submodule("projection")) == 131_456
 
 
-def test_dcgan_counts_and_sizes() -> None:
+def test_dcgan_parameter_counts_and_shapes() -> None:
     widths = {"generator_width": 64, "discriminator_width": 64}
-    assert counts(on_meta("dcgan", plan_of(), **widths)) == {"generator": 3_576_704, "discriminator": 2_765_568}
-    with_captions = on_meta("dcgan", plan_of(), conditional=True, **widths)
-    assert counts(with_captions) == counts(on_meta("gan_cls", plan_of(), **{**PORT, "compat": ""}))
-    generator = on_meta("dcgan", plan_of()).roles["generator"].net
+    assert parameter_counts(build_on_meta("dcgan", build_info(), **widths)) == {
+        "generator": 3_576_704,
+        "discriminator": 2_765_568,
+    }
+    with_captions = build_on_meta("dcgan", build_info(), conditional=True, **widths)
+    assert parameter_counts(with_captions) == parameter_counts(
+        build_on_meta("gan_cls", build_info(), **{**PORT, "compat": ""})
+    )
+    generator = build_on_meta("dcgan", build_info()).roles["generator"].net
     assert generator.get_submodule("netG.0").weight.shape == (100, 1024, 4, 4)
 
 
 @pytest.mark.parametrize("size", [16, 32, 128])
 @pytest.mark.parametrize("residual", [False, True])
-def test_sizes_follow_from_the_config(size: int, residual: bool) -> None:
+def test_networks_have_the_configured_image_size(size: int, residual: bool) -> None:
     torch.manual_seed(0)
     widths = {"generator_width": 2, "discriminator_width": 2}
-    system: Any = made("gan_cls", plan_of(6), image_size=size, residual=residual, **widths)
+    system: Any = build_system("gan_cls", build_info(6), image_size=size, residual=residual, **widths)
     z, text = torch.randn(3, 100), torch.randn(3, 6)
-    drawn = system.roles["generator"].net(z, text)
-    assert drawn.shape == (3, 3, size, size)
-    assert system.roles["discriminator"].net(drawn, text).shape == (3,)
+    output = system.roles["generator"].net(z, text)
+    assert output.shape == (3, 3, size, size)
+    assert system.roles["discriminator"].net(output, text).shape == (3,)
     assert system.sizes == (size,)
 
 
-def test_the_order_of_text_and_noise_is_that_of_each_layout() -> None:
+def test_each_layout_has_its_order_of_text_and_noise() -> None:
     for residual, first in ((True, "z"), (False, "text")):
-        net: Any = fill(made("gan_cls", plan_of(6), residual=residual, **TINY_TEXT).roles["generator"].net)
+        net: Any = fill(build_system("gan_cls", build_info(6), residual=residual, **TINY_TEXT).roles["generator"].net)
         z, text = torch.randn(2, 4), torch.randn(2, 6)
         parts = {"z": z, "text": net.projection(text)}
         rest = "text" if first == "z" else "z"
         assert torch.equal(net(z, text), net.netG(torch.cat([parts[first], parts[rest]], 1)))
 
 
-def test_the_released_int_script_lacks_a_leaky_relu() -> None:
+def test_released_int_script_lacks_a_leaky_relu() -> None:
     def leaks(**settings: Any) -> int:
-        net = on_meta("gan_cls", plan_of(), **settings).roles["discriminator"].net
+        net = build_on_meta("gan_cls", build_info(), **settings).roles["discriminator"].net
         return sum(isinstance(m, nn.LeakyReLU) for m in net.get_submodule("netD_1").children())
 
     assert leaks() == 4
@@ -122,11 +130,13 @@ def test_the_released_int_script_lacks_a_leaky_relu() -> None:
     assert leaks(compat="authors", image_size=16) == 2  # there the last but one has no BatchNorm
 
 
-def test_only_the_ports_discriminator_is_deaf_to_matches() -> None:
-    """Its logit is a sum of one term for the picture and one for the text: what a caption adds is the same for all."""
+def test_only_the_ports_discriminator_cannot_detect_mismatches() -> None:
+    """Its logit is a sum of one term for the image and one for the text: what a caption adds is the same for all."""
 
     def spread(**settings: Any) -> float:
-        net: Any = fill(made("gan_cls", plan_of(6), **TINY_TEXT, **settings).roles["discriminator"].net).double()
+        net: Any = fill(
+            build_system("gan_cls", build_info(6), **TINY_TEXT, **settings).roles["discriminator"].net
+        ).double()
         torch.manual_seed(0)
         images, texts = torch.rand(9, 3, 16, 16).double(), torch.randn(2, 6).double()
         first, second = (net(images, text.expand(9, 6)) for text in texts)
@@ -139,7 +149,7 @@ def test_only_the_ports_discriminator_is_deaf_to_matches() -> None:
 
 # --------------------------------------------------------------------------------------------------------- losses
 class Meets(PairDiscriminator):
-    """A judge whose logit is the sum of mean colour and condition."""
+    """A discriminator whose logit is the sum of mean colour and condition."""
 
     def features(self, images: Tensor) -> Tensor:
         return images.mean(dim=(1, 2, 3))
@@ -148,20 +158,20 @@ class Meets(PairDiscriminator):
         return [features + condition[:, 0] for condition in conditions]
 
 
-def test_three_kinds_of_pairs_by_hand() -> None:
+def test_matching_aware_losses_match_hand_computation() -> None:
     real, fake = (torch.tensor(v).view(3, 1, 1, 1).expand(3, 3, 2, 2) for v in ([1.0, 0.0, 2.0], [0.5, -1.0, 0.0]))
     condition = torch.tensor([[3.0], [2.0], [1.0]])
     pairs = WrongPairs(torch.tensor([1, 2, 0]), torch.tensor([False, True, True]))
-    verdict = matching_aware_losses(Meets(), real, fake, condition, pairs, 1)
+    losses = matching_aware_losses(Meets(), real, fake, condition, pairs, 1)
     softplus = nn.functional.softplus
-    torch.testing.assert_close(verdict.real, softplus(-torch.tensor([4.0, 2.0, 3.0])).mean())
-    torch.testing.assert_close(verdict.wrong, softplus(torch.tensor([1.0, 5.0])).mean())
-    torch.testing.assert_close(verdict.fake, softplus(torch.tensor([3.5, 1.0, 1.0])).mean())
-    assert verdict.accuracy_matching == 0.5  # 2 against 1, 3 against 5; the first pair is of one class
+    torch.testing.assert_close(losses.real, softplus(-torch.tensor([4.0, 2.0, 3.0])).mean())
+    torch.testing.assert_close(losses.wrong, softplus(torch.tensor([1.0, 5.0])).mean())
+    torch.testing.assert_close(losses.fake, softplus(torch.tensor([3.5, 1.0, 1.0])).mean())
+    assert losses.accuracy_matching == 0.5  # 2 against 1, 3 against 5; the first pair is of one class
 
 
 def text_batch(step: int, repeats: int = 1, size: int = 16) -> Batch:
-    """Pictures of one colour, each with a given vector that names it."""
+    """Images of one colour, each with a given vector that names it."""
     batch = colour_batch((size,), step, repeats)
     vectors = nn.functional.one_hot(batch.class_ids, VECTORS).float()
     return replace(batch, captions=replace(batch.captions, vectors=vectors))
@@ -178,13 +188,13 @@ def text_batch(step: int, repeats: int = 1, size: int = 16) -> Batch:
         {"matching_aware": False, "interpolate": False, "unit_text": True},
     ],
 )
-def test_a_step_of_gan_cls_by_hand(settings: dict[str, Any]) -> None:
+def test_gan_cls_step_matches_hand_computation(settings: dict[str, Any]) -> None:
     """Reports and gradients of the first step, formed again from the networks with which it began."""
     torch.manual_seed(0)
     names = ("generator", "discriminator")
-    system: Any = made("gan_cls", plan_of(VECTORS, 8), **TINY_TEXT, discriminator_lr=0.0, **settings)
+    system: Any = build_system("gan_cls", build_info(VECTORS, 8), **TINY_TEXT, discriminator_lr=0.0, **settings)
     run = trainer(system, 8)
-    generator, judge = (system.roles[name].net for name in names)
+    generator, discriminator = (system.roles[name].net for name in names)
     batch = text_batch(0)
     text = unit_scale(batch.captions.vectors) if settings.get("unit_text") else batch.captions.vectors
     run.noise_source.start(0)
@@ -194,18 +204,20 @@ def test_a_step_of_gan_cls_by_hand(settings: dict[str, Any]) -> None:
     fakes = [generator(z, t) for z, t in zip(noises, texts, strict=True)]
     softplus = nn.functional.softplus
 
-    real = softplus(-judge(batch.images[-1], text)).mean()
-    wrong = softplus(judge(batch.images[-1], text.roll(-1, 0))).mean()
-    fake = softplus(judge(fakes[0].detach(), text)).mean()
-    told = real + (wrong + fake) / 2 if settings["matching_aware"] else real + fake
-    of_judge = torch.autograd.grad(told, [p for p in judge.parameters() if p.requires_grad])
+    real = softplus(-discriminator(batch.images[-1], text)).mean()
+    wrong = softplus(discriminator(batch.images[-1], text.roll(-1, 0))).mean()
+    fake = softplus(discriminator(fakes[0].detach(), text)).mean()
+    loss_value = real + (wrong + fake) / 2 if settings["matching_aware"] else real + fake
+    discriminator_gradients = torch.autograd.grad(
+        loss_value, [p for p in discriminator.parameters() if p.requires_grad]
+    )
 
-    plain, mixed = (softplus(-judge(f, t)).mean() for f, t in zip(fakes, texts, strict=True))
+    plain, mixed = (softplus(-discriminator(f, t)).mean() for f, t in zip(fakes, texts, strict=True))
     weight = settings.get("interpolation_weight", 1.0)
     loss = plain + weight * mixed if settings["interpolate"] else plain
     if settings.get("compat") == "authors":
         loss = (2 * plain + weight * mixed) / 3
-    of_generator = torch.autograd.grad(loss, [p for p in generator.parameters() if p.requires_grad])
+    generator_gradients = torch.autograd.grad(loss, [p for p in generator.parameters() if p.requires_grad])
 
     run.run_step(batch)
     reports = run.reduce_reports()
@@ -217,12 +229,12 @@ def test_a_step_of_gan_cls_by_hand(settings: dict[str, Any]) -> None:
     assert len(shares) == 4 and all(0 <= reports[name] <= 1 for name in shares)
     expected |= {
         f"norm/{name}": torch.stack([gradient.norm() for gradient in gradients]).norm()
-        for name, gradients in zip(names, (of_generator, of_judge), strict=True)
+        for name, gradients in zip(names, (generator_gradients, discriminator_gradients), strict=True)
     }
     assert reports.keys() - shares == expected.keys()
     for name, value in expected.items():
         assert reports[name] == pytest.approx(value.item(), rel=1e-4 if name.startswith("norm/") else 1e-5), name
-    for name, gradients in zip(names, (of_generator, of_judge), strict=True):
+    for name, gradients in zip(names, (generator_gradients, discriminator_gradients), strict=True):
         trained = [n for n, p in system.roles[name].net.named_parameters() if p.requires_grad]
         state = run.state()
         for parameter, gradient in zip(trained, gradients, strict=True):
@@ -230,67 +242,67 @@ def test_a_step_of_gan_cls_by_hand(settings: dict[str, Any]) -> None:
             torch.testing.assert_close(moment, 0.5 * gradient, rtol=1e-3, atol=1e-6, msg=f"{name} {parameter}")
 
 
-def test_learning_rate_is_halved_as_published() -> None:
+def test_learning_rate_schedule_is_the_published_one() -> None:
     for settings, epochs in (({}, 100), ({"lr_every_epochs": 40.0}, 40)):
-        for role in on_meta("gan_cls", plan_of(), **settings).roles.values():
+        for role in build_on_meta("gan_cls", build_info(), **settings).roles.values():
             schedule = role.optimizer.schedule
             assert (schedule.kind, schedule.factor, schedule.every_images) == ("exponential", 0.5, epochs * 8855)
 
 
-def test_a_bias_before_batch_norm_is_not_trained() -> None:
-    for role in on_meta("gan_cls", plan_of(), **PORT).roles.values():
+def test_bias_before_batch_norm_is_not_trained() -> None:
+    for role in build_on_meta("gan_cls", build_info(), **PORT).roles.values():
         still = [name for name, p in role.net.named_parameters() if not p.requires_grad]
         assert still in (["projection.0.bias"], ["projector.projection.0.bias"])
 
 
 # --------------------------------------------------------------------------------------------------------- errors
 @pytest.mark.parametrize(
-    ("name", "plan", "settings", "sentence"),
+    ("name", "info", "settings", "sentence"),
     [
-        ("gan_cls", plan_of(0), {}, r"uses\.text is missing"),
-        ("dcgan", plan_of(0), {"conditional": True}, r"uses\.text is missing"),
-        ("gan_cls", plan_of(group_size=1), {}, "group_size is 1; gan_cls"),
-        ("dcgan", plan_of(group_size=1), {"conditional": True}, "group_size is 1; dcgan"),
-        ("gan_cls", plan_of(), {"compat": "old"}, "compat is 'old'; it must be '' or 'authors'"),
-        ("gan_cls", plan_of(), {"beta": 1.5}, "beta is 1.5; it must be from 0 to 1"),
-        ("gan_cls", plan_of(), {"image_size": 48}, "image_size is 48; it must be a power of two from 16 on"),
-        ("dcgan", plan_of(), {"image_size": 8}, "image_size is 8; it must be a power of two from 16 on"),
-        ("style", plan_of(), {}, r"uses\.generator is missing"),
+        ("gan_cls", build_info(0), {}, r"uses\.text is missing"),
+        ("dcgan", build_info(0), {"conditional": True}, r"uses\.text is missing"),
+        ("gan_cls", build_info(group_size=1), {}, "group_size is 1; gan_cls"),
+        ("dcgan", build_info(group_size=1), {"conditional": True}, "group_size is 1; dcgan"),
+        ("gan_cls", build_info(), {"compat": "old"}, "compat: 'old'; expected '' or 'authors'"),
+        ("gan_cls", build_info(), {"beta": 1.5}, "beta is 1.5; it must be from 0 to 1"),
+        ("gan_cls", build_info(), {"image_size": 48}, "image_size is 48; it must be a power of two, at least 16"),
+        ("dcgan", build_info(), {"image_size": 8}, "image_size is 8; it must be a power of two, at least 16"),
+        ("style", build_info(), {}, r"uses\.generator is missing"),
         (
             "style",
-            plan_of(sources={"generator": source("dcgan", plan_of())}),
+            build_info(sources={"generator": export_index("dcgan", build_info())}),
             {},
             "uses.generator: the export is of system 'dcgan' without captions; it must be of 'gan_cls'",
         ),
         (
             "style",
-            plan_of(12, sources={"generator": source("gan_cls", plan_of(11))}),
+            build_info(12, sources={"generator": export_index("gan_cls", build_info(11))}),
             {},
-            "it was trained on sentence vectors of 11 numbers and this data's have 12",
+            "it was trained on sentence vectors of 11 elements and this data has 12",
         ),
         (
             "style",
-            plan_of(sources={"generator": source("damsm", plan_of(), **TINY_DAMSM)}),
+            build_info(sources={"generator": export_index("damsm", build_info(), **TINY_DAMSM)}),
             {},
             "uses.generator: the export is of system 'damsm'; it must be of 'gan_cls'",
         ),
     ],
 )
-def test_what_cannot_be_built_is_named(name: str, plan: BuildInfo, settings: dict[str, Any], sentence: str) -> None:
+def test_build_rejects_invalid_settings(name: str, info: BuildInfo, settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        on_meta(name, plan, **settings)
+        build_on_meta(name, info, **settings)
 
 
-def test_a_sentence_without_its_vector_is_an_error() -> None:
-    system: Any = made("gan_cls", plan_of(VECTORS), **TINY_TEXT)
+def test_sample_rejects_captions_without_vectors() -> None:
+    system: Any = build_system("gan_cls", build_info(VECTORS), **TINY_TEXT)
     captions = Captions(torch.ones(2, 5, dtype=torch.int64), torch.ones(2, dtype=torch.int64), torch.zeros(2, 0))
     with pytest.raises(ValueError, match="captions without sentence vectors"):
         system.sample({"generator": system.roles["generator"].net}, captions, lambda *shape: torch.zeros(2, *shape))
 
 
 # -------------------------------------------------------------------------------------------------------- learning
-def follows(run: Trainer) -> float:
-    """Correlation of the mean colours of generated pictures with the colours that their vectors name."""
+def caption_correlation(run: Trainer) -> float:
+    """Correlation of the mean colours of generated images with the colours that their vectors name."""
     batch = text_batch(2000, repeats=8)
     generator = torch.Generator().manual_seed(7)
 
@@ -299,8 +311,8 @@ def follows(run: Trainer) -> float:
 
     system: Any = run.system
     with torch.no_grad():
-        drawn = system.sample(run.evaluation_nets(), batch.captions, draw)
-    means = drawn.images[-1].mean(dim=(2, 3))
+        output = system.sample(run.evaluation_nets(), batch.captions, draw)
+    means = output.images[-1].mean(dim=(2, 3))
     return torch.corrcoef(torch.stack([means.flatten(), COLOURS[batch.class_ids].flatten()]))[0, 1].item()
 
 
@@ -314,16 +326,16 @@ def follows(run: Trainer) -> float:
         ("dcgan", {"conditional": True}),
     ],
 )
-def test_pictures_follow_their_captions(name: str, settings: dict[str, Any]) -> None:
+def test_generated_images_follow_captions(name: str, settings: dict[str, Any]) -> None:
     torch.manual_seed(1)
     rates = {"generator_lr": 2e-3, "discriminator_lr": 2e-3, "ema_half_life_images": 100.0}
-    run = trainer(made(name, plan_of(VECTORS, 16), **TINY_TEXT, **rates, **settings), 16)
-    assert follows(run) < 0.2
+    run = trainer(build_system(name, build_info(VECTORS, 16), **TINY_TEXT, **rates, **settings), 16)
+    assert caption_correlation(run) < 0.2
     for step in range(100):
         run.run_step(text_batch(step, repeats=2))
         if step == 50:
             run.reduce_reports()
-    assert follows(run) > 0.5
+    assert caption_correlation(run) > 0.5
     reports = run.reduce_reports()
     if settings.get("matching_aware", name == "gan_cls"):
         assert reports["discriminator/accuracy_matching"] > 0.8

@@ -1,4 +1,4 @@
-"""The systems one by one: the papers' counts, their own errors, and that they learn what they are for."""
+"""AttnGAN, StackGAN++ and DAMSM: published sizes, errors, and that they learn."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from t2idist import systems
+from t2idist.config.strict import from_dict
 from t2idist.contract import Batch, BuildInfo, Captions, DataInfo, System
 from t2idist.engine.strategy import Precision
 from t2idist.engine.trainer import Trainer
@@ -27,7 +28,7 @@ COLOURS = torch.tensor(
 SLOT = {"attngan": "damsm", "stackgan_pp": "text"}
 
 
-def plan_for(group_size: int, vocabulary_size: int, damsm: Any = None, slot: str = "damsm") -> BuildInfo:
+def build_info(group_size: int, vocabulary_size: int, damsm: Any = None, slot: str = "damsm") -> BuildInfo:
     plan = BuildInfo(group_size, 5, DataInfo(("",) * vocabulary_size, 1000))
     if damsm is None:
         return plan
@@ -35,16 +36,20 @@ def plan_for(group_size: int, vocabulary_size: int, damsm: Any = None, slot: str
     return replace(plan, sources={slot: source})
 
 
-def made(name: str, damsm: Any = None, vocabulary_size: int = 5450, group_size: int = 20, **settings: Any) -> System:
+def build_system(
+    name: str, damsm: Any = None, vocabulary_size: int = 5450, group_size: int = 20, **settings: Any
+) -> System:
     module = systems.load(name)
-    return module.build(module.Config(**settings), plan_for(group_size, vocabulary_size, damsm, SLOT.get(name, "")))
+    return module.build(
+        from_dict(module.Config, settings), build_info(group_size, vocabulary_size, damsm, SLOT.get(name, ""))
+    )
 
 
 def damsm_config(**settings: Any) -> Any:
     return systems.load("damsm").Config(**settings)
 
 
-def counts(system: System) -> dict[str, int]:
+def parameter_counts(system: System) -> dict[str, int]:
     return {name: parameters(role.net) for name, role in system.roles.items()}
 
 
@@ -59,11 +64,13 @@ COCO = {"generator_width": 48, "discriminator_width": 96, "residuals": 3}
         ("coco", COCO, (13_811_456, 13_304_450, 42_800_258, 160_774_274)),
     ],
 )
-def test_attngan_counts(preset: str, settings: dict[str, int], expected: tuple[int, ...]) -> None:
+def test_attngan_parameter_counts_are_the_published_ones(
+    preset: str, settings: dict[str, int], expected: tuple[int, ...]
+) -> None:
     with torch.device("meta"):
-        system = made("attngan", damsm_config(), VOCABULARY[preset], **settings)
+        system = build_system("attngan", damsm_config(), VOCABULARY[preset], **settings)
     names = ("generator", "discriminator_64", "discriminator_128", "discriminator_256")
-    assert counts(system) == dict(zip(names, expected, strict=True))
+    assert parameter_counts(system) == dict(zip(names, expected, strict=True))
     assert parameters(system.frozen["image"].net) == 22_506_720
     assert parameters(system.frozen["text"].net) == {"cub": 2_075_320, "coco": 8_629_420}[preset]
 
@@ -75,16 +82,18 @@ def test_attngan_counts(preset: str, settings: dict[str, int], expected: tuple[i
         ({"conditional": False}, (16_472_208, 2_765_569, 15_875_841, 68_310_785)),
     ],
 )
-def test_stackgan_pp_counts(settings: dict[str, bool], expected: tuple[int, ...]) -> None:
+def test_stackgan_pp_parameter_counts_are_the_published_ones(
+    settings: dict[str, bool], expected: tuple[int, ...]
+) -> None:
     with torch.device("meta"):
-        system = made("stackgan_pp", damsm_config(embedding_dim=1024), **settings)
+        system = build_system("stackgan_pp", damsm_config(embedding_dim=1024), **settings)
     names = ("generator", "discriminator_64", "discriminator_128", "discriminator_256")
-    assert counts(system) == dict(zip(names, expected, strict=True))
+    assert parameter_counts(system) == dict(zip(names, expected, strict=True))
 
 
-def test_damsm_counts() -> None:
+def test_damsm_parameter_counts_are_the_published_ones() -> None:
     with torch.device("meta"):
-        system = made("damsm")
+        system = build_system("damsm")
     (net,) = (role.net for role in system.roles.values())
     assert parameters(net.get_submodule("text")) == 2_075_320
     assert parameters(net.get_submodule("image")) == 22_506_720
@@ -97,38 +106,38 @@ TINY_DAMSM = {"embedding_dim": 16, "word_dim": 8, "trunk": "small", "trunk_width
 
 
 @pytest.mark.parametrize("name", ["attngan", "stackgan_pp"])
-def test_what_cannot_be_built_is_named(name: str) -> None:
+def test_build_rejects_invalid_settings(name: str) -> None:
     damsm = damsm_config(**TINY_DAMSM)
     with pytest.raises(ValueError, match=rf"uses\.{SLOT[name]} is missing"):
-        made(name, **SMALL)
+        build_system(name, **SMALL)
     with pytest.raises(ValueError, match="group_size is 1"):
-        made(name, damsm, group_size=1, **SMALL)
-    with pytest.raises(ValueError, match="compat is 'old'; it must be '' or 'authors'"):
-        made(name, damsm, compat="old", **SMALL)
+        build_system(name, damsm, group_size=1, **SMALL)
+    with pytest.raises(ValueError, match="compat: 'old'; expected '' or 'authors'"):
+        build_system(name, damsm, compat="old", **SMALL)
     module = systems.load(name)
-    plan = plan_for(20, 30, damsm, SLOT[name])
+    plan = build_info(20, 30, damsm, SLOT[name])
     with pytest.raises(ValueError, match="its vocabulary has 30 words and this data's has 31"):
-        module.build(module.Config(**SMALL), replace(plan, extent=DataInfo(("",) * 31, 1000)))
+        module.build(module.Config(**SMALL), replace(plan, data=DataInfo(("",) * 31, 1000)))
     other = {SLOT[name]: {**plan.sources[SLOT[name]], "system": "stream"}}
     with pytest.raises(ValueError, match="of system 'stream'; it must be of 'damsm'"):
         module.build(module.Config(**SMALL), replace(plan, sources=other))
 
 
-def test_impossible_damsm_is_named() -> None:
+def test_damsm_rejects_invalid_settings() -> None:
     for settings, message in (
         ({"trunk": "resnet"}, "trunk is 'resnet'"),
         ({"trunk": "small", "image_size": 40}, "image_size is 40"),
-        ({"image_size": 64}, "image_size is 64; the trunk 'inception' takes 75"),
+        ({"image_size": 64}, "image_size is 64; the trunk 'inception' needs at least 75"),
         ({"trunk": "small", "image_size": 64, "trunk_weights": "x"}, "trunk_weights is given"),
         ({**TINY_DAMSM, "embedding_dim": 15}, "embedding_dim is 15; it must be even"),
     ):
         with pytest.raises(ValueError, match=message):
-            made("damsm", **settings)
+            build_system("damsm", **settings)
 
 
 # -------------------------------------------------------------------------------------------------------- learning
 def colour_batch(sizes: tuple[int, ...], step: int, repeats: int = 1) -> Batch:
-    """Pictures of one colour (and a little noise), each with a caption of one word for it and fillers."""
+    """Images of one colour plus noise, each with a caption of a word for the colour and filler words."""
     generator = torch.Generator().manual_seed(step)
     kinds = torch.arange(len(COLOURS)).repeat(repeats)
     count = len(kinds)
@@ -161,7 +170,7 @@ def trainer(system: System, group_size: int) -> Trainer:
 @pytest.fixture(scope="module")
 def trained_damsm() -> Trainer:
     torch.manual_seed(0)
-    run = trainer(made("damsm", vocabulary_size=15, group_size=8, **TINY_DAMSM, dropout=0.1, lr=5e-3), 8)
+    run = trainer(build_system("damsm", vocabulary_size=15, group_size=8, **TINY_DAMSM, dropout=0.1, lr=5e-3), 8)
     for step in range(60):
         run.run_step(colour_batch((32,), step))
         if step == 0:
@@ -171,24 +180,24 @@ def trained_damsm() -> Trainer:
     return run
 
 
-def test_damsm_learns_which_caption_a_picture_has(trained_damsm: Trainer) -> None:
+def test_damsm_learns_to_retrieve_captions(trained_damsm: Trainer) -> None:
     nets = trained_damsm.evaluation_nets()
     batch = colour_batch((32,), step=1000)
     system: Any = trained_damsm.system
     with torch.no_grad():
-        codes = system.embed_pictures(nets, batch.images[-1])
+        codes = system.embed_images(nets, batch.images[-1])
         sentences = system.embed_captions(nets, batch.captions)
     similarity = torch.nn.functional.normalize(codes) @ torch.nn.functional.normalize(sentences).T
     assert (similarity.argmax(1) == torch.arange(8)).float().mean() >= 0.75
 
 
-def follows(run: Trainer, told: Callable[[Batch], Batch] = lambda batch: batch) -> float:
-    """Correlation of the mean colours of generated pictures with the colours that their captions name.
+def caption_correlation(run: Trainer, loss_value: Callable[[Batch], Batch] = lambda batch: batch) -> float:
+    """Correlation of the mean colours of generated images with the colours that their captions name.
 
-    told: what is done to a batch of colours before it is used.
+    loss_value: what is done to a batch of colours before it is used.
     """
     nets = run.evaluation_nets()
-    batch = told(colour_batch(run.system.sizes, step=2000, repeats=8))
+    batch = loss_value(colour_batch(run.system.sizes, step=2000, repeats=8))
     generator = torch.Generator().manual_seed(7)
 
     def draw(*shape: int) -> Tensor:
@@ -196,8 +205,8 @@ def follows(run: Trainer, told: Callable[[Batch], Batch] = lambda batch: batch) 
 
     system: Any = run.system
     with torch.no_grad():
-        drawn = system.sample(nets, batch.captions, draw)
-    means = drawn.images[-1].mean(dim=(2, 3))
+        output = system.sample(nets, batch.captions, draw)
+    means = output.images[-1].mean(dim=(2, 3))
     return torch.corrcoef(torch.stack([means.flatten(), COLOURS[batch.class_ids].flatten()]))[0, 1].item()
 
 
@@ -213,22 +222,22 @@ def follows(run: Trainer, told: Callable[[Batch], Batch] = lambda batch: batch) 
 def test_conditional_trees_learn_to_follow_captions(
     trained_damsm: Trainer, name: str, settings: dict[str, float], seeds: tuple[int, ...], steps: int
 ) -> None:
-    assert median(followed(trained_damsm, name, settings, seed, steps) for seed in seeds) > 0.35
+    assert median(trained_correlation(trained_damsm, name, settings, seed, steps) for seed in seeds) > 0.35
 
 
-def followed(trained_damsm: Trainer, name: str, settings: dict[str, float], seed: int, steps: int) -> float:
+def trained_correlation(trained_damsm: Trainer, name: str, settings: dict[str, float], seed: int, steps: int) -> float:
     """How a small tree follows after so many steps; before them it does not."""
     torch.manual_seed(seed)
     damsm: Any = trained_damsm.system
     rates = {"generator_lr": 1e-3, "discriminator_lr": 1e-3, "ema_half_life_images": 200.0}
-    system = made(
+    system = build_system(
         name, damsm.config, vocabulary_size=15, group_size=16, **SMALL, z_dim=4, condition_dim=8, **rates, **settings
     )
     encoders = trained_damsm.evaluation_nets()
     for slot, frozen in system.frozen.items():
         frozen.net.load_state_dict(encoders[slot].state_dict())
     run = trainer(system, 16)
-    assert follows(run) < 0.2
+    assert caption_correlation(run) < 0.2
     for step in range(steps):
         run.run_step(colour_batch(system.sizes, step, repeats=2))
-    return follows(run)
+    return caption_correlation(run)

@@ -1,4 +1,4 @@
-"""StackGAN: the published sizes and names, its parts by hand, its own errors, and that both stages learn colours."""
+"""StackGAN: published sizes and names, parts computed by hand, errors, and learning."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from t2idist import systems
+from t2idist.config.strict import from_dict
 from t2idist.contract import Batch, BuildInfo, DataInfo, System
 from t2idist.engine.strategy import Precision
 from t2idist.engine.trainer import Trainer
@@ -21,25 +22,25 @@ from t2idist.nn.conditioning import LinearConditioning
 from t2idist.nn.discriminators import StageDiscriminator
 from t2idist.nn.two_stage import StageOneGenerator, StageTwoGenerator, use_batch_statistics
 from tests.helpers.fixed_weights import fill, fingerprint, parameters
-from tests.systems.test_loss_values import TINY_DAMSM, colour_batch, damsm_config, follows
+from tests.systems.test_loss_values import TINY_DAMSM, caption_correlation, colour_batch, damsm_config
 
 VECTOR_DIM = 12
 TINY = {"generator_width": 16, "discriminator_width": 8, "z_dim": 4, "condition_dim": 8}
 
 
-def plan(vector_dim: int = VECTOR_DIM, group_size: int = 16, **sources: Any) -> BuildInfo:
+def build_info(vector_dim: int = VECTOR_DIM, group_size: int = 16, **sources: Any) -> BuildInfo:
     return BuildInfo(group_size, 5, DataInfo(("",) * 15, 1000, vector_dim), sources)
 
 
-def made(given: BuildInfo, **settings: Any) -> System:
+def build_system(info: BuildInfo, **settings: Any) -> System:
     module = systems.load("stackgan")
-    return module.build(module.Config(**settings), given)
+    return module.build(from_dict(module.Config, settings), info)
 
 
-def exported(system: System, given: BuildInfo) -> dict[str, Any]:
-    """What another stage sees of a stackgan stage's export."""
-    held: Any = system
-    return {"system": "stackgan", "config": asdict(held.config), "plan": given.describe()}
+def export_index(system: System, given: BuildInfo) -> dict[str, Any]:
+    """Index of the export of a stackgan stage."""
+    stackgan: Any = system
+    return {"system": "stackgan", "config": asdict(stackgan.config), "plan": given.describe()}
 
 
 # ------------------------------------------------------------------------------------------------ the published sizes
@@ -57,13 +58,13 @@ NAMES = {
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
-def test_counts_and_names_are_the_published_ones(preset: str) -> None:
-    (width, judge_width, residuals), counts = PUBLISHED[preset]
-    settings = {"generator_width": width, "discriminator_width": judge_width, "residuals": residuals}
-    given = plan(1024)
+def test_parameter_counts_and_names_are_the_published_ones(preset: str) -> None:
+    (width, discriminator_width, residuals), counts = PUBLISHED[preset]
+    settings = {"generator_width": width, "discriminator_width": discriminator_width, "residuals": residuals}
+    given = build_info(1024)
     with torch.device("meta"):
-        first = made(given, **settings)
-        second = made(plan(1024, stage1=exported(first, given)), stage=2, image_size=256, **settings)
+        first = build_system(given, **settings)
+        second = build_system(build_info(1024, stage1=export_index(first, given)), stage=2, image_size=256, **settings)
     nets = [role.net for system in (first, second) for role in system.roles.values()]
     assert tuple(parameters(net) for net in nets) == counts
     assert fingerprint(second.frozen["stage1"].net) == fingerprint(nets[0])
@@ -74,7 +75,7 @@ def test_counts_and_names_are_the_published_ones(preset: str) -> None:
 
 # ------------------------------------------------------------------------------------------------ parts
 @pytest.mark.parametrize(("low", "high"), [(16, 32), (16, 64), (32, 64), (64, 128)])
-def test_sizes_follow_from_the_settings(low: int, high: int) -> None:
+def test_generators_have_the_configured_image_size(low: int, high: int) -> None:
     shape = {"width": 8, "text_dim": 6, "condition_dim": 3, "compat": ""}
     first = StageOneGenerator(image_size=low, z_dim=4, **shape)
     second = StageTwoGenerator(low_size=low, image_size=high, residuals=1, **shape)
@@ -84,7 +85,7 @@ def test_sizes_follow_from_the_settings(low: int, high: int) -> None:
     assert second(small, normal, text).images[0].shape == (2, 3, high, high)
 
 
-def test_conditioning_of_the_authors_has_no_negative_statistics() -> None:
+def test_conditioning_with_compat_authors_has_no_negative_statistics() -> None:
     net = LinearConditioning(2, 2)
     nn.init.eye_(net.fc.weight)
     with torch.no_grad():
@@ -101,20 +102,20 @@ def test_conditioning_of_the_authors_has_no_negative_statistics() -> None:
     torch.testing.assert_close(condition, torch.tensor([[0.5 + torch.e, -1.0]]))
 
 
-def test_losses_of_the_discriminator_with_one_head_are_those_of_two() -> None:
+def test_matching_aware_losses_equal_the_pair_terms_of_joint_losses() -> None:
     net = fill(StageDiscriminator(4, 16, 3, unconditional=True))
     real, fake, condition = torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16), torch.randn(4, 3)
     pairs = wrong_pairs(torch.tensor([0, 1, 1, 2]), 2)
-    verdict = joint_losses(net, real, fake, condition, pairs, 2)
+    losses = joint_losses(net, real, fake, condition, pairs, 2)
     ours = matching_aware_losses(net, real, fake, condition, pairs, 2)
     for name in ("real", "wrong", "fake"):
-        torch.testing.assert_close(getattr(ours, name), getattr(verdict, name))
+        torch.testing.assert_close(getattr(ours, name), getattr(losses, name))
     features = net.features(fake)
     both = bce_real(net.conditional(features, condition)) + bce_real(net.unconditional(features))
     torch.testing.assert_close(generator_loss(net, fake, condition), both)
 
 
-def test_batch_statistics_are_those_of_train_mode_and_leave_no_trace() -> None:
+def test_use_batch_statistics_equals_train_mode_and_changes_no_state() -> None:
     shape = {"width": 8, "image_size": 16, "z_dim": 4, "text_dim": 6, "condition_dim": 3, "compat": ""}
     net = fill(StageOneGenerator(**shape)).eval()
     before = {key: value.clone() for key, value in net.state_dict().items()}
@@ -127,46 +128,46 @@ def test_batch_statistics_are_those_of_train_mode_and_leave_no_trace() -> None:
     torch.testing.assert_close(net.train()(*given).images[0], here)
 
 
-def test_captions_come_as_vectors_or_by_an_encoder() -> None:
-    given = plan()
-    first = made(given, image_size=16, **TINY)
+def test_exports_depend_on_the_source_of_sentence_vectors() -> None:
+    given = build_info()
+    first = build_system(given, image_size=16, **TINY)
     assert not first.frozen and first.exports == ("generator",)
-    second = made(plan(stage1=exported(first, given)), stage=2, image_size=32, **TINY)
+    second = build_system(build_info(stage1=export_index(first, given)), stage=2, image_size=32, **TINY)
     assert second.exports == ("generator", "stage1")
-    damsm = {"system": "damsm", "config": asdict(damsm_config(**TINY_DAMSM)), "plan": plan(0).describe()}
-    read = plan(0, text=damsm)
-    first = made(read, image_size=16, **TINY)
+    damsm = {"system": "damsm", "config": asdict(damsm_config(**TINY_DAMSM)), "plan": build_info(0).describe()}
+    read = build_info(0, text=damsm)
+    first = build_system(read, image_size=16, **TINY)
     assert first.frozen["text"].source == "text" and first.exports == ("generator", "text")
-    second = made(plan(0, stage1=exported(first, read)), stage=2, image_size=32, **TINY)
+    second = build_system(build_info(0, stage1=export_index(first, read)), stage=2, image_size=32, **TINY)
     assert second.frozen["text"].source == "stage1" and second.exports == ("generator", "stage1", "text")
     assert second.roles["generator"].net.ca_net.fc.in_features == TINY_DAMSM["embedding_dim"]
 
 
 # ------------------------------------------------------------------------------------------------ errors
-def test_what_cannot_be_built_is_named() -> None:
-    given = plan()
-    first = exported(made(given, image_size=16, **TINY), given)
+def test_build_rejects_invalid_settings() -> None:
+    given = build_info()
+    first = export_index(build_system(given, image_size=16, **TINY), given)
     later = {"stage": 2, "image_size": 32, **TINY}
-    second = exported(made(plan(stage1=first), **later), plan(stage1=first))
+    second = export_index(build_system(build_info(stage1=first), **later), build_info(stage1=first))
     other = {**first, "system": "attngan"}
     for where, settings, message in (
         (given, {"stage": 3}, "stage is 3; it must be 1 or 2"),
-        (given, {"compat": "old"}, "compat is 'old'; it must be '' or 'authors'"),
+        (given, {"compat": "old"}, "compat: 'old'; expected '' or 'authors'"),
         (given, {"image_size": 48}, "image_size is 48; it must be one of 16, 32, 64, 128, 256"),
         (given, {"lr_halved_every_epochs": 0.0}, "lr_halved_every_epochs is 0.0; it must be above 0"),
-        (plan(group_size=1), {}, "group_size is 1"),
-        (plan(0), {}, r"uses\.text is missing"),
+        (build_info(group_size=1), {}, "group_size is 1"),
+        (build_info(0), {}, r"uses\.text is missing"),
         (given, later, r"uses\.stage1 is missing"),
-        (plan(stage1=other), later, "of system 'attngan'; it must be of 'stackgan'"),
-        (plan(stage1=second), later, "of stage 2; it must be of stage 1"),
-        (plan(stage1=first, text=other), later, r"uses\.text: stage 2 reads captions with the encoder of its stage 1"),
-        (plan(stage1=first), {**later, "z_dim": 5}, "z_dim is 5, and that of its stage 1 is 4"),
-        (plan(stage1=first), {**later, "unit_text": True}, "unit_text is True, and that of its stage 1 is False"),
-        (plan(stage1=first), {**later, "image_size": 16}, "image_size is 16; it must be above stage 1's 16"),
-        (plan(7, stage1=first), later, "sentence vectors of 12 numbers, and this data's have 7"),
+        (build_info(stage1=other), later, "of system 'attngan'; it must be of 'stackgan'"),
+        (build_info(stage1=second), later, "of stage 2; it must be of stage 1"),
+        (build_info(stage1=first, text=other), later, r"uses\.text: stage 2 uses the text encoder of its stage 1"),
+        (build_info(stage1=first), {**later, "z_dim": 5}, "z_dim is 5, but 4 in its stage 1"),
+        (build_info(stage1=first), {**later, "unit_text": True}, "unit_text is True, but False in its stage 1"),
+        (build_info(stage1=first), {**later, "image_size": 16}, "image_size is 16; it must be above stage 1's 16"),
+        (build_info(7, stage1=first), later, "sentence vectors of 12 elements and this data has 7"),
     ):
         with pytest.raises(ValueError, match=message):
-            made(where, **settings)
+            build_system(where, **settings)
 
 
 # ------------------------------------------------------------------------------------------------ learning
@@ -200,9 +201,9 @@ def with_vectors(batch: Batch) -> Batch:
     return replace(batch, captions=replace(batch.captions, vectors=table[batch.class_ids] + noise))
 
 
-def learnt(system: System, steps: int) -> Recorder:
+def trained(system: System, steps: int) -> Recorder:
     run = trainer(system)
-    assert follows(run, with_vectors) < 0.2
+    assert caption_correlation(run, with_vectors) < 0.2
     for step in range(steps):
         run.run_step(with_vectors(colour_batch(system.sizes, step, repeats=2)))
     return run
@@ -211,28 +212,28 @@ def learnt(system: System, steps: int) -> Recorder:
 @pytest.mark.slow
 def test_both_stages_learn_to_follow_captions() -> None:
     torch.manual_seed(1)
-    given = plan()
+    given = build_info()
     rates = {"generator_lr": 2e-3, "discriminator_lr": 2e-3, "kl_weight": 0.1, "ema_half_life_images": 400.0}
-    first = learnt(made(given, image_size=16, **TINY, **rates), 150)
-    assert follows(first, with_vectors) > 0.5
+    first = trained(build_system(given, image_size=16, **TINY, **rates), 150)
+    assert caption_correlation(first, with_vectors) > 0.5
     assert first.asked[:2] == [(4,), (8,)]
     rates |= {"generator_lr": 1e-3, "discriminator_lr": 5e-4}
     settings = {**TINY, **rates, "stage": 2, "image_size": 32, "residuals": 1}
     found = []
     for seed in range(3):  # of so small a second stage one in ten follows nothing
         torch.manual_seed(seed)
-        second = made(plan(stage1=exported(first.system, given)), **settings)
+        second = build_system(build_info(stage1=export_index(first.system, given)), **settings)
         second.frozen["stage1"].net.load_state_dict(first.evaluation_nets()["generator"].state_dict())
-        run = learnt(second, 200)
+        run = trained(second, 200)
         assert run.asked[:3] == [(4,), (8,), (8,)]
-        found.append(follows(run, with_vectors))
+        found.append(caption_correlation(run, with_vectors))
     assert statistics.median(found) > 0.35, found
-    drawn: list[tuple[int, ...]] = []
+    output: list[tuple[int, ...]] = []
 
     def draw(*shape: int) -> Tensor:
-        drawn.append(shape)
+        output.append(shape)
         return torch.zeros(16, *shape)
 
     system: Any = run.system
     system.sample(run.evaluation_nets(), with_vectors(colour_batch((32,), 0, repeats=2)).captions, draw)
-    assert drawn == run.asked[:3], "noise is drawn in the same calls in training and in sampling"
+    assert output == run.asked[:3], "noise is output in the same calls in training and in sampling"

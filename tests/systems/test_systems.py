@@ -1,4 +1,4 @@
-"""What holds for every file in systems/, without a line of its own: see small.py for the widths."""
+"""Tests that cover every system, at the widths of small_systems.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.helpers.worker_processes import Workers
 
 
 def labels(*marks: pytest.MarkDecorator) -> list[object]:
-    """All systems, those outside of `small.QUICK` with these marks."""
+    """Parametrise over all systems; those not in `small_systems.QUICK` get the marks."""
     return [name if name in small_systems.QUICK else pytest.param(name, marks=marks) for name in small_systems.MODELS]
 
 
@@ -31,42 +31,42 @@ SIZES = [
     for name in small_systems.MODELS
     for size in (2, 3, 4)
 ]
-ALONE = World()
+SINGLE = World()
 STEPS = 10
 
 
-def snapshot(made: Trainer) -> dict[str, Tensor]:
-    """Parameters, EMA, settled buffers and optimiser moments by name."""
-    return {k: v.detach().clone() for k, v in (made.state() | made.settled_buffers()).items()}
+def full_state(trainer: Trainer) -> dict[str, Tensor]:
+    """Parameters, EMA, averaged buffers and optimiser moments by name."""
+    return {k: v.detach().clone() for k, v in (trainer.state() | trainer.averaged_buffers()).items()}
 
 
-def after(world: World, system: str, precision: str, steps: int) -> dict[str, Tensor]:
-    made = small_systems.trainer(world, system, precision)
-    small_systems.run_steps(made, steps)
-    return snapshot(made)
+def train_steps(world: World, system: str, precision: str, steps: int) -> dict[str, Tensor]:
+    trainer = small_systems.trainer(world, system, precision)
+    small_systems.run_steps(trainer, steps)
+    return full_state(trainer)
 
 
-def resumed(world: World, system: str, url: str) -> dict[str, Tensor]:
-    """Step 3 of a run that another world saved at, taken up here, and on to step 6."""
-    made = small_systems.trainer(world, system, "float64")
-    found = CheckpointManager(url, world, CheckpointConfig(), {}).restore(made)
-    assert found is not None and made.step == 3
-    small_systems.run_steps(made, 3)
-    return snapshot(made)
+def resume_and_train(world: World, system: str, url: str) -> dict[str, Tensor]:
+    """Resume at step 3, saved by another world, and train to step 6."""
+    trainer = small_systems.trainer(world, system, "float64")
+    restored = CheckpointManager(url, world, CheckpointConfig(), {}).restore(trainer)
+    assert restored is not None and trainer.step == 3
+    small_systems.run_steps(trainer, 3)
+    return full_state(trainer)
 
 
-def saved(world: World, system: str, url: str) -> dict[str, Tensor]:
-    made = small_systems.trainer(world, system, "float64")
-    small_systems.run_steps(made, 3)
+def save_and_train(world: World, system: str, url: str) -> dict[str, Tensor]:
+    trainer = small_systems.trainer(world, system, "float64")
+    small_systems.run_steps(trainer, 3)
     checkpoints = CheckpointManager(url, world, CheckpointConfig(), {})
-    checkpoints.save(made)
+    checkpoints.save(trainer)
     checkpoints.finish()
-    small_systems.run_steps(made, 3)
-    return snapshot(made)
+    small_systems.run_steps(trainer, 3)
+    return full_state(trainer)
 
 
-def apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
-    """By name, the distance of two states relative to each tensor's norm."""
+def relative_distances(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
+    """Distance of two states by name, relative to the norm of each tensor."""
     assert ours.keys() == theirs.keys()
     return {
         k: float((ours[k].double() - v.double()).norm() / v.double().norm().clamp_min(1e-30))
@@ -81,74 +81,74 @@ def test_every_system_is_tested() -> None:
 
 @pytest.mark.parametrize(("system", "size"), SIZES)
 def test_any_number_of_workers_trains_the_same_model(workers: Workers, system: str, size: int) -> None:
-    alone = workers.run(1, after, system, "float64", STEPS)[0]
-    for ours in workers.run(size, after, system, "float64", STEPS):
-        worst = apart(ours, alone)
+    reference = workers.run(1, train_steps, system, "float64", STEPS)[0]
+    for ours in workers.run(size, train_steps, system, "float64", STEPS):
+        worst = relative_distances(ours, reference)
         assert max(worst.values(), default=0.0) < 1e-9, max(worst.items(), key=lambda item: item[1])
 
 
 @pytest.mark.parametrize("system", labels(pytest.mark.slow))
-def test_in_float32_it_is_the_same_to_rounding(workers: Workers, system: str) -> None:
-    alone = workers.run(1, after, system, "float32", STEPS)[0]
-    for ours in workers.run(3, after, system, "float32", STEPS):
-        worst = apart(ours, alone)
+def test_float32_training_differs_by_rounding_only(workers: Workers, system: str) -> None:
+    reference = workers.run(1, train_steps, system, "float32", STEPS)[0]
+    for ours in workers.run(3, train_steps, system, "float32", STEPS):
+        worst = relative_distances(ours, reference)
         assert max(worst.values(), default=0.0) < 1e-4, max(worst.items(), key=lambda item: item[1])
 
 
 @pytest.mark.parametrize("system", labels(pytest.mark.slow))
-def test_stopped_and_resumed_elsewhere(workers: Workers, tmp_path: Path, system: str) -> None:
-    whole = workers.run(4, saved, system, str(tmp_path))[0]
-    same = workers.run(4, resumed, system, str(tmp_path))[0]
+def test_resume_on_other_worker_counts_gives_the_same_state(workers: Workers, tmp_path: Path, system: str) -> None:
+    whole = workers.run(4, save_and_train, system, str(tmp_path))[0]
+    same = workers.run(4, resume_and_train, system, str(tmp_path))[0]
     assert all(torch.equal(whole[k], same[k]) for k in whole), "the same number of workers resumes bitwise"
     for size in (1, 2, 3):
-        other = workers.run(size, resumed, system, str(tmp_path))[0]
-        assert max(apart(other, whole).values(), default=0.0) < 1e-9
+        other = workers.run(size, resume_and_train, system, str(tmp_path))[0]
+        assert max(relative_distances(other, whole).values(), default=0.0) < 1e-9
 
 
 @pytest.mark.parametrize("system", labels())
-def test_bfloat16_trains_with_finite_numbers(system: str) -> None:
-    made = small_systems.trainer(ALONE, system, "bfloat16", groups=2)
-    small_systems.run_steps(made, 2)
-    assert all(bool(torch.isfinite(v).all()) for v in snapshot(made).values())
-    assert all(v == v for v in made.reduce_reports().values())
+def test_bfloat16_training_stays_finite(system: str) -> None:
+    trainer = small_systems.trainer(SINGLE, system, "bfloat16", groups=2)
+    small_systems.run_steps(trainer, 2)
+    assert all(bool(torch.isfinite(v).all()) for v in full_state(trainer).values())
+    assert all(v == v for v in trainer.reduce_reports().values())
 
 
 @pytest.mark.parametrize("system", labels())
-def test_what_a_system_exports_samples_the_same_again(tmp_path: Path, system: str) -> None:
-    made = small_systems.trainer(ALONE, system, "float32")
-    small_systems.run_steps(made, 1)
-    nets = made.evaluation_nets()
-    index = {"system": system, "config": {}, "plan": {}, "vocabulary": [], "images": made.images}
+def test_exported_networks_give_the_same_outputs(tmp_path: Path, system: str) -> None:
+    trainer = small_systems.trainer(SINGLE, system, "float32")
+    small_systems.run_steps(trainer, 1)
+    nets = trainer.evaluation_nets()
+    index = {"system": system, "config": {}, "plan": {}, "vocabulary": [], "images": trainer.images}
     export.write(str(tmp_path), nets, index)
-    other = small_systems.trainer(ALONE, system, "float32").evaluation_nets()
+    other = small_systems.trainer(SINGLE, system, "float32").evaluation_nets()
     for name, weights in export.read(str(tmp_path)).weights.items():
         export.load_into(other[name], weights, name)
-    batch = toy_gan.batch(0, range(2), small_systems.GROUP_SIZE, made.system.sizes, small_systems.MAX_WORDS).to(
-        ALONE.device, torch.float32
+    batch = toy_gan.batch(0, range(2), small_systems.GROUP_SIZE, trainer.system.sizes, small_systems.MAX_WORDS).to(
+        SINGLE.device, torch.float32
     )
-    assert torch.equal(use(made, nets, batch), use(made, other, batch))
+    assert torch.equal(run_exported_networks(trainer, nets, batch), run_exported_networks(trainer, other, batch))
 
 
-def use(made: Trainer, nets: object, batch: object) -> Tensor:
-    """What the system's exported networks give: its largest pictures, or its codes."""
+def run_exported_networks(trainer: Trainer, nets: object, batch: object) -> Tensor:
+    """Run the exported networks; returns the largest images, or the codes."""
 
-    def draw(*shape: int) -> Tensor:
+    def noise(*shape: int) -> Tensor:
         return torch.randn(len(batch.ids), *shape, generator=torch.Generator().manual_seed(1))  # type: ignore[attr-defined]
 
     with torch.no_grad():
-        if hasattr(made.system, "sample"):
-            drawn = made.system.sample(nets, batch.captions, draw)  # type: ignore[attr-defined]
-            assert [image.shape[-1] for image in drawn.images] == list(made.system.sizes)
-            assert float(drawn.images[-1].std()) > 1e-6
-            return drawn.images[-1]
-        if hasattr(made.system, "translate"):
+        if hasattr(trainer.system, "sample"):
+            output = trainer.system.sample(nets, batch.captions, noise)  # type: ignore[attr-defined]
+            assert [image.shape[-1] for image in output.images] == list(trainer.system.sizes)
+            assert float(output.images[-1].std()) > 1e-6
+            return output.images[-1]
+        if hasattr(trainer.system, "translate"):
             images = batch.images[-1]  # type: ignore[attr-defined]
-            labels = made.system.read(nets, images, 0)  # type: ignore[attr-defined]
-            changed = made.system.translate(nets, images, 1 - labels, 0)  # type: ignore[attr-defined]
+            labels = trainer.system.read(nets, images, 0)  # type: ignore[attr-defined]
+            changed = trainer.system.translate(nets, images, 1 - labels, 0)  # type: ignore[attr-defined]
             assert changed.shape == images.shape and float(changed.std()) > 1e-3
             return changed
-        if hasattr(made.system, "describe"):
-            return made.system.describe(nets, batch.images[-1], 5)  # type: ignore[attr-defined]
-        runs: Any = made.system
-        codes = runs.embed_pictures(nets, batch.images[-1]), runs.embed_captions(nets, batch.captions)
+        if hasattr(trainer.system, "describe"):
+            return trainer.system.describe(nets, batch.images[-1], 5)  # type: ignore[attr-defined]
+        embedder: Any = trainer.system
+        codes = embedder.embed_images(nets, batch.images[-1]), embedder.embed_captions(nets, batch.captions)
         return torch.cat(codes)

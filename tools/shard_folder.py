@@ -12,9 +12,9 @@ from t2idist.ingest.listing import Listing
 from t2idist.ingest.tables import Columns
 
 DESCRIPTION = """\
-Convert a folder of images and captions to a shard set. The annotations are one of: captions.jsonl in the folder, with
-lines {"image": "a.jpg", "caption": "..."} ("captions": a list; optional "attributes", "class", "split"); a table
-(--table); or name.txt next to each name.jpg, with one caption per line."""
+Convert a folder of images and captions to a shard set. The annotations are in captions.jsonl, with lines
+{"image": "a.jpg", "caption": "..."} ("captions": a list; optional: "attributes", "class", "split"); in a
+table (--table); or in name.txt next to each name.jpg, with one caption per line."""
 
 
 def list_images(options: argparse.Namespace, listing: Listing) -> None:
@@ -35,6 +35,7 @@ def list_images(options: argparse.Namespace, listing: Listing) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = cli.tool_parser("shard_folder", DESCRIPTION, "--folder my_images --out shards/mine --size 76")
+    parser.usage = "%(prog)s --folder URL --out URL [options]"
     parser.add_argument("--folder", required=True, metavar="URL", help="the images; names are relative to it")
     parser.add_argument("--captions", metavar="URL", help="a captions.jsonl elsewhere")
     parser.add_argument("--table", metavar="URL", help="a .csv, .tsv or .parquet file instead of captions.jsonl")

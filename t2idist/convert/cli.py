@@ -36,7 +36,7 @@ def import_main(arguments: Sequence[str] | None = None) -> int:
     parser = command_parser(
         "convert import",
         "Convert the weights that the authors of a system published to exports, for sampling, scoring and training.\n"
-        "Networks are recognised by the names of their tensors, and their sizes by the shapes; file names are free.\n"
+        "Networks are identified by the names of their tensors, and sizes by the shapes; file names do not matter.\n"
         "Writes an export of the system under --to, and one of each system that it uses (damsm, for attngan) if all\n"
         "files of that are given.",
         "t2idist convert import --system attngan --from netG_epoch_600.pth --from text_encoder200.pth \\\n"

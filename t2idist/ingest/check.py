@@ -127,7 +127,7 @@ def check_set(
             report(done, total)
 
         for split, shard, first in jobs:
-            rows = [_expected(split, i, sheet_keys) for i in range(first, first + shard.samples)]
+            rows = [expected_sample(split, i, sheet_keys) for i in range(first, first + shard.samples)]
             url = storage.join(dataset.url, shard.name)
             future = pool.submit(check_shard, url, shard, rows, fingerprints, dataset.vector_info)
             pending.append((split, shard, future))
@@ -149,7 +149,7 @@ def _first_indices(split: Split) -> Iterator[int]:
         first += size
 
 
-def _expected(split: Split, index: int, sheet_keys: frozenset[str]) -> ExpectedSample:
+def expected_sample(split: Split, index: int, sheet_keys: frozenset[str]) -> ExpectedSample:
     facts = {
         "captions": split.captions(index),
         "attributes": split.attributes(index),

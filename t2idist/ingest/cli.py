@@ -33,14 +33,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("shard set")
     group.add_argument("--out", required=True, metavar="URL", help="folder or object store URL for the shard set")
     group.add_argument(
-        "--size", type=int, default=304, help="pixels of the shorter side, 0: no resizing (default: %(default)s)"
+        "--size",
+        type=int,
+        default=304,
+        metavar="N",
+        help="pixels of the shorter side, 0: no resizing (default: %(default)s)",
     )
-    group.add_argument("--quality", type=int, default=95, help="JPEG quality (default: %(default)s)")
+    group.add_argument("--quality", type=int, default=95, metavar="N", help="JPEG quality (default: %(default)s)")
     group.add_argument("--keep-original", action="store_true", help="store the original bytes at full size")
-    group.add_argument("--max-words", type=int, help="cut longer captions to this many words (default: no limit)")
-    group.add_argument("--min-count", type=int, default=1, help="rarer words are unknown (default: %(default)s)")
-    group.add_argument("--shard-samples", type=int, default=1024, help="a multiple of 256 (default: %(default)s)")
-    group.add_argument("--licence", help="text for dataset.json (default: as the data states)")
+    group.add_argument(
+        "--max-words", type=int, metavar="N", help="cut longer captions to this many words (default: no limit)"
+    )
+    group.add_argument(
+        "--min-count", type=int, default=1, metavar="N", help="rarer words are unknown (default: %(default)s)"
+    )
+    group.add_argument(
+        "--shard-samples", type=int, default=1024, metavar="N", help="a multiple of 256 (default: %(default)s)"
+    )
+    group.add_argument("--licence", metavar="TEXT", help="text for dataset.json (default: as the data states)")
     group.add_argument("--strict", action="store_true", help="stop if the data has any problem")
     group.add_argument("--restart", action="store_true", help="start again instead of resuming")
     add_system_options(group)
@@ -49,7 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def add_system_options(parser: argparse._ActionsContainer) -> None:
     """Add --processes and --endpoint-url."""
     parser.add_argument(
-        "--processes", type=int, default=available_cpus(), help="default: the number of CPUs (%(default)s)"
+        "--processes", type=int, default=available_cpus(), metavar="N", help="default: all CPUs (%(default)s)"
     )
     add_endpoint_option(parser)
 

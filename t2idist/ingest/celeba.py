@@ -36,11 +36,11 @@ def list_celeba(root: str, listing: Listing, captions_url: str | None = None) ->
         )
     count = 0
     for number, line in rows:
-        words = line.decode("utf-8", "replace").split()
-        if not words:
+        fields = line.decode("utf-8", "replace").split()
+        if not fields:
             continue
         count += 1
-        name, values = words[0], words[1:]
+        name, values = fields[0], fields[1:]
         split = partition.pop(name, None)
         reason, detail = _check_row(name, values, split, len(names))
         if reason is not None or split is None:
@@ -79,17 +79,17 @@ def _read_partition(url: str, listing: Listing) -> dict[str, str]:
     """Read the split of each image."""
     splits: dict[str, str] = {}
     for number, line in read_lines(url):
-        words = line.decode("utf-8", "replace").split()
-        if not words:
+        fields = line.decode("utf-8", "replace").split()
+        if not fields:
             continue
-        if len(words) != 2 or words[1] not in _SPLITS:
+        if len(fields) != 2 or fields[1] not in _SPLITS:
             detail = "expected a name and 0, 1 or 2"
             listing.exclude("", f"{_PARTITION}, line {number}", Reason.MALFORMED, detail)
-        elif words[0] in splits:
+        elif fields[0] in splits:
             detail = f"{_PARTITION}, line {number}: the name is repeated"
-            listing.exclude("", words[0], Reason.DUPLICATE, detail)
+            listing.exclude("", fields[0], Reason.DUPLICATE, detail)
         else:
-            splits[words[0]] = _SPLITS[words[1]]
+            splits[fields[0]] = _SPLITS[fields[1]]
     return splits
 
 

@@ -31,7 +31,7 @@ def parse_split(text: str) -> CocoSplit:
     name, equals, urls = text.partition("=")
     images_url, comma, annotations_url = urls.partition(",")
     if not (name and equals and images_url and comma and annotations_url):
-        raise ValueError(f"--split {text!r}: give NAME=IMAGES_URL,ANNOTATIONS_URL")
+        raise ValueError(f"--split {text!r}: must be NAME=IMAGES_URL,ANNOTATIONS_URL")
     captions = not annotations_url.rsplit("/", 1)[-1].startswith("image_info_")
     return CocoSplit(name, images_url, annotations_url, captions)
 

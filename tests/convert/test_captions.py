@@ -41,8 +41,8 @@ def test_captions_pickles_give_the_vocabulary(tmp_path: Path, data: bytes) -> No
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-@pytest.mark.parametrize("place", ["whole", "word", "caption"])
-def test_captions_pickles_that_would_run_code_are_refused(tmp_path: Path, protocol: int, place: str) -> None:
+@pytest.mark.parametrize("position", ["whole", "word", "caption"])
+def test_captions_pickles_that_would_run_code_are_refused(tmp_path: Path, protocol: int, position: str) -> None:
     marker, file = tmp_path / "ran", tmp_path / "captions.pickle"
     dangerous: Any = RunsCode(marker)
     train, test, by_number, by_word = PICKLED
@@ -50,7 +50,7 @@ def test_captions_pickles_that_would_run_code_are_refused(tmp_path: Path, protoc
         "whole": dangerous,
         "word": [train, test, {**TABLE, 3: dangerous}, by_word],
         "caption": [[[dangerous]], test, by_number, by_word],
-    }[place]
+    }[position]
     file.write_bytes(pickle.dumps(content, protocol))
     pickle.loads(file.read_bytes())
     assert marker.exists()  # unpickling it does run code

@@ -88,9 +88,9 @@ def test_a_flipped_bit_is_reported_with_its_sample(tmp_path: Path):
     dataset = write_set(tmp_path)
     split = dataset.split("train")
     flip_bit(tmp_path / "train-00000.tar", int(split.offsets[2]) + 700)
-    found = check_one_shard(dataset, split.shards[0]).problems.sentences
-    assert "train-00000.tar: its" in found[0] and "differ from the SHA-256" in found[0]
-    assert f"train-00000.tar, sample {split.keys[2]}: its bytes differ" in found[1]
+    problems = check_one_shard(dataset, split.shards[0]).problems.sentences
+    assert "train-00000.tar: its" in problems[0] and "differ from the SHA-256" in problems[0]
+    assert f"train-00000.tar, sample {split.keys[2]}: its bytes differ" in problems[1]
 
 
 @pytest.mark.parametrize(
@@ -152,8 +152,8 @@ def test_dangerous_members_are_reported(
         sample_format, "member", lambda name, data: changed(name, data) if name == "s003.jpg" else real(name, data)
     )
     dataset = write_set(tmp_path)
-    found = check_one_shard(dataset, dataset.split("train").shards[0]).problems.sentences
-    assert len(found) == 1 and "train-00000.tar, sample s003" in found[0] and message in found[0]
+    problems = check_one_shard(dataset, dataset.split("train").shards[0]).problems.sentences
+    assert len(problems) == 1 and "train-00000.tar, sample s003" in problems[0] and message in problems[0]
 
 
 def test_extra_members_and_truncated_tars_are_reported(tmp_path: Path):
@@ -162,9 +162,9 @@ def test_extra_members_and_truncated_tars_are_reported(tmp_path: Path):
     data = (tmp_path / shard.name).read_bytes()
     extra = sample_format.member("x.pickle", b"boom")
     (tmp_path / shard.name).write_bytes(data[:-1024] + extra + bytes(1024))
-    found = check_one_shard(dataset, shard).problems.sentences
-    assert any("holds 11 members; the manifest needs 10" in sentence for sentence in found)
-    assert any("'x.pickle' could run code" in sentence for sentence in found)
+    problems = check_one_shard(dataset, shard).problems.sentences
+    assert any("holds 11 members; the manifest needs 10" in sentence for sentence in problems)
+    assert any("'x.pickle' could run code" in sentence for sentence in problems)
     for size in (0, 100, 3000, len(data) - 2000):
         (tmp_path / shard.name).write_bytes(data[:size])
         assert check_one_shard(dataset, shard).problems.count >= 2
@@ -177,8 +177,8 @@ def test_json_that_differs_from_the_manifest_is_reported(tmp_path: Path):
     split = dataset.split("train")
     shard = tmp_path / "train-00000.tar"
     shard.write_bytes(shard.read_bytes().replace(b"a thing 3", b"a thong 3"))
-    found = check_one_shard(dataset, split.shards[0]).problems.sentences
-    assert any("s003: its JSON differs from the manifest" in sentence for sentence in found)
+    problems = check_one_shard(dataset, split.shards[0]).problems.sentences
+    assert any("s003: its JSON differs from the manifest" in sentence for sentence in problems)
 
 
 @pytest.mark.whole
@@ -196,12 +196,12 @@ def test_counts_foreign_files_and_rejects_are_checked(tmp_path: Path):
 
     change_description(tmp_path, change)
     (tmp_path / "rejected.jsonl").write_text('{"a": 1}\n')
-    found = find_problems(Dataset.open(str(tmp_path)))
-    assert len(found) == 4
-    assert "rejected.jsonl: has 1 lines; dataset.json counts 2" in found
-    assert any("states 10 samples of split train; its shards hold 9" in sentence for sentence in found)
-    assert any("'thing': 13; the captions have 12" in sentence for sentence in found)
-    assert any("not those of the samples, for example 'Blue'" in sentence for sentence in found)
+    problems = find_problems(Dataset.open(str(tmp_path)))
+    assert len(problems) == 4
+    assert "rejected.jsonl: has 1 lines; dataset.json counts 2" in problems
+    assert any("states 10 samples of split train; its shards hold 9" in sentence for sentence in problems)
+    assert any("'thing': 13; the captions have 12" in sentence for sentence in problems)
+    assert any("not those of the samples, for example 'Blue'" in sentence for sentence in problems)
 
 
 @pytest.mark.whole

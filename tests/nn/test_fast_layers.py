@@ -53,7 +53,7 @@ def test_large_input_uses_the_convolution(monkeypatch: pytest.MonkeyPatch) -> No
     used = _count_calls(monkeypatch, F, "linear")
     net = use_fast_layers(nn.Conv2d(64, 128, 3))
     net(torch.randn(1, 64, 16, 16))
-    assert not used, "73,728 weights are few"
+    assert not used, "73,728 weights are below the threshold"
 
 
 @pytest.mark.parametrize(
@@ -171,10 +171,10 @@ def test_gradient_penalty_matches_torch_with_fewer_operations(monkeypatch: pytes
 
 def test_leaky_relu_matches_torch() -> None:
     torch.manual_seed(0)
-    leak = use_fast_layers(nn.LeakyReLU(0.3, inplace=True))
+    layer = use_fast_layers(nn.LeakyReLU(0.3, inplace=True))
     x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(leak, x) and torch.autograd.gradgradcheck(leak, x)
-    assert torch.equal(leak(x), F.leaky_relu(x, 0.3)) and torch.equal(leak(x.detach().clone()), leak(x))
+    assert torch.autograd.gradcheck(layer, x) and torch.autograd.gradgradcheck(layer, x)
+    assert torch.equal(layer(x), F.leaky_relu(x, 0.3)) and torch.equal(layer(x.detach().clone()), layer(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -39,7 +39,7 @@ def close(ours: Tensor, theirs: Tensor) -> None:
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-# ------------------------------------------------------------------------------------------ the authors' networks
+# ------------------------------------------------------------------------------------------ released networks
 @pytest.mark.parametrize("compat", ["", "authors"])
 def test_attngan_generator_reproduces_released_outputs(authors: dict[str, Tensor], compat: str) -> None:
     net = fill(AttentionGenerator(**SMALL, condition_dim=32, compat=compat))
@@ -121,7 +121,7 @@ PUBLISHED = {
     "stackgan/unconditional/netD128": ("c48451861188cc94", 15_875_841),
     "stackgan/unconditional/netD256": ("e025f3620c8137c9", 68_310_785),
 }
-"""Names and shapes (hashed) and counts of the authors' networks."""
+"""Names and shapes (hashed) and counts of the released networks."""
 
 
 def published(name: str) -> nn.Module:

@@ -47,10 +47,10 @@ def test_alphabet_is_the_released_one() -> None:
 def test_encode_characters_joins_words_by_single_spaces() -> None:
     tokens = torch.tensor([[9, 1, 11, 0], [5, 0, 0, 0], [10, 12, 10, 4], [9, 9, 9, 9]])
     lengths = torch.tensor([3, 1, 4, 2])
-    found = encode_characters(spell_words(WORDS), tokens, lengths, 12)
-    said = ["a red x_1", "magenta", "the of the yellow"[:12], "a a"]
-    assert found.shape == (4, 12) and to_text(found) == said
-    assert found[1, 7:].abs().max() == 0
+    result = encode_characters(spell_words(WORDS), tokens, lengths, 12)
+    expected = ["a red x_1", "magenta", "the of the yellow"[:12], "a a"]
+    assert result.shape == (4, 12) and to_text(result) == expected
+    assert result[1, 7:].abs().max() == 0
 
 
 def test_spell_words_drops_unknown_characters_and_truncates() -> None:
@@ -102,11 +102,11 @@ def test_joint_embedding_loss_matches_hand_computation() -> None:
     #   1    0.5  0
     #   0    2    2
     #   1    1.5  1
-    found = joint_embedding_losses(images, sentences, torch.tensor([0, 1, 2]), 1, margin=1.0)
+    result = joint_embedding_losses(images, sentences, torch.tensor([0, 1, 2]), 1, margin=1.0)
     caption_term = (0.5 + 0) + (0 + 1) + (1 + 1.5)  # row by row, over the own caption
     image_term = (0 + 1) + (0 + 0.5) + (0 + 2)  # column by column, over the own image
-    assert found.caption_of_image.item() == pytest.approx(caption_term / 9)
-    assert found.image_of_caption.item() == pytest.approx(image_term / 9)
+    assert result.caption_of_image.item() == pytest.approx(caption_term / 9)
+    assert result.image_of_caption.item() == pytest.approx(image_term / 9)
     same = joint_embedding_losses(images, sentences, torch.tensor([0, 1, 1]), 1, margin=1.0)
     assert same.caption_of_image.item() == pytest.approx((0.5 + 0 + 0 + 1) / 9), (
         "samples of the same class are no negatives"
@@ -115,7 +115,7 @@ def test_joint_embedding_loss_matches_hand_computation() -> None:
     two = joint_embedding_losses(
         torch.cat([images, images]), torch.cat([sentences, sentences]), torch.tensor([0, 1, 2, 0, 1, 1]), 2, margin=1.0
     )
-    assert two.sum().item() == pytest.approx((found.sum().item() + same.sum().item()) / 2)
+    assert two.sum().item() == pytest.approx((result.sum().item() + same.sum().item()) / 2)
 
 
 # ------------------------------------------------------------------------------------------------ learning
@@ -164,13 +164,13 @@ def test_build_rejects_invalid_settings() -> None:
         with pytest.raises(ValueError, match=message):
             build_system(**{**TINY, **settings})
     assert build_system(**{**TINY, "characters": 48}) is not None
-    given = export_index(build_system(**TINY), WORDS)
+    index = export_index(build_system(**TINY), WORDS)
     with pytest.raises(ValueError, match=r"uses: text: its vocabulary has 15 words and this data's has 9"):
-        sentence_encoder({"text": given}, 9, 0)
+        sentence_encoder({"text": index}, 9, 0)
     with pytest.raises(ValueError, match="of system 'attngan'; it must be of 'damsm' or 'char_text'"):
-        sentence_encoder({"text": {**given, "system": "attngan"}}, 15, 0)
+        sentence_encoder({"text": {**index, "system": "attngan"}}, 15, 0)
     with pytest.raises(ValueError, match="of system 'char_text'; it must be of 'damsm'"):
-        text_encoder_from_export(given, 15)  # for systems that attend to words
+        text_encoder_from_export(index, 15)  # for systems that attend to words
     with pytest.raises(ValueError, match=r"uses\.text is missing"):
         sentence_encoder({}, 15, 0)
     assert sentence_encoder({}, 15, 300) == (None, 300)

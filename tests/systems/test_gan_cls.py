@@ -35,7 +35,7 @@ def build_system(name: str, info: BuildInfo, **settings: Any) -> System:
 
 
 def export_index(system: str, info: BuildInfo, **settings: Any) -> dict[str, Any]:
-    """The index of an export of `system`."""
+    """Index of an export of `system`."""
     config = asdict(systems.load(system).Config(**settings))
     return {"system": system, "config": config, "plan": info.describe()}
 
@@ -51,7 +51,7 @@ PORT = {"residual": False, "generator_width": 64, "discriminator_width": 64, "co
 
 
 def parameters_with_biases(net: nn.Module) -> int:
-    """Parameters if every convolution had a bias, as in the published files, where the code holds them at zero."""
+    """Count parameters as if every convolution had a bias, as in the published files (the code keeps them at zero)."""
     convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
     assert all(m.bias is None for m in convolutions)
     return parameters(net) + sum(m.out_channels for m in convolutions)
@@ -119,21 +119,23 @@ def test_each_layout_has_its_order_of_text_and_noise() -> None:
 
 
 def test_released_int_script_lacks_a_leaky_relu() -> None:
-    def leaks(**settings: Any) -> int:
+    def count_leaky_relus(**settings: Any) -> int:
         net = build_on_meta("gan_cls", build_info(), **settings).roles["discriminator"].net
         return sum(isinstance(m, nn.LeakyReLU) for m in net.get_submodule("netD_1").children())
 
-    assert leaks() == 4
-    assert leaks(compat="authors", interpolate=False) == 4
-    assert leaks(compat="authors") == 3
-    assert leaks(compat="authors", residual=False) == 4
-    assert leaks(compat="authors", image_size=16) == 2  # there the last but one has no BatchNorm
+    assert count_leaky_relus() == 4
+    assert count_leaky_relus(compat="authors", interpolate=False) == 4
+    assert count_leaky_relus(compat="authors") == 3
+    assert count_leaky_relus(compat="authors", residual=False) == 4
+    assert (
+        count_leaky_relus(compat="authors", image_size=16) == 2
+    )  # the last but one layer has no BatchNorm at this size
 
 
 def test_only_the_ports_discriminator_cannot_detect_mismatches() -> None:
-    """Its logit is a sum of one term for the image and one for the text: what a caption adds is the same for all."""
+    """Its logit is an image term plus a text term, so a caption adds the same to every image."""
 
-    def spread(**settings: Any) -> float:
+    def spread_of_effect(**settings: Any) -> float:
         net: Any = fill(
             build_system("gan_cls", build_info(6), **TINY_TEXT, **settings).roles["discriminator"].net
         ).double()
@@ -142,14 +144,14 @@ def test_only_the_ports_discriminator_cannot_detect_mismatches() -> None:
         first, second = (net(images, text.expand(9, 6)) for text in texts)
         return (first - second).std().item()
 
-    assert spread(residual=False, compat="authors") < 1e-12
+    assert spread_of_effect(residual=False, compat="authors") < 1e-12
     for settings in ({"residual": False}, {"residual": True}, {"residual": True, "compat": "authors"}):
-        assert spread(**settings) > 1e-2
+        assert spread_of_effect(**settings) > 1e-2
 
 
 # --------------------------------------------------------------------------------------------------------- losses
-class Meets(PairDiscriminator):
-    """A discriminator whose logit is the sum of mean colour and condition."""
+class MeanColourDiscriminator(PairDiscriminator):
+    """A discriminator whose logit is the mean colour plus the condition."""
 
     def features(self, images: Tensor) -> Tensor:
         return images.mean(dim=(1, 2, 3))
@@ -162,7 +164,7 @@ def test_matching_aware_losses_match_hand_computation() -> None:
     real, fake = (torch.tensor(v).view(3, 1, 1, 1).expand(3, 3, 2, 2) for v in ([1.0, 0.0, 2.0], [0.5, -1.0, 0.0]))
     condition = torch.tensor([[3.0], [2.0], [1.0]])
     pairs = WrongPairs(torch.tensor([1, 2, 0]), torch.tensor([False, True, True]))
-    losses = matching_aware_losses(Meets(), real, fake, condition, pairs, 1)
+    losses = matching_aware_losses(MeanColourDiscriminator(), real, fake, condition, pairs, 1)
     softplus = nn.functional.softplus
     torch.testing.assert_close(losses.real, softplus(-torch.tensor([4.0, 2.0, 3.0])).mean())
     torch.testing.assert_close(losses.wrong, softplus(torch.tensor([1.0, 5.0])).mean())
@@ -171,7 +173,7 @@ def test_matching_aware_losses_match_hand_computation() -> None:
 
 
 def text_batch(step: int, repeats: int = 1, size: int = 16) -> Batch:
-    """Images of one colour, each with a given vector that names it."""
+    """Images of one colour, each with a sentence vector for it."""
     batch = colour_batch((size,), step, repeats)
     vectors = nn.functional.one_hot(batch.class_ids, VECTORS).float()
     return replace(batch, captions=replace(batch.captions, vectors=vectors))
@@ -189,7 +191,7 @@ def text_batch(step: int, repeats: int = 1, size: int = 16) -> Batch:
     ],
 )
 def test_gan_cls_step_matches_hand_computation(settings: dict[str, Any]) -> None:
-    """Reports and gradients of the first step, formed again from the networks with which it began."""
+    """Recompute the reports and gradients of the first step from the initial networks."""
     torch.manual_seed(0)
     names = ("generator", "discriminator")
     system: Any = build_system("gan_cls", build_info(VECTORS, 8), **TINY_TEXT, discriminator_lr=0.0, **settings)
@@ -251,8 +253,8 @@ def test_learning_rate_schedule_is_the_published_one() -> None:
 
 def test_bias_before_batch_norm_is_not_trained() -> None:
     for role in build_on_meta("gan_cls", build_info(), **PORT).roles.values():
-        still = [name for name, p in role.net.named_parameters() if not p.requires_grad]
-        assert still in (["projection.0.bias"], ["projector.projection.0.bias"])
+        frozen = [name for name, p in role.net.named_parameters() if not p.requires_grad]
+        assert frozen in (["projection.0.bias"], ["projector.projection.0.bias"])
 
 
 # --------------------------------------------------------------------------------------------------------- errors
@@ -302,16 +304,16 @@ def test_sample_rejects_captions_without_vectors() -> None:
 
 # -------------------------------------------------------------------------------------------------------- learning
 def caption_correlation(run: Trainer) -> float:
-    """Correlation of the mean colours of generated images with the colours that their vectors name."""
+    """Correlate the mean colours of generated images with the colours that their vectors name."""
     batch = text_batch(2000, repeats=8)
     generator = torch.Generator().manual_seed(7)
 
-    def draw(*shape: int) -> Tensor:
+    def noise(*shape: int) -> Tensor:
         return torch.randn(len(batch.ids), *shape, generator=generator)
 
     system: Any = run.system
     with torch.no_grad():
-        output = system.sample(run.evaluation_nets(), batch.captions, draw)
+        output = system.sample(run.evaluation_nets(), batch.captions, noise)
     means = output.images[-1].mean(dim=(2, 3))
     return torch.corrcoef(torch.stack([means.flatten(), COLOURS[batch.class_ids].flatten()]))[0, 1].item()
 

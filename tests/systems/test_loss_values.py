@@ -191,21 +191,21 @@ def test_damsm_learns_to_retrieve_captions(trained_damsm: Trainer) -> None:
     assert (similarity.argmax(1) == torch.arange(8)).float().mean() >= 0.75
 
 
-def caption_correlation(run: Trainer, loss_value: Callable[[Batch], Batch] = lambda batch: batch) -> float:
-    """Correlation of the mean colours of generated images with the colours that their captions name.
+def caption_correlation(run: Trainer, transform: Callable[[Batch], Batch] = lambda batch: batch) -> float:
+    """Correlate the mean colours of generated images with the colours that their captions name.
 
-    loss_value: what is done to a batch of colours before it is used.
+    transform: Applied to the batch of colours first.
     """
     nets = run.evaluation_nets()
-    batch = loss_value(colour_batch(run.system.sizes, step=2000, repeats=8))
+    batch = transform(colour_batch(run.system.sizes, step=2000, repeats=8))
     generator = torch.Generator().manual_seed(7)
 
-    def draw(*shape: int) -> Tensor:
+    def noise(*shape: int) -> Tensor:
         return torch.randn(len(batch.ids), *shape, generator=generator)
 
     system: Any = run.system
     with torch.no_grad():
-        output = system.sample(nets, batch.captions, draw)
+        output = system.sample(nets, batch.captions, noise)
     means = output.images[-1].mean(dim=(2, 3))
     return torch.corrcoef(torch.stack([means.flatten(), COLOURS[batch.class_ids].flatten()]))[0, 1].item()
 
@@ -216,7 +216,7 @@ def caption_correlation(run: Trainer, loss_value: Callable[[Batch], Batch] = lam
     [
         ("attngan", {"damsm_weight": 1.0}, (2,), 200),
         ("attngan", {"damsm_weight": 0.0, "unit_text": True}, (2,), 200),
-        ("stackgan_pp", {"colour_weight": 1.0}, (2, 3, 4), 400),  # chaotic: one of three does not get there
+        ("stackgan_pp", {"colour_weight": 1.0}, (2, 3, 4), 400),  # chaotic: one of three seeds fails
     ],
 )
 def test_conditional_trees_learn_to_follow_captions(
@@ -226,7 +226,7 @@ def test_conditional_trees_learn_to_follow_captions(
 
 
 def trained_correlation(trained_damsm: Trainer, name: str, settings: dict[str, float], seed: int, steps: int) -> float:
-    """How a small tree follows after so many steps; before them it does not."""
+    """Train a small tree, which has no correlation at first, and return its caption correlation."""
     torch.manual_seed(seed)
     damsm: Any = trained_damsm.system
     rates = {"generator_lr": 1e-3, "discriminator_lr": 1e-3, "ema_half_life_images": 200.0}

@@ -40,13 +40,13 @@ def captioner_config(**settings: Any) -> Any:
 
 def build_info(group_size: int = 16, words: int = 15, damsm: Any = None, captioner: Any = None) -> BuildInfo:
     """Build info of a stage that uses a damsm and a captioner with these configs."""
-    given = BuildInfo(group_size, 5, DataInfo(("",) * words, 1000))
+    info = BuildInfo(group_size, 5, DataInfo(("",) * words, 1000))
     sources = {
-        name: {"system": name, "config": asdict(config), "plan": given.describe()}
+        name: {"system": name, "config": asdict(config), "plan": info.describe()}
         for name, config in (("damsm", damsm), ("captioner", captioner))
         if config is not None
     }
-    return replace(given, sources=sources)
+    return replace(info, sources=sources)
 
 
 def tiny_build_info() -> BuildInfo:
@@ -95,7 +95,7 @@ def test_sentence_attention_matches_hand_computation() -> None:
         net.linear.weight.copy_(torch.tensor([[1.0], [2.0]]))
         net.linear.bias.copy_(torch.tensor([0.0, 1.0]))
         net.conv_sentence_vis.weight.copy_(torch.eye(2)[:, :, None, None])
-    features = torch.tensor([[[[1.0, 0.0]], [[1.0, 0.0]]]])  # at one place ones, at the other zeros
+    features = torch.tensor([[[[1.0, 0.0]], [[1.0, 0.0]]]])  # ones at one position, zeros at the other
     context = net.sentence(features, torch.tensor([[1.0]]))  # the sentence becomes (1, 3)
     part = 1 / (1 + math.exp(2.0))  # softmax over channels of (1, 3)
     expected = torch.tensor([[[[part, 0.5]], [[3 * (1 - part), 1.5]]]])
@@ -144,11 +144,11 @@ def test_decoder_is_causal() -> None:
     net = CaptionRNN(9, 4, 6)
     image, tokens = torch.randn(2, 4), torch.randint(1, 9, (2, 5))
     logits = net(image, tokens)
-    for place in range(5):
+    for position in range(5):
         other = tokens.clone()
-        other[:, place] = other[:, place] % 8 + 1
+        other[:, position] = other[:, position] % 8 + 1
         changed = (net(image, other) != logits).any(dim=2).all(dim=0)
-        assert changed.tolist() == [t > place for t in range(5)]
+        assert changed.tolist() == [t > position for t in range(5)]
     assert (net(image + 1, tokens) != logits).any(dim=2).all()
 
 
@@ -181,7 +181,7 @@ def test_resnet_gets_imagenet_normalised_images_unless_compat_is_authors() -> No
     torch.testing.assert_close(imagenet_scale(images), by_hand)
     with torch.device("meta"):
         net = ResNetCaptionCNN(4, 32, "")
-    net.resnet = fill(ResNetTrunk((1, 1, 1, 1)))  # a short one in the place of the one of 152 layers
+    net.resnet = fill(ResNetTrunk((1, 1, 1, 1)))  # a short one instead of 152 layers
     net.linear, net.bn = torch.nn.Linear(2048, 4), torch.nn.BatchNorm1d(4)
     net.eval()
     right = net(images)
@@ -218,7 +218,7 @@ def test_build_rejects_invalid_settings() -> None:
     right = tiny_build_info()
     sources = right.sources
     other = {**sources["captioner"], "system": "damsm"}
-    for given, settings, message in (
+    for info, settings, message in (
         (replace(right, sources={"captioner": sources["captioner"]}), {}, r"uses\.damsm is missing"),
         (replace(right, sources={"damsm": sources["damsm"]}), {}, r"uses\.captioner is missing"),
         (replace(right, group_size=1), {}, "group_size is 1"),
@@ -232,7 +232,7 @@ def test_build_rejects_invalid_settings() -> None:
         ),
     ):
         with pytest.raises(ValueError, match=message):
-            build_system("mirrorgan", given, **{**SMALL, **settings})
+            build_system("mirrorgan", info, **{**SMALL, **settings})
     for settings, message in (
         ({"trunk": "vgg"}, "trunk is 'vgg'; it must be one of resnet152, small"),
         ({"image_size": 31}, "image_size is 31; the trunk 'resnet152' needs at least 32"),

@@ -37,10 +37,10 @@ def build_system(info: BuildInfo, **settings: Any) -> System:
     return module.build(from_dict(module.Config, settings), info)
 
 
-def export_index(system: System, given: BuildInfo) -> dict[str, Any]:
+def export_index(system: System, info: BuildInfo) -> dict[str, Any]:
     """Index of the export of a stackgan stage."""
     stackgan: Any = system
-    return {"system": "stackgan", "config": asdict(stackgan.config), "plan": given.describe()}
+    return {"system": "stackgan", "config": asdict(stackgan.config), "plan": info.describe()}
 
 
 # ------------------------------------------------------------------------------------------------ the published sizes
@@ -54,17 +54,17 @@ NAMES = {
     "stage2_netG": "52c0e438200dd466",
     "stage2_netD": "62004a6812907588",
 }
-"""Names and shapes (hashed) of the authors' networks for COCO; stage 2's generator without ``STAGE1_G.``."""
+"""Names and shapes (hashed) of the released networks for COCO; stage 2's generator without ``STAGE1_G.``."""
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_parameter_counts_and_names_are_the_published_ones(preset: str) -> None:
     (width, discriminator_width, residuals), counts = PUBLISHED[preset]
     settings = {"generator_width": width, "discriminator_width": discriminator_width, "residuals": residuals}
-    given = build_info(1024)
+    info = build_info(1024)
     with torch.device("meta"):
-        first = build_system(given, **settings)
-        second = build_system(build_info(1024, stage1=export_index(first, given)), stage=2, image_size=256, **settings)
+        first = build_system(info, **settings)
+        second = build_system(build_info(1024, stage1=export_index(first, info)), stage=2, image_size=256, **settings)
     nets = [role.net for system in (first, second) for role in system.roles.values()]
     assert tuple(parameters(net) for net in nets) == counts
     assert fingerprint(second.frozen["stage1"].net) == fingerprint(nets[0])
@@ -119,20 +119,20 @@ def test_use_batch_statistics_equals_train_mode_and_changes_no_state() -> None:
     shape = {"width": 8, "image_size": 16, "z_dim": 4, "text_dim": 6, "condition_dim": 3, "compat": ""}
     net = fill(StageOneGenerator(**shape)).eval()
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    given = torch.randn(5, 4), torch.randn(5, 3), torch.randn(5, 6)
-    evaluated = net(*given).images[0]
+    inputs = torch.randn(5, 4), torch.randn(5, 3), torch.randn(5, 6)
+    evaluated = net(*inputs).images[0]
     with use_batch_statistics(net):
-        here = net(*given).images[0]
+        by_batch = net(*inputs).images[0]
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
-    assert torch.equal(net(*given).images[0], evaluated) and not torch.allclose(here, evaluated, atol=1e-2)
-    torch.testing.assert_close(net.train()(*given).images[0], here)
+    assert torch.equal(net(*inputs).images[0], evaluated) and not torch.allclose(by_batch, evaluated, atol=1e-2)
+    torch.testing.assert_close(net.train()(*inputs).images[0], by_batch)
 
 
 def test_exports_depend_on_the_source_of_sentence_vectors() -> None:
-    given = build_info()
-    first = build_system(given, image_size=16, **TINY)
+    info = build_info()
+    first = build_system(info, image_size=16, **TINY)
     assert not first.frozen and first.exports == ("generator",)
-    second = build_system(build_info(stage1=export_index(first, given)), stage=2, image_size=32, **TINY)
+    second = build_system(build_info(stage1=export_index(first, info)), stage=2, image_size=32, **TINY)
     assert second.exports == ("generator", "stage1")
     damsm = {"system": "damsm", "config": asdict(damsm_config(**TINY_DAMSM)), "plan": build_info(0).describe()}
     read = build_info(0, text=damsm)
@@ -145,19 +145,19 @@ def test_exports_depend_on_the_source_of_sentence_vectors() -> None:
 
 # ------------------------------------------------------------------------------------------------ errors
 def test_build_rejects_invalid_settings() -> None:
-    given = build_info()
-    first = export_index(build_system(given, image_size=16, **TINY), given)
+    info = build_info()
+    first = export_index(build_system(info, image_size=16, **TINY), info)
     later = {"stage": 2, "image_size": 32, **TINY}
     second = export_index(build_system(build_info(stage1=first), **later), build_info(stage1=first))
     other = {**first, "system": "attngan"}
     for where, settings, message in (
-        (given, {"stage": 3}, "stage is 3; it must be 1 or 2"),
-        (given, {"compat": "old"}, "compat: 'old'; expected '' or 'authors'"),
-        (given, {"image_size": 48}, "image_size is 48; it must be one of 16, 32, 64, 128, 256"),
-        (given, {"lr_halved_every_epochs": 0.0}, "lr_halved_every_epochs is 0.0; it must be above 0"),
+        (info, {"stage": 3}, "stage is 3; it must be 1 or 2"),
+        (info, {"compat": "old"}, "compat: 'old'; expected '' or 'authors'"),
+        (info, {"image_size": 48}, "image_size is 48; it must be one of 16, 32, 64, 128, 256"),
+        (info, {"lr_halved_every_epochs": 0.0}, "lr_halved_every_epochs is 0.0; it must be above 0"),
         (build_info(group_size=1), {}, "group_size is 1"),
         (build_info(0), {}, r"uses\.text is missing"),
-        (given, later, r"uses\.stage1 is missing"),
+        (info, later, r"uses\.stage1 is missing"),
         (build_info(stage1=other), later, "of system 'attngan'; it must be of 'stackgan'"),
         (build_info(stage1=second), later, "of stage 2; it must be of stage 1"),
         (build_info(stage1=first, text=other), later, r"uses\.text: stage 2 uses the text encoder of its stage 1"),
@@ -172,12 +172,12 @@ def test_build_rejects_invalid_settings() -> None:
 
 # ------------------------------------------------------------------------------------------------ learning
 class Recorder(Trainer):
-    """A trainer that remembers the shapes of the noise that a step asks for."""
+    """A trainer that records the shapes of the noise of a step."""
 
-    asked: list[tuple[int, ...]]
+    noise_shapes: list[tuple[int, ...]]
 
     def noise(self, *shape: int) -> Tensor:
-        self.asked.append(shape)
+        self.noise_shapes.append(shape)
         return super().noise(*shape)
 
 
@@ -187,14 +187,14 @@ def trainer(system: System) -> Recorder:
     run = Recorder(
         system, stage="colours", seed=0, group_size=16, share=Share.of(world, 1), world=world, precision=precision
     )
-    run.asked = []
+    run.noise_shapes = []
     return run
 
 
 def with_vectors(batch: Batch) -> Batch:
-    """A colour batch whose captions are vectors, one for each colour and a little noise.
+    """Give the captions of a colour batch sentence vectors, one for each colour plus noise.
 
-    Long ones: conditioning begins at N(0, 0.02) of their numbers, and what is small is heard late.
+    They are long: the conditioning layer starts with weights of N(0, 0.02), and small vectors have an effect only late.
     """
     table = 15 * torch.randn(8, VECTOR_DIM, generator=torch.Generator().manual_seed(3))
     noise = 0.1 * torch.randn(len(batch.ids), VECTOR_DIM, generator=torch.Generator().manual_seed(4))
@@ -212,28 +212,28 @@ def trained(system: System, steps: int) -> Recorder:
 @pytest.mark.slow
 def test_both_stages_learn_to_follow_captions() -> None:
     torch.manual_seed(1)
-    given = build_info()
+    info = build_info()
     rates = {"generator_lr": 2e-3, "discriminator_lr": 2e-3, "kl_weight": 0.1, "ema_half_life_images": 400.0}
-    first = trained(build_system(given, image_size=16, **TINY, **rates), 150)
+    first = trained(build_system(info, image_size=16, **TINY, **rates), 150)
     assert caption_correlation(first, with_vectors) > 0.5
-    assert first.asked[:2] == [(4,), (8,)]
+    assert first.noise_shapes[:2] == [(4,), (8,)]
     rates |= {"generator_lr": 1e-3, "discriminator_lr": 5e-4}
     settings = {**TINY, **rates, "stage": 2, "image_size": 32, "residuals": 1}
-    found = []
-    for seed in range(3):  # of so small a second stage one in ten follows nothing
+    correlations = []
+    for seed in range(3):  # one in ten of such small second stages learns nothing
         torch.manual_seed(seed)
-        second = build_system(build_info(stage1=export_index(first.system, given)), **settings)
+        second = build_system(build_info(stage1=export_index(first.system, info)), **settings)
         second.frozen["stage1"].net.load_state_dict(first.evaluation_nets()["generator"].state_dict())
         run = trained(second, 200)
-        assert run.asked[:3] == [(4,), (8,), (8,)]
-        found.append(caption_correlation(run, with_vectors))
-    assert statistics.median(found) > 0.35, found
+        assert run.noise_shapes[:3] == [(4,), (8,), (8,)]
+        correlations.append(caption_correlation(run, with_vectors))
+    assert statistics.median(correlations) > 0.35, correlations
     output: list[tuple[int, ...]] = []
 
-    def draw(*shape: int) -> Tensor:
+    def noise(*shape: int) -> Tensor:
         output.append(shape)
         return torch.zeros(16, *shape)
 
     system: Any = run.system
-    system.sample(run.evaluation_nets(), with_vectors(colour_batch((32,), 0, repeats=2)).captions, draw)
-    assert output == run.asked[:3], "noise is output in the same calls in training and in sampling"
+    system.sample(run.evaluation_nets(), with_vectors(colour_batch((32,), 0, repeats=2)).captions, noise)
+    assert output == run.noise_shapes[:3], "sampling draws noise in the same calls as training"

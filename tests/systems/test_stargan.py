@@ -36,7 +36,7 @@ def build_info(*attributes: tuple[str, ...]) -> BuildInfo:
     return BuildInfo(16, 5, DataInfo(("",), 100, attributes=attributes))
 
 
-# ------------------------------------------------------------------------------------------ the authors' networks
+# ------------------------------------------------------------------------------------------ released networks
 @pytest.mark.parametrize(
     ("size", "attributes", "parameters", "names"),
     [
@@ -66,9 +66,11 @@ def test_generator_reproduces_released_outputs_in_either_mode(authors: dict[str,
     net = fixed_weights.fill(TranslationGenerator(16, 5, 2)).train(training)
     before = {key: value.clone() for key, value in net.state_dict().items()}
     with torch.no_grad():
-        made = net(authors["images"], authors["labels"])
-    torch.testing.assert_close(made[:, :, ::4, ::4], authors["translated"], atol=1e-5, rtol=0)
-    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items()), "no average may move"
+        generated = net(authors["images"], authors["labels"])
+    torch.testing.assert_close(generated[:, :, ::4, ::4], authors["translated"], atol=1e-5, rtol=0)
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items()), (
+        "running averages must not change"
+    )
 
 
 def test_discriminator_reproduces_released_outputs(authors: dict[str, Tensor]) -> None:
@@ -94,7 +96,9 @@ def test_labels_at_the_border_equal_constant_planes(size: tuple[int, int]) -> No
     )
     net(images, labels).square().sum().backward()
     assert first.weight.grad is not None
-    assert torch.equal(first.weight.grad[:, 3:, 3, 3], torch.zeros(4, 3, dtype=torch.float64)), "it can do nothing"
+    assert torch.equal(first.weight.grad[:, 3:, 3, 3], torch.zeros(4, 3, dtype=torch.float64)), (
+        "these weights have no effect"
+    )
     assert bool(first.weight.grad[:, 3:].any())
 
 
@@ -102,16 +106,16 @@ def test_modulated_norms_apply_labels_at_all_positions_in_either_layout() -> Non
     torch.manual_seed(0)
     net = TranslationGenerator(4, 3, 1, modulated=True).double()
     images, labels = torch.randn(2, 3, 64, 64, dtype=torch.float64), torch.eye(3, dtype=torch.float64)[:2]
-    made, plain = net(images, labels), net(images, 0 * labels)
-    assert ((made - plain).abs().amax(dim=1) > 0).float().mean() > 0.99
+    generated, plain = net(images, labels), net(images, 0 * labels)
+    assert ((generated - plain).abs().amax(dim=1) > 0).float().mean() > 0.99
     published = TranslationGenerator(4, 0, 1).double()
     published.load_state_dict({k: v for k, v in net.state_dict().items() if "by_labels" not in k})
     padded = F.pad(images, (3,) * 4)
     torch.testing.assert_close(plain, published.main(padded).tanh(), atol=1e-9, rtol=0)
     laid = copy.deepcopy(net).to(memory_format=torch.channels_last)
     in_rows = laid(images.contiguous(memory_format=torch.channels_last), labels)
-    torch.testing.assert_close(in_rows, made, atol=1e-9, rtol=0)
-    for out in (made, in_rows):
+    torch.testing.assert_close(in_rows, generated, atol=1e-9, rtol=0)
+    for out in (generated, in_rows):
         out.square().sum().backward()
     for (name, one), two in zip(net.named_parameters(), laid.parameters(), strict=True):
         torch.testing.assert_close(one.grad, two.grad, atol=1e-9, rtol=1e-9, msg=name)
@@ -125,10 +129,10 @@ def test_masked_generator_blends_input_and_output() -> None:
     planes = torch.randn(2, 4, 16, 16)
     planes[:, 3, :8], planes[:, 3, 8:12], planes[:, 3, 12:] = 50.0, -50.0, 0.0
     net.main[-1].register_forward_hook(lambda *_: planes)
-    made, output = net(images, labels), planes[:, :3].tanh()
-    torch.testing.assert_close(made[:, :, :8], images[:, :, :8])
-    torch.testing.assert_close(made[:, :, 8:12], output[:, :, 8:12])
-    torch.testing.assert_close(made[:, :, 12:], (images + output)[:, :, 12:] / 2)
+    generated, output = net(images, labels), planes[:, :3].tanh()
+    torch.testing.assert_close(generated[:, :, :8], images[:, :, :8])
+    torch.testing.assert_close(generated[:, :, 8:12], output[:, :, 8:12])
+    torch.testing.assert_close(generated[:, :, 12:], (images + output)[:, :, 12:] / 2)
 
 
 def test_norm_uses_the_statistics_of_each_image() -> None:
@@ -185,7 +189,7 @@ def test_shuffled_labels_stay_in_their_group() -> None:
     both = shuffled(labels, keys, 2)
     for rows in (slice(0, 6), slice(6, 12)):
         assert sorted(both[rows].tolist()) == labels[rows].tolist() and not torch.equal(both[rows], labels[rows])
-        assert torch.equal(both[rows], shuffled(labels[rows], keys[rows], 1)), "a group knows nothing of the others"
+        assert torch.equal(both[rows], shuffled(labels[rows], keys[rows], 1)), "groups are independent"
 
 
 def two_domain_system(**settings: Any) -> StarGan:
@@ -201,7 +205,7 @@ def test_condition_has_the_mask_of_known_labels() -> None:
     assert ones[0].tolist() == [[1] * 2 + [0] * 8 + [1, 0]]
     assert ones[1].tolist() == [[0] * 2 + [1] * 8 + [0, 1]]
     alone = build(Config(image_size=16, layers=2), build_info(CELEBA))
-    assert alone._condition(torch.ones(1, 5), 0).tolist() == [[1] * 5], "one set has no mask"
+    assert alone._condition(torch.ones(1, 5), 0).tolist() == [[1] * 5], "a single domain has no mask"
 
 
 def test_class_loss_uses_the_logits_of_the_domain() -> None:
@@ -363,13 +367,13 @@ def test_stargan_learns_to_change_a_colour(more: dict[str, bool]) -> None:
     run = trainer(system, group_size=16)
 
     def changed() -> tuple[float, float]:
-        """Share of squares with the colour that was asked for, and how far a image is from itself there and back."""
+        """Share of squares with the requested colour, and the error of the reconstruction."""
         nets, batch = run.evaluation_nets(), square_batch(10_000, 64)
         images, own = batch.images[0], batch.attributes
         with torch.no_grad():
-            made = system.translate(nets, images, 1 - own, 0)
-            back = system.translate(nets, made, own, 0)
-        square = made[:, :, 4:12, 4:12].mean(dim=(2, 3))
+            generated = system.translate(nets, images, 1 - own, 0)
+            back = system.translate(nets, generated, own, 0)
+        square = generated[:, :, 4:12, 4:12].mean(dim=(2, 3))
         seen = (square[:, 0] > square[:, 2]).float()
         return float((seen == 1 - own[:, 0]).float().mean()), float((back - images).abs().mean())
 

@@ -1,4 +1,4 @@
-"""What looks at the pictures: the published graph against the reference library's, hashes, and what comes with pip."""
+"""Feature extractors: the published network compared with torch-fidelity, hashes, errors, and diversity."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import Tensor
 
 from t2idist import storage
 from t2idist.evaluate.diversity import Diversity
-from t2idist.evaluate.feature_extractors import Weights, open_extractor, resize, resize_as_2015
+from t2idist.evaluate.feature_extractors import WeightsFile, open_extractor, resize, resize_as_2015
 from t2idist.nn.inception import Inception2015, InceptionV3
 
 CPU = torch.device("cpu")
 
 
-def noise(n: int, size: int, seed: int = 0) -> Tensor:
+def random_images(n: int, size: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, (n, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
-def written(net: torch.nn.Module, folder: Path) -> tuple[Weights, Path]:
-    """Weights that pass something on through all layers: with statistics of their own in every BatchNorm."""
+def write_weights(net: torch.nn.Module, folder: Path) -> tuple[WeightsFile, Path]:
+    """Write random weights and BatchNorm statistics whose signal does not vanish in any layer."""
     torch.manual_seed(1)
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -36,30 +36,30 @@ def written(net: torch.nn.Module, folder: Path) -> tuple[Weights, Path]:
             torch.nn.init.kaiming_normal_(module.weight)
     file = folder / "weights.pth"
     torch.save(net.state_dict(), file)
-    return Weights(str(file), storage.sha256(file.read_bytes())), file
+    return WeightsFile(str(file), storage.sha256(file.read_bytes())), file
 
 
 @pytest.mark.whole
-def test_the_published_graph_is_that_of_torch_fidelity(fidelity: None, tmp_path: Path) -> None:
+def test_published_network_equals_torch_fidelity(fidelity: None, tmp_path: Path) -> None:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    weights, file = written(Inception2015(), tmp_path)
+    weights, file = write_weights(Inception2015(), tmp_path)
     theirs = FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(file))
     ours = open_extractor("inception-2015", weights, CPU)
-    images = noise(1, 100)
-    seen, (features, logits) = ours(images), theirs(images)
+    images = random_images(1, 100)
+    output, (features, logits) = ours(images), theirs(images)
     assert (ours.dim, ours.classes) == (2048, 1008)
-    assert torch.allclose(seen.features, features, rtol=1e-4, atol=1e-4 * float(features.abs().max()))
-    assert torch.allclose(seen.logits, logits, rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
-    assert float(features.std()) > 0.01, "something came through"
+    assert torch.allclose(output.features, features, rtol=1e-4, atol=1e-4 * float(features.abs().max()))
+    assert torch.allclose(output.logits, logits, rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
+    assert float(features.std()) > 0.01, "the features are not constant"
     clean = open_extractor("inception-2015-clean", weights, CPU)
-    assert not torch.allclose(clean(images).features, seen.features, rtol=1e-2), "another way to resize"
-    wrong = Weights(weights.url, "0" * 64)
+    assert not torch.allclose(clean(images).features, output.features, rtol=1e-2), "it resizes differently"
+    wrong = WeightsFile(weights.url, "0" * 64)
     with pytest.raises(ValueError, match="extractor inception-2015.weights: .* has sha256 .*; 0000"):
         open_extractor("inception-2015", wrong, CPU)
     net = InceptionV3(10)
     torch.save(net.state_dict(), file)
-    other = Weights(str(file), storage.sha256(file.read_bytes()))
+    other = WeightsFile(str(file), storage.sha256(file.read_bytes()))
     with pytest.raises(ValueError, match=r"weights.pth: size mismatch for fc.weight"):
         open_extractor("inception-2015", other, CPU)
     fine_tuned = open_extractor("inception-v3", other, CPU)
@@ -67,10 +67,10 @@ def test_the_published_graph_is_that_of_torch_fidelity(fidelity: None, tmp_path:
 
 
 @pytest.mark.parametrize("size", [64, 256, 299, 400])
-def test_pictures_are_resized_as_the_libraries_do(fidelity: None, size: int) -> None:
+def test_resizing_equals_the_libraries(fidelity: None, size: int) -> None:
     from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-    images = noise(1, size)
+    images = random_images(1, size)
     theirs = interpolate_bilinear_2d_like_tensorflow1x(images.float(), size=(299, 299), align_corners=False)
     assert (resize_as_2015(images, 299) - theirs).abs().max() < 2e-3
     planes = [Image.fromarray(plane.numpy().astype(np.float32), mode="F") for plane in images[0]]
@@ -78,46 +78,50 @@ def test_pictures_are_resized_as_the_libraries_do(fidelity: None, size: int) -> 
     assert (resize(images, 299)[0] - torch.from_numpy(pillow).clamp(0, 255)).abs().max() < 0.02
 
 
-def test_what_is_missing_is_a_sentence() -> None:
-    with pytest.raises(ValueError, match="extractor 'vgg': there are efficientnet-lite0, inception-2015"):
-        open_extractor("vgg", Weights(), CPU)
+def test_missing_extractors_and_weights_give_one_sentence() -> None:
+    with pytest.raises(ValueError, match="extractor 'vgg': allowed are efficientnet-lite0, inception-2015"):
+        open_extractor("vgg", WeightsFile(), CPU)
     with pytest.raises(ValueError, match="inception-2015.weights: missing; give the path or URL of the weights"):
-        open_extractor("inception-2015", Weights(), CPU)
-    with pytest.raises(ValueError, match="its weights come with its package"):
-        open_extractor("efficientnet-lite0", Weights("/x"), CPU)
+        open_extractor("inception-2015", WeightsFile(), CPU)
+    with pytest.raises(ValueError, match="its weights are part of its package"):
+        open_extractor("efficientnet-lite0", WeightsFile("/x"), CPU)
     with pytest.raises(ValueError, match="extractor clip: .*give a local folder"):
-        open_extractor("clip", Weights("/nowhere"), CPU)
+        open_extractor("clip", WeightsFile("/nowhere"), CPU)
 
 
-def test_the_default_comes_with_its_weights() -> None:
-    extractor = open_extractor("efficientnet-lite0", Weights(), CPU)
-    images = noise(2, 64)
-    seen = extractor(images)
-    assert seen.features.shape == (2, 1280) and seen.logits.shape == (2, 1000)
+def test_default_extractor_has_its_weights() -> None:
+    extractor = open_extractor("efficientnet-lite0", WeightsFile(), CPU)
+    images = random_images(2, 64)
+    output = extractor(images)
+    assert output.features.shape == (2, 1280) and output.logits.shape == (2, 1000)
     assert len(extractor.facts["sha256"]) == 64 and "224" in extractor.facts["resize"]
-    assert torch.allclose(extractor(images[1:]).features, seen.features[1:], atol=1e-4), "each picture by itself"
+    assert torch.allclose(extractor(images[1:]).features, output.features[1:], atol=1e-4), (
+        "images do not influence each other"
+    )
 
 
-def test_diversity_sees_a_collapse() -> None:
-    measure = Diversity(CPU)
-    pictures = noise(6, 32).float() / 127.5 - 1
-    varied = measure(pictures, columns=3)
+def test_diversity_detects_collapse() -> None:
+    diversity = Diversity(CPU)
+    images = random_images(6, 32).float() / 127.5 - 1
+    varied = diversity(images, columns=3)
     assert set(varied) == {"val/diversity", "val/diversity_of_captions"} and min(varied.values()) > 0.01
-    assert not measure.collapsed(varied)
-    one_a_caption = measure(pictures[[0, 0, 0, 1, 1, 1]], columns=3)
-    assert one_a_caption["val/diversity"] == 0.0 < one_a_caption["val/diversity_of_captions"]
-    deaf = measure(pictures[[0, 1, 2, 0, 1, 2]], columns=3)
-    assert deaf["val/diversity_of_captions"] == 0.0 < deaf["val/diversity"] and not measure.collapsed(deaf)
-    assert measure.collapsed(one_a_caption), "it was more once"
-    assert not Diversity(CPU).collapsed({"val/diversity": 1e-9}), "at the start nothing is known"
-    near = pictures[[0, 0, 0, 1, 1, 1]] + 0.01 * torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    assert 0 < measure(near, columns=3)["val/diversity"] < 0.3 * varied["val/diversity"]
-    assert list(measure(pictures[:1], columns=1)) == []
+    assert not diversity.collapsed(varied)
+    one_per_caption = diversity(images[[0, 0, 0, 1, 1, 1]], columns=3)
+    assert one_per_caption["val/diversity"] == 0.0 < one_per_caption["val/diversity_of_captions"]
+    text_ignored = diversity(images[[0, 1, 2, 0, 1, 2]], columns=3)
+    assert text_ignored["val/diversity_of_captions"] == 0.0 < text_ignored["val/diversity"] and not diversity.collapsed(
+        text_ignored
+    )
+    assert diversity.collapsed(one_per_caption), "it was larger before"
+    assert not Diversity(CPU).collapsed({"val/diversity": 1e-9}), "there is no larger value yet"
+    similar = images[[0, 0, 0, 1, 1, 1]] + 0.01 * torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert 0 < diversity(similar, columns=3)["val/diversity"] < 0.3 * varied["val/diversity"]
+    assert list(diversity(images[:1], columns=1)) == []
 
 
 @pytest.mark.slow
-def test_clip_from_a_folder(tmp_path: Path) -> None:
-    """A CLIP of small widths, written as transformers writes it; the tokenizer knows letters only."""
+def test_clip_is_read_from_a_folder(tmp_path: Path) -> None:
+    """The model has small layers and is written by transformers; the tokenizer knows letters only."""
     import json
 
     import transformers
@@ -125,24 +129,24 @@ def test_clip_from_a_folder(tmp_path: Path) -> None:
     folder = tmp_path / "clip"
     folder.mkdir()
     letters = [*"abcdefghijklmnopqrstuvwxyz", *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz")]
-    words = [*letters, "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    tokens = [*letters, "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     tokenizer = transformers.CLIPTokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"))
     tokenizer.model_max_length = 16
     tokenizer.save_pretrained(folder)
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**small, "vocab_size": len(words), "max_position_embeddings": 16, "eos_token_id": len(words) - 1}
+    text = {**small, "vocab_size": len(tokens), "max_position_embeddings": 16, "eos_token_id": len(tokens) - 1}
     config = transformers.CLIPConfig(
         text_config=text, vision_config={**small, "image_size": 32, "patch_size": 8}, projection_dim=24
     )
     model = transformers.CLIPModel(config).eval()
     model.save_pretrained(folder, safe_serialization=True)
     sha256 = storage.sha256((folder / "model.safetensors").read_bytes())
-    clip = open_extractor("clip", Weights(str(folder), sha256), CPU)
-    images = noise(3, 64)
-    seen, read = clip(images), clip.read(["a red bird", "abc " * 40])  # type: ignore[attr-defined]
-    assert seen.features.shape == (3, 24) and read.shape == (2, 24) and torch.isfinite(read).all()
+    clip = open_extractor("clip", WeightsFile(str(folder), sha256), CPU)
+    images = random_images(3, 64)
+    output, embedded = clip(images), clip.embed_captions(["a red bird", "abc " * 40])  # type: ignore[attr-defined]
+    assert output.features.shape == (3, 24) and embedded.shape == (2, 24) and torch.isfinite(embedded).all()
     assert safetensors.torch.load_file(folder / "model.safetensors")
     with pytest.raises(ValueError, match="model.safetensors has sha256"):
-        open_extractor("clip", Weights(str(folder), "1" * 64), CPU)
+        open_extractor("clip", WeightsFile(str(folder), "1" * 64), CPU)

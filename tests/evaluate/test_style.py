@@ -1,4 +1,4 @@
-"""The style encoder inverts a generator; the measure tells one style from two where the answer is known."""
+"""The style encoder inverts a generator, the measure on known cases, and the command t2idist style."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.systems.test_loss_values import trainer
 
 # ---------------------------------------------------------------------------------------------------- the system
 @pytest.mark.parametrize("name", ["gan_cls", "dcgan"])
-def test_the_style_encoder_finds_the_noise_of_a_picture(name: str) -> None:
+def test_style_encoder_inverts_images(name: str) -> None:
     torch.manual_seed(0)
     settings = {**TINY_TEXT, **({"conditional": True} if name == "dcgan" else {"residual": False})}
     plan = build_info(VECTORS, 32, sources={"generator": export_index(name, build_info(VECTORS), **settings)})
@@ -41,38 +41,38 @@ def test_the_style_encoder_finds_the_noise_of_a_picture(name: str) -> None:
             first = run.reduce_reports()["style/squared_error"]
         if step == 129:
             run.reduce_reports()
-    assert 0.8 < first < 1.5  # a blind guess scores 1
+    assert 0.8 < first < 1.5  # a constant prediction scores 1
     assert run.reduce_reports()["style/squared_error"] < 0.05
     assert all(torch.equal(before[key], value) for key, value in generator.state_dict().items())
 
-    # the style of one picture with the text of another: z of the first into what draws the second
+    # the style of one image with the text of another: z of the first image, captions of the others
     nets = run.evaluation_nets()
     batch = text_batch(999, repeats=4)
     z = torch.randn(32, 4, generator=torch.Generator().manual_seed(5))
     captions, others = batch.captions, batch.captions[torch.arange(32).roll(1)]
     with torch.no_grad():
-        pictures, wanted = (system.sample(nets, c, lambda *_: z).images[-1] for c in (captions, others))
-        found = system.invert(nets, pictures)
-        transferred = system.sample(nets, others, lambda *_: found).images[-1]
-        by_chance = system.sample(nets, others, lambda *_: z.roll(1, 0)).images[-1]
-        enlarged = nn.functional.interpolate(pictures, scale_factor=2, mode="nearest")
-        moved = (system.invert(nets, enlarged) - found).square().mean()
-    assert moved < 0.5 * (found.roll(1, 0) - found).square().mean()
-    assert (transferred - wanted).square().mean() < 0.6 * (by_chance - wanted).square().mean()
+        images, expected = (system.sample(nets, c, lambda *_: z).images[-1] for c in (captions, others))
+        inverted = system.invert(nets, images)
+        transferred = system.sample(nets, others, lambda *_: inverted).images[-1]
+        other_noise = system.sample(nets, others, lambda *_: z.roll(1, 0)).images[-1]
+        enlarged = nn.functional.interpolate(images, scale_factor=2, mode="nearest")
+        moved = (system.invert(nets, enlarged) - inverted).square().mean()
+    assert moved < 0.5 * (inverted.roll(1, 0) - inverted).square().mean()
+    assert (transferred - expected).square().mean() < 0.6 * (other_noise - expected).square().mean()
 
 
 # ---------------------------------------------------------------------------------------------------- the measure
-def test_a_curve_by_hand() -> None:
+def test_roc_curve_computed_by_hand() -> None:
     scores = torch.tensor([0.9, 0.8, 0.8, 0.1])
     same = torch.tensor([True, True, False, False])
     false_positive, true_positive = roc_curve(scores, same)
     assert false_positive.tolist() == [0.0, 0.0, 0.5, 1.0]
     assert true_positive.tolist() == [0.0, 0.5, 1.0, 1.0]
-    assert area_under_curve(false_positive, true_positive) == 0.875  # of 4 pairs of pairs 3 are right and one ties
+    assert area_under_curve(false_positive, true_positive) == 0.875  # of 4 pairs of pairs, 3 are in order and one ties
     assert area_under_curve(*roc_curve(-scores, same)) == 0.125
 
 
-def test_codes_that_hold_the_style_score_one_and_blind_ones_a_half() -> None:
+def test_codes_with_the_style_score_one_and_random_ones_a_half() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(400) % 8
     directions = torch.eye(8)[labels]
@@ -88,7 +88,7 @@ def test_codes_that_hold_the_style_score_one_and_blind_ones_a_half() -> None:
     assert blind.auc + 0.05 < part.auc < exact.auc - 0.05
 
 
-def test_the_result_is_the_mean_of_the_folds() -> None:
+def test_result_is_the_mean_over_the_folds() -> None:
     labels = torch.tensor([0, 0, 1, 1, 0, 0, 1, 1])
     codes = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
     found = verify(codes, labels, folds=2, seed=3)
@@ -110,20 +110,20 @@ def test_the_result_is_the_mean_of_the_folds() -> None:
     assert found.fold_std == pytest.approx(abs(areas[0] - areas[1]) / 2)
 
 
-def test_what_cannot_be_measured_is_named() -> None:
-    with pytest.raises(ValueError, match="no pairs of one label and of two"):
+def test_invalid_input_of_the_measure_is_rejected() -> None:
+    with pytest.raises(ValueError, match="no fold has both pairs of one label and pairs of two"):
         verify(torch.randn(10, 2), torch.arange(10))
-    with pytest.raises(ValueError, match="give one row for each"):
+    with pytest.raises(ValueError, match="give one row per label"):
         verify(torch.randn(9, 2), torch.arange(10))
     with pytest.raises(ValueError, match="0 folds"):
         verify(torch.randn(10, 2), torch.arange(10) % 2, folds=0)
     with pytest.raises(ValueError, match="--clusters 9: allowed are 2 to 3"):
         kmeans(torch.tensor([[0.0], [0.0], [1.0], [2.0]]), 9)
-    with pytest.raises(ValueError, match="a.json: has a label for none of the 2 samples"):
+    with pytest.raises(ValueError, match="a.json: has no label for any of the 2 samples"):
         label_ids({"x": 1}, ["a", "b"], "a.json")
 
 
-def test_clusters_are_those_that_are_there() -> None:
+def test_kmeans_finds_separated_clusters() -> None:
     generator = torch.Generator().manual_seed(0)
     kinds = torch.arange(300) % 6
     centres = torch.randn(6, 3, generator=generator) * 5
@@ -131,7 +131,7 @@ def test_clusters_are_those_that_are_there() -> None:
     assert all(len(set(found[kinds == kind].tolist())) == 1 for kind in range(6)) and len(set(found.tolist())) == 6
 
 
-def test_the_background_is_the_frame() -> None:
+def test_background_colour_is_the_mean_of_the_frame() -> None:
     images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     images[0] = torch.tensor([255, 0, 51], dtype=torch.uint8).view(3, 1, 1)
     images[:, :, 4:-4, 4:-4] = 200
@@ -139,7 +139,7 @@ def test_the_background_is_the_frame() -> None:
     torch.testing.assert_close(background_colours(images), expected, rtol=0, atol=1e-6)
 
 
-def test_given_labels_are_numbered_by_key() -> None:
+def test_label_ids_number_the_labels_by_sample_key() -> None:
     rows, numbers = label_ids({"a": "perched", "c": "flies", "d": "perched"}, ["a", "b", "c", "d"], "x")
     assert (rows.tolist(), numbers.tolist()) == ([0, 2, 3], [0, 1, 0])
 
@@ -147,12 +147,12 @@ def test_given_labels_are_numbered_by_key() -> None:
 # ---------------------------------------------------------------------------------------------------- the command
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Exports of untrained small networks for emoji, by system."""
+    """URLs of exports of small untrained networks for emoji, by system."""
     folder = tmp_path_factory.mktemp("exports")
     values = to_dict(small_systems.config("style", "float32"))
     run = from_dict(RunConfig, {**values, "data": {"source": "emoji", "max_words": 6, "crop": 1.0}})
     dataset = open_dataset(run.data)
-    made = {}
+    urls = {}
     for name in run.stages:
         torch.manual_seed(0)
         plan = StageRun(run, name).build_info(dataset.info)
@@ -166,46 +166,46 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             "data": {"settings": to_dict(run.data)},
         }
         nets = {dotted.rpartition(".")[2]: fill(exported_network(system, dotted)) for dotted in system.exports}
-        made[name] = str(folder / name)
-        export.write(made[name], nets, index)
-    return made
+        urls[name] = str(folder / name)
+        export.write(urls[name], nets, index)
+    return urls
 
 
-def printed(exports: dict[str, str], out: Path, *words: str) -> dict[str, Any]:
-    command = ["--export", exports["style"], "--limit", "80", "--folds", "2", "--out", str(out), *words]
+def run_command(exports: dict[str, str], out: Path, *arguments: str) -> dict[str, Any]:
+    command = ["--export", exports["style"], "--limit", "80", "--folds", "2", "--out", str(out), *arguments]
     assert style.main(command) == 0
     found: dict[str, Any] = json.loads(out.read_text())
     return found
 
 
-def test_a_style_export_is_scored(exports: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = printed(exports, tmp_path / "style.json", "--clusters", "5")
+def test_style_export_is_scored(exports: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_command(exports, tmp_path / "style.json", "--clusters", "5")
     assert set(found) == {"inverted noise", "sentence vector"}
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name, row in found.items():
         assert 0.0 <= row["auc"] <= 1.0 and row["n"] == 80 and row["roc"][-1] == [1.0, 1.0]
-        assert f"{name:16} AUC {row['auc']:.3f}" in said
-    assert printed(exports, tmp_path / "again.json", "--clusters", "5") == found
+        assert f"{name:16} AUC {row['auc']:.3f}" in output
+    assert run_command(exports, tmp_path / "again.json", "--clusters", "5") == found
 
 
-def test_the_command_measures_what_the_parts_do(exports: dict[str, str], tmp_path: Path) -> None:
-    """With labels that name the loaded export's own codes, which are its styles, the score is that of `verify`."""
+def test_command_equals_verify_of_the_parts(exports: dict[str, str], tmp_path: Path) -> None:
+    """The labels are computed from the inverted noise, so that it predicts them."""
     loaded = load_export(exports["style"], torch.device("cpu"))
     settings = from_dict(DataConfig, loaded.meta["data"]["settings"])
     batch = load_split(open_dataset(settings), "test", sizes=(16,), max_words=6, limit=80, crop=1.0).batch
     codes = style.encode_batch(loaded, batch)["inverted noise"]
-    leaning = (codes[:, 0] > codes[:, 0].median()).long()
+    positive = (codes[:, 0] > codes[:, 0].median()).long()
     file = tmp_path / "labels.json"
-    labels = [(key, f"style {int(n)}") for key, n in zip(batch.ids, leaning, strict=True)]
+    labels = [(key, f"style {int(n)}") for key, n in zip(batch.ids, positive, strict=True)]
     file.write_text(json.dumps(dict(labels[1:])))
-    found = printed(exports, tmp_path / "style.json", "--labels", str(file))
-    assert found["inverted noise"]["auc"] == pytest.approx(verify(codes[1:], leaning[1:], folds=2).auc)
+    found = run_command(exports, tmp_path / "style.json", "--labels", str(file))
+    assert found["inverted noise"]["auc"] == pytest.approx(verify(codes[1:], positive[1:], folds=2).auc)
     assert found["inverted noise"]["n"] == 79
     assert found["inverted noise"]["auc"] > found["sentence vector"]["auc"]
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("arguments", "message"),
     [
         (["--clusters", "1"], "--clusters 1: allowed are 2 to"),
         (["--split", "valid"], "no split 'valid'; there are"),
@@ -213,25 +213,25 @@ def test_the_command_measures_what_the_parts_do(exports: dict[str, str], tmp_pat
         (["--data", "emojis"], "did you mean emoji"),
     ],
 )
-def test_bad_words_give_one_sentence(
-    exports: dict[str, str], words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+def test_invalid_arguments_give_one_sentence(
+    exports: dict[str, str], arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert style.main(["--export", exports["style"], "--limit", "20", *words]) == 2
-    said = capsys.readouterr().err
-    assert sentence in said and said.count("\n") == 1
+    assert style.main(["--export", exports["style"], "--limit", "20", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
-def test_an_export_that_does_not_invert_is_named(exports: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_without_inversion_is_rejected(exports: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     assert style.main(["--export", exports["gan_cls"]]) == 2
-    assert "system gan_cls does not invert pictures; give the export of a style stage" in capsys.readouterr().err
+    assert "system gan_cls does not invert images; give the export of a style stage" in capsys.readouterr().err
 
 
-def test_an_export_of_style_draws_as_the_generators(exports: dict[str, str]) -> None:
+def test_style_export_generates_the_same_images_as_its_generator(exports: dict[str, str]) -> None:
     theirs, own = (load_export(exports[name], torch.device("cpu")) for name in ("gan_cls", "style"))
     batch = load_split(open_dataset(DataConfig(source="emoji")), "test", sizes=(16,), max_words=6, limit=4).batch
 
     def draw(*shape: int) -> Tensor:
         return torch.ones(4, *shape)
 
-    pictures = [x.system.sample(x.nets, batch.captions, draw).images[-1] for x in (theirs, own)]  # type: ignore[attr-defined]
-    assert torch.equal(*pictures) and float(pictures[0].std()) > 0.01
+    images = [x.system.sample(x.nets, batch.captions, draw).images[-1] for x in (theirs, own)]  # type: ignore[attr-defined]
+    assert torch.equal(*images) and float(images[0].std()) > 0.01

@@ -57,7 +57,7 @@ class WeightsFile:
 def open_extractor(name: str, weights: WeightsFile, device: torch.device) -> FeatureExtractor:
     """Open an extractor. Raises ValueError if its name is unknown, or its weights are missing or have another hash."""
     if name not in EXTRACTORS:
-        raise ValueError(f"extractor '{name}': there are {', '.join(EXTRACTORS)}")
+        raise ValueError(f"extractor '{name}': allowed are {', '.join(EXTRACTORS)}")
     return EXTRACTORS[name](weights, device)
 
 

@@ -91,7 +91,7 @@ def test_codes_with_the_style_score_one_and_random_ones_a_half() -> None:
 def test_result_is_the_mean_over_the_folds() -> None:
     labels = torch.tensor([0, 0, 1, 1, 0, 0, 1, 1])
     codes = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
-    found = verify(codes, labels, folds=2, seed=3)
+    result = verify(codes, labels, folds=2, seed=3)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(3))
     areas = []
     for rows in (order[:4], order[4:]):
@@ -106,8 +106,8 @@ def test_result_is_the_mean_over_the_folds() -> None:
             if not t
         ]
         areas.append(sum(wins) / len(wins))
-    assert found.auc == pytest.approx(sum(areas) / 2)
-    assert found.fold_std == pytest.approx(abs(areas[0] - areas[1]) / 2)
+    assert result.auc == pytest.approx(sum(areas) / 2)
+    assert result.fold_std == pytest.approx(abs(areas[0] - areas[1]) / 2)
 
 
 def test_invalid_input_of_the_measure_is_rejected() -> None:
@@ -127,8 +127,11 @@ def test_kmeans_finds_separated_clusters() -> None:
     generator = torch.Generator().manual_seed(0)
     kinds = torch.arange(300) % 6
     centres = torch.randn(6, 3, generator=generator) * 5
-    found = kmeans(centres[kinds] + 0.05 * torch.randn(300, 3, generator=generator), 6, seed=4)
-    assert all(len(set(found[kinds == kind].tolist())) == 1 for kind in range(6)) and len(set(found.tolist())) == 6
+    assignment = kmeans(centres[kinds] + 0.05 * torch.randn(300, 3, generator=generator), 6, seed=4)
+    assert (
+        all(len(set(assignment[kinds == kind].tolist())) == 1 for kind in range(6))
+        and len(set(assignment.tolist())) == 6
+    )
 
 
 def test_background_colour_is_the_mean_of_the_frame() -> None:
@@ -174,18 +177,18 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def run_command(exports: dict[str, str], out: Path, *arguments: str) -> dict[str, Any]:
     command = ["--export", exports["style"], "--limit", "80", "--folds", "2", "--out", str(out), *arguments]
     assert style.main(command) == 0
-    found: dict[str, Any] = json.loads(out.read_text())
-    return found
+    results: dict[str, Any] = json.loads(out.read_text())
+    return results
 
 
 def test_style_export_is_scored(exports: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = run_command(exports, tmp_path / "style.json", "--clusters", "5")
-    assert set(found) == {"inverted noise", "sentence vector"}
+    results = run_command(exports, tmp_path / "style.json", "--clusters", "5")
+    assert set(results) == {"inverted noise", "sentence vector"}
     output = capsys.readouterr().out
-    for name, row in found.items():
+    for name, row in results.items():
         assert 0.0 <= row["auc"] <= 1.0 and row["n"] == 80 and row["roc"][-1] == [1.0, 1.0]
         assert f"{name:16} AUC {row['auc']:.3f}" in output
-    assert run_command(exports, tmp_path / "again.json", "--clusters", "5") == found
+    assert run_command(exports, tmp_path / "again.json", "--clusters", "5") == results
 
 
 def test_command_equals_verify_of_the_parts(exports: dict[str, str], tmp_path: Path) -> None:
@@ -198,10 +201,10 @@ def test_command_equals_verify_of_the_parts(exports: dict[str, str], tmp_path: P
     file = tmp_path / "labels.json"
     labels = [(key, f"style {int(n)}") for key, n in zip(batch.ids, positive, strict=True)]
     file.write_text(json.dumps(dict(labels[1:])))
-    found = run_command(exports, tmp_path / "style.json", "--labels", str(file))
-    assert found["inverted noise"]["auc"] == pytest.approx(verify(codes[1:], positive[1:], folds=2).auc)
-    assert found["inverted noise"]["n"] == 79
-    assert found["inverted noise"]["auc"] > found["sentence vector"]["auc"]
+    results = run_command(exports, tmp_path / "style.json", "--labels", str(file))
+    assert results["inverted noise"]["auc"] == pytest.approx(verify(codes[1:], positive[1:], folds=2).auc)
+    assert results["inverted noise"]["n"] == 79
+    assert results["inverted noise"]["auc"] > results["sentence vector"]["auc"]
 
 
 @pytest.mark.parametrize(

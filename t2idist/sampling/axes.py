@@ -94,7 +94,7 @@ def align_words(encoder: nn.Module, first: Captions, second: Captions) -> list[t
 
     Returns:
         Word features (1, D, L) and sentence vector (1, D) of each caption. An encoder without word features (T = 0)
-        gives none here either.
+        has none here either.
     """
     length = math.lcm(int(first.lengths), int(second.lengths))
     encoded = []

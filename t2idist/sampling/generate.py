@@ -35,7 +35,7 @@ class GaussianNoise:
     Args:
         seed: seed of all rows.
         positions: one position per image.
-        device: where the noise is put; it is drawn on the host.
+        device: device of the noise, which is drawn on the host.
         truncation: values of a larger magnitude are drawn again until none is left (the truncation trick: BigGAN,
             section 3.1); the others stay as they are.
     """

@@ -223,7 +223,7 @@ def _encode_as_vectors(
     encoder = open_encoder(name, device)
     if encoder.dim != dim:
         raise ValueError(
-            f"--encoder {storage.redact(name)}: gives {encoder.dim} elements; the export reads vectors of {dim}"
+            f"--encoder {storage.redact(name)}: its vectors have {encoder.dim} elements; the export reads {dim}"
         )
     if trained_with and trained_with.get("sha256") != encoder.facts["sha256"]:
         print(

@@ -124,7 +124,7 @@ def test_no_import_circle() -> None:
 
 
 def _without_faces(graph: dict[str, set[str]]) -> dict[str, set[str]]:
-    """Drop the edges from a module to the package that contains it: `from t2idist.data import order` names the package."""
+    """Drop the edges from a module to its own package: `from t2idist.data import order` names the package too."""
     return {name: {o for o in others if not name.startswith(f"{o}.") and o != name} for name, others in graph.items()}
 
 

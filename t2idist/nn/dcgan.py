@@ -38,7 +38,7 @@ class InitConv(nn.ConvTranspose2d):
         return (x @ self.weight.flatten(1)).view(-1, self.out_channels, 4, 4)
 
 
-class Bottleneck(nn.Module):
+class BottleneckResidual(nn.Module):
     """x + BN(conv3x3(act(BN(conv3x3(act(BN(conv1x1(x)))))))) with a quarter of the channels inside."""
 
     def __init__(self, channels: int, activation: nn.Module) -> None:
@@ -98,7 +98,7 @@ class DcganGenerator(nn.Module):
         for i, (inner, outer) in enumerate(pairwise([*channels, 3])):
             layers.append(nn.BatchNorm2d(inner))
             if residual and i < 2:
-                layers.append(Bottleneck(inner, nn.ReLU(inplace=True)))
+                layers.append(BottleneckResidual(inner, nn.ReLU(inplace=True)))
             layers += [nn.ReLU(inplace=True), nn.ConvTranspose2d(inner, outer, 4, stride=2, padding=1, bias=False)]
         self.netG = nn.Sequential(*layers, nn.Tanh())
 
@@ -125,7 +125,7 @@ def trunk(
         *layer, activation = down_block(channels_in, channels_out, norm=i > 0)
         layers += layer
         if residual and i == last:
-            layers.append(Bottleneck(channels_out, nn.LeakyReLU(LEAKY_SLOPE, inplace=True)))
+            layers.append(BottleneckResidual(channels_out, nn.LeakyReLU(LEAKY_SLOPE, inplace=True)))
         if second_last_activation or i != last - 1 or i == 0:
             layers.append(activation)
     return nn.Sequential(*layers), channels[-1]

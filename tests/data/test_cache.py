@@ -18,7 +18,7 @@ from t2idist.data.loader import LoaderSpec, open_loader
 from t2idist.data.order import SampleRange
 from t2idist.data.reader import BadSample, EncodedImage, ShardReader
 from t2idist.data.shards import Dataset, Shard
-from tests.data.shard_sets import make_sample, write_set
+from tests.helpers.shard_sets import make_sample, write_set
 
 
 def write_remote_set(samples: int, first: int = 0) -> Dataset:

@@ -22,7 +22,7 @@ from t2idist.data.reader import BadSample, EncodedImage, _parse_sample
 from t2idist.data.shards import Dataset
 from t2idist.data.tokenizer import Vocabulary, tokenize
 from t2idist.data.transforms import decode
-from tests.data.shard_sets import make_sample, png_image, write_set
+from tests.helpers.shard_sets import make_sample, png_image, write_set
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 changes_of_bytes = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=8)

@@ -15,7 +15,7 @@ from t2idist.data.loader import load_split
 from t2idist.data.order import Order
 from t2idist.data.shards import Dataset
 from t2idist.data.transforms import fill_pyramid
-from tests.data.shard_sets import assert_batches_equal, make_loader, make_sample, png_image, take_batches, write_set
+from tests.helpers.shard_sets import assert_batches_equal, make_loader, make_sample, png_image, take_batches, write_set
 
 
 def test_loader_follows_the_order_and_each_epoch_has_each_sample(small_set: Dataset):

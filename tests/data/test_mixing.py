@@ -27,8 +27,8 @@ from t2idist.preflight import dry_run
 from t2idist.sampling import sample as sampling
 from t2idist.sampling import translate
 from t2idist.training import stages
-from tests.data.shard_sets import assert_batches_equal, make_loader, png_image, take_batches, write_set
 from tests.helpers import small_systems
+from tests.helpers.shard_sets import assert_batches_equal, make_loader, png_image, take_batches, write_set
 from tools import score_translation
 
 SEEDS = (3, 11, 12)

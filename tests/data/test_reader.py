@@ -10,7 +10,7 @@ import pytest
 from t2idist.data import sample_format
 from t2idist.data.order import SampleRange
 from t2idist.data.reader import BadSample, ShardReader
-from tests.data.shard_sets import make_sample, write_set
+from tests.helpers.shard_sets import make_sample, write_set
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from t2idist.data.sample_format import SampleRecord
-from tests.data.shard_sets import make_sample, write_set
+from tests.helpers.shard_sets import make_sample, write_set
 
 
 def test_writer_is_deterministic_and_writes_plain_tars(tmp_path: Path):

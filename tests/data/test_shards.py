@@ -15,7 +15,7 @@ from t2idist.data.order import SampleRange
 from t2idist.data.reader import ShardReader
 from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_dataset
-from tests.data.shard_sets import WORDS, make_sample, write_set
+from tests.helpers.shard_sets import WORDS, make_sample, write_set
 
 
 @pytest.mark.parametrize("compress", [False, True])

@@ -11,7 +11,7 @@ from PIL import Image
 from t2idist.data.order import random_bits
 from t2idist.data.reader import EncodedImage
 from t2idist.data.transforms import DecodedImage, crop_and_flip, decode, fill_pyramid, shorter_side
-from tests.data.shard_sets import png_image
+from tests.helpers.shard_sets import png_image
 
 
 def undrafted(image: Image.Image) -> DecodedImage:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from t2idist.data.shards import Dataset
-from tests.data.shard_sets import write_set
+from tests.helpers.shard_sets import write_set
 from tests.ingest.vector_sets import make_vector_sample
 
 

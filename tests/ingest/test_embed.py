@@ -20,8 +20,8 @@ from t2idist.sampling.loading import exported_network
 from t2idist.sampling.sentence_encoders import encode_sentences, open_encoder
 from t2idist.training import worker
 from t2idist.training.stages import StageRun
-from tests.data.shard_sets import WORDS, make_loader, take_batches, write_set
 from tests.helpers import small_systems, toy_gan
+from tests.helpers.shard_sets import WORDS, make_loader, take_batches, write_set
 from tests.ingest.vector_sets import (
     CPU,
     emoji,
@@ -227,7 +227,7 @@ def test_a_system_trains_on_vectors_and_samples_with_their_encoder(
         patch.setitem(small_systems.MODELS, "damsm", {**small_systems.MODELS["damsm"], "embedding_dim": 8})
         small_systems.write_export("damsm", str(tmp_path / "short"), ("<end>", *toy_gan.DATA_INFO.words[1:]))
     assert sampler.main([*command, "--encoder", str(tmp_path / "short")]) == 2
-    assert "gives 8 elements; the export reads vectors of 16" in capsys.readouterr().err
+    assert "its vectors have 8 elements; the export reads 16" in capsys.readouterr().err
 
 
 @pytest.mark.slow

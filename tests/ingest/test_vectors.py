@@ -19,7 +19,7 @@ from t2idist.data import sample_format
 from t2idist.data.loader import load_split
 from t2idist.data.sample_format import npy, npy_header
 from t2idist.data.shards import Dataset, SentenceVectorInfo
-from tests.data.shard_sets import make_loader, make_sample, take_batches, write_set
+from tests.helpers.shard_sets import make_loader, make_sample, take_batches, write_set
 from tests.ingest.vector_sets import (
     DIM,
     find_problems,

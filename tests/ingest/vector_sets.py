@@ -15,7 +15,7 @@ from t2idist import storage
 from t2idist.data.sample_format import SampleRecord
 from t2idist.data.shards import Dataset
 from t2idist.ingest.check import check_shard, expected_sample
-from tests.data.shard_sets import WORDS, make_sample
+from tests.helpers.shard_sets import WORDS, make_sample
 
 DIM = 7
 CPU = torch.device("cpu")

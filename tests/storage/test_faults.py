@@ -14,11 +14,11 @@ from t2idist.config import DataConfig
 from t2idist.data.loader import Loader, LoaderSpec, open_loader
 from t2idist.data.shards import Dataset
 from t2idist.storage import objects, retry
-from tests.data.shard_sets import assert_batches_equal, make_sample, png_image, take_batches, write_set
 from tests.helpers import fault_proxy as faults
 from tests.helpers.fault_proxy import FAULTS, FaultProxy, random_faults
 from tests.helpers.fetch_shards import fetch_all
 from tests.helpers.object_store import KEY, SECRET, seaweedfs
+from tests.helpers.shard_sets import assert_batches_equal, make_sample, png_image, take_batches, write_set
 
 pytestmark = pytest.mark.whole
 

@@ -117,7 +117,7 @@ def _attribute_rows(train: LoadedSplit, test: LoadedSplit, generated: Tensor, se
         note = f"balanced accuracy: {kinds}{', captions with hair' if n < len(targets) else ''}"
         rows.append({"name": trait.name, "value": value, "chance": trait.chance, "real": real, "n": n, "note": note})
     mean = {key: sum(row[key] for row in rows) / len(rows) for key in ("value", "chance", "real")}
-    note = f"by a small CNN trained on {len(train.captions):,} real pictures; captions of combinations never trained on"
+    note = f"by a small CNN trained on {len(train.captions):,} real images; captions of combinations never trained on"
     return [*rows, {"name": "mean of the five", **mean, "n": len(targets), "note": note}]
 
 
@@ -161,7 +161,7 @@ def _difference_row(first: Tensor, second: Tensor, real: Batch) -> Row:
         "chance": None,
         "real": between_real,
         "n": len(first),
-        "note": "mean absolute pixel difference in [0, 1], 0 is collapse; real: two pictures of one combination",
+        "note": "mean absolute pixel difference in [0, 1], 0 is collapse; real: two images of one combination",
     }
 
 

@@ -131,8 +131,8 @@ class _DomainScorer:
             "chance": balanced_accuracy(torch.cat(unchanged), torch.cat(targets))[0],
             "real": balanced_accuracy(of_real, own[kept])[0],
             "n": n,
-            "note": f"share of changes that a small CNN trained on {self._trained_on:,} real pictures sees, mean over "
-            "the new answers; chance: the same pictures not translated",
+            "note": f"share of changes that a small CNN trained on {self._trained_on:,} real images sees, mean over "
+            "the new answers; chance: the same images not translated",
         }
 
     def _reconstruction_row(self) -> Row:
@@ -149,7 +149,7 @@ class _DomainScorer:
             "chance": None,
             "real": None,
             "n": len(images) * len(differences),
-            "note": "mean absolute difference in [-1, 1]; 0 is the picture itself",
+            "note": "mean absolute difference in [-1, 1]; 0 is the image itself",
         }
 
 

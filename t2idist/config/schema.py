@@ -201,14 +201,14 @@ class ScoresConfig:
     best: str = "kid"
     """metric by which the best weights are kept; "" keeps none"""
     share: float = 0.02
-    """largest share of the wall time for scoring; scores that do not fit are left out"""
+    """largest share of the machine's time for scoring (of all its cores, if device is cpu); scores that do not fit are skipped"""
 
     def __post_init__(self) -> None:
         _positive(self, "scores", "n", "real", "train", "share")
         if unknown := [name for name in self.metrics if name not in METRICS]:
             raise ValueError(f"scores.metrics: '{unknown[0]}'; there are {', '.join(METRICS)}")
         if self.share > 1:
-            raise ValueError(f"scores.share: {self.share}; it is a share of the wall time, at most 1")
+            raise ValueError(f"scores.share: {self.share}; it is a share of the machine's time, at most 1")
 
 
 @dataclass(frozen=True)

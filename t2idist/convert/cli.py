@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "t2idist convert export --export runs/birds/attngan/export --to birds --onnx",
     )
     parser.add_argument("command", choices=commands, help="import published weights, or export to safetensors and ONNX")
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="options of the command")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="see `t2idist convert COMMAND --help`")
     parsed = parser.parse_args(arguments)
     return commands[parsed.command](parsed.options)
 
@@ -44,7 +44,14 @@ def import_main(arguments: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--system", required=True, help="the system of the weights: attngan, stackgan_pp, ...")
-    add("--from", required=True, action="append", dest="files", metavar="FILE", help="file of weights; repeatable")
+    add(
+        "--from",
+        required=True,
+        action="append",
+        dest="files",
+        metavar="FILE",
+        help="PyTorch file of weights (.pth, .ckpt); repeatable",
+    )
     add("--to", required=True, metavar="URL", help="folder or object store URL for the exports")
     add("--captions", metavar="FILE", help="the authors' captions.pickle, for the vocabulary")
     add("--vocabulary", metavar="FILE", help="alternative: a text file with one word per line, in order")

@@ -127,7 +127,7 @@ class MetricCalculator:
         real, generated = self.real.outputs[0].features, self.generated.outputs[0].features
         n, seed, times = len(generated), self._job.seed, self._options.bootstrap
         value, halves = fid(real, generated), _halves(real, seed)
-        error, note = None, f"{len(real)} real pictures; real: one half of them against the other"
+        error, note = None, f"{len(real)} real images; real: one half of them against the other"
         if times > 1:
             error = bootstrap_error(lambda rows: fid(real, generated[rows]), n, seed=seed, times=times)
             note += f"; error: standard error, {times} bootstrap draws"
@@ -175,7 +175,7 @@ class MetricCalculator:
             nearest_neighbours(features.outputs[0].features, train).distance for features in (self.generated, self.real)
         )
         note = (
-            f"median distance to the nearest of {len(train)} training pictures, over that of real test pictures; "
+            f"median distance to the nearest of {len(train)} training images, over that of real test images; "
             "near 0: copies"
         )
         value = float(generated.median()) / float(real.median())
@@ -188,7 +188,7 @@ class MetricCalculator:
         samples = score_chunks.sample_rows(TRAIN, self._job, len(split)).samples
         captions = [split.captions(samples[row]) for row in train.rows.tolist()]
         space = CaptionSpace(train.outputs[0].features, captions, seed=self._job.seed)
-        note = f"ridge regression from features to captions, fitted on {len(captions)} training pictures"
+        note = f"ridge regression from features to captions, fitted on {len(captions)} training images"
 
         def embed_images(features: GatheredFeatures) -> Tensor:
             return space.embed_images(features.outputs[0].features)

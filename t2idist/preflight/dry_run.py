@@ -65,7 +65,7 @@ def describe(config: RunConfig, resumed: resume.ResumePoint | None) -> str:
 def _stage_lines(run: StageRun, system: System, datasets: Sequence[Dataset]) -> Iterator[str]:
     config, stage = run.config, run.settings
     yield (
-        f"stage {run.name} ({stage.system}): {stage.groups} groups x {stage.group_size} = {stage.images_per_step:,} "
+        f"stage {run.name} ({stage.system}): {format_groups(stage.groups)} x {stage.group_size} = {stage.images_per_step:,} "
         f"images a step, {stage.steps:,} steps, {stage.images:,} images"
     )
     yield from _network_lines(system)
@@ -74,10 +74,10 @@ def _stage_lines(run: StageRun, system: System, datasets: Sequence[Dataset]) -> 
     memory = state_bytes(system, config.precision, shards)
     yield (
         f"  memory per worker {memory / 2**30:.2f} GiB for weights, gradients, Adam and EMA; activations come on top, "
-        f"for {-(-stage.groups // largest)} to {-(-stage.groups // smallest)} groups of {stage.group_size}"
+        f"for {format_groups(-(-stage.groups // smallest), -(-stage.groups // largest))} of {stage.group_size}"
     )
     if not datasets:
-        yield "  data.source is not given: images per epoch and the vocabulary are unknown"
+        yield "  data.source is not given; the run needs it: images per epoch and the vocabulary are unknown"
     for dataset in datasets:
         images = len(dataset.split("train"))
         content = f"vocabulary of {len(dataset.vocabulary):,} words"
@@ -87,6 +87,12 @@ def _stage_lines(run: StageRun, system: System, datasets: Sequence[Dataset]) -> 
     for role in system.roles.values():
         if role.pretrained is not None and not role.pretrained.url:
             yield f"  stages.{run.name}.model.{role.pretrained.key} is not given; the run needs it"
+
+
+def format_groups(most: int, fewest: int | None = None) -> str:
+    """Format a number of groups, or a range of them."""
+    numbers = f"{most}" if fewest in (None, most) else f"{fewest} to {most}"
+    return f"{numbers} group{'s' * (most != 1)}"
 
 
 def _network_lines(system: System) -> Iterator[str]:

@@ -97,7 +97,7 @@ class TranslationGrid:
 
     def _columns(self, nets: Mapping[str, nn.Module], domain: int) -> list[tuple[str, Tensor]]:
         images, own_labels = self._samples[domain]
-        columns = [("picture", images)]
+        columns = [("image", images)]
         for name, edit in self._editors[domain].grid_edits(MAX_COLUMNS):
             columns.append((name, self._translate(nets, images, edit(own_labels), domain)))
         for other, editor in enumerate(self._editors):
@@ -165,7 +165,7 @@ def _run(options: argparse.Namespace) -> int:
         url = storage.join(options.out, f"{Path(file).stem}.png")
         storage.write_bytes(url, png_bytes(to_pil(image)))
     title = " ".join([*(f"+{name}" for name in options.set), *(f"-{name}" for name in options.clear)])
-    sheet = translation_grid(title, [("picture", images), ("translated", translated)])
+    sheet = translation_grid(title, [("image", images), ("translated", translated)])
     storage.write_bytes(storage.join(options.out, "grid.png"), png_bytes(sheet))
     print(f"wrote {len(translated)} images to {storage.redact(options.out)}, all of them in grid.png")
     return 0

@@ -201,7 +201,7 @@ class ScoresConfig:
     best: str = "kid"
     """metric by which the best weights are kept; "" keeps none"""
     share: float = 0.02
-    """largest share of the machine's time for scoring (of all its cores, if device is cpu); scores that do not fit are skipped"""
+    """largest share of the machine's time for scoring, over all its cores; scores that do not fit are skipped"""
 
     def __post_init__(self) -> None:
         _positive(self, "scores", "n", "real", "train", "share")

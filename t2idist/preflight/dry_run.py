@@ -65,8 +65,8 @@ def describe(config: RunConfig, resumed: resume.ResumePoint | None) -> str:
 def _stage_lines(run: StageRun, system: System, datasets: Sequence[Dataset]) -> Iterator[str]:
     config, stage = run.config, run.settings
     yield (
-        f"stage {run.name} ({stage.system}): {format_groups(stage.groups)} x {stage.group_size} = {stage.images_per_step:,} "
-        f"images a step, {stage.steps:,} steps, {stage.images:,} images"
+        f"stage {run.name} ({stage.system}): {format_groups(stage.groups)} x {stage.group_size} = "
+        f"{stage.images_per_step:,} images a step, {stage.steps:,} steps, {stage.images:,} images"
     )
     yield from _network_lines(system)
     smallest, largest = config.cluster.workers

@@ -211,7 +211,7 @@ def _stage_lines(stage: StageRun, estimate: Estimate, system: System, hardware: 
     low, high = settings.groups // hardware.gpus, -(-settings.groups // hardware.gpus)
     per_worker = f"{high}" if low == high else f"{low} to {high}"
     yield (
-        f"stage {stage.name} ({settings.system}): {format_groups(settings.groups)} x {settings.group_size} = "
+        f"stage {stage.name} ({settings.system}): {dry_run.format_groups(settings.groups)} x {settings.group_size} = "
         f"{estimate.images_per_step:,} images a step; groups per worker {per_worker}"
     )
     yield (

@@ -6,6 +6,7 @@ import difflib
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 Main = Callable[[Sequence[str]], int]
 
@@ -49,7 +50,12 @@ COMMANDS: dict[str, tuple[str, Callable[[], Main]]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand and return its exit status; 2 if there is no such subcommand."""
+    """Run a subcommand and return its exit status; 2 if there is no such subcommand.
+
+    Modules in the working directory can be imported, so that a custom system (`system: my_gan`) is found there.
+    """
+    if (folder := str(Path.cwd())) not in sys.path:
+        sys.path.append(folder)  # `python -m` does so by itself, a console script does not
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or [""]
     if name in ("-h", "--help", "help"):
         print(_help())

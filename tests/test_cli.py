@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from t2idist import cli, run
+from tests.helpers.runs import write_recipe
 
 LINES, COLUMNS = 40, 110
 
@@ -41,6 +44,19 @@ def test_help_lists_every_command_on_one_line(capsys: pytest.CaptureFixture[str]
     lines = capsys.readouterr().out.splitlines()
     for name, (description, _) in cli.COMMANDS.items():
         assert [line.split(maxsplit=1) for line in lines].count([name, description]) == 1
+
+
+def test_a_module_in_the_working_directory_is_a_system(tmp_path: Path) -> None:
+    """As with the installed command, whose sys.path does not contain the working directory."""
+    (tmp_path / "my_gan.py").write_text("from t2idist.systems.dcgan import Config, build\n")
+    recipe = write_recipe(tmp_path, stages={"gan": {"system": "my_gan", "group_size": 4, "groups": 1, "images": 8}})
+    installed = [sys.executable, "-P", "-c", "import sys; from t2idist.cli import main; sys.exit(main())"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    done = subprocess.run(
+        [*installed, "train", str(recipe), "--dry-run"], cwd=tmp_path, env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and "stage gan (my_gan): 1 group x 4" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(

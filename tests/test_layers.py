@@ -128,6 +128,12 @@ def _without_faces(graph: dict[str, set[str]]) -> dict[str, set[str]]:
     return {name: {o for o in others if not name.startswith(f"{o}.") and o != name} for name, others in graph.items()}
 
 
+def test_a_worker_does_not_import_deepspeed() -> None:
+    """It is imported only for `strategy: deepspeed`."""
+    line = "import sys, t2idist.training.worker; sys.exit('deepspeed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", line], cwd=ROOT.parent, check=False).returncode == 0
+
+
 def test_no_training_run_imports_ingest() -> None:
     line = "import sys, t2idist.launch.submit; sys.exit(any(n.startswith('t2idist.ingest') for n in sys.modules))"
     assert subprocess.run([sys.executable, "-c", line], cwd=ROOT.parent, check=False).returncode == 0

@@ -49,14 +49,14 @@ def test_help_lists_every_command_on_one_line(capsys: pytest.CaptureFixture[str]
 def test_a_module_in_the_working_directory_is_a_system(tmp_path: Path) -> None:
     """As with the installed command, whose sys.path does not contain the working directory."""
     (tmp_path / "my_gan.py").write_text("from t2idist.systems.dcgan import Config, build\n")
-    recipe = write_recipe(tmp_path, stages={"gan": {"system": "my_gan", "group_size": 4, "groups": 1, "images": 8}})
+    recipe = write_recipe(tmp_path, stages={"gan": {"system": "my_gan", "group_size": 4, "groups": 2, "images": 8}})
     installed = [sys.executable, "-P", "-c", "import sys; from t2idist.cli import main; sys.exit(main())"]
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
     done = subprocess.run(
         [*installed, "train", str(recipe), "--dry-run"], cwd=tmp_path, env=environment, capture_output=True, text=True,
         check=False,
     )  # fmt: skip
-    assert done.returncode == 0 and "stage gan (my_gan): 1 group x 4" in done.stdout, done.stderr
+    assert done.returncode == 0 and "stage gan (my_gan): 2 groups x 4" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(

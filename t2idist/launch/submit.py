@@ -73,11 +73,11 @@ def submit(config: RunConfig, stop: StopAfter | None, on_progress: OnProgress, o
 def _fit(config: RunConfig, folder: str, own: bool, stop: StopAfter | None, on_progress: OnProgress) -> None:
     """Run the trainer to its end, again if Ray's controller fails, which FailureConfig does not cover."""
     on_sigterm, stopped = callbacks.StopOnSigterm(), None
-    replicas, foreign_groups = RayReplicaStore(_run_id(config)), resources.own_placement_groups()
+    run_id, foreign_groups = _run_id(config), resources.own_placement_groups()
     with _Progress(config, on_progress), resources.Reservation(run_url(config), config.cluster) as reservation:
         for retry in range(config.cluster.max_failures + 1):
             try:
-                trainer = _trainer(config, folder, own, stop, on_sigterm)
+                trainer = _trainer(config, run_id, folder, own, stop, on_sigterm)
                 reservation.acquire(f"train-{trainer.train_run_context.run_id}")  # type: ignore[attr-defined]
                 with on_sigterm.on_sigterm() if own and connection.in_main_thread() else contextlib.nullcontext():
                     stopped = trainer.fit().return_value  # type: ignore[attr-defined]
@@ -89,7 +89,7 @@ def _fit(config: RunConfig, folder: str, own: bool, stop: StopAfter | None, on_p
                     raise RuntimeError(f"the run failed: {_cause(error)}") from None
                 logger.warning("Ray Train's controller failed (%s); starting it again", _cause(error))
                 resources.remove_placement_groups(resources.own_placement_groups() - foreign_groups)
-    replicas.shut_down()
+    RayReplicaStore(run_id).shut_down()
     fatal = read_fatal(config)
     if fatal is not None:
         raise RuntimeError(f"the run failed: {fatal}")
@@ -121,7 +121,7 @@ def _wait_for_resources(config: RunConfig, wait_seconds: float) -> None:
 
 
 def _trainer(
-    config: RunConfig, folder: str, own: bool, stop: StopAfter | None, on_sigterm: callbacks.StopOnSigterm
+    config: RunConfig, run_id: str, folder: str, own: bool, stop: StopAfter | None, on_sigterm: callbacks.StopOnSigterm
 ) -> RayTrainer:
     """Build Ray's trainer. `folder` takes Ray's own notes of this attempt; the run's state is in our checkpoints."""
     cluster = config.cluster
@@ -129,10 +129,10 @@ def _trainer(
     per_worker = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
         per_worker["GPU"] = float(cluster.gpus_per_worker)
-    liveness = resources.NodeLiveness(RayReplicaStore(_run_id(config)), cluster.start_within_seconds)
+    liveness = resources.NodeLiveness(RayReplicaStore(run_id), cluster.start_within_seconds)
     return RayTrainer(
         _work,
-        train_loop_config={"config": to_dict(config), "run_id": _run_id(config), "stop": stop and to_dict(stop)},
+        train_loop_config={"config": to_dict(config), "run_id": run_id, "stop": stop and to_dict(stop)},
         scaling_config=ScalingConfig(
             num_workers=smallest if smallest == largest else (smallest, largest),  # type: ignore[arg-type]
             elastic_resize_monitor_interval_s=cluster.grow_after_seconds,  # type: ignore[call-arg]

@@ -14,7 +14,7 @@ from t2idist.launch import callbacks, ray_internals, submit
 def test_trainer_has_no_callbacks_that_start_idle_actors(own: bool, tmp_path: Path) -> None:
     """Each takes seconds before the first step (tools/bench/bench_ray.py)."""
     settings = config.load("dcgan", ["preset=demo", f"storage={tmp_path}"])
-    trainer = submit._trainer(settings, str(tmp_path), own, None, callbacks.StopOnSigterm())
+    trainer = submit._trainer(settings, "run-id", str(tmp_path), own, None, callbacks.StopOnSigterm())
     kinds = [type(each) for each in trainer._create_default_callbacks()]
     assert ray_internals.DatasetsCallback not in kinds
     assert (ray_internals.PlacementGroupCleanerCallback in kinds) is not own

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from t2idist import storage
 from t2idist.data.sample_format import MAX_FILE_BYTES
@@ -70,8 +71,19 @@ def _walk_store(url: str, below: str) -> Iterator[str]:
             yield path
 
 
-def read_limited(url: str, max_bytes: int = MAX_FILE_BYTES) -> bytes:
-    """Read a file. Raises OverflowError, with its size, if it is larger than `max_bytes`."""
+@dataclass(frozen=True)
+class ByteRange:
+    """A part of a file, in bytes."""
+
+    start: int
+    length: int
+
+
+def read_limited(url: str, max_bytes: int = MAX_FILE_BYTES, part: ByteRange | None = None) -> bytes:
+    """Read a file, or a part of it. Raises OverflowError, with the size, if that is larger than `max_bytes`."""
+    if part is not None:
+        _check_size(part.length, max_bytes)
+        return storage.read_bytes(url, part.start, part.start + part.length) if part.length else b""
     name = storage.local_name(url)
     if name is None:
         _check_size(storage.size(url), max_bytes)
@@ -89,6 +101,8 @@ def _check_size(size_bytes: int, max_bytes: int) -> None:
 def read_lines(url: str) -> Iterator[tuple[int, bytes]]:
     """Yield the number (from 1) and the bytes of each line, line ends included, in constant memory.
 
+    Lines end in LF or CRLF, or in CR if the first 8 MiB contain no LF.
+
     Lines longer than MAX_LINE_BYTES are cut and end in a NUL byte. Raises ValueError if the file is missing.
     """
     for number, line in enumerate(_raw_lines(url), start=1):
@@ -98,11 +112,13 @@ def read_lines(url: str) -> Iterator[tuple[int, bytes]]:
 def _raw_lines(url: str) -> Iterator[bytes]:
     rest = b""
     cut = False
+    end = b""
     for block in _blocks(url):
-        parts = block.split(b"\n")
+        end = end or (b"\r" if b"\r" in block[:-1] and b"\n" not in block else b"\n")
+        parts = block.split(end)
         parts[0] = rest + parts[0]
         for line in parts[:-1]:
-            yield line[:MAX_LINE_BYTES] + b"\0\n" if cut or len(line) > MAX_LINE_BYTES else line + b"\n"
+            yield line[:MAX_LINE_BYTES] + b"\0" + end if cut or len(line) > MAX_LINE_BYTES else line + end
             cut = False
         cut, rest = cut or len(parts[-1]) > MAX_LINE_BYTES, parts[-1][: MAX_LINE_BYTES + 1]
     if rest:

@@ -20,9 +20,9 @@ from typing import Protocol
 import torch
 
 from t2idist import storage
-from t2idist.data.sample_format import PackedSample, SampleRecord, pack
+from t2idist.data.sample_format import MAX_FILE_BYTES, PackedSample, SampleRecord, pack
 from t2idist.ingest.captions import clean_captions
-from t2idist.ingest.files import MAX_LINE_BYTES, read_limited
+from t2idist.ingest.files import MAX_LINE_BYTES, ByteRange, read_limited
 from t2idist.ingest.image import ImageOptions, UnusableImage, prepare_image
 from t2idist.ingest.listing import ListedImage
 from t2idist.ingest.rejects import Effect, Reason, Reject
@@ -147,7 +147,7 @@ class Prefetcher:
     def start(self, image: ListedImage) -> Future[_FileContents] | None:
         """Start to read. Returns None for a file on disk, which the kernel prefetches without a thread."""
         if storage.is_local(image.url):
-            _advise_kernel(storage.local_name(image.url))
+            _advise_kernel(storage.local_name(image.url), image.part or ByteRange(0, 0))
             return None
         ticket = self._tickets
         self._tickets += 1
@@ -178,8 +178,8 @@ class Prefetcher:
         return _FileContents(data, text, size_bytes)
 
 
-def _advise_kernel(path: str | None) -> None:
-    """Ask the kernel to prefetch the whole file, if the platform supports it."""
+def _advise_kernel(path: str | None, part: ByteRange) -> None:
+    """Ask the kernel to prefetch a part of a file (length 0: up to its end), if the platform supports it."""
     if path is None or not hasattr(os, "posix_fadvise"):
         return
     try:
@@ -188,7 +188,7 @@ def _advise_kernel(path: str | None) -> None:
         return  # reported when the file is read
     try:
         with contextlib.suppress(OSError):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(descriptor, part.start, part.length, os.POSIX_FADV_WILLNEED)
     finally:
         os.close(descriptor)
 
@@ -198,12 +198,17 @@ def _read_both(image: ListedImage) -> tuple[bytes | Reject, bytes | Reject]:
     text: bytes | Reject = b""
     if image.text_url is not None:
         text = _read_or_reject(image, image.text_url, Effect.CAPTION_EXCLUDED, MAX_LINE_BYTES)
-    return text, _read_or_reject(image, image.url, Effect.EXCLUDED, None)
+    data = _read_or_reject(image, image.url, Effect.EXCLUDED, MAX_FILE_BYTES, image.part)
+    if image.part is not None and isinstance(data, bytes) and len(data) < image.part.length:
+        data = _reject(image, Reason.TRUNCATED, Effect.EXCLUDED, "the file that holds it ends too early")
+    return text, data
 
 
-def _read_or_reject(image: ListedImage, url: str, effect: Effect, max_bytes: int | None) -> bytes | Reject:
+def _read_or_reject(
+    image: ListedImage, url: str, effect: Effect, max_bytes: int, part: ByteRange | None = None
+) -> bytes | Reject:
     try:
-        return read_limited(url) if max_bytes is None else read_limited(url, max_bytes)
+        return read_limited(url, max_bytes, part)
     except FileNotFoundError:
         return b"" if effect is Effect.CAPTION_EXCLUDED else _reject(image, Reason.NO_IMAGE, effect, "no such file")
     except IsADirectoryError:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from t2idist.ingest.files import read_lines
+from t2idist.ingest.flags import is_present
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.rejects import Reason
 
@@ -50,7 +51,7 @@ def _parse(location: str, value: Any) -> Annotation:
         raise ValueError('"caption" must be a string, "captions" a list of strings')
     attributes = value.get("attributes", [])
     if isinstance(attributes, dict):
-        attributes = [name for name, value in attributes.items() if value in (True, 1)]
+        attributes = [name for name, value in attributes.items() if is_present(name, value)]
     if not isinstance(attributes, list) or not all(isinstance(name, str) for name in attributes):
         raise ValueError('"attributes" must be a list of names, or an object {name: true or false}')
     class_name, split = value.get("class"), value.get("split")

@@ -18,6 +18,7 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f]")
 _KNOWN = (
     *IMAGE_SUFFIXES,
     ".txt",
+    ".caption",
     ".json",
     ".jsonl",
     ".csv",

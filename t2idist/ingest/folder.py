@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass
 
 from t2idist import storage
 from t2idist.ingest.annotations import Annotation, read_jsonl
-from t2idist.ingest.files import is_image, is_unsafe, walk
+from t2idist.ingest.caption_files import CaptionFiles
+from t2idist.ingest.files import is_image, walk
 from t2idist.ingest.listing import Listing
+from t2idist.ingest.names import NameResolver, UnusableName
 from t2idist.ingest.rejects import Reason
 from t2idist.ingest.splits import NamedSplits
 from t2idist.ingest.tables import Columns, table_rows
@@ -32,6 +34,8 @@ class FolderOptions:
     """Exclude images without captions."""
     split_folders: bool = True
     """Folders named train, validation or test are splits."""
+    caption_extension: str | None = None
+    """Of the caption files beside the images (None: .txt, or else .caption)."""
 
     def __post_init__(self) -> None:
         if not (0 <= self.val < 1 and 0 <= self.test < 1 and self.val + self.test < 1):
@@ -78,32 +82,31 @@ def _list_pairs(root: str, listing: Listing, options: FolderOptions) -> str:
     if options.by_class:
         raise ValueError("--split-by-class: name.txt next to name.jpg has no classes; use captions.jsonl or --table")
 
+    texts = CaptionFiles(root, listing, options.caption_extension)
+
     def images_of(names: Iterator[str]) -> Iterator[str]:
         for name in names:
-            if name.endswith(".txt"):
-                listing.add_file("", name, storage.join(root, name))
-            elif is_image(name):
+            if is_image(name):
                 yield name
+            else:
+                texts.add(name)
 
     splits = NamedSplits(images_of(walk(root)), ignore=not options.split_folders)
     images = 0
     for name in walk(root):
         if is_image(name):
-            text_url: str | None = storage.join(root, f"{name.rsplit('.', 1)[0]}.txt")
-            if text_url is not None and listing.has_file(text_url):
-                listing.mark_annotated(text_url)
-            else:
-                text_url = None
-            url = storage.join(root, name)
+            url, text_url = storage.join(root, name), texts.find(name)
             images += 1
             split = options.choose_split(splits, name)
             if split is None:
                 listing.exclude("", name, Reason.NO_SPLIT, OUTSIDE_SPLITS)
+            elif options.needs_captions and not texts.any:  # no need to read the images
+                listing.exclude(split, name, Reason.NO_CAPTIONS, "it has no caption file")
             else:
                 listing.add(split, name, url, text_url=text_url, needs_captions=options.needs_captions)
     if not images:
-        raise ValueError(f"{storage.redact(root)}: no images found; check the folder")
-    listing.reject_unannotated_files(Reason.NO_IMAGE, "captions without an image")
+        raise ValueError(f"{storage.redact(root)}: no images found; {texts.describe_others()}")
+    texts.finish(options.needs_captions)
     return splits.describe()
 
 
@@ -111,14 +114,19 @@ def list_annotated(root: str, annotations: Iterator[Annotation], listing: Listin
     """List the images that annotations name. Returns a sentence about the splits."""
     stated = 0
     classes: dict[str, None] = {}
+    names = NameResolver(root, listing)
+    names.add_files()
     for annotation in annotations:
-        if is_unsafe(annotation.name):
-            listing.exclude(annotation.split or "", annotation.name, Reason.UNSAFE_NAME, annotation.location)
+        try:
+            image = names.resolve(annotation.name)
+        except UnusableName as error:
+            detail = f"{annotation.location}: {error.detail}" if error.detail else annotation.location
+            listing.exclude(annotation.split or "", annotation.name, error.reason, detail)
             continue
         if annotation.class_name is not None:
             classes[annotation.class_name] = None
         stated += annotation.split is not None
-        listing.add_annotation(_normalize_name(annotation.name), asdict(annotation))
+        listing.add_annotation(image, asdict(annotation))
     if options.by_class and not classes:
         raise ValueError("--split-by-class: the data has no classes")
     class_ids = number_classes(classes, listing)
@@ -146,10 +154,8 @@ def list_annotated(root: str, annotations: Iterator[Annotation], listing: Listin
             attributes=list(dict.fromkeys(attribute for row in rows for attribute in row["attributes"])),
             class_id=None if class_name is None else class_ids[class_name], needs_captions=options.needs_captions,
         )  # fmt: skip
-    for name in walk(root):
-        if is_image(name):
-            listing.add_file("", name, storage.join(root, name))
     listing.reject_unannotated_files()
+    listing.notes += names.notes()
     return "splits: as the annotations state" if stated else splits.describe()
 
 
@@ -163,8 +169,3 @@ def number_classes(names: Iterable[str], listing: Listing) -> dict[str, int]:
 def _class_order(name: str) -> tuple[int, int, str]:
     """Sort key: numbers by value, before names."""
     return (0, int(name), name) if name.isdecimal() and len(name) < 19 else (1, 0, name)
-
-
-def _normalize_name(name: str) -> str:
-    """Remove "./" and doubled slashes, so that an image has one name."""
-    return "/".join(part for part in name.split("/") if part not in ("", "."))

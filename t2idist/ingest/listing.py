@@ -184,6 +184,14 @@ class Listing:
         stem = url.rsplit("/", 1)[-1]
         return [name for name in names if name.rsplit("/", 1)[-1].rsplit(".", 1)[0] == stem]
 
+    def count_unannotated(self, ending: str) -> int:
+        """Count the expected files whose name has this ending and that are not annotated."""
+        query = (
+            "SELECT count(*) FROM file WHERE expected AND substr(name, -?) = ? "
+            "AND url NOT IN (SELECT url FROM annotated)"
+        )
+        return int(self._database.execute(query, (len(ending), ending)).fetchone()[0])
+
     def reject_unannotated_files(
         self, reason: Reason = Reason.NO_CAPTIONS, detail: str = "no annotation for this image",
         endings: tuple[str, ...] = ("",),

@@ -18,6 +18,7 @@ from t2idist.config import RunConfig
 from t2idist.config.arguments import command_parser
 from t2idist.launch import auth
 from t2idist.observability import logs
+from t2idist.observability.command import command, describe_error
 
 if TYPE_CHECKING:
     from t2idist.training.options import StopAfter
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PROGRAM = "python -m t2idist.run"
+_INTERRUPTED = "interrupted; run the same command again to resume from the last checkpoint"
 
 
 def parser(program: str = PROGRAM) -> argparse.ArgumentParser:
@@ -66,6 +68,7 @@ def parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     return result
 
 
+@command("error", interrupted=_INTERRUPTED)
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Run the command.
 
@@ -78,21 +81,11 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     options = parser(program).parse_intermixed_args(arguments)
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     logs.configure(logging.INFO)
-    try:
-        if options.list is not None or options.status is not None:
-            return _show_status(options)
-        if options.recipe is None:
-            raise ValueError(f"give a recipe: {', '.join(configuration.recipes())}, or a .yaml file")
-        return _run(configuration.load(options.recipe, options.settings), options)
-    except ValueError as error:
-        print(logs.redact_secrets(f"error: {error}"), file=sys.stderr)
-        return 2
-    except (RuntimeError, OSError) as error:
-        print(logs.redact_secrets(f"error: {error}"), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as interrupt:
-        print("interrupted; run the same command again to resume from the last checkpoint", file=sys.stderr)
-        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+    if options.list is not None or options.status is not None:
+        return _show_status(options)
+    if options.recipe is None:
+        raise ValueError(f"give a recipe: {', '.join(configuration.recipes())}, or a .yaml file")
+    return _run(configuration.load(options.recipe, options.settings), options)
 
 
 def _show_status(options: argparse.Namespace) -> int:
@@ -192,6 +185,10 @@ def _train(submission: _Submission | None, options: argparse.Namespace, own_clus
                 from t2idist.launch import submit
 
                 submit.submit(config, stop_after, notifier.on_progress, own_cluster)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # in training, this is a failure, never bad input
+        raise RuntimeError(describe_error(error)) from error
     except StopRequested as stop:
         print(f"ended on request, {stop}; run the same command again to resume", file=sys.stderr)
         return 128 + signal.SIGTERM

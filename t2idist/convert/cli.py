@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -14,9 +13,11 @@ from t2idist.convert.authors import captions
 from t2idist.convert.authors.importing import ImportOptions, ImportResult, import_weights
 from t2idist.convert.to_onnx import CONFIG, write_onnx, write_safetensors
 from t2idist.data.tokenizer import Vocabulary
+from t2idist.observability.command import command
 from t2idist.sampling.loading import load_export
 
 
+@command("convert")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``t2idist convert import`` or ``t2idist convert export``."""
     commands = {"import": import_main, "export": export_main}
@@ -31,8 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return commands[parsed.command](parsed.options)
 
 
+@command("t2idist convert import")
 def import_main(arguments: Sequence[str] | None = None) -> int:
-    """Convert the published weights of a system to exports. Returns the exit status: 0, or 2 after an error."""
+    """Convert the published weights of a system to exports; returns the exit status."""
     parser = command_parser(
         "convert import",
         "Convert the weights that the authors of a system published to exports, for sampling, scoring and training.\n"
@@ -61,11 +63,13 @@ def import_main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     add("--max-words", type=int, default=18, help="words per caption (default: %(default)s, for CUB; COCO: 12)")
     options = parser.parse_args(arguments)
-    return _run(parser.prog, lambda: _import(options))
+    _import(options)
+    return 0
 
 
+@command("t2idist convert export")
 def export_main(arguments: Sequence[str] | None = None) -> int:
-    """Convert an export to safetensors and ONNX. Returns the exit status: 0, or 2 after an error."""
+    """Convert an export to safetensors and ONNX; returns the exit status."""
     parser = command_parser(
         "convert export",
         "Convert an export for use in other programs: safetensors, settings, vocabulary, a README.md that documents\n"
@@ -78,15 +82,7 @@ def export_main(arguments: Sequence[str] | None = None) -> int:
         "--onnx", action="store_true", help="write and check the generator as ONNX; needs: pip install t2idist[onnx]"
     )
     options = parser.parse_args(arguments)
-    return _run(parser.prog, lambda: _export(options))
-
-
-def _run(name: str, command: Callable[[], None]) -> int:
-    try:
-        command()
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"{name}: {error or type(error).__name__}", file=sys.stderr)
-        return 2
+    _export(options)
     return 0
 
 

@@ -33,6 +33,7 @@ from t2idist.evaluate.metrics import (
     check_sample_counts,
 )
 from t2idist.evaluate.score_chunks import ExtractorSpec, ScoreChunk, ScoreJob
+from t2idist.observability.command import BAD_INPUT, command
 
 SCORES_FILE = "scores.json"
 NOT_PROTOCOL = ("export", "export_sha256")
@@ -112,6 +113,7 @@ class Settings:
 
 
 # ------------------------------------------------------------ the command
+@command("score", failed=BAD_INPUT)
 def main(arguments: Sequence[str] | None = None, map_unordered: MapUnordered = map_in_process) -> int:
     """Run ``t2idist score``.
 
@@ -120,22 +122,18 @@ def main(arguments: Sequence[str] | None = None, map_unordered: MapUnordered = m
         map_unordered: distributes the chunks over worker processes.
 
     Returns:
-        The exit status: 0, 1 if a limit of --fail-above or --fail-below was crossed, 2 for bad input.
+        The exit status: 0, 1 if a limit of --fail-above or --fail-below was crossed, 2 for any error.
     """
     options = _parser().parse_args(arguments)
-    try:
-        limits = [*_limits("above", options.fail_above), *_limits("below", options.fail_below)]
-        metrics = tuple(name.strip() for name in options.metrics.split(",") if name.strip())
-        values = {**vars(options), "metrics": metrics}
-        settings = Settings(**{field.name: values[field.name] for field in fields(Settings)})
-        others = [(url, _read(url)) for url in options.beside]
-        result = score(settings, map_unordered)
-        measured = {row["name"] for row in result["scores"]}
-        if missing := [limit.name for limit in limits if limit.name not in measured]:
-            raise ValueError(f"--fail-above, --fail-below: {missing[0]} was not measured; use {', '.join(measured)}")
-    except ValueError as error:
-        print(f"score: {error}", file=sys.stderr)
-        return 2
+    limits = [*_limits("above", options.fail_above), *_limits("below", options.fail_below)]
+    metrics = tuple(name.strip() for name in options.metrics.split(",") if name.strip())
+    values = {**vars(options), "metrics": metrics}
+    settings = Settings(**{field.name: values[field.name] for field in fields(Settings)})
+    others = [(url, _read(url)) for url in options.beside]
+    result = score(settings, map_unordered)
+    measured = {row["name"] for row in result["scores"]}
+    if missing := [limit.name for limit in limits if limit.name not in measured]:
+        raise ValueError(f"--fail-above, --fail-below: {missing[0]} was not measured; use {', '.join(measured)}")
     print(table(result))
     for url, other in others:
         print(compare(result, other, storage.redact(url)))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ from t2idist.contract import Batch, SupportsInvert, to_float
 from t2idist.data.loader import load_split
 from t2idist.data.sources import open_dataset
 from t2idist.nn.text_encoders import sentence_vectors
+from t2idist.observability.command import command
 from t2idist.sampling.loading import LoadedExport, load_export
 
 BORDER = 8
@@ -187,8 +187,9 @@ def encode_batch(loaded: LoadedExport, batch: Batch) -> dict[str, Tensor]:
     return {"inverted noise": torch.cat(inverted), "sentence vector": torch.cat(vectors)}
 
 
+@command("style")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``t2idist style``; returns the exit status: 0, or 2 for bad input."""
+    """Run ``t2idist style``; returns the exit status."""
     parser = command_parser(
         "style",
         "Measure how well the inverted noise of two images shows whether they have the same style.",
@@ -205,11 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--seed", type=int, default=0, help="seed of clusters, folds and limit (default: 0)")
     add("--out", default="style.json", metavar="FILE", help="file for the curves (default: style.json)")
     options = parser.parse_args(arguments)
-    try:
-        rows = _score(options)
-    except ValueError as error:
-        print(f"style: {error}", file=sys.stderr)
-        return 2
+    rows = _score(options)
     for name, row in rows.items():
         print(f"{name:16} AUC {row['auc']:.3f} +- {row['fold_std']:.3f} ({row['n']} samples, {row['folds']} folds)")
     storage.write_json(options.out, rows)

@@ -17,6 +17,7 @@ from t2idist.data.shard_writer import available_cpus
 from t2idist.ingest.image import ImageOptions
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.writer import REJECTED, IngestOptions, StrictError, write_set
+from t2idist.observability import command as ending
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -89,18 +90,18 @@ def main(
 
 
 def run_command(name: str, command: Callable[[], int]) -> int:
-    """Run a command; print an error as one line on stderr. Returns the exit status."""
-    try:
-        return command()
-    except StrictError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"{name}: {error or type(error).__name__}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\n{name}: interrupted; run the same command again to resume", file=sys.stderr)
-        return 130
+    """Run a command as `observability.command` does; its status 1 is a verdict, so that any error is 2."""
+
+    def strict() -> int:
+        try:
+            return command()
+        except StrictError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            return 1
+
+    return ending.run_command(
+        name, strict, failed=ending.BAD_INPUT, interrupted="interrupted; run the same command again to resume"
+    )
 
 
 def set_endpoint(endpoint_url: str | None) -> None:

@@ -21,6 +21,7 @@ from t2idist.config.arguments import command_parser
 from t2idist.contract import Captions, Sample, SupportsSample, SupportsTranslate, is_text_conditional
 from t2idist.data.tokenizer import known_words
 from t2idist.nn.fast.memory import keep_freed_memory
+from t2idist.observability.command import command
 from t2idist.sampling.axes import (
     MIN_TRUNCATION,
     PLACEHOLDER,
@@ -45,15 +46,12 @@ MAX_WORDS_PER_BATCH = 1024
 """Words in all captions of a batch; the memory of attention grows with it."""
 
 
+@command("sample")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``t2idist sample``; returns the exit status: 0, or 2 for bad input."""
+    """Run ``t2idist sample``; returns the exit status."""
     options = _parser().parse_args(arguments)
     keep_freed_memory()
-    try:
-        return _run(options)
-    except ValueError as error:
-        print(f"sample: {error}", file=sys.stderr)
-        return 2
+    return _run(options)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from t2idist.config.arguments import command_parser
 from t2idist.contract import SupportsTranslate, System, to_float
 from t2idist.data.loader import load_split
 from t2idist.data.shards import Dataset
+from t2idist.observability.command import command
 from t2idist.sampling.attribute_edits import AttributeEditor
 from t2idist.sampling.figures import png_bytes, read_image, stack_figures, to_pil, translation_grid
 from t2idist.sampling.generate import eval_mode
@@ -118,14 +118,10 @@ def held_out_split(dataset: Dataset) -> str:
 
 
 # ------------------------------------------------------------ the command
+@command("translate")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``t2idist translate``; returns the exit status: 0, or 2 for bad input."""
-    options = _parser().parse_args(arguments)
-    try:
-        return _run(options)
-    except ValueError as error:
-        print(f"translate: {error}", file=sys.stderr)
-        return 2
+    """Run ``t2idist translate``; returns the exit status."""
+    return _run(_parser().parse_args(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:

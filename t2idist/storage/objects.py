@@ -252,6 +252,9 @@ def write_bytes(url: str, data: bytes | memoryview, *, endpoint_url: str | None 
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+        except OSError as error:
+            error.filename = str(path)  # the error of a full disk names no file, others the temporary one
+            raise
         finally:
             temporary.unlink(missing_ok=True)
         return

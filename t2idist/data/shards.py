@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from t2idist import storage
 from t2idist.contract import DataInfo
 from t2idist.data.sample_format import KEY_PATTERN, MAX_CAPTION_CHARACTERS, MAX_VECTOR_DIM, VECTOR_TYPES, npy_header
-from t2idist.data.tokenizer import END_TOKEN, Vocabulary
+from t2idist.data.tokenizer import ASCII, END_TOKEN, TOKENIZER_KEY, Vocabulary
 
 SCHEMA_VERSION = 2
 DESCRIPTION = "dataset.json"
@@ -160,7 +160,7 @@ class Dataset:
     url: str
     splits: dict[str, Split]
     vocabulary: Vocabulary
-    """Words of the captions of all splits."""
+    """Words of the captions of all splits, and how captions are split into them."""
     word_counts: dict[str, int]
     attribute_names: tuple[str, ...]
     source: str
@@ -196,12 +196,16 @@ class Dataset:
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"{where}/{DESCRIPTION}: not a shard set's description: {error!r}") from None
         vector_info = _read_vector_info(where, description)
+        try:
+            vocabulary = Vocabulary([END_TOKEN, *counts], description.get(TOKENIZER_KEY, ASCII))
+        except ValueError as error:
+            raise ValueError(f"{where}/{DESCRIPTION}: {error}") from None
         table = _read_manifest(url, manifest_bytes, manifest_sha256, endpoint_url)
         splits = _split_table(where, shards, table)
         if check_sizes:
             _check_sizes(url, [shard for of_split in shards.values() for shard in of_split], endpoint_url)
         return cls(
-            url, splits, Vocabulary([END_TOKEN, *counts]), counts, names, str(source), str(licence), dict(options),
+            url, splits, vocabulary, counts, names, str(source), str(licence), dict(options),
             endpoint_url, vector_info,
         )  # fmt: skip
 

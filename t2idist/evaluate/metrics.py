@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from t2idist.data.shards import Dataset
-from t2idist.data.tokenizer import tokenize
 from t2idist.evaluate import score_chunks
 from t2idist.evaluate.distribution_metrics import (
     bootstrap_error,
@@ -249,7 +248,7 @@ class MetricCalculator:
         split, first = self._dataset.split(self._job.split), self.r_precisions[0]
         rows_by_kind: dict[str, dict[str, list[int]]] = {"words": defaultdict(list), "attributes": defaultdict(list)}
         for row, (caption, sample) in enumerate(zip(first.captions, first.samples, strict=True)):
-            for word in set(tokenize(caption)):
+            for word in set(self._dataset.vocabulary.tokenize(caption)):
                 rows_by_kind["words"][word].append(row)
             for attribute in split.attributes(sample):
                 rows_by_kind["attributes"][attribute].append(row)

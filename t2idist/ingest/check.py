@@ -188,7 +188,8 @@ def _check_folder(dataset: Dataset, description: dict[str, Any], problems: Probl
 def _check_counts(dataset: Dataset, description: dict[str, Any], problems: Problems) -> None:
     counts: Counter[str] = Counter()
     for name, split in dataset.splits.items():
-        counts.update(count_words(caption for i in range(len(split)) for caption in split.captions(i)))
+        captions = (caption for i in range(len(split)) for caption in split.captions(i))
+        counts.update(count_words(captions, dataset.vocabulary.tokenizer))
         stated = description["splits"][name].get("samples")
         if stated != len(split):
             problems.add(f"{DESCRIPTION}: states {stated} samples of split {name}; its shards hold {len(split)}")

@@ -76,10 +76,10 @@ class StageRun:
             raise ValueError(f"stages.{self.name}.{error}") from None
         return replace(first, vocabulary=vocabulary), *others
 
-    def _source_vocabularies(self) -> dict[str, list[str]]:
+    def _source_vocabularies(self) -> dict[str, Vocabulary]:
         """Return the vocabularies of the exports in `uses` by slot, except those of stages that are not done."""
         return {
-            slot: export.read_index(self.source_url(slot))["vocabulary"]
+            slot: Vocabulary.from_index(export.read_index(self.source_url(slot)))
             for slot in self.settings.uses
             if self._unfinished_source(slot) is None
         }
@@ -163,16 +163,17 @@ def check_uses(config: RunConfig) -> None:
         before.append(name)
 
 
-def stage_vocabulary(data: Vocabulary, sources: Mapping[str, list[str]]) -> Vocabulary:
+def stage_vocabulary(data: Vocabulary, sources: Mapping[str, Vocabulary]) -> Vocabulary:
     """Return the vocabulary that encodes a stage's captions: that of its encoders if it uses any, else the data's.
+
+    It brings its tokenizer: the data's captions are then split as they were for the encoder.
 
     Raises:
         ValueError: An encoder lacks words of the data, or two encoders number words differently.
     """
     chosen, first = data, ""
-    for slot, words in sources.items():
-        vocabulary = Vocabulary(words)
-        missing = [word for word in data.words if word not in vocabulary.ids]
+    for slot, vocabulary in sources.items():
+        missing = [word for word in data.words_read_by(vocabulary.tokenizer) if word not in vocabulary.ids]
         if missing:
             raise ValueError(
                 f"uses.{slot}: its vocabulary of {len(vocabulary)} words does not fit the data: {len(missing)} of the "

@@ -21,6 +21,7 @@ from t2idist.config.strict import to_dict, to_yaml
 from t2idist.contract import System
 from t2idist.data.loader import LoaderSpec
 from t2idist.data.mixing import data_info, open_mixed_loader
+from t2idist.data.tokenizer import recorded
 from t2idist.engine import loop
 from t2idist.engine.batches import TrackedBatches, write_ledger
 from t2idist.engine.checkpoint import export, pretrained
@@ -354,6 +355,7 @@ class _StageWorker:
             "config": to_dict(stage.model_config()),
             "plan": self._build_info.describe(),
             "vocabulary": list(datasets[0].vocabulary.words),
+            **recorded(datasets[0].vocabulary.tokenizer),
             "images": images,
             "data": {
                 "source": "; ".join(dataset.source for dataset in datasets),

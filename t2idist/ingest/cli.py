@@ -14,7 +14,7 @@ from tqdm import tqdm
 from t2idist import storage
 from t2idist.config.arguments import command_parser
 from t2idist.data.shard_writer import available_cpus
-from t2idist.ingest.image import ImageOptions
+from t2idist.ingest.image import MAX_MEGAPIXELS, ImageOptions
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.writer import REJECTED, IngestOptions, StrictError, write_set
 from t2idist.observability import command as ending
@@ -41,6 +41,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="pixels of the shorter side, 0: no resizing (default: %(default)s)",
     )
     group.add_argument("--quality", type=int, default=95, metavar="N", help="JPEG quality (default: %(default)s)")
+    group.add_argument(
+        "--max-megapixels",
+        type=int,
+        default=MAX_MEGAPIXELS,
+        metavar="N",
+        help="leave out larger images (default: %(default)s)",
+    )
     group.add_argument("--keep-original", action="store_true", help="store the original bytes at full size")
     group.add_argument(
         "--max-words", type=int, metavar="N", help="cut longer captions to this many words (default: no limit)"
@@ -86,7 +93,7 @@ def main(
     """
     add_options(parser)
     parsed = parser.parse_args(arguments)
-    return run_command(parser.prog, lambda: _write(parsed, source, list_images))
+    return run_command(parser.prog, lambda: _write(parser.prog, parsed, source, list_images))
 
 
 def run_command(name: str, command: Callable[[], int]) -> int:
@@ -112,19 +119,23 @@ def set_endpoint(endpoint_url: str | None) -> None:
 
 
 def _write(
-    arguments: argparse.Namespace, source: str, list_images: Callable[[argparse.Namespace, Listing], None]
+    tool: str, arguments: argparse.Namespace, source: str, list_images: Callable[[argparse.Namespace, Listing], None]
 ) -> int:
     if arguments.processes < 1:
         raise ValueError(f"--processes {arguments.processes}: must be at least 1")
     options = IngestOptions(
-        image=ImageOptions(arguments.size, arguments.quality, arguments.keep_original),
+        image=ImageOptions(arguments.size, arguments.quality, arguments.keep_original, arguments.max_megapixels),
         max_words=arguments.max_words,
         min_count=arguments.min_count,
         shard_samples=arguments.shard_samples,
     )
     set_endpoint(arguments.endpoint_url)
     with Listing() as listing, ProgressBar(sys.stderr) as progress:
-        list_images(arguments, listing)
+        try:
+            list_images(arguments, listing)
+        finally:
+            for note in listing.notes:
+                print(f"{tool}: {note}", file=sys.stderr)
         description = write_set(
             listing, arguments.out, options, source=source,
             licence=arguments.licence or listing.licence or "not said", processes=arguments.processes,

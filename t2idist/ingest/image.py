@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from t2idist.ingest.rejects import Reason
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+MAX_MEGAPIXELS = MAX_PIXELS >> 20
 _ORIENTATION = 0x0112
 _BITS_PER_SAMPLE = 258
 _BOX_GROWTH = 0.75
@@ -46,6 +47,8 @@ class ImageOptions:
     """JPEG quality, 1 to 100."""
     keep_original: bool = False
     """Store the original bytes, at full size."""
+    max_megapixels: int = MAX_MEGAPIXELS
+    """Images with more pixels, in units of 2^20, are left out."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ def prepare_image(
         raise UnusableImage(Reason.ZERO_BYTES, "the file is empty")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns about unusual files; this module does its own checks
-        image = _open(data, _FORMATS)
+        with _no_limit_of_pillow():
+            image = _open(data, _FORMATS, options.max_megapixels << 20)
         draft_size = 2 * options.size
         full_size = image.size
         if box is None and options.size and not options.keep_original and image.format in ("JPEG", "MPO"):
@@ -101,6 +105,7 @@ def prepare_image(
             and _can_keep_bytes(image, options)
         )
         if unchanged:
+            _check_stored_size(image)
             return PreparedImage(data, _EXTENSIONS[image.format or ""], *image.size, ())
         repairs: list[tuple[Reason, str]] = []
         source_format = image.format
@@ -109,15 +114,34 @@ def prepare_image(
             image = ImageOps.exif_transpose(image)
         image = _to_rgb(image, data, repairs)
     if box is not None:
-        image = crop_to_box(image, box)
+        with _no_limit_of_pillow():
+            image = crop_to_box(image, box)
         full_size = image.size
     lossless = options.keep_original and source_format not in ("JPEG", "MPO", "WEBP")
     if not options.keep_original:
         image = _resize(image, options.size, full_size)
+    _check_stored_size(image)
     return _encode(image, options.quality, lossless, tuple(repairs))
 
 
-def _open(data: bytes, formats: Sequence[str]) -> Image.Image:
+@contextlib.contextmanager
+def _no_limit_of_pillow() -> Iterator[None]:
+    """Lift Pillow's own limit of pixels, which is lower than --max-megapixels may be."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _check_stored_size(image: Image.Image) -> None:
+    """Raise UnusableImage if training would refuse the image for its size."""
+    if image.width * image.height > MAX_PIXELS:
+        detail = f"{image.width} x {image.height} pixels would be stored; at most {MAX_PIXELS}, by a smaller --size"
+        raise UnusableImage(Reason.TOO_MANY_PIXELS, detail)
+
+
+def _open(data: bytes, formats: Sequence[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=list(formats))
     except Image.DecompressionBombError as error:
@@ -127,8 +151,11 @@ def _open(data: bytes, formats: Sequence[str]) -> Image.Image:
             raise UnusableImage(Reason.TRUNCATED, f"{type(error).__name__}: {error}"[:200]) from None
         detail = "" if isinstance(error, UnidentifiedImageError) else f": {type(error).__name__}: {error}"
         raise UnusableImage(Reason.NOT_AN_IMAGE, f"not {', '.join(formats)}{detail}"[:200]) from None
-    if image.width * image.height > MAX_PIXELS:
-        raise UnusableImage(Reason.TOO_MANY_PIXELS, f"{image.width} x {image.height} pixels; at most {MAX_PIXELS}")
+    pixels = image.width * image.height
+    if pixels > max_pixels:
+        option = f"--max-megapixels {-(-pixels >> 20)} allows it"
+        detail = f"{image.width} x {image.height} pixels; at most {max_pixels}; {option}"
+        raise UnusableImage(Reason.TOO_MANY_PIXELS, detail)
     return image
 
 

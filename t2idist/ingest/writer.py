@@ -18,7 +18,7 @@ from typing import Any
 from t2idist import storage
 from t2idist.data.shard_writer import Row, ShardBuilder, check_unfinished, shard_name, write_index
 from t2idist.data.shards import DESCRIPTION, Shard, stored_bytes
-from t2idist.ingest.image import ImageOptions
+from t2idist.ingest.image import MAX_MEGAPIXELS, ImageOptions
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.prepare import Preparer, SampleResult, start_preparer
 from t2idist.ingest.rejects import Effect, Reason, Reject
@@ -51,6 +51,14 @@ class IngestOptions:
             raise ValueError(f"--size {self.image.size}: must be at least 0 (0: no resizing)")
         if not 1 <= self.image.quality <= 100:
             raise ValueError(f"--quality {self.image.quality}: must be from 1 to 100")
+        megapixels = self.image.max_megapixels
+        if megapixels < 1:
+            raise ValueError(f"--max-megapixels {megapixels}: must be at least 1")
+        if megapixels > MAX_MEGAPIXELS and (self.image.keep_original or not self.image.size):
+            raise ValueError(
+                f"--max-megapixels {megapixels}: above {MAX_MEGAPIXELS} the images must be stored smaller, by --size "
+                "and without --keep-original"
+            )
         if self.shard_samples < PART_SAMPLES or self.shard_samples % PART_SAMPLES:
             raise ValueError(f"--shard-samples {self.shard_samples}: must be a multiple of {PART_SAMPLES}")
         if self.max_words is not None and self.max_words < 1:
@@ -60,8 +68,11 @@ class IngestOptions:
 
     def describe(self) -> dict[str, Any]:
         """Return the options as dataset.json holds them."""
+        image = asdict(self.image)
+        if self.image.max_megapixels == MAX_MEGAPIXELS:  # as the sets have it that were made before this option
+            del image["max_megapixels"]
         return {
-            **asdict(self.image),
+            **image,
             "max_words": self.max_words,
             "min_count": self.min_count,
             "shard_samples": self.shard_samples,
@@ -107,7 +118,7 @@ def write_set(
         storage.remove(storage.join(out, PROGRESS))  # a run that was killed at the very end leaves it
     check_unfinished(out)
     if not listing.splits():
-        raise ValueError(f"no images are listed; problems: {_format_reject_counts(listing) or 'none'}")
+        raise _nothing_usable(listing, out, "no images are listed")
     store = _ShardStore(out, _plan(listing, options))
     if restart:
         _remove_unfinished(out)
@@ -336,9 +347,8 @@ def _check_strict(rejects: tuple[Reject, ...] | list[Reject]) -> None:
 def _finish(listing: Listing, store: _ShardStore, options: IngestOptions, source: str, licence: str) -> dict[str, Any]:
     shards = {split: [s.shard for s in store.stored[split]] for split in sorted(store.stored) if store.stored[split]}
     if not shards:
-        raise ValueError(f"no image is usable: {_format_reject_counts(listing)}")
-    lines = "".join(f"{reject.as_json()}\n" for reject in listing.rejects())
-    storage.write_bytes(storage.join(store.out, REJECTED), lines.encode())
+        raise _nothing_usable(listing, store.out, "no image is usable")
+    _write_rejects(listing, store.out)
     facts = {
         "source": source,
         "licence": licence,
@@ -352,9 +362,22 @@ def _finish(listing: Listing, store: _ShardStore, options: IngestOptions, source
     return description
 
 
-def _format_reject_counts(listing: Listing) -> str:
+def _write_rejects(listing: Listing, out: str) -> None:
+    lines = "".join(f"{reject.as_json()}\n" for reject in listing.rejects())
+    storage.write_bytes(storage.join(out, REJECTED), lines.encode())
+
+
+def _nothing_usable(listing: Listing, out: str, problem: str) -> ValueError:
+    """Write rejected.jsonl. Returns an error with the number of rejects by reason, and the first three in full."""
     counts = listing.reject_counts()
-    return ", ".join(f"{reason} {sum(by_effect.values())}" for reason, by_effect in counts.items())
+    if not counts:
+        return ValueError(problem)
+    _write_rejects(listing, out)
+    excluded = (reject for reject in listing.rejects() if reject.effect is Effect.EXCLUDED)
+    first = "; ".join(map(str, itertools.islice(excluded, 3)))
+    by_reason = ", ".join(f"{reason} {sum(by_effect.values())}" for reason, by_effect in counts.items())
+    url = storage.redact(storage.join(out, REJECTED))
+    return ValueError(f"{problem}: {by_reason}; the first: {first}; all of them are in {url}")
 
 
 def _remove_unfinished(out: str) -> None:

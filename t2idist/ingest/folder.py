@@ -46,11 +46,17 @@ class FolderOptions:
         position = int.from_bytes(hashlib.blake2b(f"split {name}".encode(), digest_size=8).digest()) / 2**64
         return "test" if position < self.test else "val" if position < self.test + self.val else "train"
 
-    def choose_split(self, splits: NamedSplits, name: str, class_name: str | None = None) -> str | None:
-        """Return the split that the name of an image states, else one by a hash. None: the image is in no split."""
+    def choose_split(
+        self, splits: NamedSplits, name: str, class_name: str | None = None, inside: str = ""
+    ) -> str | None:
+        """Return the split that a file's name states, else one by a hash. None: the file is in no split.
+
+        Args:
+            inside: name of the image inside the file, if the file holds several.
+        """
         if splits and not splits.only_train:
             return splits.split(name)
-        return self.split(class_name if self.by_class and class_name is not None else name)
+        return self.split(class_name if self.by_class and class_name is not None else inside or name)
 
 
 def list_folder(

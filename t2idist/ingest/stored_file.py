@@ -9,8 +9,9 @@ from typing import IO, Any
 from t2idist import storage
 from t2idist.ingest.files import file_size
 
-_BLOCK_BYTES = 16 << 20
-_BLOCKS_KEPT = 4
+_BLOCK_BYTES = storage.BLOCK_BYTES
+_BLOCKS_AHEAD = 4
+_BLOCKS_KEPT = 12
 _LFS = b"version https://git-lfs.github.com/spec/"
 
 
@@ -66,9 +67,12 @@ class _StoredFile(io.RawIOBase):
 
     def _block(self, number: int) -> bytes:
         if number not in self._blocks:
-            start = number * _BLOCK_BYTES
-            self._blocks[number] = storage.read_bytes(self._url, start, min(self._size_bytes, start + _BLOCK_BYTES))
-            if len(self._blocks) > _BLOCKS_KEPT:
+            start, count = number * _BLOCK_BYTES, _BLOCKS_AHEAD if number - 1 in self._blocks else 1
+            data = storage.read_bytes(self._url, start, min(self._size_bytes, start + count * _BLOCK_BYTES))
+            for index in range(count):
+                self._blocks[number + index] = data[index * _BLOCK_BYTES : (index + 1) * _BLOCK_BYTES]
+                self._blocks.move_to_end(number + index)
+            while len(self._blocks) > _BLOCKS_KEPT:
                 self._blocks.popitem(last=False)
         self._blocks.move_to_end(number)
         return self._blocks[number]

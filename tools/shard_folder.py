@@ -16,9 +16,9 @@ from t2idist.ingest.tables import Columns
 DESCRIPTION = """\
 Convert a folder of images and captions to a shard set. The annotations are in captions.jsonl, with lines
 {"image": "a.jpg", "caption": "..."} ("captions": a list; optional: "attributes", "class", "split"); in a
-table (--table); or in name.txt next to each name.jpg, with one caption per line. Image folders of Hugging Face
-(metadata.jsonl or .csv), Parquet files with embedded images and webdataset tars are recognised. Folders and files named
-train, validation and test are splits."""
+table (--table); or in name.txt, name.caption or name.jpg.txt next to each name.jpg, with one caption per
+line. Image folders of Hugging Face (metadata.jsonl or .csv), Parquet files with embedded images and
+webdataset tars are recognised. Folders and files named train, validation and test are splits."""
 
 
 def list_images(options: argparse.Namespace, listing: Listing) -> None:
@@ -36,7 +36,7 @@ def list_images(options: argparse.Namespace, listing: Listing) -> None:
     )
     folder_options = FolderOptions(
         options.val, options.test, options.split_by_class, needs_captions=not options.allow_no_captions,
-        split_folders=not options.split_by_hash,
+        split_folders=not options.split_by_hash, caption_extension=options.caption_extension,
     )  # fmt: skip
 
     def list_plain() -> str:
@@ -45,7 +45,12 @@ def list_images(options: argparse.Namespace, listing: Listing) -> None:
             captions_url=options.captions,
         )  # fmt: skip
 
-    if options.table is not None or options.captions is not None:
+    annotated = options.table is not None or options.captions is not None
+    if options.attribute_columns is not None and options.table is None:
+        raise ValueError(f"--attribute-columns {options.attribute_columns}: needs --table")
+    if options.caption_extension is not None and annotated:
+        raise ValueError(f"--caption-extension {options.caption_extension}: not together with --table or --captions")
+    if annotated or options.caption_extension is not None:
         print(list_plain())
     else:
         list_layout(options.folder, listing, folder_options, fields, list_plain)

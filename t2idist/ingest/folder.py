@@ -79,7 +79,8 @@ def list_folder(
     """
     if table is not None:
         return list_annotated(root, table_rows(table, columns or Columns(), listing), listing, options)
-    if captions_url is not None or storage.exists(storage.join(root, CAPTIONS)):
+    pairs = options.caption_extension is not None
+    if captions_url is not None or (not pairs and storage.exists(storage.join(root, CAPTIONS))):
         return list_annotated(root, read_jsonl(captions_url or storage.join(root, CAPTIONS), listing), listing, options)
     return _list_pairs(root, listing, options)
 

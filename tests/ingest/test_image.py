@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from t2idist.data.image_file import UnusableImage
 from t2idist.data.reader import EncodedImage
 from t2idist.data.transforms import decode
-from t2idist.ingest.image import ImageOptions, UnusableImage, prepare_image, square_crop
+from t2idist.ingest.image import ImageOptions, prepare_image, square_crop
 from t2idist.ingest.rejects import Reason
 from tests.helpers.image_files import encode, make_image
 

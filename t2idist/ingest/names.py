@@ -60,7 +60,8 @@ class NameResolver:
 
     def notes(self) -> list[str]:
         """Return sentences about the names that were not taken as they are."""
-        return [f"{count} image names were matched by {how}" for how, count in sorted(self._counts.items())]
+        counts = sorted(self._counts.items())
+        return [f"image names matched by {how}: {count}" for how, count in counts]
 
     def _exists(self, name: str) -> bool:
         return self._listing.has_file(storage.join(self._root, name))

@@ -6,6 +6,7 @@ read by any webdataset reader. dataset.json is written last: a set without it is
 
 from __future__ import annotations
 
+import json
 import re
 import zlib
 from collections import Counter
@@ -170,6 +171,8 @@ class Dataset:
     """Of the object store (None: the environment's)."""
     vector_info: SentenceVectorInfo | None = None
     """Format of its sentence vectors (None: it has none)."""
+    fingerprint: str = ""
+    """SHA-256 of all that a run depends on: equal for a copy at another URL, another for any other content."""
 
     @classmethod
     def open(cls, url: str, check_sizes: bool = True, endpoint_url: str | None = None) -> Dataset:
@@ -206,7 +209,7 @@ class Dataset:
             _check_sizes(url, [shard for of_split in shards.values() for shard in of_split], endpoint_url)
         return cls(
             url, splits, vocabulary, counts, names, str(source), str(licence), dict(options),
-            endpoint_url, vector_info,
+            endpoint_url, vector_info, _fingerprint(manifest_sha256, description),
         )  # fmt: skip
 
     @property
@@ -244,6 +247,18 @@ def _read_description(url: str, endpoint_url: str | None) -> dict[str, Any]:
     if not isinstance(description.get("options"), dict):
         raise ValueError(f"{where}/{DESCRIPTION}: not a shard set's description: no options")
     return description
+
+
+def _fingerprint(manifest_sha256: str, description: Mapping[str, Any]) -> str:
+    """Hash the manifest's hash, which stands for every sample and caption, and the keys that define a run's tensors.
+
+    A key that the set does not have is left out, so that keys of later versions change no hash of today's sets.
+    """
+    keys = ("vocabulary", TOKENIZER_KEY, "attributes", "vectors")
+    defining = {key: description[key] for key in keys if description.get(key) is not None}
+    # the order of the words is their numbering, so the keys of the vocabulary are not sorted
+    text = json.dumps({"manifest": manifest_sha256, **defining}, ensure_ascii=False)
+    return storage.sha256(text.encode())
 
 
 def _read_vector_info(where: str, description: Mapping[str, Any]) -> SentenceVectorInfo | None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.resources import files
 
+from t2idist import storage
 from t2idist.config import DataConfig
 from t2idist.data.shards import Dataset
 
@@ -47,9 +50,15 @@ def open_datasets(config: DataConfig) -> tuple[Dataset, ...]:
     return tuple(_open(config, name, key) for key, name in named.items())
 
 
+def _embedded_fingerprint(dataset: Dataset) -> str:
+    """Hash settings and version of data that each machine draws itself, perhaps with other bytes in its files."""
+    return storage.sha256(json.dumps([dataset.source, dataset.options], sort_keys=True).encode())
+
+
 def _open(config: DataConfig, source: str, key: str) -> Dataset:
     if source in EMBEDDED:
-        return Dataset.open(EMBEDDED[source](config))
+        dataset = Dataset.open(EMBEDDED[source](config))
+        return replace(dataset, fingerprint=_embedded_fingerprint(dataset)) if source == "avatars" else dataset
     if "/" not in source:
         near = difflib.get_close_matches(source, EMBEDDED, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""

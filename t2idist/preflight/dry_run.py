@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -17,12 +17,15 @@ from t2idist.data.shards import Dataset
 from t2idist.data.tokenizer import Vocabulary
 from t2idist.engine.checkpoint import pretrained
 from t2idist.nn.init import shapes_only
-from t2idist.training import resume
+from t2idist.training import resume, run_data
 from t2idist.training.stages import StageRun, check_uses, run_url, stages_of
 
 ADJUSTABLE = ("about", "storage", "report", "checkpoint", "cluster", "guard", "strategy", "zero")
 ADJUSTABLE_STAGE = ("images", "max_groups_per_worker", "checkpoint_every_images", "pictures_every_images")
 ADJUSTABLE_DATA = ("threads", "prefetch_mib", "cache", "cache_gib", "endpoint_url", "max_bad")
+PLACES_OF_DATA = ("source", "beside")
+_PROBE_BYTES = 4096
+"""An empty file can be written to a full disk."""
 UNKNOWN = DataInfo(("",), 1, vector_dim=1024, attributes=())
 """Assumed if data.source is not given; sentence vectors have the size of the published char-CNN-RNN ones."""
 
@@ -37,28 +40,31 @@ def check(config: RunConfig, resumed: resume.ResumePoint | None) -> None:
         ValueError: The config, data, exports or weights do not fit each other, or the storage is not writable.
     """
     check_uses(config)
+    opened = {}
     for stage in stages_of(config):
-        datasets = stage.open_data()
+        opened[stage.name] = datasets = stage.open_data()
         system = build_on_meta(stage, data_info(datasets))
         _check_weights(stage, system, datasets[0].vocabulary, resumed)
         for role in system.roles.values():
             if role.pretrained is not None:
                 pretrained.check(role.pretrained, f"stages.{stage.name}.model")
-    _check_same_run(config)
+    _check_same_run(config, opened)
     _check_writable(run_url(config))
+    run_data.record(run_url(config), opened)
 
 
 def describe(config: RunConfig, resumed: resume.ResumePoint | None) -> str:
     """Return the resolved config and a summary of each stage: networks, memory, epochs. Raises as `check` does."""
     check_uses(config)
     lines = [to_yaml(config).rstrip(), ""]
+    opened = {}
     for stage in stages_of(config):
-        datasets = stage.open_data() if stage.data.source else ()
+        opened[stage.name] = datasets = stage.open_data() if stage.data.source else ()
         system = build_on_meta(stage, data_info(datasets) if datasets else UNKNOWN)
         if datasets:
             _check_weights(stage, system, datasets[0].vocabulary, resumed)
         lines += [*_stage_lines(stage, system, datasets), ""]
-    _check_same_run(config)
+    _check_same_run(config, opened)
     return "\n".join(lines).rstrip()
 
 
@@ -153,8 +159,15 @@ def _check_weights(stage: StageRun, system: System, vocabulary: Vocabulary, resu
         resume.check(stage.config, resumed, system, list(vocabulary.words))
 
 
-def _check_same_run(config: RunConfig) -> None:
-    """Check that an existing run of this name was started with the same settings, except adjustable ones."""
+def _check_same_run(config: RunConfig, opened: Mapping[str, Sequence[Dataset]]) -> None:
+    """Check that an existing run of this name was started with the same settings, except adjustable ones.
+
+    Args:
+        opened: data sets of each stage, none if data.source is not given. Those that the run folder records are known
+            to be the same, and may be in another place.
+    """
+    recorded = run_data.read(run_url(config))
+    same_data = all(bool(datasets) and stage in recorded for stage, datasets in opened.items())
     url = storage.join(run_url(config), "config.yaml")
     if not storage.exists(url):
         return
@@ -164,8 +177,9 @@ def _check_same_run(config: RunConfig) -> None:
         stage.update(
             {f.name: f.default for f in fields(StageConfig) if f.default is not MISSING and f.name not in stage}
         )
-    before = _fixed(stored)
-    now = _fixed(to_dict(config))
+    adjustable_data = ADJUSTABLE_DATA + (PLACES_OF_DATA if same_data else ())
+    before = _fixed(stored, adjustable_data)
+    now = _fixed(to_dict(config), adjustable_data)
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if changed:
         key = changed[0]
@@ -175,7 +189,7 @@ def _check_same_run(config: RunConfig) -> None:
         )
 
 
-def _fixed(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+def _fixed(values: dict[str, Any], adjustable_data: Sequence[str], path: str = "") -> dict[str, Any]:
     """Flatten the settings that may not change between two submissions of a run to dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
@@ -183,16 +197,22 @@ def _fixed(values: dict[str, Any], path: str = "") -> dict[str, Any]:
         parts = where.split(".")
         if parts[0] in ADJUSTABLE or (parts[0] == "stages" and parts[-1] in ADJUSTABLE_STAGE and len(parts) == 3):
             continue
-        if "data" in (parts[0], parts[2] if len(parts) > 3 else "") and parts[-1] in ADJUSTABLE_DATA:
+        if "data" in (parts[0], parts[2] if len(parts) > 3 else "") and parts[-1] in adjustable_data:
             continue
-        flat |= _fixed(value, where) if isinstance(value, dict) else {where: value}
+        flat |= _fixed(value, adjustable_data, where) if isinstance(value, dict) else {where: value}
     return flat
 
 
 def _check_writable(url: str) -> None:
+    """Write and remove a file; folders that this creates are removed too. Raises ValueError."""
     probe = storage.join(url, ".writable")
+    path = storage.local_path(url)
+    created = [] if path is None else [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
-        storage.write_bytes(probe, b"")
+        storage.write_bytes(probe, bytes(_PROBE_BYTES))
         storage.remove(probe)
-    except Exception as error:
-        raise ValueError(f"storage: cannot write to {storage.redact(url)}: {type(error).__name__}: {error}") from None
+        for folder in created:
+            folder.rmdir()
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise ValueError(f"storage: cannot write to {storage.redact(url)}: {reason}") from None

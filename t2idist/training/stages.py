@@ -14,6 +14,7 @@ from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_datasets
 from t2idist.data.tokenizer import Vocabulary
 from t2idist.engine.checkpoint import export
+from t2idist.training import run_data
 
 RUN_ID = "run_id.json"
 """Distinguishes a run folder from all others, including an earlier one of the same name."""
@@ -66,9 +67,11 @@ class StageRun:
         """Open the data sets that the config names; the first one encodes captions with the stage's vocabulary.
 
         Raises:
-            ValueError: A data set cannot be used, or an encoder in `uses` was trained on other words.
+            ValueError: A data set cannot be used, is not that which the stage was started on, or an encoder in `uses`
+                was trained on other words.
         """
-        first, *others = open_datasets(self.data)
+        first, *others = datasets = open_datasets(self.data)
+        run_data.check(run_url(self.config), self.name, datasets)
         words = self._source_vocabularies()
         try:
             vocabulary = stage_vocabulary(first.vocabulary, words)

@@ -41,6 +41,7 @@ from t2idist.nn.fast.memory import keep_freed_memory
 from t2idist.observability.environment import environment_info
 from t2idist.observability.logs import LogContext, redact_secrets
 from t2idist.report import report
+from t2idist.training import run_data
 from t2idist.training.lifecycle import OnProgress, read_fatal, write_fatal
 from t2idist.training.options import StopAfter
 from t2idist.training.stages import StageRun, run_url, stages_of
@@ -183,6 +184,8 @@ class _StageWorker:
         self._run, self._stage, self._world = run, stage, run.world
         self._config, self._context = run.config, run.context
         self._datasets = stage.open_data()
+        if self._world.is_main:
+            run_data.record(run_url(self._config), {stage.name: self._datasets})
         self._data_info = data_info(self._datasets)
         self._build_info = stage.build_info(self._data_info)
         self._system = self._build_system()

@@ -70,6 +70,12 @@ def run_command(name: str, main: Callable[[], int], *, failed: int = FAILED, int
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if isinstance(error, _PROGRAMMERS):
             raise
+        try:
+            _flush()  # what a print could not write is still in the buffer
+        except BrokenPipeError:
+            return CLOSED_PIPE
+        except OSError as of_output:
+            error = of_output
         _print_error(f"{name}: {describe_error(error)}")
         return BAD_INPUT if _is_bad_input(error) else failed
 

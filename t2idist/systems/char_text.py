@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
 
-from t2idist.contract import Adam, Batch, BuildInfo, Captions, Frozen, Pretrained, Role, Train
+from t2idist.contract import Adam, Batch, BuildInfo, Captions, Frozen, Pretrained, Role, Train, check_ranges
 from t2idist.losses.matching import RankingLosses, joint_embedding_losses
 from t2idist.nn.char_encoder import char_text_encoder
 from t2idist.nn.image_encoders import InceptionEncoder, TextImageEncoders, check_trunk, damsm_image_encoder, load_trunk
@@ -38,6 +38,14 @@ class Config:
     """The paper's 0-1 loss between classes."""
     lr: float = 2e-4
     """Released code for COCO."""
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            at_least_1="embedding_dim characters widths trunk_width image_size",
+            at_least_0="margin",
+            above_0="lr",
+        )
 
 
 class CharText:

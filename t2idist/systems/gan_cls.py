@@ -11,7 +11,19 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from t2idist.contract import Adam, Batch, BuildInfo, Captions, Frozen, NoiseFn, Role, Sample, Schedule, Train
+from t2idist.contract import (
+    Adam,
+    Batch,
+    BuildInfo,
+    Captions,
+    Frozen,
+    NoiseFn,
+    Role,
+    Sample,
+    Schedule,
+    Train,
+    check_ranges,
+)
 from t2idist.losses.adversarial import bce_real, matching_aware_loss, matching_aware_losses
 from t2idist.losses.matching import wrong_pairs
 from t2idist.nn.dcgan import DcganDiscriminator, conditional_generator
@@ -58,6 +70,16 @@ class Config:
     """"authors": the released GAN-INT-CLS script, which lacks a LeakyReLU in the residual discriminator and averages
     the generator's loss over captions and half as many interpolations; without `residual`: the port's weights, whose
     discriminator never joins image and text."""
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            at_least_1="generator_width discriminator_width z_dim condition_dim",
+            power_of_two="image_size",
+            at_least_0="interpolation_weight",
+            share="beta",
+            above_0="generator_lr discriminator_lr lr_factor lr_every_epochs ema_half_life_images",
+        )
 
 
 class GanCls:

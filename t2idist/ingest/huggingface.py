@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from t2idist import storage
 from t2idist.ingest.annotations import Annotation
 from t2idist.ingest.fields import Fields, require_captions
-from t2idist.ingest.files import is_unsafe, read_lines
+from t2idist.ingest.files import UndecodableText, is_unsafe, read_lines, text_of_line
 from t2idist.ingest.folder import FolderOptions, list_annotated
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.rejects import Reason
@@ -46,9 +46,10 @@ def list_image_folder(
     return list_annotated(root, rows, listing, options)
 
 
-def has_file_names(url: str) -> bool:
-    """Check whether a metadata file names images by `file_name`."""
-    return FILE_NAME in _field_names(url)
+def has_file_names(url: str, fields: Fields) -> bool:
+    """Check whether a metadata file names images by `file_name`, or the field that is given for it."""
+    name = fields.image or FILE_NAME
+    return name in _field_names(url, name)
 
 
 def _folder(name: str) -> str:
@@ -68,7 +69,7 @@ def _rows(root: str, name: str, listing: Listing, fields: Fields, needs_captions
 
 
 def _table_rows(url: str, listing: Listing, fields: Fields, needs_captions: bool) -> Iterator[Annotation]:
-    names = _field_names(url)
+    names = _field_names(url, fields.image or FILE_NAME)
     if needs_captions:
         require_captions(storage.redact(url), fields, names)
     columns = Columns(
@@ -81,15 +82,16 @@ def _table_rows(url: str, listing: Listing, fields: Fields, needs_captions: bool
     yield from table_rows(url, columns, listing)
 
 
-def _field_names(url: str) -> list[str]:
-    """Return the names of the columns, or the keys of the first object."""
+def _field_names(url: str, wanted: str) -> list[str]:
+    """Return the names of the columns, or the keys of the first object. `wanted` tells how a table is separated."""
     try:
         if url.lower().endswith(".parquet"):
             with open_file(url) as file:
                 return list(pq.read_schema(file).names)
         line = next((line for _, line in read_lines(url) if line.strip()), b"")
         if url.lower().endswith(".csv"):
-            return next(csv.reader([line.decode("utf-8", "replace")]), [])
+            headers = [next(csv.reader([line.decode("utf-8", "replace")], delimiter=each), []) for each in ",;\t|"]
+            return next((header for header in headers if wanted in header), headers[0])
         first = json.loads(line or b"{}")
         return list(first) if isinstance(first, dict) else []
     except (pa.ArrowException, csv.Error, ValueError, RecursionError):
@@ -104,9 +106,9 @@ def _json_rows(url: str, name: str, listing: Listing, fields: Fields, needs_capt
             continue
         location = f"{name}, line {number}"
         try:
-            row = _parse(location, json.loads(line.decode()), fields)
-        except UnicodeDecodeError:
-            listing.exclude("", location, Reason.INVALID_UTF8, "the line is not valid UTF-8")
+            row = _parse(location, json.loads(text_of_line(line)), fields)
+        except UndecodableText as error:
+            listing.exclude("", location, Reason.INVALID_UTF8, str(error))
         except (ValueError, RecursionError) as error:
             listing.exclude("", location, Reason.MALFORMED, str(error)[:200])
         else:
@@ -114,7 +116,7 @@ def _json_rows(url: str, name: str, listing: Listing, fields: Fields, needs_capt
             captioned += bool(row.captions)
             yield row
     if rows and needs_captions and not captioned:
-        require_captions(storage.redact(url), fields, _field_names(url))
+        require_captions(storage.redact(url), fields, _field_names(url, FILE_NAME))
 
 
 def _parse(location: str, value: object, fields: Fields) -> Annotation:

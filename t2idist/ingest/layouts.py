@@ -98,7 +98,9 @@ def _list_surveyed(
     root: str, survey: Survey, listing: Listing, options: FolderOptions, fields: Fields, say: Callable[[str], None]
 ) -> str | None:
     """List a layout of several files. Returns a sentence about the splits; None if the layout is a plain folder."""
-    metadata = [name for name in survey.metadata if has_file_names(storage.join(root, name))] if survey.images else []
+    metadata = (
+        [name for name in survey.metadata if has_file_names(storage.join(root, name), fields)] if survey.images else []
+    )
     if metadata:
         say(f"layout: image folder of Hugging Face ({_some(metadata)})")
         return list_image_folder(root, metadata, listing, options, fields)
@@ -131,6 +133,9 @@ def _nothing(root: str, survey: Survey, parquets: list[str]) -> str:
     kinds = [f"{count} {suffix or 'files without extension'}" for suffix, count in counts.most_common(5) if count]
     hints = [hint for suffix, hint in _HINTS.items() if counts[suffix]]
     if parquets:
-        hints.append(f"{parquets[0]} has no column with images: --table reads captions from it, --folder is the images")
+        hints.append(
+            f"{parquets[0]} has no column with images, or several (--image-column names the one); if it names image "
+            "files, --table reads it, and --folder is where they are"
+        )
     found = f"; the folder has {', '.join(kinds)}" if kinds else "; the folder is missing or empty"
     return f"{storage.redact(root)}: no images found{found}{': ' if hints else ''}{'; '.join(hints)}"

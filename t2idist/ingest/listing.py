@@ -24,8 +24,9 @@ _CACHE_KIB = 16 << 10
 _TABLES = """
 CREATE TABLE entry (
     key TEXT PRIMARY KEY, url TEXT, split TEXT, mix BLOB, name TEXT, text_url TEXT, facts TEXT,
-    start INTEGER NOT NULL, length INTEGER, UNIQUE (url, start)
+    start INTEGER, length INTEGER
 );
+CREATE UNIQUE INDEX entry_url ON entry (url) WHERE start IS NULL;
 CREATE INDEX entry_order ON entry (split, mix, key);
 CREATE TABLE reject (position INTEGER PRIMARY KEY, split TEXT, name TEXT, reason TEXT, effect TEXT, detail TEXT);
 CREATE TABLE annotated (url TEXT PRIMARY KEY) WITHOUT ROWID;
@@ -122,12 +123,12 @@ class Listing:
             detail = f"split {split[:100]!r}: allowed are 1 to 90 letters, digits, '_' and '-'"
             self.exclude("", name, Reason.MALFORMED, detail)
             return
-        start, length = (0, None) if part is None else (part.start, part.length)
+        start, length = (None, None) if part is None else (part.start, part.length)
         if part is None:
             self.mark_annotated(url)
-        if self._database.execute("SELECT 1 FROM entry WHERE url = ? AND start = ?", (url, start)).fetchone():
-            self.exclude(split, name, Reason.DUPLICATE, "this image is already listed")
-            return
+            if self._database.execute("SELECT 1 FROM entry WHERE url = ? AND start IS NULL", (url,)).fetchone():
+                self.exclude(split, name, Reason.DUPLICATE, "this image is already listed")
+                return
         facts = {
             "captions": list(captions),
             "attributes": list(attributes),
@@ -238,7 +239,7 @@ class Listing:
             yield ListedImage(
                 split, key, name, url, captions, attributes, facts["class_id"],
                 None if box is None else (box[0], box[1], box[2], box[3]), text_url, facts["needs_captions"],
-                None if length is None else ByteRange(start, length),
+                None if start is None else ByteRange(start, length),
             )  # fmt: skip
 
     def rejects(self) -> Iterator[Reject]:

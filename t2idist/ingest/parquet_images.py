@@ -21,7 +21,7 @@ from t2idist.ingest.folder import OUTSIDE_SPLITS, FolderOptions, number_classes
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.rejects import Reason
 from t2idist.ingest.splits import NamedSplits, split_of_word
-from t2idist.ingest.stored_file import open_file
+from t2idist.ingest.stored_file import each_file, open_file
 
 _BATCH_ROWS = 16
 _BUFFER_BYTES = 1 << 20
@@ -89,7 +89,7 @@ def list_parquet(root: str, sizes: Mapping[str, int], listing: Listing, options:
     names = sorted(sizes)
     _check_space(root, sum(sizes.values()), listing)
     classes: dict[str, None] = {}
-    for name in names:
+    for name in each_file(names):
         for row_name, facts in _rows(storage.join(root, name), name, listing, fields, options.needs_captions):
             if facts["class_name"] is not None:
                 classes[facts["class_name"]] = None

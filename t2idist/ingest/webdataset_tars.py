@@ -16,12 +16,20 @@ from typing import IO, Any
 from t2idist import storage
 from t2idist.data.sample_format import MAX_FILE_BYTES
 from t2idist.ingest.fields import Fields, require_captions
-from t2idist.ingest.files import MAX_LINE_BYTES, ByteRange, is_image, is_unsafe
+from t2idist.ingest.files import (
+    MAX_LINE_BYTES,
+    ByteRange,
+    UndecodableText,
+    is_image,
+    is_unsafe,
+    text_as_utf8,
+    text_of_file,
+)
 from t2idist.ingest.folder import OUTSIDE_SPLITS, FolderOptions, number_classes
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.rejects import Reason
 from t2idist.ingest.splits import NamedSplits
-from t2idist.ingest.stored_file import open_file
+from t2idist.ingest.stored_file import each_file, open_file
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _TEXT, _JSON, _CLASS, _IMAGE, _OTHER = ".txt", ".json", ".cls", "image", "other"
@@ -40,7 +48,7 @@ def list_tars(root: str, names: Sequence[str], listing: Listing, options: Folder
         ValueError: no member of the tars holds captions.
     """
     scan = _Scan(listing, fields)
-    for name in names:
+    for name in each_file(names):
         scan.add_tar(storage.join(root, name), name)
     if options.needs_captions and scan.json_keys and not scan.captioned:
         require_captions(f"the .json members of {names[0]}", fields, scan.json_keys)
@@ -127,6 +135,9 @@ class _Scan:
         else:
             try:
                 facts |= self._annotation(kind, data or _read(archive, member))
+            except UndecodableText as error:
+                self._listing.exclude("", f"{tar}/{name}", Reason.INVALID_UTF8, str(error))
+                return
             except (ValueError, RecursionError) as error:
                 self._listing.exclude("", f"{tar}/{name}", Reason.MALFORMED, str(error)[:200])
                 return
@@ -135,14 +146,14 @@ class _Scan:
     def _annotation(self, kind: str, data: bytes) -> dict[str, Any]:
         """Parse a member with captions, a class or both. Raises ValueError if it is malformed."""
         if kind == _TEXT:
-            lines = data.removeprefix(b"\xef\xbb\xbf").rstrip().splitlines()
+            lines = text_as_utf8(data).rstrip().splitlines()
             self.captioned |= bool(lines)
             return {"captions": [line.decode("utf-8", "surrogateescape") for line in lines]}
         if kind == _CLASS:
-            class_name = data.decode().strip()
+            class_name = text_of_file(data).strip()
             self.classes[class_name] = None
             return {"class_name": class_name}
-        values = json.loads(data.decode())
+        values = json.loads(text_of_file(data))
         if not isinstance(values, dict):
             raise ValueError("the JSON must be an object")
         self.json_keys = self.json_keys or list(values)

@@ -84,11 +84,12 @@ class CaptionFiles:
         for ending, count in self._unused.items():
             option = f"--caption-extension {ending.lower()} reads those"
             notes.append(f"{_files(count)} in {ending} beside captions in another file were not read: {option}")
-        if self._missing and needs_captions:
-            images = self._missing + self._used.total()
-            hints = "; ".join(self._hints()) or "no other file looks like captions"
+        images = self._missing + self._used.total()
+        hints = self._hints() if self._missing else []
+        if needs_captions and (hints or (images and self._missing == images)):
+            looked = "; ".join(hints) or "no other file looks like captions"
             notes.append(
-                f"{self._missing} of {images} images have no caption file; {hints}; "
+                f"{self._missing} of {images} images have no caption file; {looked}; "
                 "--allow-no-captions keeps images without captions"
             )
 
@@ -99,6 +100,11 @@ class CaptionFiles:
         return f"files below it: {kinds}" if kinds else "the folder is empty or missing"
 
     @property
+    def extensions(self) -> tuple[str, ...]:
+        """Those of caption files, in lower case."""
+        return self._allowed
+
+    @property
     def any(self) -> bool:
         """True if a file with the extension of captions was added."""
         return bool(self._endings)
@@ -106,6 +112,8 @@ class CaptionFiles:
     def _hints(self) -> list[str]:
         hints = []
         for ending, count in self._others.most_common(_NAMED):
+            if 2 * count < self._missing:
+                break
             if ending not in _STRUCTURED:
                 hints.append(f"{_files(count)} in {ending}: --caption-extension {ending}")
             elif ending == ".json":

@@ -10,13 +10,23 @@ from collections.abc import Iterator
 
 from t2idist import storage
 from t2idist.ingest.annotations import captions_by_image
-from t2idist.ingest.files import first_existing, is_image, is_unsafe, read_lines, walk
+from t2idist.ingest.files import (
+    UndecodableText,
+    first_existing,
+    is_image,
+    is_unsafe,
+    read_lines,
+    text_of_line,
+    walk,
+)
 from t2idist.ingest.flags import is_flag, is_present
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.rejects import Reason
 
 _SPLITS = {"0": "train", "1": "val", "2": "test"}
 _FOLDERS = ("img_align_celeba/img_align_celeba", "Img/img_align_celeba", "img_align_celeba")
+_PNG_FOLDERS = ("Img/img_align_celeba_png", "img_align_celeba_png")
+"""Of the authors' lossless edition; the lists name .jpg files all the same."""
 _ATTRIBUTES = "list_attr_celeba"
 _PARTITION = "list_eval_partition"
 _DELIMITERS = (",", ";", "\t")
@@ -31,7 +41,9 @@ def list_celeba(root: str, listing: Listing, captions_url: str | None = None) ->
     Raises:
         ValueError: a file is missing, or the list of attributes has no names.
     """
-    images = first_existing([storage.join(root, name) for name in _FOLDERS], "the folder img_align_celeba", root)
+    images = first_existing(
+        [storage.join(root, name) for name in (*_FOLDERS, *_PNG_FOLDERS)], "the folder img_align_celeba", root
+    )
     attributes = _find(root, _ATTRIBUTES, "Anno")
     partition_url = _find(root, _PARTITION, "Eval")
     partition = _read_partition(partition_url, listing)
@@ -50,11 +62,11 @@ def list_celeba(root: str, listing: Listing, captions_url: str | None = None) ->
         if reason is not None or split is None:
             listing.exclude(split or "", name, reason or Reason.NO_SPLIT, f"{file}, line {number}{detail}")
             if not is_unsafe(name):
-                listing.mark_annotated(storage.join(images, name))
+                listing.mark_annotated(_image_url(images, name))
             continue
         present = [each for each, value in zip(names, values, strict=True) if is_present(each, value)]
         listing.add(
-            split, name, storage.join(images, name), attributes=present, captions=captions.pop(name, ()),
+            split, name, _image_url(images, name), attributes=present, captions=captions.pop(name, ()),
             needs_captions=captions_url is not None,
         )  # fmt: skip
     if stated_count is not None and count != stated_count:
@@ -68,11 +80,19 @@ def list_celeba(root: str, listing: Listing, captions_url: str | None = None) ->
     listing.reject_unannotated_files()
 
 
+def _image_url(images: str, name: str) -> str:
+    png = images.endswith("_png") and name.lower().endswith(".jpg")
+    return storage.join(images, f"{name[:-4]}.png" if png else name)
+
+
 def _rows(url: str) -> Iterator[tuple[int, list[str]]]:
     """Yield the number and the fields of each line that is not blank: separated by blanks, or as in a CSV file."""
     delimiter = None
     for number, line in read_lines(url):
-        text = line.decode("utf-8", "replace").strip()
+        try:
+            text = text_of_line(line).strip()
+        except UndecodableText as error:
+            raise ValueError(f"{storage.redact(url)}, line {number}: {error}") from None
         if not url.lower().endswith(".csv"):
             fields = text.split()
         else:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from t2idist import storage
 from t2idist.data.sample_format import MAX_FILE_BYTES
-from t2idist.data.text_files import blocks_to_utf8, to_utf8, undecodable, undecodable_text
+from t2idist.data.text_files import blocks_to_utf8, to_utf8, undecodable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_LINE_BYTES = 16 << 20
@@ -64,14 +64,17 @@ def is_unsafe(name: str) -> bool:
     return empty or not parts[0] or ".." in parts or bool(_SCHEME.match(name)) or bool(_UNPRINTABLE.search(name))
 
 
-def walk(url: str) -> Iterator[str]:
+def walk(url: str, file_endings: tuple[str, ...] = ()) -> Iterator[str]:
     """Yield the relative names of all files below a folder, in an order that does not depend on the file system.
 
     Hidden names are skipped; links to folders are not followed.
+
+    Args:
+        file_endings: further endings of the names of files, in lower case: in a store, a request is saved for each.
     """
     root = storage.local_path(url)
     if root is None:
-        yield from _walk_store(url, "")
+        yield from _walk_store(url, "", (*_KNOWN, *file_endings))
         return
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -81,14 +84,14 @@ def walk(url: str) -> Iterator[str]:
                 yield name if below == "." else f"{below}/{name}"
 
 
-def _walk_store(url: str, below: str) -> Iterator[str]:
+def _walk_store(url: str, below: str, known: tuple[str, ...]) -> Iterator[str]:
     for name in storage.list_dir(storage.join(url, below) if below else url):
         if name.startswith("."):
             continue
         path = f"{below}/{name}" if below else name
-        inside = [] if name.lower().endswith(_KNOWN) else storage.list_dir(storage.join(url, path))
+        inside = [] if name.lower().endswith(known) else storage.list_dir(storage.join(url, path))
         if inside:
-            yield from _walk_store(url, path)
+            yield from _walk_store(url, path, known)
         else:
             yield path
 
@@ -151,7 +154,7 @@ def text_of_file(data: bytes) -> str:
 
 def undecodable_part(texts: Iterable[str]) -> str | None:
     """Say which byte of the first text is not of its encoding in which surrogates stand for bytes; None if all are."""
-    problems = (undecodable_text(text, _ENCODING.get()) for text in texts)
+    problems = (undecodable(text, _ENCODING.get()) for text in texts)
     return next((problem for problem in problems if problem is not None), None)
 
 

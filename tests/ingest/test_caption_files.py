@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from t2idist import storage
 from t2idist.ingest.caption_files import check_extension
 from t2idist.ingest.folder import FolderOptions, list_folder
 from t2idist.ingest.listing import Listing
@@ -71,19 +72,19 @@ def test_a_stray_text_file_of_another_kind_is_no_problem(tmp_path: Path):
 
 def test_a_message_names_what_lies_there_and_the_option(tmp_path: Path):
     write_images(tmp_path / "mine", ".tags", 5)
-    write_images(tmp_path / "mine" / "sub", ".json", 2)
+    write_images(tmp_path / "mine" / "sub", ".json", 5)
     (tmp_path / "mine" / "labels.csv").write_text("file,text\n")
     with Listing() as listing:
         list_folder(str(tmp_path / "mine"), listing, ALL_TRAIN)
         (note,) = listing.notes
-        assert "7 of 7 images have no caption file" in note
+        assert "10 of 10 images have no caption file" in note
         assert "5 files end in .tags: --caption-extension .tags" in note
-        assert "2 files end in .json, which is not read: write captions.jsonl" in note
+        assert "5 files end in .json, which is not read: write captions.jsonl" in note
         assert f"labels.csv may hold the captions: --table {tmp_path}/mine/labels.csv" in note
         assert "--allow-no-captions" in note
-        with pytest.raises(ValueError, match="no images are listed: picture_without_captions 7; the first: 0.jpg"):
+        with pytest.raises(ValueError, match="no images are listed: picture_without_captions 10; the first: 0.jpg"):
             make_set(listing, tmp_path / "set")
-    assert len(read_rejects(tmp_path / "set")) == 7
+    assert len(read_rejects(tmp_path / "set")) == 10
 
 
 def test_captions_in_a_folder_of_their_own_are_named(tmp_path: Path):
@@ -107,3 +108,23 @@ def test_a_folder_without_images_names_its_files(tmp_path: Path):
 def test_extensions_that_are_not_of_caption_files_are_refused(extension: str):
     with pytest.raises(ValueError, match="--caption-extension .*must be the end of the names of text files"):
         check_extension(extension)
+
+
+def test_few_images_without_captions_are_no_note(tmp_path: Path):
+    write_images(tmp_path, ".txt", 8)
+    for number in range(3):
+        (tmp_path / f"{number}.txt").unlink()
+    (tmp_path / "sharding.log").write_text("unrelated")
+    with Listing() as listing:
+        list_folder(str(tmp_path), listing, ALL_TRAIN)
+        assert not listing.notes
+
+
+def test_a_store_is_read_as_a_disk_is():
+    for name, data in {"a/1.jpg": b"image", "a/1.TXT": b"x", "a/2.jpg": b"image", "a/2.xyz": b"y"}.items():
+        storage.write_bytes(f"memory://captions/{name}", data)
+    for extension, expected in ((None, {"a/1.jpg": "1.TXT"}), (".xyz", {"a/2.jpg": "2.xyz"})):
+        with Listing() as listing:
+            list_folder("memory://captions", listing, FolderOptions(0, 0, caption_extension=extension))
+            found = {image.name: image.text_url for image in listing.images("train") if image.text_url is not None}
+        assert found == {name: f"memory://captions/a/{text}" for name, text in expected.items()}

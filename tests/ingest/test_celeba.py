@@ -98,3 +98,17 @@ def test_what_is_missing_and_what_is_there_is_named(tmp_path: Path):
     message = "the folder img_align_celeba was not found.*is empty or missing"
     with pytest.raises(ValueError, match=message), Listing() as listing:
         list_celeba(str(tmp_path / "nowhere"), listing)
+
+
+def test_the_lossless_edition_of_the_authors(tmp_path: Path):
+    write_kaggle(tmp_path)
+    folder = tmp_path / "Img" / "img_align_celeba_png"
+    folder.parent.mkdir()
+    (tmp_path / "img_align_celeba" / "img_align_celeba").rename(folder)
+    (tmp_path / "img_align_celeba").rmdir()
+    for path in folder.iterdir():
+        path.rename(path.with_suffix(".png"))
+    with Listing() as listing:
+        list_celeba(str(tmp_path), listing)
+        assert sorted(Path(image.url).name for image in listing.images("val")) == ["000001.png", "000004.png"]
+        assert [reject.name for reject in listing.rejects()] == ["000003.jpg", "000005.png"]

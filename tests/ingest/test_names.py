@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from t2idist import storage
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.names import NameResolver, UnusableName
 from t2idist.ingest.rejects import Reason
@@ -91,3 +92,14 @@ def test_what_was_matched_is_counted(root: Path):
             "image names matched by reading backslashes as slashes: 1",
             "image names matched by removing the folder from the path: 1",
         ]
+
+
+def test_names_in_a_store_lead_to_their_file():
+    for name in ("a.jpg", "sub/b.jpg"):
+        storage.write_bytes(f"memory://bucket/names/{name}", b"image")
+    with Listing() as listing:
+        names = resolver("memory://bucket/names/", listing)
+        for name in ("sub/b.jpg", "sub\\b.jpg", "sub/b", "memory://bucket/names/sub/b.jpg", "/home/me/names/sub/b.jpg"):
+            assert names.resolve(name) == "sub/b.jpg"
+        with pytest.raises(UnusableName):
+            names.resolve("memory://bucket/other/b.jpg")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from t2idist.ingest.files import read_lines
+from t2idist.ingest.files import UndecodableText, read_lines, text_of_line
 from t2idist.ingest.flags import is_present
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.rejects import Reason
@@ -35,9 +35,9 @@ def read_jsonl(url: str, listing: Listing) -> Iterator[Annotation]:
             continue
         location = f"{file}, line {number}"
         try:
-            yield _parse(location, json.loads(line.decode()))
-        except UnicodeDecodeError:
-            listing.exclude("", location, Reason.INVALID_UTF8, "the line is not valid UTF-8")
+            yield _parse(location, json.loads(text_of_line(line)))
+        except UndecodableText as error:
+            listing.exclude("", location, Reason.INVALID_UTF8, str(error))
         except (ValueError, RecursionError) as error:
             listing.exclude("", location, Reason.MALFORMED, str(error)[:200])
 

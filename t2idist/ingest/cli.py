@@ -14,8 +14,12 @@ from tqdm import tqdm
 from t2idist import storage
 from t2idist.config.arguments import command_parser
 from t2idist.data.shard_writer import available_cpus
+from t2idist.data.text_files import check_encoding
+from t2idist.data.tokenizer import TOKENIZERS, UNICODE
+from t2idist.ingest.files import text_encoding
 from t2idist.ingest.image import MAX_MEGAPIXELS, ImageOptions
 from t2idist.ingest.listing import Listing
+from t2idist.ingest.rejects import Reason
 from t2idist.ingest.writer import REJECTED, IngestOptions, StrictError, write_set
 from t2idist.observability import command as ending
 
@@ -54,6 +58,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--min-count", type=int, default=1, metavar="N", help="rarer words are unknown (default: %(default)s)"
+    )
+    group.add_argument(
+        "--tokenizer",
+        choices=tuple(TOKENIZERS),
+        default=UNICODE,
+        help="words of any script, or ASCII only as in the authors' code (default: %(default)s)",
+    )
+    group.add_argument(
+        "--encoding", metavar="NAME", help="of text files, such as cp1252 (default: UTF-8, or UTF-16 if they are)"
     )
     group.add_argument(
         "--shard-samples", type=int, default=1024, metavar="N", help="a multiple of 256 (default: %(default)s)"
@@ -128,11 +141,14 @@ def _write(
         max_words=arguments.max_words,
         min_count=arguments.min_count,
         shard_samples=arguments.shard_samples,
+        tokenizer=arguments.tokenizer,
+        encoding=None if arguments.encoding is None else check_encoding(arguments.encoding),
     )
     set_endpoint(arguments.endpoint_url)
     with Listing() as listing, ProgressBar(sys.stderr) as progress:
         try:
-            list_images(arguments, listing)
+            with text_encoding(options.encoding):
+                list_images(arguments, listing)
         finally:
             for note in listing.notes:
                 print(f"{tool}: {note}", file=sys.stderr)
@@ -141,6 +157,10 @@ def _write(
             licence=arguments.licence or listing.licence or "not said", processes=arguments.processes,
             strict=arguments.strict, restart=arguments.restart, report=progress.update,
         )  # fmt: skip
+        undecodable = next((each for each in listing.rejects() if each.reason is Reason.INVALID_UTF8), None)
+        if undecodable is not None:
+            count = sum(description["rejected"][Reason.INVALID_UTF8].values())
+            print(f"{tool}: text that cannot be decoded: {count}, the first is {undecodable}", file=sys.stderr)
     print(summary(arguments.out, description))
     return 0
 

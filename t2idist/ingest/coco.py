@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from t2idist import storage
-from t2idist.ingest.files import is_image, is_unsafe, walk
+from t2idist.ingest.files import UndecodableText, is_image, is_unsafe, text_of_file, walk
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.rejects import Effect, Reason, Reject
 
@@ -109,9 +110,13 @@ def list_coco(splits: Iterable[CocoSplit], listing: Listing) -> None:
 def _list_split(split: CocoSplit, listing: Listing, licences: dict[str, None]) -> None:
     file = split.annotations_url.rsplit("/", 1)[-1]
     try:
-        content = storage.read_json(split.annotations_url)
+        content = json.loads(text_of_file(storage.read_bytes(split.annotations_url)))
     except FileNotFoundError:
         raise ValueError(f"{storage.redact(split.annotations_url)}: no such file") from None
+    except UndecodableText as error:
+        raise ValueError(f"{storage.redact(split.annotations_url)}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{storage.redact(split.annotations_url)}: not JSON: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise ValueError(f"{storage.redact(split.annotations_url)}: not a COCO annotation file: no list of images")
     for licence in content.get("licenses") or []:

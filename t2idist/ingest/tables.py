@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 
 from t2idist import storage
 from t2idist.ingest.annotations import Annotation
-from t2idist.ingest.files import file_size, read_lines
+from t2idist.ingest.files import file_size, read_lines, undecodable_part
 from t2idist.ingest.flags import is_flag, is_present
 from t2idist.ingest.listing import Listing
-from t2idist.ingest.rejects import Reason
+from t2idist.ingest.rejects import Effect, Reason, Reject
 
 _BATCH_ROWS = 1024
 _MAX_PARQUET_BYTES = 8 << 30
@@ -252,6 +252,8 @@ def _check_columns(url: str, columns: Columns, header: list[str]) -> None:
     wanted = [*options.items(), *(("--attribute-columns", column) for column in columns.flags_named())]
     for option, column in wanted:
         if column not in header:
+            if option == "--caption-column":
+                option += "; without captions: --caption-column '' --allow-no-captions"
             raise ValueError(
                 f"{storage.redact(url)}: no column '{column}' ({option}); columns: {', '.join(map(repr, header[:20]))}"
             )
@@ -269,8 +271,14 @@ def _annotations(location: str, values: dict[str, Any], present: list[str], list
     if isinstance(attributes, str):
         attributes = [part.strip() for part in _SEPARATORS.split(attributes) if part.strip()]
     class_name, split = values.get("class_name"), values.get("split")
+    if (problem := undecodable_part([*map(str, (*attributes, *present, class_name, split))])) is not None:
+        listing.exclude("", location, Reason.INVALID_UTF8, problem)
+        return
+    for text in captions:
+        if text is not None and (problem := undecodable_part([text])) is not None:
+            listing.reject(Reject(split or "", location, Reason.INVALID_UTF8, Effect.CAPTION_EXCLUDED, problem))
     yield Annotation(
-        location, image, [text for text in captions if text is not None],
+        location, image, [text for text in captions if text is not None and undecodable_part([text]) is None],
         [str(name).encode("utf-8", "replace").decode() for name in (*attributes, *present)],
         None if class_name in (None, "") else str(class_name), split or None,
     )  # fmt: skip

@@ -18,6 +18,8 @@ from typing import Any
 from t2idist import storage
 from t2idist.data.shard_writer import Row, ShardBuilder, check_unfinished, shard_name, write_index
 from t2idist.data.shards import DESCRIPTION, Shard, stored_bytes
+from t2idist.data.tokenizer import ASCII, TOKENIZERS, UNICODE
+from t2idist.ingest.captions import CaptionOptions
 from t2idist.ingest.image import MAX_MEGAPIXELS, ImageOptions
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.prepare import Preparer, SampleResult, start_preparer
@@ -45,6 +47,10 @@ class IngestOptions:
     """Words that occur less often are not in the vocabulary."""
     shard_samples: int = 1024
     """Samples per shard, a multiple of 256; less if a shard would be much larger than 100 MB."""
+    tokenizer: str = UNICODE
+    """What splits captions into words (`t2idist.data.tokenizer`)."""
+    encoding: str | None = None
+    """Of text files (None: as they say themselves)."""
 
     def __post_init__(self) -> None:
         if self.image.size < 0:
@@ -65,6 +71,12 @@ class IngestOptions:
             raise ValueError(f"--max-words {self.max_words}: must be at least 1")
         if self.min_count < 1:
             raise ValueError(f"--min-count {self.min_count}: must be at least 1")
+        if self.tokenizer not in TOKENIZERS:
+            raise ValueError(f"--tokenizer {self.tokenizer}: must be one of {', '.join(TOKENIZERS)}")
+
+    @property
+    def captions(self) -> CaptionOptions:
+        return CaptionOptions(self.max_words, self.tokenizer, self.encoding)
 
     def describe(self) -> dict[str, Any]:
         """Return the options as dataset.json holds them."""
@@ -77,6 +89,7 @@ class IngestOptions:
             "min_count": self.min_count,
             "shard_samples": self.shard_samples,
             "order": "by a hash of the key",
+            **({} if self.encoding is None else {"encoding": self.encoding}),
         }
 
 
@@ -128,7 +141,7 @@ def write_set(
     writer = _SetWriter(listing, store, options, strict, report)
     if writer.total > writer.done:
         in_memory = any(image.url.startswith("memory:") for s in listing.splits() for image in _first(listing, s))
-        preparer = start_preparer(options.image, options.max_words, 1 if in_memory else processes)
+        preparer = start_preparer(options.image, options.captions, 1 if in_memory else processes)
         try:
             writer.write(preparer)
         finally:
@@ -336,6 +349,8 @@ def _choose_shard_samples(results: Iterator[SampleResult], requested: int) -> tu
 def _plan(listing: Listing, options: IngestOptions) -> dict[str, Any]:
     """Return what must be equal for a run to be resumed. The keys are in the records of interrupted runs."""
     facts = {key: value for key, value in options.describe().items() if key not in ("min_count", "order")}
+    if options.tokenizer != ASCII:  # the only one there was when the first records were written
+        facts["tokenizer"] = options.tokenizer
     return {"format": _FORMAT, **facts, "number of pictures": sum(listing.splits().values()), "list": listing.digest()}
 
 
@@ -357,7 +372,9 @@ def _finish(listing: Listing, store: _ShardStore, options: IngestOptions, source
         "rejected": listing.reject_counts(),
         "captions_cut": sum(shard.captions_cut for split in store.stored.values() for shard in split),
     }
-    description = write_index(store.out, shards, store.rows(), facts=facts, min_count=options.min_count)
+    description = write_index(
+        store.out, shards, store.rows(), facts=facts, min_count=options.min_count, tokenizer=options.tokenizer
+    )
     storage.remove(storage.join(store.out, PROGRESS))
     return description
 

@@ -7,6 +7,7 @@ NUL bytes between the letters say so. A byte order mark has precedence over a na
 from __future__ import annotations
 
 import codecs
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -58,18 +59,22 @@ def to_utf8(data: bytes, encoding: str | None = None) -> bytes:
 
 
 def blocks_to_utf8(blocks: Iterable[bytes], encoding: str | None = None) -> Iterator[bytes]:
-    """Convert the content of a text file, block by block. The first block decides what the encoding is."""
-    decoder: codecs.IncrementalDecoder | None = None
-    first = True
+    """Convert the content of a text file, block by block. The first bytes decide what the encoding is."""
+    rest = iter(blocks)
+    start = b""
+    for block in rest:
+        start += block
+        if len(start) >= _SAMPLE_BYTES:
+            break
+    name, mark = _find_encoding(start, encoding)
+    blocks = itertools.chain([start[mark:]], rest)
+    if name == UTF8:
+        yield from blocks
+        return
+    decoder = codecs.getincrementaldecoder(name)(_KEEP_INVALID)
     for block in blocks:
-        if first:
-            name, mark = _find_encoding(block, encoding)
-            block, first = block[mark:], False
-            if name != UTF8:
-                decoder = codecs.getincrementaldecoder(name)(_KEEP_INVALID)
-        yield block if decoder is None else _encode(decoder.decode(block))
-    if decoder is not None:
-        yield _encode(decoder.decode(b"", final=True))
+        yield _encode(decoder.decode(block))
+    yield _encode(decoder.decode(b"", final=True))
 
 
 def _encode(text: str) -> bytes:

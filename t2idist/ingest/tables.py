@@ -276,7 +276,8 @@ def _annotations(location: str, values: dict[str, Any], present: list[str], list
         return
     for text in captions:
         if text is not None and (problem := undecodable_part([text])) is not None:
-            listing.reject(Reject(split or "", location, Reason.INVALID_UTF8, Effect.CAPTION_EXCLUDED, problem))
+            detail = f"{location}: {problem}"
+            listing.reject(Reject(split or "", image, Reason.INVALID_UTF8, Effect.CAPTION_EXCLUDED, detail))
     yield Annotation(
         location, image, [text for text in captions if text is not None and undecodable_part([text]) is None],
         [str(name).encode("utf-8", "replace").decode() for name in (*attributes, *present)],

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from t2idist import storage
 from t2idist.data.sample_format import PackedSample, SampleRecord, pack
 from t2idist.data.shards import COLUMNS, DESCRIPTION, MANIFEST, SCHEMA_VERSION, SentenceVectorInfo, Shard
-from t2idist.data.tokenizer import ASCII, Vocabulary, recorded, tokenize
+from t2idist.data.tokenizer import ASCII, UNICODE, WORDS, Vocabulary, recorded, tokenize
 
 _TAR_END = bytes(2 * tarfile.BLOCKSIZE)
 Row = dict[str, Any]
@@ -196,6 +196,7 @@ def write_index(
         "schema": SCHEMA_VERSION,
         **facts,
         **recorded(tokenizer),
+        **({"words": WORDS} if tokenizer == UNICODE else {}),
         "manifest": {"bytes": len(manifest), "sha256": storage.sha256(manifest)},
         "splits": splits,
         "captions": {split: of_split.summary(set(known)) for split, of_split in statistics.items()},

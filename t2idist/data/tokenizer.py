@@ -114,6 +114,10 @@ def lost_letters(caption: str, tokenizer: str) -> str:
     return "".join(character for character in caption if character.isalpha() and not character.isascii())
 
 
+WORDS = "lower case, NFKC; each character is a word in Chinese, Japanese, Thai, Lao, Burmese and Khmer"
+"""What dataset.json says about the words of `UNICODE`."""
+
+
 def recorded(tokenizer: str) -> dict[str, str]:
     """Return the entry of dataset.json or export.json that names the tokenizer; none for `ASCII`."""
     return {} if tokenizer == ASCII else {TOKENIZER_KEY: tokenizer}

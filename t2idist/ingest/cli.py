@@ -152,17 +152,24 @@ def _write(
         finally:
             for note in listing.notes:
                 print(f"{tool}: {note}", file=sys.stderr)
-        description = write_set(
-            listing, arguments.out, options, source=source,
-            licence=arguments.licence or listing.licence or "not said", processes=arguments.processes,
-            strict=arguments.strict, restart=arguments.restart, report=progress.update,
-        )  # fmt: skip
-        undecodable = next((each for each in listing.rejects() if each.reason is Reason.INVALID_UTF8), None)
-        if undecodable is not None:
-            count = sum(description["rejected"][Reason.INVALID_UTF8].values())
-            print(f"{tool}: text that cannot be decoded: {count}, the first is {undecodable}", file=sys.stderr)
+        try:
+            description = write_set(
+                listing, arguments.out, options, source=source,
+                licence=arguments.licence or listing.licence or "not said", processes=arguments.processes,
+                strict=arguments.strict, restart=arguments.restart, report=progress.update,
+            )  # fmt: skip
+        finally:
+            _name_undecodable(tool, listing)
     print(summary(arguments.out, description))
     return 0
+
+
+def _name_undecodable(tool: str, listing: Listing) -> None:
+    """Say on stderr which byte is no text, and how it can be read."""
+    undecodable = (reject for reject in listing.rejects() if reject.reason is Reason.INVALID_UTF8)
+    if (first := next(undecodable, None)) is not None:
+        count = 1 + sum(1 for _ in undecodable)
+        print(f"{tool}: text that cannot be decoded: {count}, the first is {first}", file=sys.stderr)
 
 
 class ProgressBar:

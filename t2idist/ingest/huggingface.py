@@ -92,7 +92,7 @@ def _field_names(url: str, wanted: str) -> list[str]:
         if url.lower().endswith(".csv"):
             headers = [next(csv.reader([line.decode("utf-8", "replace")], delimiter=each), []) for each in ",;\t|"]
             return next((header for header in headers if wanted in header), headers[0])
-        first = json.loads(line or b"{}")
+        first = json.loads(line.decode("utf-8", "surrogateescape") or "{}")
         return list(first) if isinstance(first, dict) else []
     except (pa.ArrowException, csv.Error, ValueError, RecursionError):
         return []

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from t2idist.contract import Adam, Batch, BuildInfo, Captions, Frozen, Pretrained, Role, Train, check_ranges
 from t2idist.losses.matching import RankingLosses, joint_embedding_losses
-from t2idist.nn.char_encoder import char_text_encoder
+from t2idist.nn.char_encoder import char_text_encoder, check_spelling
 from t2idist.nn.image_encoders import InceptionEncoder, TextImageEncoders, check_trunk, damsm_image_encoder, load_trunk
 
 
@@ -90,4 +90,5 @@ def build(config: Config, info: BuildInfo) -> CharText:
     if info.group_size < 2:
         raise ValueError(f"group_size is {info.group_size}; char_text compares the captions of a group: at least 2")
     check_trunk(config.trunk, config.image_size, config.trunk_weights)
+    check_spelling(info.data.words)
     return CharText(config, info)

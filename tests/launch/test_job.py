@@ -96,7 +96,7 @@ def test_a_submitted_working_directory_trains_on_the_cluster(head_with_token: He
     assert "did you mean 'attngan'" in wrong.stdout + wrong.stderr
 
 
-@pytest.mark.whole
+@pytest.mark.slow  # its parts, the wheel and the token, are in the other tests
 def test_an_installed_wheel_trains_on_a_cluster_with_a_token(head_with_token: Head, tmp_path: Path) -> None:
     command = ["python", "-m", "t2idist.run", str(short_recipe(tmp_path)), "cluster.require_token=true"]
     done = head_with_token.submit("--", *command)

@@ -20,7 +20,7 @@ def read(run_url: str) -> dict[str, list[dict[str, Any]]]:
     """Return the record of a run by stage; empty if there is none."""
     try:
         content: dict[str, list[dict[str, Any]]] = storage.read_json(storage.join(run_url, FILE))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     return content
 
@@ -43,8 +43,8 @@ def check(run_url: str, stage: str, datasets: Sequence[Dataset]) -> None:
             )
     if len(recorded) != len(datasets):
         raise ValueError(
-            f"data.beside: {len(datasets)} data sets in total, but stage {stage} of the run {run} was started on "
-            f"{len(recorded)}; give name=ANOTHER for a new run"
+            f"data.beside: names {len(datasets) - 1}, but stage {stage} of the run {run} was started with "
+            f"{len(recorded) - 1}; give name=ANOTHER for a new run"
         )
 
 

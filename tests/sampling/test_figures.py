@@ -129,6 +129,6 @@ def test_read_image_sees_what_the_sharding_tools_store(tmp_path: Path) -> None:
         stored = prepare_image(Path(path).read_bytes(), ImageOptions(size=32, quality=100))
         pixels = np.asarray(Image.open(io.BytesIO(stored.data)).convert("RGB")).astype(float)
         seen = (read.permute(1, 2, 0).numpy() + 1) * 127.5
-        # what is stored is a JPEG, which changes values of a gradient by a few units; a quarter turn changes them by 255
+        # what is stored is a JPEG, which changes values of a gradient by a few units; a turn changes them by 255
         assert np.abs(pixels - seen).max() < 12, name
         assert np.ptp(seen) > 200, name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,19 +25,15 @@ _CHARACTER_IDS = {character: i + 1 for i, character in enumerate(ALPHABET)}  # 0
 
 
 def spell_words(words: Sequence[str]) -> Tensor:
-    """Return (V, MAX_WORD_CHARACTERS) uint8: the character ids of each word, then zeros.
-
-    Letters with accents are spelled without them; other characters that are not in the alphabet are left out.
-    """
-    plain = (word if word.isascii() else unicodedata.normalize("NFKD", word) for word in words)
-    known = ([_CHARACTER_IDS[character] for character in word.lower() if character in _CHARACTER_IDS] for word in plain)
+    """Return (V, MAX_WORD_CHARACTERS) uint8: the character ids of each word, then zeros."""
+    known = ([_CHARACTER_IDS[character] for character in word.lower() if character in _CHARACTER_IDS] for word in words)
     rows = (word[:MAX_WORD_CHARACTERS] for word in known)
     return torch.tensor([row + [0] * (MAX_WORD_CHARACTERS - len(row)) for row in rows], dtype=torch.uint8)
 
 
 def check_spelling(words: Sequence[str]) -> None:
     """Raise ValueError if most words of a vocabulary have no character of the alphabet, so that they are all alike."""
-    empty = [word for word, letters in zip(words, spell_words(words), strict=True) if word and not letters.any()]
+    empty = [word for word in words if word and not set(word.lower()) & _CHARACTER_IDS.keys()]
     if 2 * len(empty) > len(words):
         raise ValueError(
             f"{len(empty)} of the data's {len(words)} words, such as {empty[0]!r}, have no character that char_text "

@@ -24,6 +24,7 @@ from t2idist.contract import Batch, SupportsEmbed, SupportsSample, to_float
 from t2idist.data.loader import LoadedSplit, load_split
 from t2idist.data.sources import open_dataset
 from t2idist.evaluate.attribute_classifier import balanced_accuracy, classify, train_classifier, trait_classes
+from t2idist.evaluate.earlier_scores import SCORES_FILE, keep_rows
 from t2idist.evaluate.r_precision import embed_batch, r_precision
 from t2idist.observability.command import command
 from t2idist.report import report
@@ -46,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     rows = score(options.run, options.judge, options.seed)
-    storage.write_json(storage.join(options.run, "scores.json"), rows)
+    if (kept := keep_rows(options.run, rows)) is not None:
+        print(f"score_demo: earlier, other scores are kept in {storage.redact(kept)}", file=sys.stderr)
+    storage.write_json(storage.join(options.run, SCORES_FILE), rows)
     print(table(rows))
     print(f"in {report.write_report(options.run)}")
     return 0

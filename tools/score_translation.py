@@ -30,6 +30,7 @@ from t2idist.evaluate.attribute_classifier import (
     train_classifier,
     trait_classes,
 )
+from t2idist.evaluate.earlier_scores import SCORES_FILE, keep_rows
 from t2idist.observability.command import command
 from t2idist.report import report, run_folder
 from t2idist.sampling.attribute_edits import NOT_APPLICABLE, AttributeEditor, Trait
@@ -52,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     rows = score(options.run, options.seed)
-    storage.write_json(storage.join(options.run, "scores.json"), rows)
+    if (kept := keep_rows(options.run, rows)) is not None:
+        print(f"score_translation: earlier, other scores are kept in {storage.redact(kept)}", file=sys.stderr)
+    storage.write_json(storage.join(options.run, SCORES_FILE), rows)
     print(table(rows))
     print(f"in {report.write_report(options.run)}")
     return 0

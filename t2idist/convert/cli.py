@@ -11,8 +11,9 @@ from t2idist import storage
 from t2idist.config.arguments import command_parser
 from t2idist.convert.authors import captions
 from t2idist.convert.authors.importing import ImportOptions, ImportResult, import_weights
-from t2idist.convert.to_onnx import CONFIG, write_onnx, write_safetensors
+from t2idist.convert.to_onnx import CONFIG, README, VOCABULARY, write_onnx, write_safetensors
 from t2idist.data.tokenizer import Vocabulary
+from t2idist.engine.checkpoint.export import read_index
 from t2idist.observability.command import command
 from t2idist.sampling.loading import load_export
 
@@ -113,6 +114,10 @@ def _export(options: argparse.Namespace) -> None:
     if storage.exists(storage.join(options.to, CONFIG)):
         raise ValueError(f"--to {storage.redact(options.to)}: already contains a {CONFIG}; use another folder")
     loaded = load_export(options.export, torch.device("cpu"))
+    written = {entry["file"] for entry in read_index(options.export)["networks"].values()} | {VOCABULARY, README}
+    for name in storage.list_dir(options.to):
+        if name in written or (options.onnx and name.endswith(".onnx")):
+            raise ValueError(f"--to {storage.redact(options.to)}: already contains {name}; use another folder")
     onnx = write_onnx(loaded, options.to) if options.onnx else None
     config = write_safetensors(loaded, options.to, onnx)
     print(f"{storage.redact(options.to)}: {loaded.name}")

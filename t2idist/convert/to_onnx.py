@@ -20,6 +20,8 @@ from t2idist.engine.checkpoint import export
 from t2idist.sampling.loading import LoadedExport
 
 CONFIG = "config.json"
+README = "README.md"
+VOCABULARY = "vocabulary.txt"
 OPSET = 20
 _SPLITTING = {
     ASCII: "lower case, then runs of letters, digits and underscores, without characters that are not ASCII",
@@ -57,9 +59,9 @@ def write_safetensors(loaded: LoadedExport, to: str, onnx: Mapping[str, Any] | N
         "onnx": dict(onnx or {}),
         **{key: loaded.meta[key] for key in ("imported", "data", "versions") if key in loaded.meta},
     }
-    storage.write_bytes(storage.join(to, "vocabulary.txt"), "\n".join(loaded.vocabulary.words).encode() + b"\n")
+    storage.write_bytes(storage.join(to, VOCABULARY), "\n".join(loaded.vocabulary.words).encode() + b"\n")
     storage.write_json(storage.join(to, CONFIG), config)
-    storage.write_bytes(storage.join(to, "README.md"), _readme(config).encode())
+    storage.write_bytes(storage.join(to, README), _readme(config).encode())
     return config
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,16 +15,20 @@ from tqdm import tqdm
 from t2idist import storage
 from t2idist.config.arguments import command_parser
 from t2idist.data.shard_writer import available_cpus
+from t2idist.data.shards import MANIFEST, Dataset
+from t2idist.data.statistics import print_findings, problems_of
 from t2idist.data.text_files import check_encoding
 from t2idist.data.tokenizer import TOKENIZERS, UNICODE
 from t2idist.ingest.files import text_encoding
 from t2idist.ingest.image import MAX_MEGAPIXELS, ImageOptions
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.rejects import Reason
-from t2idist.ingest.writer import REJECTED, IngestOptions, StrictError, write_set
+from t2idist.ingest.writer import PROGRESS, REJECTED, IngestOptions, StrictError, write_set
 from t2idist.observability import command as ending
+from t2idist.storage.outputs import is_same_file
 
 _SECONDS_BETWEEN_LINES = 10.0
+_SHARD = re.compile(r"[A-Za-z0-9_-]+-\d{5}\.tar")
 
 
 def tool_parser(tool: str, description: str, example: str) -> argparse.ArgumentParser:
@@ -145,6 +150,7 @@ def _write(
         encoding=None if arguments.encoding is None else check_encoding(arguments.encoding),
     )
     set_endpoint(arguments.endpoint_url)
+    _check_inputs_stay(arguments)
     with Listing() as listing, ProgressBar(sys.stderr) as progress:
         try:
             with text_encoding(options.encoding):
@@ -160,6 +166,9 @@ def _write(
             )  # fmt: skip
         finally:
             _name_undecodable(tool, listing)
+        print_findings(
+            tool, [*listing.findings(), *problems_of(Dataset.open(arguments.out, check_sizes=False))], sys.stderr
+        )
     print(summary(arguments.out, description))
     return 0
 
@@ -170,6 +179,21 @@ def _name_undecodable(tool: str, listing: Listing) -> None:
     if (first := next(undecodable, None)) is not None:
         count = 1 + sum(1 for _ in undecodable)
         print(f"{tool}: text that cannot be decoded: {count}, the first is {first}", file=sys.stderr)
+
+
+def _check_inputs_stay(arguments: argparse.Namespace) -> None:
+    """Raise ValueError if --out is an input folder with files of the names that are about to be written."""
+    given = [value for name, value in vars(arguments).items() if isinstance(value, str) and name != "out"]
+    if not any(is_same_file(value, arguments.out) for value in given):
+        return
+    names = storage.list_dir(arguments.out)
+    if PROGRESS in names:  # an interrupted run wrote them
+        return
+    if taken := [name for name in names if name == MANIFEST or _SHARD.fullmatch(name)]:
+        raise ValueError(
+            f"--out {storage.redact(arguments.out)}: is also the input, whose {taken[0]} would be overwritten; use "
+            "another folder"
+        )
 
 
 class ProgressBar:

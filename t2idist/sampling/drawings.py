@@ -53,7 +53,8 @@ def read_settings(url: str) -> dict[str, Any] | None:
 
 
 def export_sha256(url: str) -> str:
-    """Return the hash of an export's index, which holds those of its networks."""
+    """Return the hash of an export's index, which holds those of its networks. Raises ValueError if there is none."""
+    export.read_index(url)
     return storage.sha256(storage.read_bytes(storage.join(url, export.INDEX)))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from t2idist import storage, systems
@@ -11,7 +13,7 @@ from t2idist.config import DataConfig, RunConfig, StageConfig
 from t2idist.config.strict import from_dict, to_dict
 from t2idist.contract import BuildInfo, DataInfo, System
 from t2idist.data.shards import Dataset
-from t2idist.data.sources import open_datasets
+from t2idist.data.sources import is_folder, open_datasets
 from t2idist.data.tokenizer import Vocabulary
 from t2idist.engine.checkpoint import export
 from t2idist.training import run_data
@@ -137,10 +139,14 @@ def stages_of(config: RunConfig) -> Iterator[StageRun]:
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Make relative local paths absolute, because workers run in other working directories."""
+
+    def is_name(source: str) -> bool:
+        return source in config.stages or ("/" not in source and not Path(source).exists())
+
     stages = {}
     for stage in stages_of(config):
         settings = stage.settings
-        uses = {slot: url if url in config.stages else storage.absolute(url) for slot, url in settings.uses.items()}
+        uses = {slot: url if is_name(url) else storage.absolute(url) for slot, url in settings.uses.items()}
         data = to_dict(_with_absolute_sources(stage.data))
         init_from = storage.absolute(settings.init_from) if settings.init_from else ""
         overrides = {key: data[key] for key in settings.data}
@@ -151,7 +157,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 def _with_absolute_sources(data: DataConfig) -> DataConfig:
     def absolute(source: str) -> str:
-        return storage.absolute(source) if "/" in source else source
+        return storage.absolute(source) if "/" in source or is_folder(source) else source
 
     return replace(data, source=absolute(data.source), beside=tuple(absolute(source) for source in data.beside))
 
@@ -163,6 +169,10 @@ def check_uses(config: RunConfig) -> None:
         for slot, source in stage.uses.items():
             if source in config.stages and source not in before:
                 raise ValueError(f"stages.{name}.uses.{slot}: stage '{source}' does not come before '{name}'")
+            if source not in config.stages and "/" not in source and not Path(source).exists():
+                near = difflib.get_close_matches(source, before, n=1)
+                hint = f"did you mean '{near[0]}'?" if near else f"earlier stages: {', '.join(before) or 'none'}"
+                raise ValueError(f"stages.{name}.uses.{slot}: '{source}': no such stage and no such folder; {hint}")
         before.append(name)
 
 

@@ -86,7 +86,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "fsspec": ("storage/objects.py",),
     "s3fs": (),
     "botocore": ("storage/",),
-    "aiohttp": ("storage/retry.py",),
+    "aiohttp": ("storage/errors.py",),
     "deepspeed": ("engine/zero.py",),
     "webdataset": ("data/reader.py",),
     "sentence_transformers": ("sampling/sentence_encoders.py",),

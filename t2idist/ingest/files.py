@@ -19,23 +19,6 @@ _BLOCK_BYTES = 8 << 20
 _NAMED = 12
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f]")
-_KNOWN = (
-    *IMAGE_SUFFIXES,
-    ".txt",
-    ".caption",
-    ".json",
-    ".jsonl",
-    ".csv",
-    ".tsv",
-    ".parquet",
-    ".pickle",
-    ".pkl",
-    ".md",
-    ".zip",
-    ".tar",
-)
-
-
 _ENCODING: ContextVar[str | None] = ContextVar("encoding", default=None)
 
 
@@ -64,17 +47,14 @@ def is_unsafe(name: str) -> bool:
     return empty or not parts[0] or ".." in parts or bool(_SCHEME.match(name)) or bool(_UNPRINTABLE.search(name))
 
 
-def walk(url: str, file_endings: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yield the relative names of all files below a folder, in an order that does not depend on the file system.
+def walk(url: str) -> Iterator[str]:
+    """Yield the relative names of all files below a folder, in an order that is the same on disk and in a store.
 
     Hidden names are skipped; links to folders are not followed.
-
-    Args:
-        file_endings: further endings of the names of files, in lower case: in a store, a request is saved for each.
     """
     root = storage.local_path(url)
     if root is None:
-        yield from _walk_store(url, "", (*_KNOWN, *file_endings))
+        yield from _walk_store(url, "")
         return
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -84,16 +64,11 @@ def walk(url: str, file_endings: tuple[str, ...] = ()) -> Iterator[str]:
                 yield name if below == "." else f"{below}/{name}"
 
 
-def _walk_store(url: str, below: str, known: tuple[str, ...]) -> Iterator[str]:
-    for name in storage.list_dir(storage.join(url, below) if below else url):
-        if name.startswith("."):
-            continue
-        path = f"{below}/{name}" if below else name
-        inside = [] if name.lower().endswith(known) else storage.list_dir(storage.join(url, path))
-        if inside:
-            yield from _walk_store(url, path, known)
-        else:
-            yield path
+def _walk_store(url: str, below: str) -> Iterator[str]:
+    files, folders = storage.list_files_and_folders(storage.join(url, below) if below else url)
+    yield from (f"{below}{name}" for name in files)
+    for name in folders:
+        yield from _walk_store(url, f"{below}{name}/")
 
 
 @dataclass(frozen=True)

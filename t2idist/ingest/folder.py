@@ -98,9 +98,9 @@ def _list_pairs(root: str, listing: Listing, options: FolderOptions) -> str:
             else:
                 texts.add(name)
 
-    splits = NamedSplits(images_of(walk(root, texts.extensions)), ignore=not options.split_folders)
+    splits = NamedSplits(images_of(walk(root)), ignore=not options.split_folders)
     images = 0
-    for name in walk(root, texts.extensions):
+    for name in walk(root):
         if is_image(name):
             url, text_url = storage.join(root, name), texts.find(name)
             images += 1

@@ -36,7 +36,8 @@ def list_images(options: argparse.Namespace, listing: Listing) -> None:
     )
     folder_options = FolderOptions(
         options.val, options.test, options.split_by_class, needs_captions=not options.allow_no_captions,
-        split_folders=not options.split_by_hash, caption_extension=options.caption_extension,
+        split_folders=not (options.split_by_hash or options.split_by_class),
+        caption_extension=options.caption_extension,
     )  # fmt: skip
 
     def list_plain() -> str:

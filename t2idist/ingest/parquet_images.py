@@ -17,6 +17,7 @@ from t2idist import storage
 from t2idist.data.sample_format import MAX_FILE_BYTES
 from t2idist.ingest.fields import IMAGE_FIELDS, Fields, require_captions
 from t2idist.ingest.files import ByteRange
+from t2idist.ingest.flags import parse_attributes
 from t2idist.ingest.folder import OUTSIDE_SPLITS, FolderOptions, number_classes
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.rejects import Reason
@@ -141,7 +142,7 @@ def _rows(
             chosen = {kind: column for kind, column in columns.items() if column is not None}
             class_names = _class_names(schema, fields.class_name)
             number = 0
-            for batch in parquet.iter_batches(_BATCH_ROWS, columns=list(dict.fromkeys(chosen.values()))):
+            for batch in _batches(parquet, list(dict.fromkeys(chosen.values()))):
                 values = {kind: _python_values(batch.column(column)) for kind, column in chosen.items()}
                 for index in range(batch.num_rows):
                     number += 1
@@ -152,6 +153,12 @@ def _rows(
                         yield row_name, {**facts, "file": name}
     except (pa.ArrowException, OSError, EOFError) as error:
         raise _unreadable(url, error) from None
+
+
+def _batches(parquet: pq.ParquetFile, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Yield a few rows at a time. One iterator over all row groups would keep the memory of each of them."""
+    for group in range(parquet.num_row_groups):
+        yield from parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns)
 
 
 def _checked_image_column(url: str, schema: pa.Schema, fields: Fields) -> str:
@@ -223,8 +230,7 @@ def _facts(row_name: str, row: dict[str, Any], listing: Listing, class_names: Se
         if not isinstance(split, str | None):
             raise ValueError("the split must be a string")
         attributes = [part.strip() for part in attributes.split(",")] if isinstance(attributes, str) else attributes
-        if not isinstance(attributes, list) or not all(isinstance(name, str) for name in attributes):
-            raise ValueError("the attributes must be a list of names")
+        attributes = parse_attributes(attributes, "attributes", listing.attributes)
     except ValueError as error:
         listing.exclude("", row_name, Reason.MALFORMED, str(error)[:200])
         return None

@@ -204,8 +204,9 @@ def _read_both(image: ListedImage) -> tuple[bytes | Reject, bytes | Reject]:
     if image.text_url is not None:
         text = _read_or_reject(image, image.text_url, Effect.CAPTION_EXCLUDED, MAX_LINE_BYTES)
     data = _read_or_reject(image, image.url, Effect.EXCLUDED, MAX_FILE_BYTES, image.part)
-    if image.part is not None and isinstance(data, bytes) and len(data) < image.part.length:
-        data = _reject(image, Reason.TRUNCATED, Effect.EXCLUDED, "the file that holds it ends too early")
+    if image.part is not None and isinstance(data, bytes) and len(data) != image.part.length:
+        detail = f"{len(data)} bytes instead of {image.part.length}; its tar ends too early, or has no range requests"
+        data = _reject(image, Reason.TRUNCATED, Effect.EXCLUDED, detail)
     return text, data
 
 

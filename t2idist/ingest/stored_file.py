@@ -73,8 +73,6 @@ class _StoredFile(io.RawIOBase):
         if not len(view) or self._position >= self._size_bytes:
             return 0
         data = self._block(number)[skipped : skipped + len(view)]
-        if not data:
-            raise EOFError(f"{storage.redact(self._url)}: became shorter while it was read")
         view[: len(data)] = data
         self._position += len(data)
         return len(data)
@@ -82,7 +80,13 @@ class _StoredFile(io.RawIOBase):
     def _block(self, number: int) -> bytes:
         if number not in self._blocks:
             start, count = number * _BLOCK_BYTES, _BLOCKS_AHEAD if number - 1 in self._blocks else 1
-            data = storage.read_bytes(self._url, start, min(self._size_bytes, start + count * _BLOCK_BYTES))
+            end = min(self._size_bytes, start + count * _BLOCK_BYTES)
+            data = storage.read_bytes(self._url, start, end)
+            if len(data) != end - start:
+                raise OSError(
+                    f"{storage.redact(self._url)}: {len(data)} bytes came instead of {end - start}; the file "
+                    "changed, or its server does not support range requests"
+                )
             for index in range(count):
                 self._blocks[number + index] = data[index * _BLOCK_BYTES : (index + 1) * _BLOCK_BYTES]
                 self._blocks.move_to_end(number + index)

@@ -25,10 +25,11 @@ from t2idist.ingest.files import (
     text_as_utf8,
     text_of_file,
 )
+from t2idist.ingest.flags import parse_attributes
 from t2idist.ingest.folder import OUTSIDE_SPLITS, FolderOptions, number_classes
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.rejects import Reason
-from t2idist.ingest.splits import NamedSplits
+from t2idist.ingest.splits import NamedSplits, split_of_word
 from t2idist.ingest.stored_file import each_file, open_file
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -158,17 +159,20 @@ class _Scan:
             raise ValueError("the JSON must be an object")
         self.json_keys = self.json_keys or list(values)
         attributes = values.get(self._fields.attributes or "attributes", [])
-        known = isinstance(attributes, list) and all(isinstance(name, str) for name in attributes)
-        if self._fields.attributes and not known:
-            raise ValueError(f"'{self._fields.attributes}' must be a list of names")
+        try:
+            attributes = parse_attributes(attributes, self._fields.attributes or "attributes", self._listing.attributes)
+        except ValueError:
+            if self._fields.attributes:
+                raise
+            attributes = []
         split = values.get(self._fields.split) if self._fields.split else None
         if not isinstance(split, str | None):
             raise ValueError(f"'{self._fields.split}' must be a string")
         facts = {
             "captions": self._fields.captions(values),
-            "attributes": attributes if known else [],
+            "attributes": attributes,
             "class_name": self._fields.class_of(values),
-            "split": split or None,
+            "split": (split_of_word(split) or split) if split else None,
         }
         self.captioned |= bool(facts["captions"])
         if facts["class_name"] is not None:

@@ -10,6 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from t2idist import storage
+from t2idist.ingest import cli
+from t2idist.ingest.writer import PROGRESS
 from tests.helpers.image_files import encode, make_image, save_image, write_jsonl
 from tests.helpers.object_store import seaweedfs, store
 from tests.ingest.layout_sets import SMALL, captions, contents, img2dataset_members, shard, write_parquet, write_tar
@@ -65,6 +67,31 @@ def test_every_layout_is_recognised_and_keeps_its_splits(
     (tmp_path / "mine" / "README.md").write_text("about")
     assert captions(shard(tmp_path / "mine", tmp_path / "set")) == EXPECTED
     assert f"layout: {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar", "tar.gz"])
+def test_an_interrupted_run_resumes_to_the_same_bytes(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f"mine.{kind}"
+    if kind == "parquet":
+        write_parquet(path, 0, 600)
+    else:
+        write_tar(path, img2dataset_members(0, 600), "w" if kind == "tar" else "w:gz")
+    options = ("--shard-samples", "256", "--val", "0", "--test", "0")
+    shard(path, tmp_path / "whole", *options)
+
+    def stop(self: object, done: int, total: int, shards: int = 0) -> None:
+        if done == 400:
+            raise KeyboardInterrupt
+
+    arguments = ["--folder", str(path), "--out", str(tmp_path / "set"), *SMALL, *options]
+    with monkeypatch.context() as patch:
+        patch.setattr(cli.ProgressBar, "update", stop)
+        assert shard_folder.main(arguments) == 130
+    assert [record.name for record in (tmp_path / "set" / PROGRESS).iterdir()] == ["train-00000.tar.json"]
+    shard(path, tmp_path / "set", *options)
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
 
 
 @pytest.fixture(scope="module")

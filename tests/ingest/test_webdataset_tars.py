@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from t2idist.ingest.writer import PROGRESS
 from tests.helpers.image_files import read_rejects
 from tests.ingest.layout_sets import (
     SMALL,
@@ -192,26 +191,6 @@ def test_equal_keys_in_several_tars_are_different_images(tmp_path: Path) -> None
         write_tar(tmp_path / "mine" / f"{number}.tar", {"0.jpg": jpeg(number), "0.txt": f"tar {number}".encode()})
     found = shard(tmp_path / "mine", tmp_path / "set", *ALL)
     assert captions(found) == {"train": {f"tar {n}" for n in range(4)}} and len(set(found.split("train").keys)) == 4
-
-
-def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = tmp_path / "mine"
-    write_tar(root / "0.tar", img2dataset_members(0, 600))
-    options = ("--shard-samples", "256", *ALL)
-    shard(root, tmp_path / "whole", *options)
-    from t2idist.ingest import cli
-
-    def stop(self: object, done: int, total: int, shards: int = 0) -> None:
-        if done == 400:
-            raise KeyboardInterrupt
-
-    arguments = ["--folder", str(root), "--out", str(tmp_path / "set"), *SMALL, *options]
-    with monkeypatch.context() as patch:
-        patch.setattr(cli.ProgressBar, "update", stop)
-        assert shard_folder.main(arguments) == 130
-    assert len(list((tmp_path / "set" / PROGRESS).iterdir())) == 1
-    shard(root, tmp_path / "set", *options)
-    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
 
 
 def test_shards_of_this_package_are_read_with_captions_and_attributes(tmp_path: Path) -> None:

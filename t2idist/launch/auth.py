@@ -48,8 +48,9 @@ def check_cluster(address: str, environment: Mapping[str, str], home: Path, requ
             "cluster.require_token=false"
         )
     return (
-        f"the Ray cluster at {where} has no token (RAY_AUTH_MODE is {mode}): anybody who reaches its ports "
-        "can run code there; start it with RAY_AUTH_MODE=token, or pass --insecure-cluster if its network is private"
+        f"the Ray cluster at {where} is joined without a token (RAY_AUTH_MODE is {mode}): anybody who reaches an open "
+        "cluster can run code on it; start it with RAY_AUTH_MODE=token, or pass --insecure-cluster if its network is "
+        "private"
     )
 
 

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import TypeVar
 
 import ray
+from ray.exceptions import AuthenticationError
 
 from t2idist.config import ClusterConfig
 from t2idist.launch import auth
@@ -39,10 +40,23 @@ def join_cluster(cluster: ClusterConfig) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_environment(_unless_set(_settings(cluster))))
         if connects:
-            ray.init(address=None if cluster.address == "auto" else cluster.address, logging_level=logging.WARNING)
+            _join(cluster.address)
             stack.callback(ray.shutdown)
         stack.enter_context(_signals_interrupt())
         yield
+
+
+def _join(address: str) -> None:
+    try:
+        ray.init(address=None if address == "auto" else address, logging_level=logging.WARNING)
+    except (ConnectionError, AuthenticationError) as error:
+        if os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
+            raise
+        reason = " ".join(str(error).split())
+        raise ConnectionError(
+            f"{reason}: the cluster could not be joined without a token; if it has one, set RAY_AUTH_MODE=token, and "
+            "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        ) from error
 
 
 @contextlib.contextmanager

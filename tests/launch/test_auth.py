@@ -34,13 +34,16 @@ def test_a_run_that_starts_ray_needs_no_token(tmp_path: Path) -> None:
 def test_open_cluster_on_this_machine_is_joined_with_a_warning(address: str, tmp_path: Path) -> None:
     for environment, mode in (({}, "not set"), ({"RAY_AUTH_MODE": "disabled"}, "disabled")):
         warning = auth.check_cluster(address, environment, tmp_path, required=False)
-        assert f"the Ray cluster at {address} (this machine) has no token (RAY_AUTH_MODE is {mode})" in warning
+        assert (
+            f"the Ray cluster at {address} (this machine) is joined without a token (RAY_AUTH_MODE is {mode})"
+            in warning
+        )
 
 
 @pytest.mark.parametrize("address", ["10.255.0.5:6379", "head:6379", "ray://head:10001", "localhost.example.com:6379"])
 def test_open_cluster_elsewhere_is_joined_with_a_warning(address: str, tmp_path: Path) -> None:
     warning = auth.check_cluster(address, {"RAY_AUTH_TOKEN": "0" * 64}, tmp_path, required=False)
-    assert f"the Ray cluster at {address} has no token (RAY_AUTH_MODE is not set)" in warning
+    assert f"the Ray cluster at {address} is joined without a token (RAY_AUTH_MODE is not set)" in warning
 
 
 def test_every_interface_of_this_machine_is_this_machine() -> None:
@@ -92,4 +95,4 @@ def test_dry_run_warns_of_an_open_cluster_once(
     assert caplog.messages == []
     assert run.main(command) == 0
     (message,) = caplog.messages
-    assert message.startswith("the Ray cluster at 10.255.255.1:6379 has no token")
+    assert message.startswith("the Ray cluster at 10.255.255.1:6379 is joined without a token")

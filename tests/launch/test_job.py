@@ -20,7 +20,7 @@ from tests.helpers import small_systems
 from tests.helpers.ray_head import Head, ray_head
 from tests.helpers.runs import ROOT, check_finished, write_recipe
 
-WARNING = "has no token (RAY_AUTH_MODE is not set)"
+WARNING = "is joined without a token (RAY_AUTH_MODE is not set)"
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +103,13 @@ def test_an_installed_wheel_trains_on_a_cluster_with_a_token(head_with_token: He
     assert done.returncode == 0, done.stdout + done.stderr
     assert WARNING not in done.stdout and trained(tmp_path)
     assert not (head_with_token.home / ".ray").exists()
+    users = {name: value for name, value in head_with_token.env.items() if not name.startswith("RAY_AUTH_")}
+    users["RAY_ADDRESS"] = head_with_token.address
+    command = [sys.executable, "-m", "t2idist.run", str(short_recipe(tmp_path)), "name=refused"]
+    refused = subprocess.run(command, cwd="/", env=users, capture_output=True, text=True, timeout=240, check=False)
+    assert refused.returncode == 1
+    (error,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
+    assert "the cluster could not be joined without a token; if it has one, set RAY_AUTH_MODE=token" in error
 
 
 @pytest.mark.whole

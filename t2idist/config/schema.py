@@ -11,6 +11,8 @@ from typing import Any
 from t2idist.config.ranges import check_ranges
 from t2idist.config.strict import from_dict, parse_value, parse_yaml, to_dict, type_at, unknown_key
 
+EXPORT_BY_SYSTEM, EXPORT_R_PRECISION = "auto", "r_precision"
+EXPORTS_BEST = (EXPORT_BY_SYSTEM, EXPORT_R_PRECISION, "last")
 PRECISIONS = ("bfloat16", "float32", "float64")
 METRICS = ("fid", "kid", "is", "prdc", "r_precision", "clip_r", "damsm_r", "memorisation")
 """The metrics of evaluate/score.py."""
@@ -103,6 +105,9 @@ class StageConfig:
     pictures_every_images: int = 50_000
     scores_every_images: int = 0
     """how often the averaged weights are scored in training, as `RunConfig.scores` says; 0 is never"""
+    export_best: str = "auto"
+    """either "last", or "r_precision": the weights with the best held-out R-precision, if the last are worse by more than
+    noise; "auto" is what the system declares (damsm and char_text: r_precision)"""
     init_from: str = ""
     """URL of an export; networks that both have start from its weights; "" is fresh weights"""
 
@@ -112,6 +117,8 @@ class StageConfig:
             above_0="group_size groups images max_groups_per_worker checkpoint_every_images pictures_every_images",
             at_least_0="scores_every_images",
         )
+        if self.export_best not in EXPORTS_BEST:
+            raise ValueError(f"export_best: '{self.export_best}'; allowed are {', '.join(EXPORTS_BEST)}")
 
     @property
     def images_per_step(self) -> int:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from t2idist import storage
 from t2idist.data.sample_format import PackedSample, SampleRecord, pack
 from t2idist.data.shards import COLUMNS, DESCRIPTION, MANIFEST, SCHEMA_VERSION, SentenceVectorInfo, Shard
+from t2idist.data.statistics import IMAGES_KEY, ImageStatistics
 from t2idist.data.tokenizer import ASCII, UNICODE, WORDS, Vocabulary, recorded, tokenize
 
 _TAR_END = bytes(2 * tarfile.BLOCKSIZE)
@@ -174,6 +175,7 @@ def write_index(
     """
     statistics: dict[str, _CaptionStatistics] = {split: _CaptionStatistics(tokenizer) for split in shards}
     attributes: Counter[str] = Counter()
+    images = ImageStatistics()
     sink = io.BytesIO()
     with pq.ParquetWriter(sink, COLUMNS, compression="zstd") as writer:
         for rows in rows_of_shards:
@@ -181,6 +183,8 @@ def write_index(
             writer.write_table(pa.Table.from_pylist(columns, schema=COLUMNS))
             for row in rows:
                 attributes.update(row["attributes"])
+                if "image" in row:  # records of an interrupted run of an older version lack it
+                    images.add(row["split"], row["key"], row["image"])
                 statistics[row["split"]].add(row["captions"])
     manifest = sink.getvalue()
     storage.write_bytes(storage.join(url, MANIFEST), manifest)
@@ -203,6 +207,7 @@ def write_index(
         "attributes": sorted(attributes),
         "attribute_counts": {name: attributes[name] for name in sorted(attributes)},
         "vocabulary": {word: counts[word] for word in known},
+        **({IMAGES_KEY: equal} if (equal := images.describe()) else {}),
     }
     storage.write_json(storage.join(url, DESCRIPTION), description)
     return description

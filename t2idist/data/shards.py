@@ -12,7 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -153,6 +153,21 @@ class Split:
         names: list[str] = self._attributes[index].as_py()
         return names
 
+    def attribute_counts(self) -> dict[str, int]:
+        """Return the number of samples of each attribute that occurs."""
+        counted = pc.value_counts(self._attributes.flatten())
+        return {entry["values"].as_py(): entry["counts"].as_py() for entry in counted}
+
+    def count_attributes(self, names: Sequence[str]) -> NDArray[np.int64]:
+        """Return how many of the given attributes each sample has, (n,)."""
+        known = pc.is_in(self._attributes.flatten(), value_set=pa.array(names, pa.string()))
+        rows = pc.list_parent_indices(self._attributes).filter(known)
+        return np.bincount(rows.to_numpy(zero_copy_only=False), minlength=len(self)).astype(np.int64)
+
+    def different_captions(self) -> int:
+        """Return the number of captions that differ from each other."""
+        return int(pc.count_distinct(self._captions.flatten()).as_py())
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -171,6 +186,8 @@ class Dataset:
     """Of the object store (None: the environment's)."""
     vector_info: SentenceVectorInfo | None = None
     """Format of its sentence vectors (None: it has none)."""
+    quality: dict[str, Any] = field(default_factory=dict)
+    """What dataset.json says of images that were left out and of equal ones (see `data.statistics`)."""
     fingerprint: str = ""
     """SHA-256 of all that a run depends on: equal for a copy at another URL, another for any other content."""
 
@@ -209,7 +226,8 @@ class Dataset:
             _check_sizes(url, [shard for of_split in shards.values() for shard in of_split], endpoint_url)
         return cls(
             url, splits, vocabulary, counts, names, str(source), str(licence), dict(options),
-            endpoint_url, vector_info, _fingerprint(manifest_sha256, description),
+            endpoint_url, vector_info, {key: description.get(key) for key in ("rejected", "image_statistics")},
+            _fingerprint(manifest_sha256, description),
         )  # fmt: skip
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -51,6 +51,8 @@ class Score:
     """Value of a random choice, if known."""
     n: int
     note: str
+    bias: float | None = None
+    """Value of as many real images against other real ones: what perfect images would get (None: not computed)."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,23 @@ class MetricCalculator:
         if times > 1:
             error = bootstrap_error(lambda rows: fid(real, generated[rows]), n, seed=seed, times=times)
             note += f"; error: standard error, {times} bootstrap draws"
-        return [_score("fid", value, error, n, note, real=fid(*halves))]
+        of_halves = fid(*halves)
+        bias, bias_note = self._fid_bias(of_halves)
+        return [replace(_score("fid", value, error, n, note + bias_note, real=of_halves), bias=bias)]
+
+    def _fid_bias(self, of_halves: float) -> tuple[float, str]:
+        """Return the FID of as many real images as were generated, against other real ones, and a note about it."""
+        real, n = self.real.outputs[0].features, len(self.generated.rows)
+        order = torch.randperm(len(real), generator=torch.Generator().manual_seed(self._job.seed))
+        count = min(n, len(real) // 2)
+        note = f"; bias: {count} real images against {len(real) - count} others"
+        if count < n:
+            note += f" (there are too few for {n}: that of {n} is smaller)"
+        if n < real.shape[1]:
+            note += f"; {n} images are few for {real.shape[1]} features: compare it only at the same numbers of images"
+        if count == len(real) // 2:
+            return of_halves, note
+        return fid(real[order[count:]], real[order[:count]]), note
 
     def _kid(self) -> list[Score]:
         real, generated = self.real.outputs[0].features, self.generated.outputs[0].features

@@ -400,6 +400,7 @@ def table(result: Mapping[str, Any]) -> str:
         interval = "" if row["low"] is None else f"{row['low']:.4g} to {row['high']:.4g}"
         lines.append(
             f"{row['name']:14}{number(row['value']):>11}{number(row['error']):>11}{interval:>22}"
-            f"{number(row['real']):>11}{number(row.get('bias')):>10}{number(row['chance']):>8}{row['n']:8d}  {row['note']}"
+            f"{number(row['real']):>11}{number(row.get('bias')):>10}{number(row['chance']):>8}{row['n']:8d}"
+            f"  {row['note']}"
         )
     return "\n".join(lines)

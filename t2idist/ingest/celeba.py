@@ -19,7 +19,7 @@ from t2idist.ingest.files import (
     text_of_line,
     walk,
 )
-from t2idist.ingest.flags import is_flag, is_present
+from t2idist.ingest.flags import attributes_present, is_flag
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.rejects import Reason
 
@@ -64,7 +64,7 @@ def list_celeba(root: str, listing: Listing, captions_url: str | None = None) ->
             if not is_unsafe(name):
                 listing.mark_annotated(_image_url(images, name))
             continue
-        present = [each for each, value in zip(names, values, strict=True) if is_present(each, value)]
+        present = attributes_present(zip(names, values, strict=True), listing.attributes)
         listing.add(
             split, name, _image_url(images, name), attributes=present, captions=captions.pop(name, ()),
             needs_captions=captions_url is not None,

@@ -13,6 +13,7 @@ from t2idist.ingest.files import UndecodableText, is_image, is_unsafe, text_of_f
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.rejects import Effect, Reason, Reject
 
+_PAPERS_YEAR = "2014"
 _ANNOTATIONS = re.compile(r"(captions|image_info)_([A-Za-z0-9_-]+)\.json")
 
 
@@ -41,7 +42,8 @@ def find_splits(root: str, wanted: Sequence[str] = ()) -> list[CocoSplit]:
     """Find the splits in a folder. The name of a split is that of its file without the year (train2014: train).
 
     Args:
-        wanted: names with or without year. Default: all splits with captions.
+        wanted: names with or without year. Default: all splits with captions; of several years those of 2014, which
+            the papers train on and score (train2014, val2014).
 
     Raises:
         ValueError: a split is missing, or two years would share a name.
@@ -53,6 +55,8 @@ def find_splits(root: str, wanted: Sequence[str] = ()) -> list[CocoSplit]:
             f"{storage.redact(folder)}: no captions_*.json found; --coco must be the parent folder of annotations"
         )
     chosen = [m for m in listed if m[1] == "captions"] if not wanted else _choose(listed, wanted, folder)
+    if not wanted and len(years := {_year(match[2]) for match in chosen}) > 1 and _PAPERS_YEAR in years:
+        chosen = [match for match in chosen if _year(match[2]) == _PAPERS_YEAR]
     splits: dict[str, CocoSplit] = {}
     for match in chosen:
         kind, full = match.groups()
@@ -81,6 +85,10 @@ def _choose(listed: list[re.Match[str]], wanted: Sequence[str], folder: str) -> 
 
 def _without_year(name: str) -> str:
     return re.sub(r"\d+", "", name).strip("-_") or name
+
+
+def _year(name: str) -> str:
+    return "".join(re.findall(r"\d+", name))
 
 
 def _images(root: str, full: str) -> str:

@@ -14,6 +14,7 @@ from t2idist import storage
 from t2idist.ingest.annotations import Annotation
 from t2idist.ingest.fields import Fields, require_captions
 from t2idist.ingest.files import UndecodableText, is_unsafe, read_lines, text_of_line
+from t2idist.ingest.flags import parse_attributes
 from t2idist.ingest.folder import FolderOptions, list_annotated
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.rejects import Reason
@@ -106,7 +107,7 @@ def _json_rows(url: str, name: str, listing: Listing, fields: Fields, needs_capt
             continue
         location = f"{name}, line {number}"
         try:
-            row = _parse(location, json.loads(text_of_line(line)), fields)
+            row = _parse(location, json.loads(text_of_line(line)), fields, listing.attributes)
         except UndecodableText as error:
             listing.exclude("", location, Reason.INVALID_UTF8, str(error))
         except (ValueError, RecursionError) as error:
@@ -119,13 +120,12 @@ def _json_rows(url: str, name: str, listing: Listing, fields: Fields, needs_capt
         require_captions(storage.redact(url), fields, _field_names(url, FILE_NAME))
 
 
-def _parse(location: str, value: object, fields: Fields) -> Annotation:
+def _parse(location: str, value: object, fields: Fields, seen: dict[str, bool]) -> Annotation:
     image_field = fields.image or FILE_NAME
     if not isinstance(value, dict) or not isinstance(value.get(image_field), str):
         raise ValueError(f'the line must be an object with "{image_field}", the name of an image')
     attributes = value.get(fields.attributes, []) if fields.attributes else []
-    if not isinstance(attributes, list) or not all(isinstance(name, str) for name in attributes):
-        raise ValueError(f"'{fields.attributes}' must be a list of names")
+    attributes = parse_attributes(attributes, fields.attributes or "attributes", seen)
     split = value.get(fields.split or "split")
     if not isinstance(split, str | None):
         raise ValueError(f"'{fields.split or 'split'}' must be a string")

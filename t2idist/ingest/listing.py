@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from t2idist.data.sample_format import KEY_PATTERN
+from t2idist.data.statistics import Finding
 from t2idist.ingest.files import ByteRange
 from t2idist.ingest.rejects import Effect, Reason, Reject
 
@@ -81,6 +82,7 @@ class Listing:
         classes: names by class id.
         licence: the licence that the data names, if any.
         notes: sentences about how the data was read, for stderr.
+        attributes: names that flags were read for, and whether any image has them.
     """
 
     def __init__(self) -> None:
@@ -94,6 +96,7 @@ class Listing:
         self.classes: dict[int, str] = {}
         self.licence: str | None = None
         self.notes: list[str] = []
+        self.attributes: dict[str, bool] = {}
 
     def __enter__(self) -> Listing:
         return self
@@ -103,6 +106,11 @@ class Listing:
         if self._spool is not None:
             self._spool.close()
         self._folder.cleanup()
+
+    def findings(self) -> list[Finding]:
+        """Return what is wrong with the attributes that flags were read for."""
+        nobody = [name for name, found in self.attributes.items() if not found]
+        return [Finding(f"no image has the attribute {', '.join(nobody[:8])}; the set lacks it")] if nobody else []
 
     def add(
         self,

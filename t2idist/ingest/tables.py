@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from t2idist import storage
 from t2idist.ingest.annotations import Annotation
 from t2idist.ingest.files import file_size, read_lines, undecodable_part
-from t2idist.ingest.flags import is_flag, is_present
+from t2idist.ingest.flags import attributes_present, is_flag
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.rejects import Effect, Reason, Reject
 
@@ -155,7 +155,7 @@ def _to_annotations(
         rows = itertools.chain(first, rows)
     for location, row in rows:
         try:
-            present = [flag for flag in flags if is_present(flag, row[flag])]
+            present = attributes_present(((flag, row[flag]) for flag in flags), listing.attributes)
         except ValueError as error:
             listing.exclude("", location, Reason.MALFORMED, str(error))
             continue

@@ -118,8 +118,8 @@ def _check_data(stage: StageRun, system: System, datasets: Sequence[Dataset]) ->
     """Raise ValueError if it is meaningless to train the system of a stage on its data."""
     if stage.settings.export_best == EXPORT_R_PRECISION and not isinstance(system, SupportsEmbed):
         raise ValueError(
-            f"stages.{stage.name}.export_best: {stage.settings.system} does not embed images and captions, so it has no "
-            "R-precision; allowed are auto and last"
+            f"stages.{stage.name}.export_best: {stage.settings.system} does not embed images and captions, so it has "
+            "no R-precision; allowed are auto and last"
         )
     for index, dataset in enumerate(datasets):
         if is_text_conditional(system, dataset.vector_dim) or isinstance(system, SupportsEmbed):

@@ -63,6 +63,7 @@ class CharText:
         self.roles = {"char_text": Role(encoders, Adam(lr=config.lr), pretrained=pretrained)}
         self.frozen: dict[str, Frozen] = {}
         self.sizes = (config.image_size,)
+        self.export_best = "r_precision"
         self.exports = ("char_text.text", "char_text.image")
 
     def step(self, batch: Batch, train: Train) -> None:

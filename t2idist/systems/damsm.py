@@ -75,6 +75,7 @@ class Damsm:
         }
         self.frozen: dict[str, Frozen] = {}
         self.sizes = (config.image_size,)
+        self.export_best = "r_precision"
         self.exports = ("damsm.text", "damsm.image")
         self.gammas = Gammas(config.gamma_attention, config.gamma_words, config.gamma_ranking)
 

@@ -63,7 +63,8 @@ def copy(source: str, target: str, facts: Mapping[str, Any]) -> None:
     read(source)
     index = read_index(source)
     for entry in index["networks"].values():
-        storage.write_bytes(storage.join(target, entry["file"]), storage.read_bytes(storage.join(source, entry["file"])))
+        data = storage.read_bytes(storage.join(source, entry["file"]))
+        storage.write_bytes(storage.join(target, entry["file"]), data)
     storage.write_json(storage.join(target, INDEX), {**index, **facts})
 
 

@@ -106,7 +106,7 @@ class StageConfig:
     scores_every_images: int = 0
     """how often the averaged weights are scored in training, as `RunConfig.scores` says; 0 is never"""
     export_best: str = "auto"
-    """either "last", or "r_precision": the weights with the best held-out R-precision, if the last are worse by more than
+    """either "last", or "r_precision": the weights of best held-out R-precision, if the last are worse by more than
     noise; "auto" is what the system declares (damsm and char_text: r_precision)"""
     init_from: str = ""
     """URL of an export; networks that both have start from its weights; "" is fresh weights"""

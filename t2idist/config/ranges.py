@@ -18,7 +18,6 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "at_least_1": (lambda value: value >= 1, "at least 1"),
     "share": (lambda value: 0 <= value <= 1, "from 0 to 1"),
     "below_1": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
-    "power_of_two": (lambda value: value >= 1 and int(value) & (int(value) - 1) == 0, "a power of two"),
 }
 
 
@@ -27,7 +26,7 @@ def check_ranges(config: Any, **fields: str) -> None:
 
     Args:
         fields: by range, the names of its fields, separated by blanks: ``check_ranges(self, above_0="lr width")``.
-            The ranges are above_0, at_least_0, at_least_1, share (0 to 1), below_1 (0 to 1 without 1), power_of_two.
+            The ranges are above_0, at_least_0, at_least_1, share (0 to 1) and below_1 (0 to 1 without 1).
 
     Raises:
         RangeError: A number is out of its range, or (in any field) not finite.

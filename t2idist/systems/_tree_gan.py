@@ -59,10 +59,9 @@ class TreeConfig:
     def __post_init__(self) -> None:
         check_ranges(
             self,
-            at_least_1="generator_width discriminator_width branches z_dim condition_dim",
+            at_least_1="generator_width discriminator_width branches z_dim condition_dim base_size",
             at_least_0="residuals kl_weight",
             above_0="generator_lr discriminator_lr ema_half_life_images",
-            power_of_two="base_size",
         )
 
 

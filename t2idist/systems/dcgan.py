@@ -39,8 +39,7 @@ class Config:
     def __post_init__(self) -> None:
         check_ranges(
             self,
-            at_least_1="generator_width discriminator_width z_dim condition_dim",
-            power_of_two="image_size",
+            at_least_1="generator_width discriminator_width z_dim condition_dim image_size",
             above_0="generator_lr discriminator_lr ema_half_life_images",
         )
 

@@ -194,8 +194,6 @@ def _cycle(net: TranslationGenerator, real: Tensor, target: Tensor, own: Tensor)
 
 def build(config: Config, info: BuildInfo) -> StarGan:
     """Build the system with new weights. Raises ValueError, naming the key, if the config is invalid."""
-    if config.discriminator_steps < 1:
-        raise ValueError(f"discriminator_steps is {config.discriminator_steps}; it must be at least 1")
     if not 0 <= config.decay_start_images < config.decay_end_images:
         raise ValueError(
             f"decay_end_images is {config.decay_end_images:g}; it must be above decay_start_images, "

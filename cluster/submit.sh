@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Submit a run of this checkout to a Ray cluster, and follow its output until it ends.
 #   cluster/submit.sh NAME RECIPE [key.path=value ...]
-# NAME is the name of the run; submitting the same name again resumes it. The other arguments are those of t2idist.run.
+# NAME is the name of the run; submitting the same name again resumes it. Other arguments go to t2idist.run.
 # Environment: RAY_API_SERVER_ADDRESS (default http://127.0.0.1:8265, as with `ray dashboard` and `kubectl port-forward`),
 # RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH (default ~/.ray/auth_token), NO_WAIT=1 (return at once), RAY (the ray command;
 # default: the checkout's .venv, else the one on PATH).

@@ -140,7 +140,7 @@ def write_onnx(loaded: LoadedExport, to: str) -> dict[str, Any]:
         data = _to_onnx(graph, inputs, names)
         difference = _max_difference(data, graph, inputs)
         if not difference <= MAX_DIFFERENCE:
-            raise ValueError(f"{file}: images of ONNX Runtime differ from those of torch by {difference:.2g}")
+            raise ValueError(f"{file}: ONNX Runtime and torch give images that differ by {difference:.2g}")
         storage.write_bytes(storage.join(to, file), data)
         described[file] = {
             "opset": OPSET,
@@ -260,7 +260,7 @@ def _sample_graph(loaded: LoadedExport) -> Graph:
 
 
 def _sample_input_shapes(loaded: LoadedExport) -> tuple[dict[str, tuple[int, ...]], list[tuple[int, ...]]]:
-    """Return the row shapes of sentence, words, lengths and vectors, and those of each call for noise."""
+    """Return the shapes, without the batch dimension, of the text inputs by name and of each call for noise."""
     rows, max_words = 2, loaded.build_info.max_words
     tokens, lengths = torch.zeros(rows, max_words, dtype=torch.int64), torch.full((rows,), max_words)
     shapes: dict[str, tuple[int, ...]] = {"sentence": (0,), "words": (0, max_words)}

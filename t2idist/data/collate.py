@@ -157,7 +157,7 @@ class SampleTransform:
         raise ValueError("no caption of it has a word of the vocabulary")
 
     def _sentence_vector(self, info: SentenceVectorInfo, task: RowTask, caption: int) -> NDArray[np.float32]:
-        """Return the vector of a caption (D,); in training, its mean with those of other captions, drawn at random."""
+        """Return the sentence vector (D,) of a caption; in training, averaged with other captions of the image."""
         assert isinstance(task.encoded, EncodedImage)
         captions = len(self.split.captions(task.index))
         vectors = info.decode(task.encoded.vectors, captions)

@@ -14,7 +14,7 @@ from t2idist.data.shards import Dataset
 def data_info(datasets: Sequence[Dataset]) -> DataInfo:
     """Return what a system is built from: the first set's vocabulary, the number of all images, each set's attributes.
 
-    Sentence vectors, too, are those of the first set.
+    The first set also provides the sentence vectors.
     """
     infos = [dataset.info for dataset in datasets]
     return replace(

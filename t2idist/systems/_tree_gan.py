@@ -198,14 +198,14 @@ class AttentionGan(TreeGan):
         padding = padding_mask(batch.captions.lengths, words)
         output = train.forward("generator", tree.generate, z, normal, condition, scaled_words, padding, batch.groups)
         pairs = wrong_pairs(batch.class_ids, batch.groups)
-        given = (train, batch.images, output.images)
+        losses: Callable[..., Any]
+        combine: Callable[..., Tensor]
+        adversarial: Callable[..., Tensor]
         if self.single_output:
-            self.update_discriminators(
-                *given, matching_aware_losses, matching_aware_loss, condition, pairs, batch.groups
-            )
+            losses, combine, adversarial = matching_aware_losses, matching_aware_loss, conditional_generator_loss
         else:
-            self.update_discriminators(*given, joint_losses, attngan_discriminator_loss, condition, pairs, batch.groups)
-        adversarial = conditional_generator_loss if self.single_output else generator_loss
+            losses, combine, adversarial = joint_losses, attngan_discriminator_loss, generator_loss
+        self.update_discriminators(train, batch.images, output.images, losses, combine, condition, pairs, batch.groups)
         loss = weighted_kl(self.config, output, train)
         loss = self.add_adversarial_losses(loss, train, output.images, adversarial, condition)
         for term in self.generator_terms(output.images[-1], words, sentence, batch, train):

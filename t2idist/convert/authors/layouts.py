@@ -13,7 +13,7 @@ from typing import Any
 from t2idist.convert.authors.checkpoints import Checkpoint
 
 Files = Mapping[str, Checkpoint]
-"""Files by network; those of an export that the system uses as "slot.network"."""
+"""Files by network. The key is "slot.network" for a network of an export that the system uses."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _discriminator_width(files: Files) -> dict[str, Any]:
 
 
 def _discriminators(mark: str) -> tuple[FileLayout, ...]:
-    """Return the discriminators of a tree. `mark`: a tensor that identifies those of the system."""
+    """Return the layouts of a tree's discriminators. `mark` is a tensor name that only this system's have."""
     down = "img_code_s16.0.weight", "img_code_s32.0.weight", "img_code_s64.0.weight"
     return (
         FileLayout("discriminator_64", (mark, down[0]), down[1:]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,6 @@ from t2idist.nn.discriminators import AttnDiscriminator
 from t2idist.nn.init import orthogonal_
 from t2idist.nn.text_encoders import padding_mask, unit_scale
 from t2idist.nn.tree import AttentionGenerator, GeneratorOutput, pyramid
-
-L = TypeVar("L")
 
 
 @dataclass(frozen=True)
@@ -88,8 +86,8 @@ class TreeGan:
         train: Train,
         real: Sequence[Tensor],
         fake: Sequence[Tensor],
-        losses: Callable[..., L],
-        combine: Callable[[L], Tensor],
+        losses: Callable[..., Any],
+        combine: Callable[[Any], Tensor],
         *args: Any,
         suffix: str = "",
     ) -> None:
@@ -199,7 +197,7 @@ class AttentionGan(TreeGan):
         output = train.forward("generator", tree.generate, z, normal, condition, scaled_words, padding, batch.groups)
         pairs = wrong_pairs(batch.class_ids, batch.groups)
         losses: Callable[..., Any]
-        combine: Callable[..., Tensor]
+        combine: Callable[[Any], Tensor]
         adversarial: Callable[..., Tensor]
         if self.single_output:
             losses, combine, adversarial = matching_aware_losses, matching_aware_loss, conditional_generator_loss

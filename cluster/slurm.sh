@@ -86,7 +86,7 @@ trap save_and_requeue USR1
 srun --ntasks="$nodes" --ntasks-per-node=1 --no-kill --kill-on-bad-exit=0 \
   ray symmetric-run --address "$address:$port" --min-nodes "$nodes" \
   --num-cpus="$cpus" --num-gpus="$gpus_per_node" --temp-dir="$files" --disable-usage-stats \
-  -- python -m t2idist.run "$recipe" "name=$name" "${scale[@]}" "$@" &
+  -- python -m t2idist.run "$recipe" "name=$name" cluster.require_token=true "${scale[@]}" "$@" &
 step=$!
 status=0
 wait "$step" || status=$?

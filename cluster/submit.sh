@@ -34,4 +34,5 @@ if [[ -n ${NO_WAIT:-} ]]; then
   options+=(--no-wait)
 fi
 git=$(git -C "$root" describe --always --dirty=+ --abbrev=12 '--exclude=*' 2>/dev/null || echo unknown)
-exec "$ray" job submit "${options[@]}" -- env "T2IDIST_GIT=$git" python -m t2idist.run "$recipe" "name=$name" "$@"
+exec "$ray" job submit "${options[@]}" -- env "T2IDIST_GIT=$git" python -m t2idist.run "$recipe" "name=$name" \
+  cluster.require_token=true "$@"

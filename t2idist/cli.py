@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from t2idist.observability.command import command
+
 Main = Callable[[Sequence[str]], int]
 
 
@@ -49,6 +51,7 @@ COMMANDS: dict[str, tuple[str, Callable[[], Main]]] = {
 """Description and loader of each subcommand."""
 
 
+@command("t2idist")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand and return its exit status; 2 if there is no such subcommand.
 

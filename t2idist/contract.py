@@ -18,6 +18,8 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, runtime_check
 import torch
 from torch import Tensor, nn
 
+from t2idist.config.ranges import check_ranges as check_ranges
+
 P = ParamSpec("P")
 T = TypeVar("T")
 

@@ -18,6 +18,7 @@ from t2idist.config import RunConfig
 from t2idist.config.arguments import command_parser
 from t2idist.launch import auth
 from t2idist.observability import logs
+from t2idist.observability.command import command, describe_error
 
 if TYPE_CHECKING:
     from t2idist.training.options import StopAfter
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PROGRAM = "python -m t2idist.run"
+_INTERRUPTED = "interrupted; run the same command again to resume from the last checkpoint"
 
 
 def parser(program: str = PROGRAM) -> argparse.ArgumentParser:
@@ -60,12 +62,13 @@ def parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         help="fine-tune: start from the weights of this export",
     )
     add("--hook", metavar="COMMAND", default="", help="run at start, restart, failure and end, with JSON on its stdin")
-    add("--insecure-cluster", action="store_true", help="join a Ray cluster on other machines without its token")
+    add("--insecure-cluster", action="store_true", help="join a Ray cluster without a token, and do not warn")
     add("--list", metavar="STORAGE", help="list the runs in this folder or bucket, and exit")
     add("--status", metavar="RUN", help="show the state of the run in this folder, and exit")
     return result
 
 
+@command("error", interrupted=_INTERRUPTED)
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Run the command.
 
@@ -78,21 +81,11 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     options = parser(program).parse_intermixed_args(arguments)
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     logs.configure(logging.INFO)
-    try:
-        if options.list is not None or options.status is not None:
-            return _show_status(options)
-        if options.recipe is None:
-            raise ValueError(f"give a recipe: {', '.join(configuration.recipes())}, or a .yaml file")
-        return _run(configuration.load(options.recipe, options.settings), options)
-    except ValueError as error:
-        print(logs.redact_secrets(f"error: {error}"), file=sys.stderr)
-        return 2
-    except (RuntimeError, OSError) as error:
-        print(logs.redact_secrets(f"error: {error}"), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as interrupt:
-        print("interrupted; run the same command again to resume from the last checkpoint", file=sys.stderr)
-        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+    if options.list is not None or options.status is not None:
+        return _show_status(options)
+    if options.recipe is None:
+        raise ValueError(f"give a recipe: {', '.join(configuration.recipes())}, or a .yaml file")
+    return _run(configuration.load(options.recipe, options.settings), options)
 
 
 def _show_status(options: argparse.Namespace) -> int:
@@ -110,9 +103,10 @@ def _show_status(options: argparse.Namespace) -> int:
 def _run(config: RunConfig, options: argparse.Namespace) -> int:
     prints_only = bool(options.plan) or options.dry_run
     address = "" if options.local else auth.cluster_address(config.cluster.address, os.environ)
-    if not (prints_only or options.insecure_cluster):
-        auth.require_token(address, os.environ, Path.home())
-    prepare = functools.partial(_prepare, config, options)
+    warning = ""
+    if not (options.plan or options.insecure_cluster):
+        warning = auth.check_cluster(address, os.environ, Path.home(), config.cluster.require_token)
+    prepare = functools.partial(_prepare, config, options, warning)
     if prints_only or options.local or address:
         return _train(prepare(), options)
     from t2idist.launch import connection
@@ -134,8 +128,8 @@ class _Submission:
     log_context: logs.LogContext
 
 
-def _prepare(config: RunConfig, options: argparse.Namespace) -> _Submission | None:
-    """Check the run. With --plan and --dry-run, print their page and return None."""
+def _prepare(config: RunConfig, options: argparse.Namespace, warning: str) -> _Submission | None:
+    """Check the run, and log `warning`. With --plan and --dry-run, print their page and return None."""
     from t2idist.observability import hook
     from t2idist.preflight import dry_run
     from t2idist.training import options as run_options
@@ -153,11 +147,13 @@ def _prepare(config: RunConfig, options: argparse.Namespace) -> _Submission | No
     log_context = logs.LogContext(config.name)
     if config.report.json_logs:
         logs.configure(logging.INFO, log_context)
+    if warning:
+        logger.warning(warning)
     _print(config, f"{config.name}: {config.about or ', '.join(config.stages)}")
     if options.dry_run:
-        print(dry_run.describe(config, resume_point), flush=True)
+        print(dry_run.describe(config, resume_point, local=options.local), flush=True)
         return None
-    dry_run.check(config, resume_point)
+    dry_run.check(config, resume_point, local=options.local)
     if not options.local:
         import t2idist.launch.submit  # noqa: F401  # importing Ray Train takes seconds, here while Ray starts
     return _Submission(config, stop_after, resume_point, hook_command, log_context)
@@ -172,6 +168,16 @@ def _train(submission: _Submission | None, options: argparse.Namespace, own_clus
     """
     if submission is None:
         return 0
+    if not options.local:
+        return _train_alone(submission, options, own_cluster)
+    from t2idist.training import lock
+
+    with lock.only_one(submission.config):
+        return _train_alone(submission, options, own_cluster)
+
+
+def _train_alone(submission: _Submission, options: argparse.Namespace, own_cluster: bool) -> int:
+    """Train the run, which no other process trains."""
     from t2idist.engine.preemption import StopRequested
     from t2idist.observability.hook import CommandHook
     from t2idist.training import resume
@@ -192,6 +198,10 @@ def _train(submission: _Submission | None, options: argparse.Namespace, own_clus
                 from t2idist.launch import submit
 
                 submit.submit(config, stop_after, notifier.on_progress, own_cluster)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # in training, this is a failure, never bad input
+        raise RuntimeError(describe_error(error)) from error
     except StopRequested as stop:
         print(f"ended on request, {stop}; run the same command again to resume", file=sys.stderr)
         return 128 + signal.SIGTERM

@@ -26,6 +26,7 @@ from t2idist.data.sources import open_dataset
 from t2idist.evaluate.distribution_metrics import fid, kid, precision_recall
 from t2idist.evaluate.feature_extractors import DEFAULT, EXTRACTORS, FeatureExtractor, WeightsFile, open_extractor
 from t2idist.evaluate.r_precision import CaptionSpace, RPrecision, r_precision
+from t2idist.observability.command import BAD_INPUT, command
 
 BATCH_SIZE = 64
 SUBSET_SHARE = 0.8
@@ -41,8 +42,9 @@ class Row:
     coverage: float
 
 
+@command("check_scores", failed=BAD_INPUT)
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the tool; returns the exit status: 0, 1 if a score missed a defect, 2 for bad input."""
+    """Run the tool; returns the exit status: 0, 1 if a score missed a defect, 2 for any error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, metavar="SOURCE", help="emoji, avatars, or the URL of a shard set")
     parser.add_argument("--n", type=int, default=500, help="images of each of the two sets (default: 500)")
@@ -54,14 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    try:
-        weights = WeightsFile(options.weights, options.weights_sha256)
-        extractor = open_extractor(options.extractor, weights, torch.device("cpu"))
-        dataset = open_dataset(DataConfig(source=options.data, crop=1.0))
-        failures = check(dataset, extractor, options.n, options.train, options.size)
-    except ValueError as error:
-        print(f"check_scores: {error}", file=sys.stderr)
-        return 2
+    weights = WeightsFile(options.weights, options.weights_sha256)
+    extractor = open_extractor(options.extractor, weights, torch.device("cpu"))
+    dataset = open_dataset(DataConfig(source=options.data, crop=1.0))
+    failures = check(dataset, extractor, options.n, options.train, options.size)
     for failure in failures:
         print(f"check_scores: {failure}", file=sys.stderr)
     return 1 if failures else 0

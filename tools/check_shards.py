@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from t2idist import storage
-from t2idist.data.shards import DESCRIPTION, Dataset
+from t2idist.data.shards import DESCRIPTION, MANIFEST, Dataset
+from t2idist.data.statistics import IMAGES_KEY, print_findings, problems_of
 from t2idist.ingest import cli
 from t2idist.ingest.check import Problems, check_set
 from t2idist.ingest.contact_sheet import choose_keys, draw_sheet
 from t2idist.ingest.duplicates import find_duplicates
+from t2idist.storage.outputs import check_not_input
 
 MAX_GROUPS = 20
 
@@ -23,6 +26,10 @@ def check(options: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"problems: 1\n  {error}")
         return 1
+    if options.sheet:
+        shards = (shard.name for split in dataset.splits.values() for shard in split.shards)
+        files = (storage.join(options.url, name) for name in (DESCRIPTION, MANIFEST, *shards))
+        check_not_input(options.sheet, files, "--sheet")
     description = storage.read_json(storage.join(options.url, DESCRIPTION))
     keys = choose_keys(dataset) if options.sheet else []
     with cli.ProgressBar(sys.stderr) as progress:
@@ -30,6 +37,8 @@ def check(options: argparse.Namespace) -> int:
             dataset, description, processes=options.processes, fingerprints=options.duplicates, on_sheet=keys,
             report=progress.update,
         )  # fmt: skip
+    quality = {**dataset.quality, IMAGES_KEY: result.images.describe()}
+    print_findings("check_shards.py", problems_of(replace(dataset, quality=quality)), sys.stderr)
     print(cli.summary(options.url, description))
     if options.duplicates:
         print_duplicates(find_duplicates(result.fingerprints), result.split_of)

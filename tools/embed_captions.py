@@ -19,6 +19,7 @@ from t2idist.ingest import cli
 from t2idist.ingest.embed import CaptionedSamples, EncodeFn, embed_set
 from t2idist.ingest.vectors_file import SUFFIXES, VectorsFile
 from t2idist.sampling.sentence_encoders import SentenceEncoder, open_encoder
+from t2idist.storage.outputs import is_same_file
 
 DESCRIPTION = """\
 Copy a shard set to --to, with a sentence vector per caption. The same command resumes an interrupted copy.
@@ -33,6 +34,8 @@ The encoder is one of:
 def embed(options: argparse.Namespace) -> int:
     cli.set_endpoint(options.endpoint_url)
     dataset = open_dataset(DataConfig(source=options.data))
+    if is_same_file(options.to, dataset.url):
+        raise ValueError(f"--to {storage.redact(options.to)}: is also --data, which is copied; use another folder")
     encode, info = _open_encoder(options)
     with cli.ProgressBar(sys.stderr) as progress:
         description = embed_set(dataset, options.to, encode, info, restart=options.restart, report=progress.update)

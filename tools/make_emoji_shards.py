@@ -21,6 +21,7 @@ from PIL import Image
 
 from t2idist.data.sample_format import SampleRecord
 from t2idist.data.shard_writer import write_shards
+from t2idist.observability.command import command
 
 VENDORS = ("fluent", "noto", "twemoji")
 LICENCE = (
@@ -47,7 +48,8 @@ def record(row: dict[str, Any], folder: Path, classes: dict[str, int]) -> Sample
     )
 
 
-def main(source: str, out: str) -> None:
+@command("make_emoji_shards")
+def main(source: str, out: str) -> int:
     folder = Path(source)
     rows = [json.loads(line) for line in (folder / "captions.jsonl").read_text("utf-8").splitlines()]
     rows = [row for row in rows if row["vendor"] in VENDORS]
@@ -59,9 +61,10 @@ def main(source: str, out: str) -> None:
         out, samples, source="emoji", licence=LICENCE, options={"vendors": list(VENDORS), "size": 64}, compress=True
     )
     print(f"{len(rows)} images of {len(classes)} emoji in {out}")
+    return 0
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    main(sys.argv[1], sys.argv[2])
+    sys.exit(main(sys.argv[1], sys.argv[2]))

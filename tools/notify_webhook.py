@@ -32,7 +32,11 @@ def main() -> int:
     if not url.startswith(("https://", "http://")):
         print("T2IDIST_HOOK_URL: must be the URL to post to, http(s)://...", file=sys.stderr)
         return 2
-    event = json.load(sys.stdin)
+    try:
+        event = json.load(sys.stdin)
+    except ValueError as error:
+        print(f"standard input: not the JSON of an event: {error}", file=sys.stderr)
+        return 2
     body = json.dumps({**event, "text": summarize(event)}).encode()
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     try:

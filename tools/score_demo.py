@@ -24,7 +24,9 @@ from t2idist.contract import Batch, SupportsEmbed, SupportsSample, to_float
 from t2idist.data.loader import LoadedSplit, load_split
 from t2idist.data.sources import open_dataset
 from t2idist.evaluate.attribute_classifier import balanced_accuracy, classify, train_classifier, trait_classes
+from t2idist.evaluate.earlier_scores import SCORES_FILE, keep_rows
 from t2idist.evaluate.r_precision import embed_batch, r_precision
+from t2idist.observability.command import command
 from t2idist.report import report
 from t2idist.sampling.attribute_edits import TRAITS
 from t2idist.sampling.generate import GaussianNoise, encode_captions, generate
@@ -34,8 +36,9 @@ CPU = torch.device("cpu")
 Row = dict[str, Any]
 
 
+@command("score_demo")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the tool; returns the exit status: 0, or 2 for bad input."""
+    """Run the tool; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN_URL", help="folder of a finished run on avatars")
     parser.add_argument("--judge", metavar="URL", help="export of a DAMSM of another seed (default: no R-precision)")
@@ -43,12 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads (default: all)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    try:
-        rows = score(options.run, options.judge, options.seed)
-    except ValueError as error:
-        print(f"score_demo: {error}", file=sys.stderr)
-        return 2
-    storage.write_json(storage.join(options.run, "scores.json"), rows)
+    rows = score(options.run, options.judge, options.seed)
+    if (kept := keep_rows(options.run, rows)) is not None:
+        print(f"score_demo: earlier, other scores are kept in {storage.redact(kept)}", file=sys.stderr)
+    storage.write_json(storage.join(options.run, SCORES_FILE), rows)
     print(table(rows))
     print(f"in {report.write_report(options.run)}")
     return 0

@@ -30,6 +30,8 @@ from t2idist.evaluate.attribute_classifier import (
     train_classifier,
     trait_classes,
 )
+from t2idist.evaluate.earlier_scores import SCORES_FILE, keep_rows
+from t2idist.observability.command import command
 from t2idist.report import report, run_folder
 from t2idist.sampling.attribute_edits import NOT_APPLICABLE, AttributeEditor, Trait
 from t2idist.sampling.loading import LoadedExport, load_export
@@ -41,20 +43,19 @@ TEST_IMAGES = 1000
 Row = dict[str, Any]
 
 
+@command("score_translation")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the tool; returns the exit status: 0, or 2 for bad input."""
+    """Run the tool; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, metavar="URL", help="folder of a finished run of stargan")
     parser.add_argument("--seed", type=int, default=0, help="seed of the classifier (default: 0)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads (default: all)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    try:
-        rows = score(options.run, options.seed)
-    except ValueError as error:
-        print(f"score_translation: {error}", file=sys.stderr)
-        return 2
-    storage.write_json(storage.join(options.run, "scores.json"), rows)
+    rows = score(options.run, options.seed)
+    if (kept := keep_rows(options.run, rows)) is not None:
+        print(f"score_translation: earlier, other scores are kept in {storage.redact(kept)}", file=sys.stderr)
+    storage.write_json(storage.join(options.run, SCORES_FILE), rows)
     print(table(rows))
     print(f"in {report.write_report(options.run)}")
     return 0

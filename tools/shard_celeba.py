@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = cli.tool_parser("shard_celeba", "Convert CelebA to a shard set.", "--celeba celeba --out shards/celeba")
     parser.add_argument(
         "--celeba", required=True, metavar="FOLDER",
-        help="contains img_align_celeba, list_attr_celeba.txt and list_eval_partition.txt",
+        help="contains img_align_celeba, list_attr_celeba and list_eval_partition, .txt or .csv",
     )  # fmt: skip
     parser.add_argument("--captions", metavar="URL", help="a captions.jsonl with captions (default: none)")
     return cli.main(parser, "celeba", list_images, arguments)

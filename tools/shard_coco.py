@@ -24,7 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     description = "Convert COCO (2014, 2017), or data in the same layout, to a shard set."
     parser = cli.tool_parser("shard_coco", description, "--coco coco --splits train2017 val2017 --out shards/coco")
     parser.add_argument("--coco", metavar="FOLDER", help="contains annotations/captions_*.json and the image folders")
-    parser.add_argument("--splits", nargs="+", default=[], help="e.g. train val test (default: all with captions)")
+    parser.add_argument(
+        "--splits",
+        nargs="+",
+        default=[],
+        help="e.g. train2017 val2017 (default: all with captions; of several years train2014 and val2014)",
+    )
     parser.add_argument(
         "--split",
         action="append",

@@ -7,30 +7,54 @@ import sys
 from collections.abc import Sequence
 
 from t2idist.ingest import cli
+from t2idist.ingest.fields import Fields
 from t2idist.ingest.folder import FolderOptions, list_folder
+from t2idist.ingest.layouts import list_layout
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.tables import Columns
 
 DESCRIPTION = """\
 Convert a folder of images and captions to a shard set. The annotations are in captions.jsonl, with lines
 {"image": "a.jpg", "caption": "..."} ("captions": a list; optional: "attributes", "class", "split"); in a
-table (--table); or in name.txt next to each name.jpg, with one caption per line."""
+table (--table); or in name.txt, name.caption or name.jpg.txt next to each name.jpg, with one caption per
+line. Image folders of Hugging Face (metadata.jsonl or .csv), Parquet files with embedded images and
+webdataset tars are recognised. Folders and files named train, validation and test are splits."""
 
 
 def list_images(options: argparse.Namespace, listing: Listing) -> None:
+    fields = Fields(
+        options.image_column, options.caption_column, options.attributes_column, options.class_column,
+        options.split_column,
+    )  # fmt: skip
     columns = Columns(
-        image=options.image_column,
-        caption=options.caption_column or None,
+        image=options.image_column or "image",
+        caption="caption" if options.caption_column is None else options.caption_column or None,
         attributes=options.attributes_column,
         class_name=options.class_column,
         split=options.split_column,
+        flags=tuple(name.strip() for name in (options.attribute_columns or "").split(",") if name.strip()),
     )
     folder_options = FolderOptions(
-        options.val, options.test, options.split_by_class, needs_captions=not options.allow_no_captions
-    )
-    list_folder(
-        options.folder, listing, folder_options, table=options.table, columns=columns, captions_url=options.captions
-    )
+        options.val, options.test, options.split_by_class, needs_captions=not options.allow_no_captions,
+        split_folders=not (options.split_by_hash or options.split_by_class),
+        caption_extension=options.caption_extension,
+    )  # fmt: skip
+
+    def list_plain() -> str:
+        return list_folder(
+            options.folder, listing, folder_options, table=options.table, columns=columns,
+            captions_url=options.captions,
+        )  # fmt: skip
+
+    annotated = options.table is not None or options.captions is not None
+    if options.attribute_columns is not None and options.table is None:
+        raise ValueError(f"--attribute-columns {options.attribute_columns}: needs --table")
+    if options.caption_extension is not None and annotated:
+        raise ValueError(f"--caption-extension {options.caption_extension}: not together with --table or --captions")
+    if annotated or options.caption_extension is not None:
+        print(list_plain())
+    else:
+        list_layout(options.folder, listing, folder_options, fields, list_plain)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,16 +62,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.usage = "%(prog)s --folder URL --out URL [options]"
     parser.add_argument("--folder", required=True, metavar="URL", help="the images; names are relative to it")
     parser.add_argument("--captions", metavar="URL", help="a captions.jsonl elsewhere")
+    parser.add_argument(
+        "--caption-extension", metavar=".EXT", help="of text files beside the images (default: .txt or .caption)"
+    )
     parser.add_argument("--table", metavar="URL", help="a .csv, .tsv or .parquet file instead of captions.jsonl")
-    parser.add_argument("--image-column", default="image", metavar="NAME", help="default: %(default)s")
-    parser.add_argument("--caption-column", default="caption", metavar="NAME", help="default: %(default)s; '': none")
+    parser.add_argument("--image-column", metavar="NAME", help="default: image, or the usual one of the layout")
+    parser.add_argument("--caption-column", metavar="NAME", help="default: caption, or text; '': none")
     parser.add_argument("--attributes-column", metavar="NAME", help="holds names separated by , ; or |")
+    parser.add_argument(
+        "--attribute-columns", metavar="A,B", help="columns of 1 and 0 (-1, true, yes ...), one per attribute; or 'all'"
+    )
     parser.add_argument("--class-column", metavar="NAME")
     parser.add_argument("--split-column", metavar="NAME")
     share = "share of the images, if the data has no splits (default: %(default)s)"
     parser.add_argument("--val", type=float, default=0.05, metavar="SHARE", help=share)
     parser.add_argument("--test", type=float, default=0.05, metavar="SHARE", help=share)
     parser.add_argument("--split-by-class", action="store_true", help="assign whole classes to splits")
+    parser.add_argument("--split-by-hash", action="store_true", help="folders named train, ... are not splits")
     parser.add_argument("--allow-no-captions", action="store_true", help="keep images without captions")
     return cli.main(parser, "folder", list_images, arguments)
 

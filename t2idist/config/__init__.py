@@ -2,6 +2,8 @@
 
 from t2idist.config.schema import (
     DEEPSPEED,
+    EXPORT_BY_SYSTEM,
+    EXPORT_R_PRECISION,
     METRICS,
     PRECISIONS,
     CheckpointConfig,
@@ -19,6 +21,8 @@ from t2idist.config.schema import (
 
 __all__ = [
     "DEEPSPEED",
+    "EXPORT_BY_SYSTEM",
+    "EXPORT_R_PRECISION",
     "METRICS",
     "PRECISIONS",
     "CheckpointConfig",

@@ -8,20 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from t2idist.config.strict import from_dict, parse_yaml, to_dict, unknown_key
+from t2idist.config.ranges import check_ranges
+from t2idist.config.strict import from_dict, parse_value, parse_yaml, to_dict, type_at, unknown_key
 
+EXPORT_BY_SYSTEM, EXPORT_R_PRECISION = "auto", "r_precision"
+EXPORTS_BEST = (EXPORT_BY_SYSTEM, EXPORT_R_PRECISION, "last")
 PRECISIONS = ("bfloat16", "float32", "float64")
 METRICS = ("fid", "kid", "is", "prdc", "r_precision", "clip_r", "damsm_r", "memorisation")
 """The metrics of evaluate/score.py."""
 DEEPSPEED = "0.19.8"
 """The only supported version: engine/zero.py uses private attributes of DeepSpeed."""
-
-
-def _positive(config: Any, section: str, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not value > 0:
-            raise ValueError(f"{section}.{name}: {value}; it must be above 0")
 
 
 def _check_deepspeed() -> None:
@@ -75,7 +71,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.endpoint_url is not None and "@" in self.endpoint_url:
             raise ValueError("data.endpoint_url: credentials do not belong in it; use the environment or files")
-        _positive(self, "data", "samples", "size", "max_words", "vectors_mean_of", "threads", "prefetch_mib")
+        check_ranges(self, above_0="samples size max_words vectors_mean_of threads prefetch_mib")
         if not 0.0 <= self.max_bad <= 1.0:
             raise ValueError(f"data.max_bad: {self.max_bad}; allowed are 0 (none) to 1 (any share of the samples)")
         if not 0.0 <= self.cache_gib <= 1e6:
@@ -109,8 +105,20 @@ class StageConfig:
     pictures_every_images: int = 50_000
     scores_every_images: int = 0
     """how often the averaged weights are scored in training, as `RunConfig.scores` says; 0 is never"""
+    export_best: str = "auto"
+    """either "last", or "r_precision": the weights of best held-out R-precision, if the last are worse by more than
+    noise; "auto" is what the system declares (damsm and char_text: r_precision)"""
     init_from: str = ""
     """URL of an export; networks that both have start from its weights; "" is fresh weights"""
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            above_0="group_size groups images max_groups_per_worker checkpoint_every_images pictures_every_images",
+            at_least_0="scores_every_images",
+        )
+        if self.export_best not in EXPORTS_BEST:
+            raise ValueError(f"export_best: '{self.export_best}'; allowed are {', '.join(EXPORTS_BEST)}")
 
     @property
     def images_per_step(self) -> int:
@@ -141,11 +149,7 @@ class CheckpointConfig:
     """how often; 0 is as often as it costs less than 1% of the time"""
 
     def __post_init__(self) -> None:
-        _positive(self, "checkpoint", "keep")
-        if self.keep_every_images < 0:
-            raise ValueError(f"checkpoint.keep_every_images: {self.keep_every_images}; it must be at least 0")
-        if self.memory_every_steps < 0:
-            raise ValueError(f"checkpoint.memory_every_steps: {self.memory_every_steps}; it must be at least 0")
+        check_ranges(self, above_0="keep", at_least_0="keep_every_images memory_every_steps")
         if self.when_busy not in ("wait", "skip"):
             raise ValueError(f"checkpoint.when_busy: '{self.when_busy}'; allowed are wait and skip")
 
@@ -160,9 +164,7 @@ class GuardConfig:
     """end the run after this many returns in one stage"""
 
     def __post_init__(self) -> None:
-        _positive(self, "guard", "skips_in_a_row")
-        if self.rollbacks < 0:
-            raise ValueError(f"guard.rollbacks: {self.rollbacks}; it must be at least 0")
+        check_ranges(self, above_0="skips_in_a_row", at_least_0="rollbacks")
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ class ReportConfig:
     """write progress and log lines as JSON with run, stage, rank and images"""
 
     def __post_init__(self) -> None:
-        _positive(self, "report", "draws")
+        check_ranges(self, above_0="draws")
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ class ScoresConfig:
     """largest share of the machine's time for scoring, over all its cores; scores that do not fit are skipped"""
 
     def __post_init__(self) -> None:
-        _positive(self, "scores", "n", "real", "train", "share")
+        check_ranges(self, above_0="n real train share")
         if unknown := [name for name in self.metrics if name not in METRICS]:
             raise ValueError(f"scores.metrics: '{unknown[0]}'; there are {', '.join(METRICS)}")
         if self.share > 1:
@@ -234,6 +236,8 @@ class ClusterConfig:
     """how long to wait until a joined cluster has room for the smallest number (nodes may be starting)"""
     address: str = "auto"
     """address of a Ray cluster; "auto" is the one this process belongs to, else this machine"""
+    require_token: bool = False
+    """refuse to join a Ray cluster without token authentication, instead of warning"""
 
     def __post_init__(self) -> None:
         smallest, largest = self.workers
@@ -243,10 +247,11 @@ class ClusterConfig:
             )
         if self.gpus_per_worker not in (0, 1):
             raise ValueError(f"cluster.gpus_per_worker: {self.gpus_per_worker}; allowed are 0 and 1")
-        _positive(self, "cluster", "cpus_per_worker", "dead_after_seconds", "hung_after_seconds")
-        _positive(self, "cluster", "start_within_seconds", "grow_after_seconds")
-        if self.wait_seconds < 0:
-            raise ValueError(f"cluster.wait_seconds: {self.wait_seconds:g}; it must be at least 0")
+        check_ranges(
+            self,
+            above_0="cpus_per_worker dead_after_seconds hung_after_seconds start_within_seconds grow_after_seconds",
+            at_least_0="max_failures wait_seconds",
+        )
 
 
 @dataclass(frozen=True)
@@ -289,10 +294,6 @@ class RunConfig:
             if not name or set(name) - set("abcdefghijklmnopqrstuvwxyz0123456789_-"):
                 raise ValueError(f"stages.{name}: allowed in a stage's name are a-z, 0-9, '_' and '-'")
             _check_seed(f"stages.{name}.seed", stage.seed or 0)
-            _positive(stage, f"stages.{name}", "group_size", "groups", "images", "max_groups_per_worker")
-            _positive(stage, f"stages.{name}", "checkpoint_every_images", "pictures_every_images")
-            if stage.scores_every_images < 0:
-                raise ValueError(f"stages.{name}.scores_every_images: {stage.scores_every_images}; 0 is never")
             self._check_scale(name, stage)
 
     def _check_strategy(self) -> None:
@@ -365,9 +366,14 @@ def load(recipe: str, overrides: Iterable[str] = ()) -> RunConfig:
     pairs = [_parse_override(override) for override in overrides]
     presets = [value for path, value in pairs if path == ["preset"]]
     values = _read_recipe(recipe, str(presets[-1]) if presets else None)
+    stages = values.get("stages")
+    known = list(stages) if isinstance(stages, dict) else []
     for path, value in pairs:
         if path != ["preset"]:
             _set(values, path, value)
+    for name, stage in values["stages"].items() if known and isinstance(values["stages"], dict) else ():
+        if name not in known and isinstance(stage, dict) and "system" not in stage:
+            raise ValueError(unknown_key(f"stages.{name}", name, known).replace("unknown key", "no such stage"))
     return from_dict(RunConfig, values)
 
 
@@ -396,7 +402,8 @@ def _parse_override(override: str) -> tuple[list[str], Any]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ValueError(f"{override!r}: expected key.path=value")
-    return key.split("."), parse_yaml(text, override)
+    path = key.split(".")
+    return path, parse_value(text, type_at(RunConfig, path), override)
 
 
 def _set(values: dict[str, Any], path: list[str], value: Any) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union
 
 import yaml
+
+from t2idist.config.ranges import RangeError
 
 C = TypeVar("C")
 
@@ -32,7 +35,10 @@ def from_dict(cls: type[C], values: Any, path: str = "") -> C:
     ]
     if missing:
         raise ValueError(f"{dot}{missing[0]}: missing, and it has no default")
-    return cls(**{key: _value(hints[key], value, f"{dot}{key}") for key, value in values.items()})
+    try:
+        return cls(**{key: _value(hints[key], value, f"{dot}{key}") for key, value in values.items()})
+    except RangeError as error:
+        raise ValueError(f"{dot}{error}") from None
 
 
 def unknown_key(path: str, key: str, known: Iterable[str]) -> str:
@@ -90,6 +96,8 @@ def _scalar(hint: Any, value: Any, path: str) -> Any:
         return float(value)
     if hint is str and isinstance(value, str):
         return value
+    if hint is str and isinstance(value, int | float | datetime.date):
+        raise ValueError(f"{path}: {value!r}; expected a text: put it in quotes")
     name = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}.get(hint, str(hint))
     raise ValueError(f"{path}: {value!r}; expected {name}")
 
@@ -138,6 +146,29 @@ def parse_yaml(text: str, source: str) -> Any:
         raise ValueError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
     finally:
         loader.dispose()
+
+
+def type_at(cls: Any, path: Sequence[str]) -> Any:
+    """Return the type of the key at a path below a dataclass; Any if it is not known."""
+    for key in path:
+        if dataclasses.is_dataclass(cls):
+            cls = typing.get_type_hints(cls).get(key, Any)
+        elif typing.get_origin(cls) is dict:
+            cls = typing.get_args(cls)[1]
+        else:
+            return Any
+    return cls
+
+
+def parse_value(text: str, hint: Any, source: str) -> Any:
+    """Parse one YAML value of a known type: where a text is expected, 123 and true are texts."""
+    value = parse_yaml(text, source)
+    choices = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if (value is None and type(None) in choices) or not {str, tuple[str, ...], dict[str, str]} & set(choices):
+        return value
+    if isinstance(value, list | dict):
+        return yaml.BaseLoader(text).get_single_data()  # every scalar is a text
+    return value if isinstance(value, str) else text.strip()
 
 
 def to_yaml(config: Any) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -12,11 +11,14 @@ from t2idist import storage
 from t2idist.config.arguments import command_parser
 from t2idist.convert.authors import captions
 from t2idist.convert.authors.importing import ImportOptions, ImportResult, import_weights
-from t2idist.convert.to_onnx import CONFIG, write_onnx, write_safetensors
+from t2idist.convert.to_onnx import CONFIG, README, VOCABULARY, write_onnx, write_safetensors
 from t2idist.data.tokenizer import Vocabulary
+from t2idist.engine.checkpoint.export import read_index
+from t2idist.observability.command import command
 from t2idist.sampling.loading import load_export
 
 
+@command("convert")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``t2idist convert import`` or ``t2idist convert export``."""
     commands = {"import": import_main, "export": export_main}
@@ -31,8 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return commands[parsed.command](parsed.options)
 
 
+@command("t2idist convert import")
 def import_main(arguments: Sequence[str] | None = None) -> int:
-    """Convert the published weights of a system to exports. Returns the exit status: 0, or 2 after an error."""
+    """Convert the published weights of a system to exports; returns the exit status."""
     parser = command_parser(
         "convert import",
         "Convert the weights that the authors of a system published to exports, for sampling, scoring and training.\n"
@@ -61,11 +64,13 @@ def import_main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     add("--max-words", type=int, default=18, help="words per caption (default: %(default)s, for CUB; COCO: 12)")
     options = parser.parse_args(arguments)
-    return _run(parser.prog, lambda: _import(options))
+    _import(options)
+    return 0
 
 
+@command("t2idist convert export")
 def export_main(arguments: Sequence[str] | None = None) -> int:
-    """Convert an export to safetensors and ONNX. Returns the exit status: 0, or 2 after an error."""
+    """Convert an export to safetensors and ONNX; returns the exit status."""
     parser = command_parser(
         "convert export",
         "Convert an export for use in other programs: safetensors, settings, vocabulary, a README.md that documents\n"
@@ -78,15 +83,7 @@ def export_main(arguments: Sequence[str] | None = None) -> int:
         "--onnx", action="store_true", help="write and check the generator as ONNX; needs: pip install t2idist[onnx]"
     )
     options = parser.parse_args(arguments)
-    return _run(parser.prog, lambda: _export(options))
-
-
-def _run(name: str, command: Callable[[], None]) -> int:
-    try:
-        command()
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"{name}: {error or type(error).__name__}", file=sys.stderr)
-        return 2
+    _export(options)
     return 0
 
 
@@ -117,6 +114,10 @@ def _export(options: argparse.Namespace) -> None:
     if storage.exists(storage.join(options.to, CONFIG)):
         raise ValueError(f"--to {storage.redact(options.to)}: already contains a {CONFIG}; use another folder")
     loaded = load_export(options.export, torch.device("cpu"))
+    written = {entry["file"] for entry in read_index(options.export)["networks"].values()} | {VOCABULARY, README}
+    for name in storage.list_dir(options.to):
+        if name in written or (options.onnx and name.endswith(".onnx")):
+            raise ValueError(f"--to {storage.redact(options.to)}: already contains {name}; use another folder")
     onnx = write_onnx(loaded, options.to) if options.onnx else None
     config = write_safetensors(loaded, options.to, onnx)
     print(f"{storage.redact(options.to)}: {loaded.name}")

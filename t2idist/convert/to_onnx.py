@@ -15,11 +15,18 @@ from torch import Tensor, nn
 
 from t2idist import storage
 from t2idist.contract import Captions, SupportsSample, SupportsTranslate
+from t2idist.data.tokenizer import ASCII, UNICODE, WORDS
 from t2idist.engine.checkpoint import export
 from t2idist.sampling.loading import LoadedExport
 
 CONFIG = "config.json"
+README = "README.md"
+VOCABULARY = "vocabulary.txt"
 OPSET = 20
+_SPLITTING = {
+    ASCII: "lower case, then runs of letters, digits and underscores, without characters that are not ASCII",
+    UNICODE: f"runs of letters, digits and underscores with their marks ({WORDS})",
+}
 MAX_DIFFERENCE = 1e-4
 """Largest accepted difference between ONNX Runtime and torch, of a pixel in [-1, 1]."""
 
@@ -47,13 +54,14 @@ def write_safetensors(loaded: LoadedExport, to: str, onnx: Mapping[str, Any] | N
         "config": index["config"],
         "plan": index["plan"],
         "images_seen": loaded.images,
+        "tokenizer": loaded.vocabulary.tokenizer,
         "networks": networks,
         "onnx": dict(onnx or {}),
         **{key: loaded.meta[key] for key in ("imported", "data", "versions") if key in loaded.meta},
     }
-    storage.write_bytes(storage.join(to, "vocabulary.txt"), "\n".join(loaded.vocabulary.words).encode() + b"\n")
+    storage.write_bytes(storage.join(to, VOCABULARY), "\n".join(loaded.vocabulary.words).encode() + b"\n")
     storage.write_json(storage.join(to, CONFIG), config)
-    storage.write_bytes(storage.join(to, "README.md"), _readme(config).encode())
+    storage.write_bytes(storage.join(to, README), _readme(config).encode())
     return config
 
 
@@ -76,6 +84,7 @@ def _readme(config: Mapping[str, Any]) -> str:
         f"# Weights of {config['system']}", "",
         "Tensors have the names of the published networks. Images are (N, 3, S, S) in [-1, 1], RGB. Captions are word "
         "ids, padded with 0: the id of a word is its line in `vocabulary.txt`, counted from 0. "
+        f"Captions are split into words by {_SPLITTING[config['tokenizer']]}. "
         f"`{CONFIG}` contains all settings, and the shape of every tensor.", "",
     ]  # fmt: skip
     for name, network in config["networks"].items():

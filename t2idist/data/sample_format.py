@@ -67,7 +67,7 @@ class PackedSample:
     tar: bytes
     """The members, with headers and padding."""
     row: dict[str, Any]
-    """Its manifest row, without shard and offset."""
+    """Its manifest row, without shard and offset, and a hash of its image, which is not in the manifest."""
 
 
 def pack(sample: SampleRecord) -> PackedSample:
@@ -78,7 +78,13 @@ def pack(sample: SampleRecord) -> PackedSample:
     row = {"split": sample.split, "key": sample.key, "width": sample.width, "height": sample.height}
     if sample.vectors is not None:
         tar += member(f"{sample.key}.{VECTORS}", npy(sample.vectors))
-    return PackedSample(tar, {**row, "size": len(tar), "sha256": hashlib.sha256(tar).hexdigest(), **labels})
+    hashes = {"sha256": hashlib.sha256(tar).hexdigest(), "image": image_hash(sample.image)}
+    return PackedSample(tar, {**row, "size": len(tar), **hashes, **labels})
+
+
+def image_hash(image: bytes) -> str:
+    """Return a hash by which equal encoded images are found."""
+    return hashlib.sha256(image).hexdigest()[:32]
 
 
 def _check_vectors(key: str, vectors: NDArray[Any], captions: int) -> None:

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from t2idist import storage
 from t2idist.data.sample_format import PackedSample, SampleRecord, pack
 from t2idist.data.shards import COLUMNS, DESCRIPTION, MANIFEST, SCHEMA_VERSION, SentenceVectorInfo, Shard
-from t2idist.data.tokenizer import Vocabulary, tokenize
+from t2idist.data.statistics import IMAGES_KEY, ImageStatistics
+from t2idist.data.tokenizer import ASCII, UNICODE, WORDS, Vocabulary, recorded, tokenize
 
 _TAR_END = bytes(2 * tarfile.BLOCKSIZE)
 Row = dict[str, Any]
@@ -63,6 +64,7 @@ def write_shards(
     compress: bool = False,
     min_count: int = 1,
     encoder: Mapping[str, Any] | None = None,
+    tokenizer: str = ASCII,
 ) -> None:
     """Write a shard set; the same samples in the same order give the same bytes.
 
@@ -74,6 +76,7 @@ def write_shards(
         compress: Gzip the shards. Meant for small sets that ship with a package: readers then read whole shards.
         min_count: Words that occur fewer times in the captions of all splits are left out of the vocabulary.
         encoder: What identifies the encoder of the sentence vectors, which either all samples have or none has.
+        tokenizer: What splits the captions into words (`t2idist.data.tokenizer`).
 
     Raises:
         ValueError: If `url` holds a finished set, a key occurs twice, the formats of sentence vectors differ, or there
@@ -112,7 +115,7 @@ def write_shards(
     write_index(
         url, {s: shards[s] for s in sorted(shards)}, (part for s in sorted(rows) for part in rows[s]),
         facts={"source": source, "licence": licence, "options": dict(options or {}), **vector_format.description},
-        min_count=min_count,
+        min_count=min_count, tokenizer=tokenizer,
     )  # fmt: skip
 
 
@@ -156,6 +159,7 @@ def write_index(
     *,
     facts: Mapping[str, Any],
     min_count: int,
+    tokenizer: str = ASCII,
 ) -> dict[str, Any]:
     """Write manifest.parquet and then dataset.json for shards that are stored already.
 
@@ -164,13 +168,14 @@ def write_index(
         shards: The shards of each split.
         rows_of_shards: The manifest rows of each shard, in the order of `shards`; one shard's are held at a time.
         facts: Further entries of dataset.json, such as source, licence and options.
-        min_count: As for `write_shards`.
+        min_count, tokenizer: As for `write_shards`.
 
     Returns:
         The content of dataset.json.
     """
-    statistics: dict[str, _CaptionStatistics] = {split: _CaptionStatistics() for split in shards}
+    statistics: dict[str, _CaptionStatistics] = {split: _CaptionStatistics(tokenizer) for split in shards}
     attributes: Counter[str] = Counter()
+    images = ImageStatistics()
     sink = io.BytesIO()
     with pq.ParquetWriter(sink, COLUMNS, compression="zstd") as writer:
         for rows in rows_of_shards:
@@ -178,13 +183,15 @@ def write_index(
             writer.write_table(pa.Table.from_pylist(columns, schema=COLUMNS))
             for row in rows:
                 attributes.update(row["attributes"])
+                if "image" in row:  # records of an interrupted run of an older version lack it
+                    images.add(row["split"], row["key"], row["image"])
                 statistics[row["split"]].add(row["captions"])
     manifest = sink.getvalue()
     storage.write_bytes(storage.join(url, MANIFEST), manifest)
     counts: Counter[str] = Counter()
     for of_split in statistics.values():
         counts.update(of_split.counts)
-    known = Vocabulary.from_counts(counts, min_count).words[1:]
+    known = Vocabulary.from_counts(counts, min_count, tokenizer).words[1:]
     splits = {
         split: {"samples": sum(shard.samples for shard in of_split), "shards": [asdict(shard) for shard in of_split]}
         for split, of_split in shards.items()
@@ -192,12 +199,15 @@ def write_index(
     description = {
         "schema": SCHEMA_VERSION,
         **facts,
+        **recorded(tokenizer),
+        **({"words": WORDS} if tokenizer == UNICODE else {}),
         "manifest": {"bytes": len(manifest), "sha256": storage.sha256(manifest)},
         "splits": splits,
         "captions": {split: of_split.summary(set(known)) for split, of_split in statistics.items()},
         "attributes": sorted(attributes),
         "attribute_counts": {name: attributes[name] for name in sorted(attributes)},
         "vocabulary": {word: counts[word] for word in known},
+        **({IMAGES_KEY: equal} if (equal := images.describe()) else {}),
     }
     storage.write_json(storage.join(url, DESCRIPTION), description)
     return description
@@ -207,6 +217,7 @@ def write_index(
 class _CaptionStatistics:
     """Caption counts of a split."""
 
+    tokenizer: str
     captions: Counter[int] = field(default_factory=Counter)
     """Number of images by their number of captions."""
     words: Counter[int] = field(default_factory=Counter)
@@ -217,7 +228,7 @@ class _CaptionStatistics:
     def add(self, captions: Sequence[str]) -> None:
         self.captions[len(captions)] += 1
         for caption in captions:
-            words = tokenize(caption)
+            words = tokenize(caption, self.tokenizer)
             self.words[len(words)] += 1
             self.counts.update(words)
 

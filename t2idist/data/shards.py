@@ -6,12 +6,13 @@ read by any webdataset reader. dataset.json is written last: a set without it is
 
 from __future__ import annotations
 
+import json
 import re
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from t2idist import storage
 from t2idist.contract import DataInfo
 from t2idist.data.sample_format import KEY_PATTERN, MAX_CAPTION_CHARACTERS, MAX_VECTOR_DIM, VECTOR_TYPES, npy_header
-from t2idist.data.tokenizer import END_TOKEN, Vocabulary
+from t2idist.data.tokenizer import ASCII, END_TOKEN, TOKENIZER_KEY, Vocabulary
 
 SCHEMA_VERSION = 2
 DESCRIPTION = "dataset.json"
@@ -152,6 +153,21 @@ class Split:
         names: list[str] = self._attributes[index].as_py()
         return names
 
+    def attribute_counts(self) -> dict[str, int]:
+        """Return the number of samples of each attribute that occurs."""
+        counted = pc.value_counts(self._attributes.flatten())
+        return {entry["values"].as_py(): entry["counts"].as_py() for entry in counted}
+
+    def count_attributes(self, names: Sequence[str]) -> NDArray[np.int64]:
+        """Return how many of the given attributes each sample has, (n,)."""
+        known = pc.is_in(self._attributes.flatten(), value_set=pa.array(names, pa.string()))
+        rows = pc.list_parent_indices(self._attributes).filter(known)
+        return np.bincount(rows.to_numpy(zero_copy_only=False), minlength=len(self)).astype(np.int64)
+
+    def different_captions(self) -> int:
+        """Return the number of captions that differ from each other."""
+        return int(pc.count_distinct(self._captions.flatten()).as_py())
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -160,7 +176,7 @@ class Dataset:
     url: str
     splits: dict[str, Split]
     vocabulary: Vocabulary
-    """Words of the captions of all splits."""
+    """Words of the captions of all splits, and how captions are split into them."""
     word_counts: dict[str, int]
     attribute_names: tuple[str, ...]
     source: str
@@ -170,6 +186,10 @@ class Dataset:
     """Of the object store (None: the environment's)."""
     vector_info: SentenceVectorInfo | None = None
     """Format of its sentence vectors (None: it has none)."""
+    quality: dict[str, Any] = field(default_factory=dict)
+    """What dataset.json says of images that were left out and of equal ones (see `data.statistics`)."""
+    fingerprint: str = ""
+    """SHA-256 of all that a run depends on: equal for a copy at another URL, another for any other content."""
 
     @classmethod
     def open(cls, url: str, check_sizes: bool = True, endpoint_url: str | None = None) -> Dataset:
@@ -196,13 +216,18 @@ class Dataset:
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"{where}/{DESCRIPTION}: not a shard set's description: {error!r}") from None
         vector_info = _read_vector_info(where, description)
+        try:
+            vocabulary = Vocabulary([END_TOKEN, *counts], description.get(TOKENIZER_KEY, ASCII))
+        except ValueError as error:
+            raise ValueError(f"{where}/{DESCRIPTION}: {error}") from None
         table = _read_manifest(url, manifest_bytes, manifest_sha256, endpoint_url)
         splits = _split_table(where, shards, table)
         if check_sizes:
             _check_sizes(url, [shard for of_split in shards.values() for shard in of_split], endpoint_url)
         return cls(
-            url, splits, Vocabulary([END_TOKEN, *counts]), counts, names, str(source), str(licence), dict(options),
-            endpoint_url, vector_info,
+            url, splits, vocabulary, counts, names, str(source), str(licence), dict(options),
+            endpoint_url, vector_info, {key: description.get(key) for key in ("rejected", "image_statistics")},
+            _fingerprint(manifest_sha256, description),
         )  # fmt: skip
 
     @property
@@ -240,6 +265,18 @@ def _read_description(url: str, endpoint_url: str | None) -> dict[str, Any]:
     if not isinstance(description.get("options"), dict):
         raise ValueError(f"{where}/{DESCRIPTION}: not a shard set's description: no options")
     return description
+
+
+def _fingerprint(manifest_sha256: str, description: Mapping[str, Any]) -> str:
+    """Hash the manifest's hash, which stands for every sample and caption, and the keys that define a run's tensors.
+
+    A key that the set does not have is left out, so that keys of later versions change no hash of today's sets.
+    """
+    keys = ("vocabulary", TOKENIZER_KEY, "attributes", "vectors")
+    defining = {key: description[key] for key in keys if description.get(key) is not None}
+    # the order of the words is their numbering, so the keys of the vocabulary are not sorted
+    text = json.dumps({"manifest": manifest_sha256, **defining}, ensure_ascii=False)
+    return storage.sha256(text.encode())
 
 
 def _read_vector_info(where: str, description: Mapping[str, Any]) -> SentenceVectorInfo | None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.resources import files
+from pathlib import Path
 
+from t2idist import storage
 from t2idist.config import DataConfig
-from t2idist.data.shards import Dataset
+from t2idist.data.shards import DESCRIPTION, Dataset
 
 
 def _emoji(config: DataConfig) -> str:
@@ -38,20 +42,52 @@ def open_datasets(config: DataConfig) -> tuple[Dataset, ...]:
     Raises:
         ValueError: As for `open_dataset`; also if one is named twice.
     """
-    named = {"data.source": config.source} | {f"data.beside[{i}]": name for i, name in enumerate(config.beside)}
+    check_names(config)
+    opened = {name: _open(config, name, key) for key, name in _named(config).items() if name not in EMBEDDED}
+    return tuple(opened.get(name) or _open(config, name, key) for key, name in _named(config).items())
+
+
+def check_names(config: DataConfig) -> None:
+    """Check the names of all sources, before avatars are drawn for one. Raises ValueError as `open_datasets` does."""
+    named = _named(config)
     for i, (key, name) in enumerate(named.items()):
-        if not name:
-            raise ValueError(f"{key}: missing; allowed are {', '.join(EMBEDDED)} and the URL of a shard set")
+        _check_name(name, key)
         if name in list(named.values())[:i]:
             raise ValueError(f"{key}: {name!r} is listed twice; the data sets must differ")
-    return tuple(_open(config, name, key) for key, name in named.items())
+
+
+def is_folder(source: str) -> bool:
+    """Return whether a name without a slash is a shard set in the working directory."""
+    return source not in EMBEDDED and "/" not in source and bool(source) and Path(source, DESCRIPTION).is_file()
+
+
+def _named(config: DataConfig) -> dict[str, str]:
+    return {"data.source": config.source} | {f"data.beside[{i}]": name for i, name in enumerate(config.beside)}
+
+
+def _check_name(source: str, key: str) -> None:
+    allowed = f"allowed are {', '.join(EMBEDDED)} and the URL of a shard set"
+    if not source:
+        raise ValueError(f"{key}: missing; {allowed}")
+    if source in EMBEDDED or is_folder(source):
+        return
+    storage.check_url(source)
+    if "/" not in source:
+        near = difflib.get_close_matches(source, EMBEDDED, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        if Path(source).is_dir():
+            hint = f" is a folder without {DESCRIPTION}, so no shard set"
+        raise ValueError(f"{key}: {source!r}{hint}; {allowed}")
+
+
+def _embedded_fingerprint(dataset: Dataset) -> str:
+    """Hash settings and version of data that each machine draws itself, perhaps with other bytes in its files."""
+    return storage.sha256(json.dumps([dataset.source, dataset.options], sort_keys=True).encode())
 
 
 def _open(config: DataConfig, source: str, key: str) -> Dataset:
     if source in EMBEDDED:
-        return Dataset.open(EMBEDDED[source](config))
-    if "/" not in source:
-        near = difflib.get_close_matches(source, EMBEDDED, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"{key}: {source!r}{hint}; allowed are {', '.join(EMBEDDED)} and the URL of a shard set")
+        dataset = Dataset.open(EMBEDDED[source](config))
+        return replace(dataset, fingerprint=_embedded_fingerprint(dataset)) if source == "avatars" else dataset
+    _check_name(source, key)
     return Dataset.open(source, endpoint_url=config.endpoint_url)

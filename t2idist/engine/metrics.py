@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import os
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -131,6 +133,7 @@ class MetricLogger:
             "values": self.values,
             "state": state,
             "time": now(),
+            "process": {"host": socket.gethostname(), "pid": os.getpid()},
         }
         storage.write_json(storage.join(self.run_url, PROGRESS), message)
         if self.on_progress is not None:

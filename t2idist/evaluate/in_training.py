@@ -26,9 +26,10 @@ from t2idist.contract import (
 from t2idist.data.loader import load_split
 from t2idist.data.shards import Dataset
 from t2idist.data.tokenizer import Vocabulary, known_words
+from t2idist.evaluate import best_weights
 from t2idist.evaluate.background_scorer import BackgroundScorer
 from t2idist.evaluate.diversity import WITHIN, Diversity
-from t2idist.evaluate.r_precision import validation_r_precision
+from t2idist.evaluate.r_precision import metric_name, validation_score
 from t2idist.sampling.figures import attention_figure, grid, png_bytes, stack_figures
 from t2idist.sampling.generate import GaussianNoise, empty_captions, encode_captions, eval_mode, generate
 from t2idist.sampling.translate import TranslationGrid
@@ -147,6 +148,9 @@ class InTrainingEvaluator:
             )
 
         self._scorer = None
+        self._settings, self._best = settings, None
+        if best_weights.is_tracked(system, settings):
+            self._best = best_weights.BestWeights(folder, index)
         self._last_images = settings.steps * settings.images_per_step
         if settings.scores_every_images:
             if not isinstance(system, SupportsSample):
@@ -195,8 +199,17 @@ class InTrainingEvaluator:
         if self._translations is not None:
             self._translations.write(nets, images_seen)
         if self._val is not None and isinstance(self._system, SupportsEmbed):
-            values |= validation_r_precision(self._system, nets, self._val.batch, seed=self._seed, device=self._device)
+            score = validation_score(self._system, nets, self._val.batch, seed=self._seed, device=self._device)
+            if score is not None:
+                values[metric_name(score)] = score.mean
+                if self._best is not None and self._is_regular(images_seen):
+                    self._best.record(nets, images_seen, score)
         return values
+
+    def _is_regular(self, images: int) -> bool:
+        """Return whether every run of the stage evaluates here, however often it is stopped."""
+        every, step = self._settings.pictures_every_images, self._settings.images_per_step
+        return images >= self._last_images or images // every > (images - step) // every
 
 
 def _sample_grid(

@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from t2idist.data.shards import Dataset
-from t2idist.data.tokenizer import tokenize
 from t2idist.evaluate import score_chunks
 from t2idist.evaluate.distribution_metrics import (
     bootstrap_error,
@@ -52,6 +51,8 @@ class Score:
     """Value of a random choice, if known."""
     n: int
     note: str
+    bias: float | None = None
+    """Value of as many real images against other real ones: what perfect images would get (None: not computed)."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,23 @@ class MetricCalculator:
         if times > 1:
             error = bootstrap_error(lambda rows: fid(real, generated[rows]), n, seed=seed, times=times)
             note += f"; error: standard error, {times} bootstrap draws"
-        return [_score("fid", value, error, n, note, real=fid(*halves))]
+        of_halves = fid(*halves)
+        bias, bias_note = self._fid_bias(of_halves)
+        return [replace(_score("fid", value, error, n, note + bias_note, real=of_halves), bias=bias)]
+
+    def _fid_bias(self, of_halves: float) -> tuple[float, str]:
+        """Return the FID of as many real images as were generated, against other real ones, and a note about it."""
+        real, n = self.real.outputs[0].features, len(self.generated.rows)
+        order = torch.randperm(len(real), generator=torch.Generator().manual_seed(self._job.seed))
+        count = min(n, len(real) // 2)
+        note = f"; bias: {count} real images against {len(real) - count} others"
+        if count < n:
+            note += f" (there are too few for {n}: that of {n} is smaller)"
+        if n < real.shape[1]:
+            note += f"; {n} images are few for {real.shape[1]} features: compare it only at the same numbers of images"
+        if count == len(real) // 2:
+            return of_halves, note
+        return fid(real[order[count:]], real[order[:count]]), note
 
     def _kid(self) -> list[Score]:
         real, generated = self.real.outputs[0].features, self.generated.outputs[0].features
@@ -249,7 +266,7 @@ class MetricCalculator:
         split, first = self._dataset.split(self._job.split), self.r_precisions[0]
         rows_by_kind: dict[str, dict[str, list[int]]] = {"words": defaultdict(list), "attributes": defaultdict(list)}
         for row, (caption, sample) in enumerate(zip(first.captions, first.samples, strict=True)):
-            for word in set(tokenize(caption)):
+            for word in set(self._dataset.vocabulary.tokenize(caption)):
                 rows_by_kind["words"][word].append(row)
             for attribute in split.attributes(sample):
                 rows_by_kind["attributes"][attribute].append(row)

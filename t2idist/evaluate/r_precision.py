@@ -133,19 +133,32 @@ def validation_r_precision(
     device: torch.device,
     batch_size: int = 100,
 ) -> dict[str, float]:
-    """Compute the R-precision of all images of `batch`, the val split, under its metric name.
+    """Compute `validation_score` under its metric name; empty if there is none."""
+    score = validation_score(system, nets, batch, seed=seed, device=device, batch_size=batch_size)
+    return {} if score is None else {metric_name(score): score.mean}
 
-    The name is "val/r_precision" for 100 candidates. If there are fewer images, the name holds the number of candidates
-    ("val/r_precision_of_37"); fewer than two candidates give no metric.
-    """
+
+def metric_name(score: RPrecision) -> str:
+    """Return "val/r_precision" for 100 candidates; else the name holds their number ("val/r_precision_of_37")."""
+    return "val/r_precision" if score.candidates == CANDIDATES else f"val/r_precision_of_{score.candidates}"
+
+
+def validation_score(
+    system: SupportsEmbed,
+    nets: Mapping[str, nn.Module],
+    batch: Batch,
+    *,
+    seed: int,
+    device: torch.device,
+    batch_size: int = 100,
+) -> RPrecision | None:
+    """Compute the R-precision of all images of `batch`, the val split; None if there are less than two candidates."""
     candidates = min(CANDIDATES, max_candidates(batch.class_ids))
     if candidates < 2:
-        return {}
+        return None
     with eval_mode(nets):
         images, captions = embed_batch(system, nets, batch, device=device, batch_size=batch_size)
-    score = r_precision(images, captions, seed=seed, class_ids=batch.class_ids, candidates=candidates)
-    name = "val/r_precision" if candidates == CANDIDATES else f"val/r_precision_of_{candidates}"
-    return {name: score.mean}
+    return r_precision(images, captions, seed=seed, class_ids=batch.class_ids, candidates=candidates)
 
 
 def embed_batch(

@@ -23,7 +23,8 @@ from t2idist.config.strict import from_dict
 from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_dataset
 from t2idist.engine.checkpoint import export
-from t2idist.evaluate import score_chunks, score_sheets
+from t2idist.evaluate import earlier_scores, score_chunks, score_sheets
+from t2idist.evaluate.earlier_scores import SCORES_FILE
 from t2idist.evaluate.feature_extractors import DEFAULT, EXTRACTORS, WeightsFile
 from t2idist.evaluate.metrics import (
     EXTRACTOR_OF_METRIC,
@@ -33,10 +34,12 @@ from t2idist.evaluate.metrics import (
     check_sample_counts,
 )
 from t2idist.evaluate.score_chunks import ExtractorSpec, ScoreChunk, ScoreJob
+from t2idist.observability.command import BAD_INPUT, command
 
-SCORES_FILE = "scores.json"
-NOT_PROTOCOL = ("export", "export_sha256")
-"""Keys of the protocol that may differ between results that are compared."""
+NOT_PROTOCOL = ("export", "export_sha256", "captions_per_image")
+"""Keys of the protocol that may differ between results that are compared, or that follow from others."""
+COCO = "coco"
+"""Source of the sets that tools/shard_coco.py makes."""
 T = TypeVar("T")
 
 
@@ -64,7 +67,7 @@ class Settings:
     export: str
     system: str = ""
     data: str = ""
-    split: str = "test"
+    split: str = ""
     metrics: tuple[str, ...] = ("fid", "kid", "prdc", "r_precision", "memorisation")
     n: int = 30000
     real: int = 0
@@ -112,6 +115,7 @@ class Settings:
 
 
 # ------------------------------------------------------------ the command
+@command("score", failed=BAD_INPUT)
 def main(arguments: Sequence[str] | None = None, map_unordered: MapUnordered = map_in_process) -> int:
     """Run ``t2idist score``.
 
@@ -120,22 +124,18 @@ def main(arguments: Sequence[str] | None = None, map_unordered: MapUnordered = m
         map_unordered: distributes the chunks over worker processes.
 
     Returns:
-        The exit status: 0, 1 if a limit of --fail-above or --fail-below was crossed, 2 for bad input.
+        The exit status: 0, 1 if a limit of --fail-above or --fail-below was crossed, 2 for any error.
     """
     options = _parser().parse_args(arguments)
-    try:
-        limits = [*_limits("above", options.fail_above), *_limits("below", options.fail_below)]
-        metrics = tuple(name.strip() for name in options.metrics.split(",") if name.strip())
-        values = {**vars(options), "metrics": metrics}
-        settings = Settings(**{field.name: values[field.name] for field in fields(Settings)})
-        others = [(url, _read(url)) for url in options.beside]
-        result = score(settings, map_unordered)
-        measured = {row["name"] for row in result["scores"]}
-        if missing := [limit.name for limit in limits if limit.name not in measured]:
-            raise ValueError(f"--fail-above, --fail-below: {missing[0]} was not measured; use {', '.join(measured)}")
-    except ValueError as error:
-        print(f"score: {error}", file=sys.stderr)
-        return 2
+    limits = [*_limits("above", options.fail_above), *_limits("below", options.fail_below)]
+    metrics = tuple(name.strip() for name in options.metrics.split(",") if name.strip())
+    values = {**vars(options), "metrics": metrics}
+    settings = Settings(**{field.name: values[field.name] for field in fields(Settings)})
+    others = [(url, _read(url)) for url in options.beside]
+    result = score(settings, map_unordered)
+    measured = {row["name"] for row in result["scores"]}
+    if missing := [limit.name for limit in limits if limit.name not in measured]:
+        raise ValueError(f"--fail-above, --fail-below: {missing[0]} was not measured; use {', '.join(measured)}")
     print(table(result))
     for url, other in others:
         print(compare(result, other, storage.redact(url)))
@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--export", required=True, metavar="URL", help="folder of an export of a system that generates images")
     add("--system", default="", metavar="MODULE", help="module of a custom system, as the export names it")
     add("--data", default="", metavar="SOURCE", help="real images and captions (default: the training data)")
-    add("--split", default="test", help="split of the data (default: %(default)s)")
+    add("--split", default="", help="split of the data (default: test, or val if there is none; COCO: val)")
     add("--metrics", default=",".join(default.metrics), help=f"of {','.join(METRICS)} (default: %(default)s)")
     add("--n", type=int, default=default.n, help="generated images (default: %(default)s)")
     add("--real", type=int, default=0, metavar="N", help="real images (default: all of the split)")
@@ -224,7 +224,11 @@ def score(settings: Settings, map_unordered: MapUnordered = map_in_process) -> d
             bar.update()
     metrics = _metrics(settings, job, dataset)
     result = _result(settings, job, dataset, metrics)
+    earlier, copy = earlier_scores.set_aside(settings.folder, result["protocol"])
+    if copy is not None:
+        print(f"score: earlier scores of another protocol are kept in {storage.redact(copy)}", file=sys.stderr)
     result["sheets"] = score_sheets.write(job, metrics, dataset, settings.folder)
+    result = earlier_scores.merge(earlier, result)
     storage.write_json(storage.join(settings.folder, SCORES_FILE), result)
     return result
 
@@ -271,9 +275,10 @@ def make_job(settings: Settings) -> tuple[ScoreJob, Dataset]:
     if settings.data:
         data = replace(data, source=settings.data, beside=())
     dataset = open_dataset(data)
-    if settings.split not in dataset.splits:
-        raise ValueError(f"--split {settings.split}: the data has {', '.join(dataset.splits)}")
-    in_split = len(dataset.split(settings.split))
+    split = settings.split or default_split(dataset)
+    if split not in dataset.splits:
+        raise ValueError(f"--split {split}: the data has {', '.join(dataset.splits)}")
+    in_split = len(dataset.split(split))
     train = 0
     if set(settings.metrics) & set(NEEDS_TRAIN):
         if "train" not in dataset.splits:
@@ -291,7 +296,7 @@ def make_job(settings: Settings) -> tuple[ScoreJob, Dataset]:
         export_sha256=storage.sha256(storage.read_bytes(storage.join(settings.export, export.INDEX))),
         custom_system=settings.system,
         data=data,
-        split=settings.split,
+        split=split,
         pixels=0,
         n=settings.n,
         real=min(settings.real or in_split, in_split),
@@ -308,6 +313,23 @@ def make_job(settings: Settings) -> tuple[ScoreJob, Dataset]:
     return replace(job, pixels=score_chunks.generated_size(job, dataset)), dataset
 
 
+def default_split(dataset: Dataset) -> str:
+    """Return the split that is scored unless the user names one: test, or val if there is no test split with captions.
+
+    Of COCO it is val, as in the papers: the captions of its test images are not public.
+    """
+    test = dataset.splits.get("test")
+    if (val := dataset.splits.get("val")) is None:
+        return "test"
+    uncaptioned = test is not None and not test.different_captions() and val.different_captions()
+    return "val" if test is None or uncaptioned or dataset.source == COCO else "test"
+
+
+def _captions_per_image(job: ScoreJob, dataset: Dataset) -> int:
+    """Return the largest number of captions of one sample that images are generated for."""
+    return -(-job.n // len(dataset.split(job.split)))
+
+
 def _protocol(settings: Settings, job: ScoreJob, dataset: Dataset, metrics: MetricCalculator) -> dict[str, Any]:
     """Return everything that the values depend on."""
     return {
@@ -317,6 +339,7 @@ def _protocol(settings: Settings, job: ScoreJob, dataset: Dataset, metrics: Metr
         "split": job.split,
         "data": dataset.source,
         "captions": "the captions of each sample in turn, samples in an order drawn by the seed",
+        "captions_per_image": _captions_per_image(job, dataset),
         "seed": job.seed,
         "truncation": job.truncation,
         "pixels": job.pixels,
@@ -328,6 +351,7 @@ def _protocol(settings: Settings, job: ScoreJob, dataset: Dataset, metrics: Metr
         "export": storage.redact(settings.export),
         "export_sha256": job.export_sha256,
         "version": t2idist.__version__,
+        **({"background": True} if settings.background else {}),
     }
 
 
@@ -371,11 +395,12 @@ def table(result: Mapping[str, Any]) -> str:
     lines = [f"{key}: {value}" for key, value in result["protocol"].items() if key != "extractors"]
     for facts in result["protocol"]["extractors"]:
         lines.append("extractor: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
-    lines.append(f"{'':14}{'generated':>11}{'error':>11}{'95 %':>22}{'real':>11}{'chance':>8}{'n':>8}")
+    lines.append(f"{'':14}{'generated':>11}{'error':>11}{'95 %':>22}{'real':>11}{'bias':>10}{'chance':>8}{'n':>8}")
     for row in result["scores"]:
         interval = "" if row["low"] is None else f"{row['low']:.4g} to {row['high']:.4g}"
         lines.append(
             f"{row['name']:14}{number(row['value']):>11}{number(row['error']):>11}{interval:>22}"
-            f"{number(row['real']):>11}{number(row['chance']):>8}{row['n']:8d}  {row['note']}"
+            f"{number(row['real']):>11}{number(row.get('bias')):>10}{number(row['chance']):>8}{row['n']:8d}"
+            f"  {row['note']}"
         )
     return "\n".join(lines)

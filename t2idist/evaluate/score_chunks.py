@@ -260,7 +260,7 @@ def generated_size(job: ScoreJob, dataset: Dataset) -> int:
                 f"{dataset.vector_dim}"
             )
     elif is_text_conditional(loaded.system, vector_dim):
-        known, words = set(loaded.vocabulary.words), set(dataset.vocabulary.words)
+        known, words = set(loaded.vocabulary.words), set(dataset.vocabulary.words_read_by(loaded.vocabulary.tokenizer))
         if words and len(known & words) < MIN_KNOWN_WORDS * len(words):
             raise ValueError(
                 f"{storage.redact(job.export)}: knows {len(known & words)} of the {len(words)} words of this data; it "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,10 @@ from t2idist.contract import Batch, SupportsInvert, to_float
 from t2idist.data.loader import load_split
 from t2idist.data.sources import open_dataset
 from t2idist.nn.text_encoders import sentence_vectors
+from t2idist.observability.command import command
+from t2idist.sampling.drawings import export_sha256
 from t2idist.sampling.loading import LoadedExport, load_export
+from t2idist.storage.outputs import check_not_input
 
 BORDER = 8
 """The background is a frame whose width is the image's height divided by this number."""
@@ -187,8 +190,9 @@ def encode_batch(loaded: LoadedExport, batch: Batch) -> dict[str, Tensor]:
     return {"inverted noise": torch.cat(inverted), "sentence vector": torch.cat(vectors)}
 
 
+@command("style")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``t2idist style``; returns the exit status: 0, or 2 for bad input."""
+    """Run ``t2idist style``; returns the exit status."""
     parser = command_parser(
         "style",
         "Measure how well the inverted noise of two images shows whether they have the same style.",
@@ -205,11 +209,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--seed", type=int, default=0, help="seed of clusters, folds and limit (default: 0)")
     add("--out", default="style.json", metavar="FILE", help="file for the curves (default: style.json)")
     options = parser.parse_args(arguments)
-    try:
-        rows = _score(options)
-    except ValueError as error:
-        print(f"style: {error}", file=sys.stderr)
-        return 2
+    protocol = _protocol(options)
+    _check_output(options, protocol)
+    rows = {name: {**row, "protocol": protocol} for name, row in _score(options).items()}
     for name, row in rows.items():
         print(f"{name:16} AUC {row['auc']:.3f} +- {row['fold_std']:.3f} ({row['n']} samples, {row['folds']} folds)")
     storage.write_json(options.out, rows)
@@ -217,12 +219,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _protocol(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what the curves depend on."""
+    values = {name: vars(options)[name] for name in ("split", "clusters", "folds", "limit", "seed")}
+    labels = None if options.labels is None else storage.sha256(json.dumps(_read_labels(options.labels)).encode())
+    data = None if options.data is None else storage.redact(options.data)
+    return {"export_sha256": export_sha256(options.export), "data": data, "labels_sha256": labels, **values}
+
+
+def _check_output(options: argparse.Namespace, protocol: Mapping[str, Any]) -> None:
+    """Raise ValueError if --out is an input, or a file other than an earlier result of the same protocol."""
+    check_not_input(options.out, [options.labels] if options.labels else [], "--out")
+    if not storage.exists(options.out):
+        return
+    try:
+        rows = list(storage.read_json(options.out).values())
+        same = bool(rows) and all(row["protocol"] == protocol for row in rows)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        same = False
+    if not same:
+        raise ValueError(
+            f"--out {storage.redact(options.out)}: exists, and is not a result with these options; give another --out"
+        )
+
+
 def _score(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     loaded = load_export(options.export, torch.device("cpu"))
     where = storage.redact(options.export)
     if not isinstance(loaded.system, SupportsInvert):
         raise ValueError(f"{where}: system {loaded.name} does not invert images; give the export of a style stage")
-    settings = from_dict(DataConfig, loaded.meta["data"]["settings"], f"{where}: data")
+    trained_on = (loaded.meta.get("data") or {}).get("settings")
+    if trained_on is None and not options.data:
+        raise ValueError(f"--data: required, because {where} does not say what data it was trained on")
+    settings = from_dict(DataConfig, trained_on or {}, f"{where}: data")
     if options.data:
         settings = dataclasses.replace(settings, source=options.data)
     dataset = dataclasses.replace(open_dataset(settings), vocabulary=loaded.vocabulary)

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from t2idist.ingest.files import read_lines
+from t2idist.ingest.files import UndecodableText, read_lines, text_of_line
+from t2idist.ingest.flags import parse_attributes
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.rejects import Reason
 
@@ -34,25 +35,21 @@ def read_jsonl(url: str, listing: Listing) -> Iterator[Annotation]:
             continue
         location = f"{file}, line {number}"
         try:
-            yield _parse(location, json.loads(line.decode()))
-        except UnicodeDecodeError:
-            listing.exclude("", location, Reason.INVALID_UTF8, "the line is not valid UTF-8")
+            yield _parse(location, json.loads(text_of_line(line)), listing.attributes)
+        except UndecodableText as error:
+            listing.exclude("", location, Reason.INVALID_UTF8, str(error))
         except (ValueError, RecursionError) as error:
             listing.exclude("", location, Reason.MALFORMED, str(error)[:200])
 
 
-def _parse(location: str, value: Any) -> Annotation:
+def _parse(location: str, value: Any, seen: dict[str, bool]) -> Annotation:
     if not isinstance(value, dict) or not isinstance(value.get("image"), str):
         raise ValueError('the line must be an object with "image", the name of an image')
     captions = value.get("captions", value.get("caption", []))
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise ValueError('"caption" must be a string, "captions" a list of strings')
-    attributes = value.get("attributes", [])
-    if isinstance(attributes, dict):
-        attributes = [name for name, value in attributes.items() if value in (True, 1)]
-    if not isinstance(attributes, list) or not all(isinstance(name, str) for name in attributes):
-        raise ValueError('"attributes" must be a list of names, or an object {name: true or false}')
+    attributes = parse_attributes(value.get("attributes", []), "attributes", seen)
     class_name, split = value.get("class"), value.get("split")
     if isinstance(class_name, bool) or not isinstance(class_name, str | int | None):
         raise ValueError('"class" must be a string or an integer')

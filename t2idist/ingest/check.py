@@ -18,8 +18,9 @@ from typing import Any
 from PIL import Image
 
 from t2idist import storage
-from t2idist.data.sample_format import EXTENSIONS, MAX_FILE_BYTES, VECTORS
+from t2idist.data.sample_format import EXTENSIONS, MAX_FILE_BYTES, VECTORS, image_hash
 from t2idist.data.shards import DESCRIPTION, MANIFEST, Dataset, SentenceVectorInfo, Shard, Split, inflate
+from t2idist.data.statistics import ImageStatistics
 from t2idist.data.tokenizer import count_words
 from t2idist.ingest.contact_sheet import thumbnail
 from t2idist.ingest.duplicates import Fingerprint, fingerprint
@@ -68,6 +69,8 @@ class ShardReport:
     """Result for one shard."""
 
     problems: Problems = field(default_factory=Problems)
+    image_hashes: dict[str, str] = field(default_factory=dict)
+    """Of the encoded images, by sample key."""
     fingerprints: dict[str, Fingerprint] = field(default_factory=dict)
     """By sample key."""
     thumbnails: dict[str, bytes] = field(default_factory=dict)
@@ -80,6 +83,7 @@ class SetReport(ShardReport):
 
     split_of: dict[str, str] = field(default_factory=dict)
     """Split of each sample with a fingerprint, by sample key."""
+    images: ImageStatistics = field(default_factory=ImageStatistics)
 
 
 def check_set(
@@ -120,6 +124,8 @@ def check_set(
             split, shard, future = pending.popleft()
             shard_report = future.result()
             result.problems.merge(shard_report.problems)
+            for key, digest in shard_report.image_hashes.items():
+                result.images.add(split.name, key, digest)
             result.fingerprints.update(shard_report.fingerprints)
             result.split_of.update(dict.fromkeys(shard_report.fingerprints, split.name))
             result.thumbnails.update(shard_report.thumbnails)
@@ -188,7 +194,8 @@ def _check_folder(dataset: Dataset, description: dict[str, Any], problems: Probl
 def _check_counts(dataset: Dataset, description: dict[str, Any], problems: Problems) -> None:
     counts: Counter[str] = Counter()
     for name, split in dataset.splits.items():
-        counts.update(count_words(caption for i in range(len(split)) for caption in split.captions(i)))
+        captions = (caption for i in range(len(split)) for caption in split.captions(i))
+        counts.update(count_words(captions, dataset.vocabulary.tokenizer))
         stated = description["splits"][name].get("samples")
         if stated != len(split):
             problems.add(f"{DESCRIPTION}: states {stated} samples of split {name}; its shards hold {len(split)}")
@@ -294,6 +301,7 @@ def _check_sample(
     else:
         if content != row.facts:
             yield "its JSON differs from the manifest"
+    report.image_hashes[row.key] = image_hash(_bytes(tar, image_member))
     try:
         image = decode_rgb(_bytes(tar, image_member), extension)
     except ValueError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,11 +15,20 @@ from tqdm import tqdm
 from t2idist import storage
 from t2idist.config.arguments import command_parser
 from t2idist.data.shard_writer import available_cpus
-from t2idist.ingest.image import ImageOptions
+from t2idist.data.shards import MANIFEST, Dataset
+from t2idist.data.statistics import print_findings, problems_of
+from t2idist.data.text_files import check_encoding
+from t2idist.data.tokenizer import TOKENIZERS, UNICODE
+from t2idist.ingest.files import text_encoding
+from t2idist.ingest.image import MAX_MEGAPIXELS, ImageOptions
 from t2idist.ingest.listing import Listing
-from t2idist.ingest.writer import REJECTED, IngestOptions, StrictError, write_set
+from t2idist.ingest.rejects import Reason
+from t2idist.ingest.writer import PROGRESS, REJECTED, IngestOptions, StrictError, write_set
+from t2idist.observability import command as ending
+from t2idist.storage.outputs import is_same_file
 
 _SECONDS_BETWEEN_LINES = 10.0
+_SHARD = re.compile(r"[A-Za-z0-9_-]+-\d{5}\.tar")
 
 
 def tool_parser(tool: str, description: str, example: str) -> argparse.ArgumentParser:
@@ -40,12 +50,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="pixels of the shorter side, 0: no resizing (default: %(default)s)",
     )
     group.add_argument("--quality", type=int, default=95, metavar="N", help="JPEG quality (default: %(default)s)")
+    group.add_argument(
+        "--max-megapixels",
+        type=int,
+        default=MAX_MEGAPIXELS,
+        metavar="N",
+        help="leave out larger images (default: %(default)s)",
+    )
     group.add_argument("--keep-original", action="store_true", help="store the original bytes at full size")
     group.add_argument(
         "--max-words", type=int, metavar="N", help="cut longer captions to this many words (default: no limit)"
     )
     group.add_argument(
         "--min-count", type=int, default=1, metavar="N", help="rarer words are unknown (default: %(default)s)"
+    )
+    group.add_argument(
+        "--tokenizer",
+        choices=tuple(TOKENIZERS),
+        default=UNICODE,
+        help="words of any script, or ASCII only as in the authors' code (default: %(default)s)",
+    )
+    group.add_argument(
+        "--encoding", metavar="NAME", help="of text files, such as cp1252 (default: UTF-8, or UTF-16 if they are)"
     )
     group.add_argument(
         "--shard-samples", type=int, default=1024, metavar="N", help="a multiple of 256 (default: %(default)s)"
@@ -85,22 +111,22 @@ def main(
     """
     add_options(parser)
     parsed = parser.parse_args(arguments)
-    return run_command(parser.prog, lambda: _write(parsed, source, list_images))
+    return run_command(parser.prog, lambda: _write(parser.prog, parsed, source, list_images))
 
 
 def run_command(name: str, command: Callable[[], int]) -> int:
-    """Run a command; print an error as one line on stderr. Returns the exit status."""
-    try:
-        return command()
-    except StrictError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"{name}: {error or type(error).__name__}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\n{name}: interrupted; run the same command again to resume", file=sys.stderr)
-        return 130
+    """Run a command as `observability.command` does; its status 1 is a verdict, so that any error is 2."""
+
+    def strict() -> int:
+        try:
+            return command()
+        except StrictError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            return 1
+
+    return ending.run_command(
+        name, strict, failed=ending.BAD_INPUT, interrupted="interrupted; run the same command again to resume"
+    )
 
 
 def set_endpoint(endpoint_url: str | None) -> None:
@@ -111,26 +137,63 @@ def set_endpoint(endpoint_url: str | None) -> None:
 
 
 def _write(
-    arguments: argparse.Namespace, source: str, list_images: Callable[[argparse.Namespace, Listing], None]
+    tool: str, arguments: argparse.Namespace, source: str, list_images: Callable[[argparse.Namespace, Listing], None]
 ) -> int:
     if arguments.processes < 1:
         raise ValueError(f"--processes {arguments.processes}: must be at least 1")
     options = IngestOptions(
-        image=ImageOptions(arguments.size, arguments.quality, arguments.keep_original),
+        image=ImageOptions(arguments.size, arguments.quality, arguments.keep_original, arguments.max_megapixels),
         max_words=arguments.max_words,
         min_count=arguments.min_count,
         shard_samples=arguments.shard_samples,
+        tokenizer=arguments.tokenizer,
+        encoding=None if arguments.encoding is None else check_encoding(arguments.encoding),
     )
     set_endpoint(arguments.endpoint_url)
+    _check_inputs_stay(arguments)
     with Listing() as listing, ProgressBar(sys.stderr) as progress:
-        list_images(arguments, listing)
-        description = write_set(
-            listing, arguments.out, options, source=source,
-            licence=arguments.licence or listing.licence or "not said", processes=arguments.processes,
-            strict=arguments.strict, restart=arguments.restart, report=progress.update,
-        )  # fmt: skip
+        try:
+            with text_encoding(options.encoding):
+                list_images(arguments, listing)
+        finally:
+            for note in listing.notes:
+                print(f"{tool}: {note}", file=sys.stderr)
+        try:
+            description = write_set(
+                listing, arguments.out, options, source=source,
+                licence=arguments.licence or listing.licence or "not said", processes=arguments.processes,
+                strict=arguments.strict, restart=arguments.restart, report=progress.update,
+            )  # fmt: skip
+        finally:
+            _name_undecodable(tool, listing)
+        print_findings(
+            tool, [*listing.findings(), *problems_of(Dataset.open(arguments.out, check_sizes=False))], sys.stderr
+        )
     print(summary(arguments.out, description))
     return 0
+
+
+def _name_undecodable(tool: str, listing: Listing) -> None:
+    """Say on stderr which byte is no text, and how it can be read."""
+    undecodable = (reject for reject in listing.rejects() if reject.reason is Reason.INVALID_UTF8)
+    if (first := next(undecodable, None)) is not None:
+        count = 1 + sum(1 for _ in undecodable)
+        print(f"{tool}: text that cannot be decoded: {count}, the first is {first}", file=sys.stderr)
+
+
+def _check_inputs_stay(arguments: argparse.Namespace) -> None:
+    """Raise ValueError if --out is an input folder with files of the names that are about to be written."""
+    given = [value for name, value in vars(arguments).items() if isinstance(value, str) and name != "out"]
+    if not any(is_same_file(value, arguments.out) for value in given):
+        return
+    names = storage.list_dir(arguments.out)
+    if PROGRESS in names:  # an interrupted run wrote them
+        return
+    if taken := [name for name in names if name == MANIFEST or _SHARD.fullmatch(name)]:
+        raise ValueError(
+            f"--out {storage.redact(arguments.out)}: is also the input, whose {taken[0]} would be overwritten; use "
+            "another folder"
+        )
 
 
 class ProgressBar:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from t2idist import storage
-from t2idist.ingest.files import is_image, is_unsafe, walk
+from t2idist.ingest.files import UndecodableText, is_image, is_unsafe, text_of_file, walk
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.rejects import Effect, Reason, Reject
 
+_PAPERS_YEAR = "2014"
 _ANNOTATIONS = re.compile(r"(captions|image_info)_([A-Za-z0-9_-]+)\.json")
 
 
@@ -40,7 +42,8 @@ def find_splits(root: str, wanted: Sequence[str] = ()) -> list[CocoSplit]:
     """Find the splits in a folder. The name of a split is that of its file without the year (train2014: train).
 
     Args:
-        wanted: names with or without year. Default: all splits with captions.
+        wanted: names with or without year. Default: all splits with captions; of several years those of 2014, which
+            the papers train on and score (train2014, val2014).
 
     Raises:
         ValueError: a split is missing, or two years would share a name.
@@ -52,6 +55,8 @@ def find_splits(root: str, wanted: Sequence[str] = ()) -> list[CocoSplit]:
             f"{storage.redact(folder)}: no captions_*.json found; --coco must be the parent folder of annotations"
         )
     chosen = [m for m in listed if m[1] == "captions"] if not wanted else _choose(listed, wanted, folder)
+    if not wanted and len(years := {_year(match[2]) for match in chosen}) > 1 and _PAPERS_YEAR in years:
+        chosen = [match for match in chosen if _year(match[2]) == _PAPERS_YEAR]
     splits: dict[str, CocoSplit] = {}
     for match in chosen:
         kind, full = match.groups()
@@ -82,6 +87,10 @@ def _without_year(name: str) -> str:
     return re.sub(r"\d+", "", name).strip("-_") or name
 
 
+def _year(name: str) -> str:
+    return "".join(re.findall(r"\d+", name))
+
+
 def _images(root: str, full: str) -> str:
     names = dict.fromkeys((full, full.replace("-dev", "")))
     candidates = [storage.join(root, *parts) for name in names for parts in ((name,), ("images", name))]
@@ -109,9 +118,13 @@ def list_coco(splits: Iterable[CocoSplit], listing: Listing) -> None:
 def _list_split(split: CocoSplit, listing: Listing, licences: dict[str, None]) -> None:
     file = split.annotations_url.rsplit("/", 1)[-1]
     try:
-        content = storage.read_json(split.annotations_url)
+        content = json.loads(text_of_file(storage.read_bytes(split.annotations_url)))
     except FileNotFoundError:
         raise ValueError(f"{storage.redact(split.annotations_url)}: no such file") from None
+    except UndecodableText as error:
+        raise ValueError(f"{storage.redact(split.annotations_url)}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{storage.redact(split.annotations_url)}: not JSON: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise ValueError(f"{storage.redact(split.annotations_url)}: not a COCO annotation file: no list of images")
     for licence in content.get("licenses") or []:

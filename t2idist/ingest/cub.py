@@ -32,12 +32,13 @@ def list_cub(
         ValueError: a file is missing.
     """
     birds = first_existing(
-        [storage.join(root, "CUB_200_2011"), storage.join(root, "images")], "the folder CUB_200_2011"
+        [storage.join(root, "CUB_200_2011"), storage.join(root, "images")], "the folder CUB_200_2011", root
     )
     birds = birds if birds.endswith("CUB_200_2011") else root
     texts = text_url or first_existing(
         [storage.join(above, name) for above in (root, birds) for name in ("text", "text_c10")],
         "the folder of captions",
+        root,
     )
     listing.classes = {int(number): name for number, name in _read_table(birds, "classes.txt", listing, 2)}
     labels = {number: int(label) for number, label in _read_table(birds, "image_class_labels.txt", listing, 2)}
@@ -131,7 +132,7 @@ def _read_splits(root: str, birds: str) -> dict[str, str]:
     for split in ("train", "test"):
         candidates = [storage.join(root, split, "filenames.pickle"), storage.join(root, f"{split}.txt")]
         candidates.append(storage.join(birds, f"{split}.txt"))
-        url = first_existing(candidates, f"the list of {split} images (alternative: --test-classes)")
+        url = first_existing(candidates, f"the list of {split} images (alternative: --test-classes)", root)
         if url.endswith(".pickle"):
             names = read_names(url)
         else:

@@ -192,4 +192,5 @@ def _finish(
         facts["without_vector"] = {"samples": samples, "captions": captions}
     # the count of the rarest known word keeps the vocabulary unchanged
     min_count = min(dataset.word_counts.values(), default=1)
-    return write_index(out, shards, rows(), facts=facts, min_count=min_count)
+    tokenizer = dataset.vocabulary.tokenizer
+    return write_index(out, shards, rows(), facts=facts, min_count=min_count, tokenizer=tokenizer)

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
 
 from t2idist import storage
 from t2idist.data.sample_format import MAX_FILE_BYTES
+from t2idist.data.text_files import blocks_to_utf8, to_utf8, undecodable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_LINE_BYTES = 16 << 20
 _BLOCK_BYTES = 8 << 20
+_NAMED = 12
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f]")
-_KNOWN = (
-    *IMAGE_SUFFIXES,
-    ".txt",
-    ".json",
-    ".jsonl",
-    ".csv",
-    ".tsv",
-    ".parquet",
-    ".pickle",
-    ".pkl",
-    ".md",
-    ".zip",
-    ".tar",
-)
+_ENCODING: ContextVar[str | None] = ContextVar("encoding", default=None)
+
+
+class UndecodableText(ValueError):
+    """Text has a byte that is not of its encoding; the message names both."""
+
+
+@contextlib.contextmanager
+def text_encoding(encoding: str | None) -> Iterator[None]:
+    """Read text files in this encoding (None: as they say themselves) within the block, in this thread."""
+    token = _ENCODING.set(encoding)
+    try:
+        yield
+    finally:
+        _ENCODING.reset(token)
 
 
 def is_image(name: str) -> bool:
@@ -42,7 +48,7 @@ def is_unsafe(name: str) -> bool:
 
 
 def walk(url: str) -> Iterator[str]:
-    """Yield the relative names of all files below a folder, in an order that does not depend on the file system.
+    """Yield the relative names of all files below a folder, in an order that is the same on disk and in a store.
 
     Hidden names are skipped; links to folders are not followed.
     """
@@ -59,19 +65,25 @@ def walk(url: str) -> Iterator[str]:
 
 
 def _walk_store(url: str, below: str) -> Iterator[str]:
-    for name in storage.list_dir(storage.join(url, below) if below else url):
-        if name.startswith("."):
-            continue
-        path = f"{below}/{name}" if below else name
-        inside = [] if name.lower().endswith(_KNOWN) else storage.list_dir(storage.join(url, path))
-        if inside:
-            yield from _walk_store(url, path)
-        else:
-            yield path
+    files, folders = storage.list_files_and_folders(storage.join(url, below) if below else url)
+    yield from (f"{below}{name}" for name in files)
+    for name in folders:
+        yield from _walk_store(url, f"{below}{name}/")
 
 
-def read_limited(url: str, max_bytes: int = MAX_FILE_BYTES) -> bytes:
-    """Read a file. Raises OverflowError, with its size, if it is larger than `max_bytes`."""
+@dataclass(frozen=True)
+class ByteRange:
+    """A part of a file, in bytes."""
+
+    start: int
+    length: int
+
+
+def read_limited(url: str, max_bytes: int = MAX_FILE_BYTES, part: ByteRange | None = None) -> bytes:
+    """Read a file, or a part of it. Raises OverflowError, with the size, if that is larger than `max_bytes`."""
+    if part is not None:
+        _check_size(part.length, max_bytes)
+        return storage.read_bytes(url, part.start, part.start + part.length) if part.length else b""
     name = storage.local_name(url)
     if name is None:
         _check_size(storage.size(url), max_bytes)
@@ -89,20 +101,48 @@ def _check_size(size_bytes: int, max_bytes: int) -> None:
 def read_lines(url: str) -> Iterator[tuple[int, bytes]]:
     """Yield the number (from 1) and the bytes of each line, line ends included, in constant memory.
 
+    The bytes are UTF-8, whatever the encoding of the file; those that are no text are invalid UTF-8.
+
+    Lines end in LF or CRLF, or in CR if the first 8 MiB contain no LF.
+
     Lines longer than MAX_LINE_BYTES are cut and end in a NUL byte. Raises ValueError if the file is missing.
     """
-    for number, line in enumerate(_raw_lines(url), start=1):
-        yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+    yield from enumerate(_raw_lines(url), start=1)
+
+
+def text_of_line(line: bytes) -> str:
+    """Decode a line of `read_lines`. Raises UndecodableText."""
+    if (problem := undecodable(line, _ENCODING.get())) is not None:
+        raise UndecodableText(problem)
+    return line.decode()
+
+
+def text_as_utf8(data: bytes) -> bytes:
+    """Convert the content of a text file to UTF-8, as `read_lines` does."""
+    return to_utf8(data, _ENCODING.get())
+
+
+def text_of_file(data: bytes) -> str:
+    """Decode the content of a text file. Raises UndecodableText."""
+    return text_of_line(text_as_utf8(data))
+
+
+def undecodable_part(texts: Iterable[str]) -> str | None:
+    """Say which byte of the first text is not of its encoding in which surrogates stand for bytes; None if all are."""
+    problems = (undecodable(text, _ENCODING.get()) for text in texts)
+    return next((problem for problem in problems if problem is not None), None)
 
 
 def _raw_lines(url: str) -> Iterator[bytes]:
     rest = b""
     cut = False
-    for block in _blocks(url):
-        parts = block.split(b"\n")
+    end = b""
+    for block in blocks_to_utf8(_blocks(url), _ENCODING.get()):
+        end = end or (b"\r" if b"\r" in block[:-1] and b"\n" not in block else b"\n")
+        parts = block.split(end)
         parts[0] = rest + parts[0]
         for line in parts[:-1]:
-            yield line[:MAX_LINE_BYTES] + b"\0\n" if cut or len(line) > MAX_LINE_BYTES else line + b"\n"
+            yield line[:MAX_LINE_BYTES] + b"\0" + end if cut or len(line) > MAX_LINE_BYTES else line + end
             cut = False
         cut, rest = cut or len(parts[-1]) > MAX_LINE_BYTES, parts[-1][: MAX_LINE_BYTES + 1]
     if rest:
@@ -123,10 +163,19 @@ def file_size(url: str) -> int:
         raise ValueError(f"{storage.redact(url)}: no such file") from None
 
 
-def first_existing(candidates: list[str], description: str) -> str:
-    """Return the first URL that exists. Raises ValueError that lists the URLs if there is none."""
+def first_existing(candidates: list[str], description: str, root: str | None = None) -> str:
+    """Return the first URL that exists. Raises ValueError that lists the URLs, and what is in `root`, if none does."""
     for url in candidates:
         if storage.exists(url):
             return url
     tried = ", ".join(storage.redact(url) for url in candidates)
-    raise ValueError(f"{description} was not found; tried {tried}")
+    held = "" if root is None else f"; {_describe_folder(root)}"
+    raise ValueError(f"{description} was not found; tried {tried}{held}")
+
+
+def _describe_folder(root: str) -> str:
+    names = storage.list_dir(root)
+    if not names:
+        return f"{storage.redact(root)} is empty or missing"
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{storage.redact(root)} holds {', '.join(names[:_NAMED])}{more}"

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 from t2idist import storage
 from t2idist.ingest.annotations import Annotation, read_jsonl
-from t2idist.ingest.files import is_image, is_unsafe, walk
+from t2idist.ingest.caption_files import CaptionFiles
+from t2idist.ingest.files import is_image, walk
 from t2idist.ingest.listing import Listing
+from t2idist.ingest.names import NameResolver, UnusableName
 from t2idist.ingest.rejects import Reason
+from t2idist.ingest.splits import NamedSplits
 from t2idist.ingest.tables import Columns, table_rows
 
 CAPTIONS = "captions.jsonl"
+OUTSIDE_SPLITS = "other images are in folders named after splits; this one is not"
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,10 @@ class FolderOptions:
     """Assign whole classes, not single images, to splits."""
     needs_captions: bool = True
     """Exclude images without captions."""
+    split_folders: bool = True
+    """Folders named train, validation or test are splits."""
+    caption_extension: str | None = None
+    """Of the caption files beside the images (None: .txt, or else .caption)."""
 
     def __post_init__(self) -> None:
         if not (0 <= self.val < 1 and 0 <= self.test < 1 and self.val + self.test < 1):
@@ -38,6 +46,18 @@ class FolderOptions:
         position = int.from_bytes(hashlib.blake2b(f"split {name}".encode(), digest_size=8).digest()) / 2**64
         return "test" if position < self.test else "val" if position < self.test + self.val else "train"
 
+    def choose_split(
+        self, splits: NamedSplits, name: str, class_name: str | None = None, inside: str = ""
+    ) -> str | None:
+        """Return the split that a file's name states, else one by a hash. None: the file is in no split.
+
+        Args:
+            inside: name of the image inside the file, if the file holds several.
+        """
+        if splits and not splits.only_train:
+            return splits.split(name)
+        return self.split(class_name if self.by_class and class_name is not None else inside or name)
+
 
 def list_folder(
     root: str,
@@ -47,8 +67,8 @@ def list_folder(
     table: str | None = None,
     columns: Columns | None = None,
     captions_url: str | None = None,
-) -> None:
-    """List the images below `root` with their annotations.
+) -> str:
+    """List the images below `root` with their annotations. Returns a sentence about the splits.
 
     Args:
         table: a .csv, .tsv or .parquet file whose `columns` hold image names relative to `root`, and annotations.
@@ -58,48 +78,66 @@ def list_folder(
         ValueError: a file or a column is missing.
     """
     if table is not None:
-        _list_annotated(root, table_rows(table, columns or Columns(), listing), listing, options)
-    elif captions_url is not None or storage.exists(storage.join(root, CAPTIONS)):
-        _list_annotated(root, read_jsonl(captions_url or storage.join(root, CAPTIONS), listing), listing, options)
-    else:
-        _list_pairs(root, listing, options)
+        return list_annotated(root, table_rows(table, columns or Columns(), listing), listing, options)
+    pairs = options.caption_extension is not None
+    if captions_url is not None or (not pairs and storage.exists(storage.join(root, CAPTIONS))):
+        return list_annotated(root, read_jsonl(captions_url or storage.join(root, CAPTIONS), listing), listing, options)
+    return _list_pairs(root, listing, options)
 
 
-def _list_pairs(root: str, listing: Listing, options: FolderOptions) -> None:
+def _list_pairs(root: str, listing: Listing, options: FolderOptions) -> str:
     if options.by_class:
         raise ValueError("--split-by-class: name.txt next to name.jpg has no classes; use captions.jsonl or --table")
-    for name in walk(root):
-        if name.endswith(".txt"):
-            listing.add_file("", name, storage.join(root, name))
+
+    texts = CaptionFiles(root, listing, options.caption_extension)
+
+    def images_of(names: Iterator[str]) -> Iterator[str]:
+        for name in names:
+            if is_image(name):
+                yield name
+            else:
+                texts.add(name)
+
+    splits = NamedSplits(images_of(walk(root)), ignore=not options.split_folders)
     images = 0
     for name in walk(root):
         if is_image(name):
-            text_url: str | None = storage.join(root, f"{name.rsplit('.', 1)[0]}.txt")
-            if text_url is not None and listing.has_file(text_url):
-                listing.mark_annotated(text_url)
-            else:
-                text_url = None
-            url = storage.join(root, name)
-            listing.add(options.split(name), name, url, text_url=text_url, needs_captions=options.needs_captions)
+            url, text_url = storage.join(root, name), texts.find(name)
             images += 1
+            split = options.choose_split(splits, name)
+            if split is None:
+                listing.exclude("", name, Reason.NO_SPLIT, OUTSIDE_SPLITS)
+            elif options.needs_captions and not texts.any:  # no need to read the images
+                listing.exclude(split, name, Reason.NO_CAPTIONS, "it has no caption file")
+            else:
+                listing.add(split, name, url, text_url=text_url, needs_captions=options.needs_captions)
     if not images:
-        raise ValueError(f"{storage.redact(root)}: no images found; check the folder")
-    listing.reject_unannotated_files(Reason.NO_IMAGE, "captions without an image")
+        raise ValueError(f"{storage.redact(root)}: no images found; {texts.describe_others()}")
+    texts.finish(options.needs_captions)
+    return splits.describe()
 
 
-def _list_annotated(root: str, annotations: Iterator[Annotation], listing: Listing, options: FolderOptions) -> None:
+def list_annotated(root: str, annotations: Iterator[Annotation], listing: Listing, options: FolderOptions) -> str:
+    """List the images that annotations name. Returns a sentence about the splits."""
+    stated = 0
     classes: dict[str, None] = {}
+    names = NameResolver(root, listing)
+    names.add_files()
     for annotation in annotations:
-        if is_unsafe(annotation.name):
-            listing.exclude(annotation.split or "", annotation.name, Reason.UNSAFE_NAME, annotation.location)
+        try:
+            image = names.resolve(annotation.name)
+        except UnusableName as error:
+            detail = f"{annotation.location}: {error.detail}" if error.detail else annotation.location
+            listing.exclude(annotation.split or "", annotation.name, error.reason, detail)
             continue
         if annotation.class_name is not None:
             classes[annotation.class_name] = None
-        listing.add_annotation(_normalize_name(annotation.name), asdict(annotation))
+        stated += annotation.split is not None
+        listing.add_annotation(image, asdict(annotation))
     if options.by_class and not classes:
         raise ValueError("--split-by-class: the data has no classes")
-    class_ids = {name: number for number, name in enumerate(sorted(classes, key=_class_order))}
-    listing.classes = {number: name for name, number in class_ids.items()}
+    class_ids = number_classes(classes, listing)
+    splits = NamedSplits((name for name, _ in listing.annotations()), ignore=not options.split_folders)
     for name, rows in listing.annotations():
         url = storage.join(root, name)
         values = {key: {row[key] for row in rows} - {None} for key in ("class_name", "split")}
@@ -112,24 +150,29 @@ def _list_annotated(root: str, annotations: Iterator[Annotation], listing: Listi
             continue
         class_name, split = (next(iter(values[key]), None) for key in ("class_name", "split"))
         if split is None:
-            split = options.split(class_name if options.by_class and class_name is not None else name)
+            split = options.choose_split(splits, name, class_name)
+        if split is None:
+            listing.exclude("", name, Reason.NO_SPLIT, OUTSIDE_SPLITS)
+            listing.mark_annotated(url)
+            continue
         listing.add(
             split, name, url,
             captions=[caption for row in rows for caption in row["captions"]],
             attributes=list(dict.fromkeys(attribute for row in rows for attribute in row["attributes"])),
             class_id=None if class_name is None else class_ids[class_name], needs_captions=options.needs_captions,
         )  # fmt: skip
-    for name in walk(root):
-        if is_image(name):
-            listing.add_file("", name, storage.join(root, name))
     listing.reject_unannotated_files()
+    listing.notes += names.notes()
+    return "splits: as the annotations state" if stated else splits.describe()
+
+
+def number_classes(names: Iterable[str], listing: Listing) -> dict[str, int]:
+    """Number the classes, and name them in the listing. Returns the ids by name."""
+    class_ids = {name: number for number, name in enumerate(sorted(names, key=_class_order))}
+    listing.classes = {number: name for name, number in class_ids.items()}
+    return class_ids
 
 
 def _class_order(name: str) -> tuple[int, int, str]:
     """Sort key: numbers by value, before names."""
     return (0, int(name), name) if name.isdecimal() and len(name) < 19 else (1, 0, name)
-
-
-def _normalize_name(name: str) -> str:
-    """Remove "./" and doubled slashes, so that an image has one name."""
-    return "/".join(part for part in name.split("/") if part not in ("", "."))

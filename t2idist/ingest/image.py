@@ -6,21 +6,28 @@ import contextlib
 import ctypes
 import io
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import ImageOps, UnidentifiedImageError
+from PIL import ImageOps
 
+from t2idist.data.image_file import (
+    FORMATS,
+    UnusableImage,
+    is_16_bit,
+    load_image,
+    no_limit_of_pillow,
+    open_image,
+    orientation,
+    to_rgb,
+)
 from t2idist.data.pillow import Image
 from t2idist.data.sample_format import MAX_PIXELS
 from t2idist.ingest.rejects import Reason
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-_ORIENTATION = 0x0112
-_BITS_PER_SAMPLE = 258
+MAX_MEGAPIXELS = MAX_PIXELS >> 20
 _BOX_GROWTH = 0.75
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -46,6 +53,8 @@ class ImageOptions:
     """JPEG quality, 1 to 100."""
     keep_original: bool = False
     """Store the original bytes, at full size."""
+    max_megapixels: int = MAX_MEGAPIXELS
+    """Images with more pixels, in units of 2^20, are left out."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +67,6 @@ class PreparedImage:
     height: int
     repairs: tuple[tuple[Reason, str], ...]
     """Reason and detail of each repair."""
-
-
-class UnusableImage(Exception):
-    """Raised for an image that cannot be stored."""
-
-    def __init__(self, reason: Reason, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
 
 
 def prepare_image(
@@ -84,68 +84,48 @@ def prepare_image(
         raise UnusableImage(Reason.ZERO_BYTES, "the file is empty")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns about unusual files; this module does its own checks
-        image = _open(data, _FORMATS)
+        with no_limit_of_pillow():
+            image = open_image(data, FORMATS, options.max_megapixels << 20, "--max-megapixels")
         draft_size = 2 * options.size
         full_size = image.size
         if box is None and options.size and not options.keep_original and image.format in ("JPEG", "MPO"):
             image.draft(None, (draft_size, draft_size))  # at least this many pixels on both sides
-        _load(image)  # before EXIF is read: Pillow may load the image then, and hide the error
-        upright = _orientation(image) in (0, 1)
+        load_image(image)  # before EXIF is read: Pillow may load the image then, and hide the error
+        upright = orientation(image) in (0, 1)
         unchanged = (
             box is None
             and upright
             and image.mode == "RGB"
             and not image.has_transparency_data
-            and not _is_16_bit(image, data)
+            and not is_16_bit(image, data)
             and image.size == full_size
             and _can_keep_bytes(image, options)
         )
         if unchanged:
+            _check_stored_size(image)
             return PreparedImage(data, _EXTENSIONS[image.format or ""], *image.size, ())
         repairs: list[tuple[Reason, str]] = []
         source_format = image.format
         if not upright:
-            repairs.append((Reason.EXIF_ROTATION, f"orientation {_orientation(image)}"))
+            repairs.append((Reason.EXIF_ROTATION, f"orientation {orientation(image)}"))
             image = ImageOps.exif_transpose(image)
-        image = _to_rgb(image, data, repairs)
+        image = to_rgb(image, data, repairs)
     if box is not None:
-        image = crop_to_box(image, box)
+        with no_limit_of_pillow():
+            image = crop_to_box(image, box)
         full_size = image.size
     lossless = options.keep_original and source_format not in ("JPEG", "MPO", "WEBP")
     if not options.keep_original:
         image = _resize(image, options.size, full_size)
+    _check_stored_size(image)
     return _encode(image, options.quality, lossless, tuple(repairs))
 
 
-def _open(data: bytes, formats: Sequence[str]) -> Image.Image:
-    try:
-        image = Image.open(io.BytesIO(data), formats=list(formats))
-    except Image.DecompressionBombError as error:
-        raise UnusableImage(Reason.TOO_MANY_PIXELS, str(error)[:200]) from None
-    except Exception as error:  # a damaged header makes Pillow raise nearly anything
-        if "truncated" in str(error).lower():
-            raise UnusableImage(Reason.TRUNCATED, f"{type(error).__name__}: {error}"[:200]) from None
-        detail = "" if isinstance(error, UnidentifiedImageError) else f": {type(error).__name__}: {error}"
-        raise UnusableImage(Reason.NOT_AN_IMAGE, f"not {', '.join(formats)}{detail}"[:200]) from None
+def _check_stored_size(image: Image.Image) -> None:
+    """Raise UnusableImage if training would refuse the image for its size."""
     if image.width * image.height > MAX_PIXELS:
-        raise UnusableImage(Reason.TOO_MANY_PIXELS, f"{image.width} x {image.height} pixels; at most {MAX_PIXELS}")
-    return image
-
-
-def _load(image: Image.Image) -> None:
-    try:
-        image.load()
-    except Exception as error:  # a damaged file makes Pillow raise nearly anything
-        reason = Reason.TRUNCATED if "truncated" in str(error).lower() else Reason.DAMAGED
-        raise UnusableImage(reason, f"{type(error).__name__}: {error}"[:200]) from None
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        value = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # damaged EXIF is ignored
-        return 1
-    return value if isinstance(value, int) and 0 <= value <= 8 else 1
+        detail = f"{image.width} x {image.height} pixels would be stored; at most {MAX_PIXELS}, by a smaller --size"
+        raise UnusableImage(Reason.TOO_MANY_PIXELS, detail)
 
 
 def _can_keep_bytes(image: Image.Image, options: ImageOptions) -> bool:
@@ -160,43 +140,6 @@ def _can_keep_bytes(image: Image.Image, options: ImageOptions) -> bool:
 def _is_animated(image: Image.Image) -> bool:
     """Check whether the file is an animation. An MPO file, a JPEG with a second image in it, is not."""
     return image.format != "MPO" and bool(getattr(image, "is_animated", False))  # not all formats have it
-
-
-def _is_16_bit(image: Image.Image, data: bytes) -> bool:
-    if image.format == "PNG":
-        return data[24] == 16  # the bit depth in IHDR, which Pillow does not expose for colour images
-    if image.mode.startswith("I"):
-        return True
-    if image.format == "TIFF":
-        bits = image.getexif().get(_BITS_PER_SAMPLE, 8)
-        return any(int(count) > 8 for count in (bits if isinstance(bits, tuple) else (bits,)))
-    return False
-
-
-def _to_rgb(image: Image.Image, data: bytes, repairs: list[tuple[Reason, str]]) -> Image.Image:
-    """Convert to RGB, transparent images on white. Appends what was done to `repairs`."""
-    mode = image.mode
-    if _is_16_bit(image, data):
-        repairs.append((Reason.SIXTEEN_BIT, f"mode {mode}"))
-        if mode.startswith("I"):
-            values = np.asarray(image).astype(np.int64)
-            image = Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8))
-    if mode in ("1", "L", "LA", "La") or mode.startswith("I"):
-        repairs.append((Reason.GREY, f"mode {mode}"))
-    elif mode in ("P", "PA"):
-        repairs.append((Reason.PALETTE, f"mode {mode}"))
-    elif mode == "CMYK":
-        repairs.append((Reason.CMYK, f"mode {mode}"))
-    elif mode not in ("RGB", "RGBA"):
-        repairs.append((Reason.OTHER_COLOURS, f"mode {mode}"))
-    try:
-        if image.has_transparency_data:
-            repairs.append((Reason.ALPHA, "composited on white"))
-            white = Image.new("RGBA", image.size, "white")
-            return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-        return image if image.mode == "RGB" else image.convert("RGB")
-    except ValueError as error:
-        raise UnusableImage(Reason.DAMAGED, f"mode {mode} does not convert to RGB: {error}"[:200]) from None
 
 
 def square_crop(box: tuple[float, float, float, float], width: int, height: int) -> tuple[int, int, int, int]:
@@ -253,8 +196,8 @@ def decode_rgb(data: bytes, extension: str) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            image = _open(data, formats)
-            _load(image)
+            image = open_image(data, formats)
+            load_image(image)
         except UnusableImage as error:
             raise ValueError(f"does not decode: {error}") from None
         return image.convert("RGB")

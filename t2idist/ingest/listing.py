@@ -8,23 +8,30 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import sqlite3
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from t2idist.data.sample_format import KEY_PATTERN
+from t2idist.data.statistics import Finding
+from t2idist.ingest.files import ByteRange
 from t2idist.ingest.rejects import Effect, Reason, Reject
 
 _CACHE_KIB = 16 << 10
 _TABLES = """
-CREATE TABLE entry (key TEXT PRIMARY KEY, url TEXT UNIQUE, split TEXT, mix BLOB, name TEXT, text_url TEXT, facts TEXT);
+CREATE TABLE entry (
+    key TEXT PRIMARY KEY, url TEXT, split TEXT, mix BLOB, name TEXT, text_url TEXT, facts TEXT,
+    start INTEGER, length INTEGER
+);
+CREATE UNIQUE INDEX entry_url ON entry (url) WHERE start IS NULL;
 CREATE INDEX entry_order ON entry (split, mix, key);
 CREATE TABLE reject (position INTEGER PRIMARY KEY, split TEXT, name TEXT, reason TEXT, effect TEXT, detail TEXT);
 CREATE TABLE annotated (url TEXT PRIMARY KEY) WITHOUT ROWID;
-CREATE TABLE file (url TEXT PRIMARY KEY, split TEXT, name TEXT) WITHOUT ROWID;
+CREATE TABLE file (url TEXT PRIMARY KEY, split TEXT, name TEXT, expected INTEGER) WITHOUT ROWID;
 CREATE TABLE annotation (position INTEGER PRIMARY KEY, name TEXT, facts TEXT);
 CREATE INDEX annotation_name ON annotation (name, position);
 """
@@ -49,6 +56,8 @@ class ListedImage:
     """File with one caption per line."""
     needs_captions: bool = True
     """Exclude the image if it has no usable caption."""
+    part: ByteRange | None = None
+    """Where the image is inside the file at `url` (None: it is the whole file)."""
 
 
 def make_key(name: str) -> str:
@@ -72,6 +81,8 @@ class Listing:
     Attributes:
         classes: names by class id.
         licence: the licence that the data names, if any.
+        notes: sentences about how the data was read, for stderr.
+        attributes: names that flags were read for, and whether any image has them.
     """
 
     def __init__(self) -> None:
@@ -81,15 +92,25 @@ class Listing:
             f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -{_CACHE_KIB};{_TABLES}"
         )
         self._database.execute("BEGIN")
+        self._spool: BinaryIO | None = None
         self.classes: dict[int, str] = {}
         self.licence: str | None = None
+        self.notes: list[str] = []
+        self.attributes: dict[str, bool] = {}
 
     def __enter__(self) -> Listing:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._database.close()
+        if self._spool is not None:
+            self._spool.close()
         self._folder.cleanup()
+
+    def findings(self) -> list[Finding]:
+        """Return what is wrong with the attributes that flags were read for."""
+        nobody = [name for name, found in self.attributes.items() if not found]
+        return [Finding(f"no image has the attribute {', '.join(nobody[:8])}; the set lacks it")] if nobody else []
 
     def add(
         self,
@@ -103,16 +124,19 @@ class Listing:
         box: tuple[float, float, float, float] | None = None,
         text_url: str | None = None,
         needs_captions: bool = True,
+        part: ByteRange | None = None,
     ) -> None:
         """Add an image; a duplicate becomes a reject."""
         if not KEY_PATTERN.fullmatch(split):
             detail = f"split {split[:100]!r}: allowed are 1 to 90 letters, digits, '_' and '-'"
             self.exclude("", name, Reason.MALFORMED, detail)
             return
-        self.mark_annotated(url)
-        if self._database.execute("SELECT 1 FROM entry WHERE url = ?", (url,)).fetchone():
-            self.exclude(split, name, Reason.DUPLICATE, "this image is already listed")
-            return
+        start, length = (None, None) if part is None else (part.start, part.length)
+        if part is None:
+            self.mark_annotated(url)
+            if self._database.execute("SELECT 1 FROM entry WHERE url = ? AND start IS NULL", (url,)).fetchone():
+                self.exclude(split, name, Reason.DUPLICATE, "this image is already listed")
+                return
         facts = {
             "captions": list(captions),
             "attributes": list(attributes),
@@ -123,10 +147,24 @@ class Listing:
         for make, unique_name in ((make_key, name), (hashed_key, name), (hashed_key, f"{split}/{name}")):
             key = make(unique_name)
             mix = hashlib.blake2b(key.encode(), digest_size=8).digest()
-            row = (key, url, split, mix, name, text_url, json.dumps(facts))
-            if self._database.execute("INSERT OR IGNORE INTO entry VALUES (?, ?, ?, ?, ?, ?, ?)", row).rowcount:
+            row = (key, url, split, mix, name, text_url, json.dumps(facts), start, length)
+            if self._database.execute("INSERT OR IGNORE INTO entry VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row).rowcount:
                 return
         self.exclude(split, name, Reason.DUPLICATE, "this name is already listed")
+
+    def spool(self, data: bytes) -> tuple[str, ByteRange]:
+        """Keep the bytes of an image that cannot be read at a position of its own file, in a temporary file."""
+        path = Path(self._folder.name) / "images"
+        if self._spool is None:
+            self._spool = open(path, "ab")  # noqa: SIM115
+        part = ByteRange(self._spool.tell(), len(data))
+        self._spool.write(data)
+        self._spool.flush()  # other processes read it
+        return str(path), part
+
+    def spool_bytes_free(self) -> int:
+        """Return the free disk space for `spool`."""
+        return shutil.disk_usage(self._folder.name).free
 
     def reject(self, reject: Reject) -> None:
         row = [reject.split, reject.name, str(reject.reason), str(reject.effect), reject.detail]
@@ -141,20 +179,40 @@ class Listing:
         """Record that an image is annotated."""
         self._database.execute("INSERT OR IGNORE INTO annotated VALUES (?)", (url,))
 
-    def add_file(self, split: str, name: str, url: str) -> None:
-        """Record that a file exists."""
-        self._database.execute("INSERT OR IGNORE INTO file VALUES (?, ?, ?)", (url, split, name))
+    def add_file(self, split: str, name: str, url: str, *, expected: bool = True) -> None:
+        """Record that a file exists. `expected`: it should have an annotation."""
+        self._database.execute("INSERT OR IGNORE INTO file VALUES (?, ?, ?, ?)", (url, split, name, expected))
 
     def has_file(self, url: str) -> bool:
         return self._database.execute("SELECT 1 FROM file WHERE url = ?", (url,)).fetchone() is not None
 
+    def files_named(self, url: str) -> list[str]:
+        """Return the names of the images at this URL with one extension after it."""
+        query = "SELECT name FROM file WHERE url >= ? AND url < ? AND expected ORDER BY url"
+        names = [name for (name,) in self._database.execute(query, (f"{url}.", f"{url}/"))]  # "/" follows "."
+        stem = url.rsplit("/", 1)[-1]
+        return [name for name in names if name.rsplit("/", 1)[-1].rsplit(".", 1)[0] == stem]
+
+    def count_unannotated(self, ending: str) -> int:
+        """Count the expected files whose name has this ending and that are not annotated."""
+        query = (
+            "SELECT count(*) FROM file WHERE expected AND substr(name, -?) = ? "
+            "AND url NOT IN (SELECT url FROM annotated)"
+        )
+        return int(self._database.execute(query, (len(ending), ending)).fetchone()[0])
+
     def reject_unannotated_files(
-        self, reason: Reason = Reason.NO_CAPTIONS, detail: str = "no annotation for this image"
-    ) -> None:
-        """Reject every file that exists but is not annotated."""
-        query = "SELECT split, name FROM file WHERE url NOT IN (SELECT url FROM annotated) ORDER BY split, name"
+        self, reason: Reason = Reason.NO_CAPTIONS, detail: str = "no annotation for this image",
+        endings: tuple[str, ...] = ("",),
+    ) -> None:  # fmt: skip
+        """Reject every expected file that is not annotated and whose name has one of the endings."""
+        query = (
+            "SELECT split, name FROM file WHERE expected AND url NOT IN (SELECT url FROM annotated) "
+            "ORDER BY split, name"
+        )
         for split, name in self._database.execute(query):
-            self.exclude(split, name, reason, detail)
+            if name.endswith(endings):
+                self.exclude(split, name, reason, detail)
 
     def add_annotation(self, name: str, facts: dict[str, Any]) -> None:
         """Store one annotation of image `name`."""
@@ -178,14 +236,18 @@ class Listing:
 
     def images(self, split: str, first: int = 0) -> Iterator[ListedImage]:
         """Yield the images of a split in order, from position `first`."""
-        query = "SELECT key, name, url, text_url, facts FROM entry WHERE split = ? ORDER BY mix, key LIMIT -1 OFFSET ?"
-        for key, name, url, text_url, text in self._database.execute(query, (split, first)):
+        query = (
+            "SELECT key, name, url, text_url, facts, start, length FROM entry WHERE split = ? "
+            "ORDER BY mix, key LIMIT -1 OFFSET ?"
+        )
+        for key, name, url, text_url, text, start, length in self._database.execute(query, (split, first)):
             facts = json.loads(text)
             box = facts.pop("box")
             captions, attributes = tuple(facts.pop("captions")), tuple(facts.pop("attributes"))
             yield ListedImage(
                 split, key, name, url, captions, attributes, facts["class_id"],
                 None if box is None else (box[0], box[1], box[2], box[3]), text_url, facts["needs_captions"],
+                None if start is None else ByteRange(start, length),
             )  # fmt: skip
 
     def rejects(self) -> Iterator[Reject]:

@@ -20,10 +20,12 @@ from typing import Protocol
 import torch
 
 from t2idist import storage
-from t2idist.data.sample_format import PackedSample, SampleRecord, pack
-from t2idist.ingest.captions import clean_captions
-from t2idist.ingest.files import MAX_LINE_BYTES, read_limited
-from t2idist.ingest.image import ImageOptions, UnusableImage, prepare_image
+from t2idist.data.image_file import UnusableImage
+from t2idist.data.sample_format import MAX_FILE_BYTES, PackedSample, SampleRecord, pack
+from t2idist.data.text_files import to_utf8
+from t2idist.ingest.captions import CaptionOptions, clean_captions
+from t2idist.ingest.files import MAX_LINE_BYTES, ByteRange, read_limited
+from t2idist.ingest.image import ImageOptions, prepare_image
 from t2idist.ingest.listing import ListedImage
 from t2idist.ingest.rejects import Effect, Reason, Reject
 
@@ -51,15 +53,15 @@ class Preparer(Protocol):
     def close(self) -> None: ...
 
 
-def start_preparer(options: ImageOptions, max_words: int | None, processes: int) -> Preparer:
+def start_preparer(options: ImageOptions, captions: CaptionOptions, processes: int) -> Preparer:
     """Return a preparer that runs in this process, or in N spawned ones, which exit with this process."""
     return (
-        InProcessPreparer(options, max_words) if processes == 1 else MultiprocessPreparer(options, max_words, processes)
+        InProcessPreparer(options, captions) if processes == 1 else MultiprocessPreparer(options, captions, processes)
     )
 
 
 def prepare_sample(
-    image: ListedImage, data: bytes | Reject, text: bytes | Reject, options: ImageOptions, max_words: int | None
+    image: ListedImage, data: bytes | Reject, text: bytes | Reject, options: ImageOptions, captions: CaptionOptions
 ) -> SampleResult:
     """Convert one image and its captions to a packed sample.
 
@@ -67,7 +69,10 @@ def prepare_sample(
         data: content of the image file, or why it was not read.
         text: content of the caption file, likewise.
     """
-    cleaned = clean_captions([*image.captions, *(() if isinstance(text, Reject) else _text_lines(text))], max_words)
+    lines = [] if isinstance(text, Reject) else _text_lines(text, captions.encoding)
+    file = image.text_url if lines and not image.captions else None
+    location = "caption" if file is None else f"{file.rsplit('/', 1)[-1]}, line"
+    cleaned = clean_captions([*image.captions, *lines], captions, location)
     rejects = [text] if isinstance(text, Reject) else []
     rejects += [_reject(image, reason, Effect.CAPTION_EXCLUDED, detail) for reason, detail in cleaned.rejected]
     if not cleaned.captions and image.needs_captions:
@@ -87,8 +92,8 @@ def prepare_sample(
     return SampleResult(pack(record), tuple(rejects), cleaned.truncated)
 
 
-def _text_lines(text: bytes) -> list[bytes]:
-    return text.removeprefix(b"\xef\xbb\xbf").rstrip().splitlines()
+def _text_lines(text: bytes, encoding: str | None) -> list[bytes]:
+    return to_utf8(text, encoding).rstrip().splitlines()
 
 
 def _reject(image: ListedImage, reason: Reason, effect: Effect, detail: str) -> Reject:
@@ -137,9 +142,9 @@ class _FileContents:
 class Prefetcher:
     """Read files in a few threads while the calling thread decodes; results keep the order of the images."""
 
-    def __init__(self, options: ImageOptions, max_words: int | None) -> None:
+    def __init__(self, options: ImageOptions, captions: CaptionOptions) -> None:
         self._options = options
-        self._max_words = max_words
+        self._captions = captions
         self._budget = _ByteBudget(_BYTES_AHEAD)
         self._tickets = 0
         self._pool = ThreadPoolExecutor(_READ_THREADS, "read")
@@ -147,7 +152,7 @@ class Prefetcher:
     def start(self, image: ListedImage) -> Future[_FileContents] | None:
         """Start to read. Returns None for a file on disk, which the kernel prefetches without a thread."""
         if storage.is_local(image.url):
-            _advise_kernel(storage.local_name(image.url))
+            _advise_kernel(storage.local_name(image.url), image.part or ByteRange(0, 0))
             return None
         ticket = self._tickets
         self._tickets += 1
@@ -157,10 +162,10 @@ class Prefetcher:
         """Return the result. Raises the exception of the read, unless the file itself is at fault."""
         if read is None:
             text, data = _read_both(image)
-            return prepare_sample(image, data, text, self._options, self._max_words)
+            return prepare_sample(image, data, text, self._options, self._captions)
         contents = read.result()
         try:
-            return prepare_sample(image, contents.data, contents.text, self._options, self._max_words)
+            return prepare_sample(image, contents.data, contents.text, self._options, self._captions)
         finally:
             self._budget.release(contents.size_bytes)
 
@@ -178,8 +183,8 @@ class Prefetcher:
         return _FileContents(data, text, size_bytes)
 
 
-def _advise_kernel(path: str | None) -> None:
-    """Ask the kernel to prefetch the whole file, if the platform supports it."""
+def _advise_kernel(path: str | None, part: ByteRange) -> None:
+    """Ask the kernel to prefetch a part of a file (length 0: up to its end), if the platform supports it."""
     if path is None or not hasattr(os, "posix_fadvise"):
         return
     try:
@@ -188,7 +193,7 @@ def _advise_kernel(path: str | None) -> None:
         return  # reported when the file is read
     try:
         with contextlib.suppress(OSError):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(descriptor, part.start, part.length, os.POSIX_FADV_WILLNEED)
     finally:
         os.close(descriptor)
 
@@ -198,12 +203,18 @@ def _read_both(image: ListedImage) -> tuple[bytes | Reject, bytes | Reject]:
     text: bytes | Reject = b""
     if image.text_url is not None:
         text = _read_or_reject(image, image.text_url, Effect.CAPTION_EXCLUDED, MAX_LINE_BYTES)
-    return text, _read_or_reject(image, image.url, Effect.EXCLUDED, None)
+    data = _read_or_reject(image, image.url, Effect.EXCLUDED, MAX_FILE_BYTES, image.part)
+    if image.part is not None and isinstance(data, bytes) and len(data) != image.part.length:
+        detail = f"{len(data)} bytes instead of {image.part.length}; its tar ends too early, or has no range requests"
+        data = _reject(image, Reason.TRUNCATED, Effect.EXCLUDED, detail)
+    return text, data
 
 
-def _read_or_reject(image: ListedImage, url: str, effect: Effect, max_bytes: int | None) -> bytes | Reject:
+def _read_or_reject(
+    image: ListedImage, url: str, effect: Effect, max_bytes: int, part: ByteRange | None = None
+) -> bytes | Reject:
     try:
-        return read_limited(url) if max_bytes is None else read_limited(url, max_bytes)
+        return read_limited(url, max_bytes, part)
     except FileNotFoundError:
         return b"" if effect is Effect.CAPTION_EXCLUDED else _reject(image, Reason.NO_IMAGE, effect, "no such file")
     except IsADirectoryError:
@@ -215,8 +226,8 @@ def _read_or_reject(image: ListedImage, url: str, effect: Effect, max_bytes: int
 class InProcessPreparer:
     """Prepare in this process: for one core, and for memory:// URLs, which other processes cannot read."""
 
-    def __init__(self, options: ImageOptions, max_words: int | None) -> None:
-        self._prefetcher = Prefetcher(options, max_words)
+    def __init__(self, options: ImageOptions, captions: CaptionOptions) -> None:
+        self._prefetcher = Prefetcher(options, captions)
         self._threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the tasks are too small for several threads
 
@@ -237,13 +248,13 @@ class InProcessPreparer:
 class MultiprocessPreparer:
     """Prepare in spawned processes (fork breaks s3fs). Each has a pipe; the least busy one gets the next chunk."""
 
-    def __init__(self, options: ImageOptions, max_words: int | None, processes: int) -> None:
+    def __init__(self, options: ImageOptions, captions: CaptionOptions, processes: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes: list[BaseProcess] = []
         for number in range(processes):
             pipe, worker_pipe = context.Pipe()
-            arguments = (worker_pipe, options, max_words)
+            arguments = (worker_pipe, options, captions)
             process = context.Process(target=_worker_main, args=arguments, name=f"prepare-{number}", daemon=True)
             process.start()
             worker_pipe.close()
@@ -339,11 +350,11 @@ class _WorkerError:
         return RuntimeError(f"{self.message}\n{self.trace}")
 
 
-def _worker_main(pipe: Connection, options: ImageOptions, max_words: int | None) -> None:
+def _worker_main(pipe: Connection, options: ImageOptions, captions: CaptionOptions) -> None:
     """Run a worker until the main process closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles it
     torch.set_num_threads(1)  # one process per core
-    prefetcher = Prefetcher(options, max_words)
+    prefetcher = Prefetcher(options, captions)
     inbox: queue.Queue[tuple[int, list[tuple[ListedImage, Future[_FileContents] | None]]]] = queue.Queue()
 
     def receive() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +14,19 @@ import pyarrow.parquet as pq
 
 from t2idist import storage
 from t2idist.ingest.annotations import Annotation
-from t2idist.ingest.files import file_size, read_lines
+from t2idist.ingest.files import file_size, read_lines, undecodable_part
+from t2idist.ingest.flags import attributes_present, is_flag
 from t2idist.ingest.listing import Listing
-from t2idist.ingest.rejects import Reason
+from t2idist.ingest.rejects import Effect, Reason, Reject
 
 _BATCH_ROWS = 1024
 _MAX_PARQUET_BYTES = 8 << 30
 _SEPARATORS = re.compile(r"[,;|]")
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+_STATED_DELIMITER = re.compile(r'"?sep=([,;\t|])"?\s*')  # Excel writes and reads such a first line
+_SNIFFED_ROWS = 1000
+_WRONG_SHARE = 0.1
+ALL_FLAGS = ("all",)
 
 
 @dataclass(frozen=True)
@@ -31,24 +38,46 @@ class Columns:
     attributes: str | None = None
     class_name: str | None = None
     split: str | None = None
+    flags: tuple[str, ...] = ()
+    """Columns of 1 and 0, each with the name of an attribute; ALL_FLAGS: all that hold 1 and 0."""
 
     def named(self) -> dict[str, str]:
-        """Return the column names that are set, by field."""
-        return {kind: name for kind, name in vars(self).items() if name is not None}
+        """Return the names of the columns for one field each, by field."""
+        return {kind: name for kind, name in vars(self).items() if kind != "flags" and name is not None}
+
+    def flags_named(self) -> tuple[str, ...]:
+        """Return the names of the columns of flags, as far as they are given."""
+        return () if self.all_flags else self.flags
+
+    @property
+    def all_flags(self) -> bool:
+        return self.flags == ALL_FLAGS
 
 
 def table_rows(url: str, columns: Columns, listing: Listing) -> Iterator[Annotation]:
     """Yield the annotations of a table; invalid rows become rejects. Raises ValueError if it is not a table."""
     name = url.rsplit("/", 1)[-1]
-    if name.lower().endswith(".parquet"):
+    lower = name.lower()
+    if lower.endswith(".parquet"):
         yield from _parquet_rows(url, name, columns, listing)
-    elif name.lower().endswith((".csv", ".tsv")):
-        yield from _csv_rows(url, name, columns, listing, "\t" if name.lower().endswith(".tsv") else ",")
+    elif lower.endswith((".csv", ".tsv", ".tab", ".txt")):
+        yield from _csv_rows(url, name, columns, listing, "\t" if lower.endswith((".tsv", ".tab")) else ",")
     else:
-        raise ValueError(f"--table {storage.redact(url)}: allowed are .csv, .tsv and .parquet")
+        raise ValueError(f"--table {storage.redact(url)}: allowed are .csv, .tsv and .parquet, and .txt in their form")
 
 
 def _csv_rows(url: str, name: str, columns: Columns, listing: Listing, delimiter: str) -> Iterator[Annotation]:
+    records = _csv_records(url, name, columns, listing, delimiter)
+    header = next(records, ("", []))[1]
+    _check_columns(url, columns, header)
+    rows = ((location, dict(zip(header, values, strict=True))) for location, values in records)
+    yield from _to_annotations(name, columns, header, rows, listing)
+
+
+def _csv_records(
+    url: str, name: str, columns: Columns, listing: Listing, delimiter: str
+) -> Iterator[tuple[str, list[str]]]:
+    """Yield the header and then the complete rows, each with its location."""
     file_size(url)
     line_number = 0
 
@@ -58,7 +87,17 @@ def _csv_rows(url: str, name: str, columns: Columns, listing: Listing, delimiter
             line_number = number
             yield line.decode("utf-8", "surrogateescape")
 
-    rows = csv.reader(text(), delimiter=delimiter)
+    lines = text()
+    first = next(lines, None)
+    stated = first and _STATED_DELIMITER.fullmatch(first)
+    if stated:
+        first = next(lines, None)
+    if first is None:
+        raise ValueError(f"{storage.redact(url)}: the table is empty")
+    dialect = _Dialect(stated.group(1), False) if stated else _sniff(first, delimiter, columns)
+    if dialect.delimiter != delimiter:
+        listing.notes.append(f"{name}: the fields are separated by {_DELIMITERS[dialect.delimiter]}")
+    rows = csv.reader(itertools.chain([first], lines), delimiter=dialect.delimiter, skipinitialspace=dialect.spaced)
     header: list[str] | None = None
     while True:
         try:
@@ -68,18 +107,79 @@ def _csv_rows(url: str, name: str, columns: Columns, listing: Listing, delimiter
         except csv.Error as error:  # for example a field of more than 128 KiB; the reader continues with the next line
             listing.exclude("", f"{name}, line {line_number}", Reason.MALFORMED, str(error))
             continue
+        if dialect.spaced:
+            row = [value.strip() for value in row]
         if header is None:
             header = row
-            _check_columns(url, columns, header)
+            yield "", header
         elif row and len(row) != len(header):
             detail = f"{len(row)} fields; the header has {len(header)}"
             listing.exclude("", f"{name}, line {line_number}", Reason.MALFORMED, detail)
         elif row:
-            values = dict(zip(header, row, strict=True))
-            by_kind = {kind: values[column] for kind, column in columns.named().items()}
-            yield from _annotations(f"{name}, line {line_number}", by_kind, listing)
-    if header is None:
-        raise ValueError(f"{storage.redact(url)}: the table is empty")
+            yield f"{name}, line {line_number}", row
+
+
+@dataclass(frozen=True)
+class _Dialect:
+    delimiter: str
+    spaced: bool
+    """The names in the header, and so perhaps the values, have spaces around them."""
+
+
+def _sniff(line: str, default: str, columns: Columns) -> _Dialect:
+    """Find the delimiter with which the header has the columns that are named."""
+    wanted = {*columns.named().values(), *columns.flags_named()}
+    headers = {each: _split(line, each) for each in (default, *_DELIMITERS)}
+    for spaced in (False, True):
+        for delimiter, names in headers.items():
+            if wanted <= {name.strip() if spaced else name for name in names}:
+                return _Dialect(delimiter, spaced)
+    most = max(headers, key=lambda each: len(headers[each]))  # the default, if several have as many
+    return _Dialect(default if len(headers[default]) > 1 else most, False)
+
+
+def _split(line: str, delimiter: str) -> list[str]:
+    try:
+        return next(csv.reader([line], delimiter=delimiter), [])
+    except csv.Error:
+        return []
+
+
+def _to_annotations(
+    name: str, columns: Columns, header: list[str], rows: Iterator[tuple[str, dict[str, Any]]], listing: Listing
+) -> Iterator[Annotation]:
+    flags: Sequence[str] = columns.flags_named()
+    if columns.all_flags:
+        first = list(itertools.islice(rows, _SNIFFED_ROWS))
+        flags = _find_flags(name, [each for each in header if each not in columns.named().values()], first, listing)
+        rows = itertools.chain(first, rows)
+    for location, row in rows:
+        try:
+            present = attributes_present(((flag, row[flag]) for flag in flags), listing.attributes)
+        except ValueError as error:
+            listing.exclude("", location, Reason.MALFORMED, str(error))
+            continue
+        yield from _annotations(location, {kind: row[each] for kind, each in columns.named().items()}, present, listing)
+
+
+def _find_flags(
+    name: str, candidates: list[str], rows: list[tuple[str, dict[str, Any]]], listing: Listing
+) -> list[str]:
+    """Return the columns that hold 1 and 0 in nearly all of the first rows; the listing gets a note about them."""
+    flags, others = [], []
+    for column in dict.fromkeys(candidates):
+        wrong = [(location, row[column]) for location, row in rows if not is_flag(row[column])]
+        if column.strip() and len(wrong) <= _WRONG_SHARE * len(rows) and rows:
+            flags.append(column)
+        else:
+            others.append(f"'{column}' ({wrong[0][1]!r:.40} in {wrong[0][0]})" if wrong else f"'{column}'")
+    if not flags:
+        raise ValueError(
+            f"{name}: no column holds 1 and 0 (--attribute-columns all); the others are {', '.join(others[:20])}"
+        )
+    left_out = f"; not attributes: {', '.join(others[:20])}" if others else ""
+    listing.notes.append(f"{name}: {len(flags)} attributes: {', '.join(flags)}{left_out}")
+    return flags
 
 
 def _parquet_rows(url: str, name: str, columns: Columns, listing: Listing) -> Iterator[Annotation]:
@@ -91,18 +191,30 @@ def _parquet_rows(url: str, name: str, columns: Columns, listing: Listing) -> It
     try:
         file = pq.ParquetFile(path if path is not None else pa.BufferReader(storage.read_bytes(url)))
         _check_columns(url, columns, file.schema_arrow.names)
-        named = columns.named()
-        for kind, column in named.items():
+        for kind, column in columns.named().items():
             _check_type(url, column, file.schema_arrow.field(column).type, kind)
-        number = 0
-        for batch in file.iter_batches(_BATCH_ROWS, columns=list(named.values())):
-            values = {kind: _values(batch.column(column)) for kind, column in named.items()}
-            for row in range(batch.num_rows):
-                number += 1
-                by_kind = {kind: column[row] for kind, column in values.items()}
-                yield from _annotations(f"{name}, row {number}", by_kind, listing)
+        names = list(dict.fromkeys([*columns.named().values(), *columns.flags_named()]))
+        if columns.all_flags:
+            simple = [field.name for field in file.schema_arrow if _is_simple(field.type)]
+            names = list(dict.fromkeys([*names, *simple]))
+        yield from _to_annotations(name, columns, names, _parquet_records(file, name, names), listing)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{storage.redact(url)}: not a readable parquet file: {str(error)[:200]}") from None
+
+
+def _parquet_records(file: Any, name: str, names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    number = 0
+    for batch in file.iter_batches(_BATCH_ROWS, columns=names):
+        values = {column: _values(batch.column(column)) for column in names}
+        for row in range(batch.num_rows):
+            number += 1
+            yield f"{name}, row {number}", {column: of_rows[row] for column, of_rows in values.items()}
+
+
+def _is_simple(column_type: Any) -> bool:
+    """Check whether a column can hold flags."""
+    kinds = ("is_boolean", "is_integer", "is_floating", "is_string", "is_large_string", "is_dictionary")
+    return any(getattr(pa.types, kind)(column_type) for kind in kinds)
 
 
 def _check_type(url: str, column: str, column_type: Any, kind: str) -> None:
@@ -111,7 +223,7 @@ def _check_type(url: str, column: str, column_type: Any, kind: str) -> None:
     if pa.types.is_dictionary(inner):
         inner = inner.value_type
     text = pa.types.is_string(inner) or pa.types.is_large_string(inner)
-    if not (text or (kind == "class_name" and pa.types.is_integer(inner))):
+    if not (text or (kind in ("class_name", "image") and pa.types.is_integer(inner))):
         raise ValueError(f"{storage.redact(url)}: column '{column}' has type {column_type}; it must hold strings")
 
 
@@ -136,16 +248,20 @@ def _text(value: Any) -> Any:
 
 
 def _check_columns(url: str, columns: Columns, header: list[str]) -> None:
-    for kind, column in columns.named().items():
+    options = {f"--{kind.removesuffix('_name')}-column": column for kind, column in columns.named().items()}
+    wanted = [*options.items(), *(("--attribute-columns", column) for column in columns.flags_named())]
+    for option, column in wanted:
         if column not in header:
-            option = f"--{kind.removesuffix('_name').replace('_', '-')}-column"
+            if option == "--caption-column":
+                option += "; without captions: --caption-column '' --allow-no-captions"
             raise ValueError(
                 f"{storage.redact(url)}: no column '{column}' ({option}); columns: {', '.join(map(repr, header[:20]))}"
             )
 
 
-def _annotations(location: str, values: dict[str, Any], listing: Listing) -> Iterator[Annotation]:
+def _annotations(location: str, values: dict[str, Any], present: list[str], listing: Listing) -> Iterator[Annotation]:
     image = values["image"]
+    image = str(image) if isinstance(image, int) else image
     if not isinstance(image, str) or not image:
         listing.exclude("", location, Reason.MALFORMED, "the image name is missing")
         return
@@ -155,8 +271,15 @@ def _annotations(location: str, values: dict[str, Any], listing: Listing) -> Ite
     if isinstance(attributes, str):
         attributes = [part.strip() for part in _SEPARATORS.split(attributes) if part.strip()]
     class_name, split = values.get("class_name"), values.get("split")
+    if (problem := undecodable_part([*map(str, (*attributes, *present, class_name, split))])) is not None:
+        listing.exclude("", location, Reason.INVALID_UTF8, problem)
+        return
+    for text in captions:
+        if text is not None and (problem := undecodable_part([text])) is not None:
+            detail = f"{location}: {problem}"
+            listing.reject(Reject(split or "", image, Reason.INVALID_UTF8, Effect.CAPTION_EXCLUDED, detail))
     yield Annotation(
-        location, image, [text for text in captions if text is not None],
-        [str(name).encode("utf-8", "replace").decode() for name in attributes],
+        location, image, [text for text in captions if text is not None and undecodable_part([text]) is None],
+        [str(name).encode("utf-8", "replace").decode() for name in (*attributes, *present)],
         None if class_name in (None, "") else str(class_name), split or None,
     )  # fmt: skip

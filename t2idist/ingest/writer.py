@@ -18,7 +18,9 @@ from typing import Any
 from t2idist import storage
 from t2idist.data.shard_writer import Row, ShardBuilder, check_unfinished, shard_name, write_index
 from t2idist.data.shards import DESCRIPTION, Shard, stored_bytes
-from t2idist.ingest.image import ImageOptions
+from t2idist.data.tokenizer import ASCII, TOKENIZERS, UNICODE
+from t2idist.ingest.captions import CaptionOptions
+from t2idist.ingest.image import MAX_MEGAPIXELS, ImageOptions
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.prepare import Preparer, SampleResult, start_preparer
 from t2idist.ingest.rejects import Effect, Reason, Reject
@@ -45,27 +47,49 @@ class IngestOptions:
     """Words that occur less often are not in the vocabulary."""
     shard_samples: int = 1024
     """Samples per shard, a multiple of 256; less if a shard would be much larger than 100 MB."""
+    tokenizer: str = UNICODE
+    """What splits captions into words (`t2idist.data.tokenizer`)."""
+    encoding: str | None = None
+    """Of text files (None: as they say themselves)."""
 
     def __post_init__(self) -> None:
         if self.image.size < 0:
             raise ValueError(f"--size {self.image.size}: must be at least 0 (0: no resizing)")
         if not 1 <= self.image.quality <= 100:
             raise ValueError(f"--quality {self.image.quality}: must be from 1 to 100")
+        megapixels = self.image.max_megapixels
+        if megapixels < 1:
+            raise ValueError(f"--max-megapixels {megapixels}: must be at least 1")
+        if megapixels > MAX_MEGAPIXELS and (self.image.keep_original or not self.image.size):
+            raise ValueError(
+                f"--max-megapixels {megapixels}: above {MAX_MEGAPIXELS} the images must be stored smaller, by --size "
+                "and without --keep-original"
+            )
         if self.shard_samples < PART_SAMPLES or self.shard_samples % PART_SAMPLES:
             raise ValueError(f"--shard-samples {self.shard_samples}: must be a multiple of {PART_SAMPLES}")
         if self.max_words is not None and self.max_words < 1:
             raise ValueError(f"--max-words {self.max_words}: must be at least 1")
         if self.min_count < 1:
             raise ValueError(f"--min-count {self.min_count}: must be at least 1")
+        if self.tokenizer not in TOKENIZERS:
+            raise ValueError(f"--tokenizer {self.tokenizer}: must be one of {', '.join(TOKENIZERS)}")
+
+    @property
+    def captions(self) -> CaptionOptions:
+        return CaptionOptions(self.max_words, self.tokenizer, self.encoding)
 
     def describe(self) -> dict[str, Any]:
         """Return the options as dataset.json holds them."""
+        image = asdict(self.image)
+        if self.image.max_megapixels == MAX_MEGAPIXELS:  # as the sets have it that were made before this option
+            del image["max_megapixels"]
         return {
-            **asdict(self.image),
+            **image,
             "max_words": self.max_words,
             "min_count": self.min_count,
             "shard_samples": self.shard_samples,
             "order": "by a hash of the key",
+            **({} if self.encoding is None else {"encoding": self.encoding}),
         }
 
 
@@ -107,7 +131,7 @@ def write_set(
         storage.remove(storage.join(out, PROGRESS))  # a run that was killed at the very end leaves it
     check_unfinished(out)
     if not listing.splits():
-        raise ValueError(f"no images are listed; problems: {_format_reject_counts(listing) or 'none'}")
+        raise _nothing_usable(listing, out, "no images are listed")
     store = _ShardStore(out, _plan(listing, options))
     if restart:
         _remove_unfinished(out)
@@ -117,7 +141,7 @@ def write_set(
     writer = _SetWriter(listing, store, options, strict, report)
     if writer.total > writer.done:
         in_memory = any(image.url.startswith("memory:") for s in listing.splits() for image in _first(listing, s))
-        preparer = start_preparer(options.image, options.max_words, 1 if in_memory else processes)
+        preparer = start_preparer(options.image, options.captions, 1 if in_memory else processes)
         try:
             writer.write(preparer)
         finally:
@@ -325,6 +349,8 @@ def _choose_shard_samples(results: Iterator[SampleResult], requested: int) -> tu
 def _plan(listing: Listing, options: IngestOptions) -> dict[str, Any]:
     """Return what must be equal for a run to be resumed. The keys are in the records of interrupted runs."""
     facts = {key: value for key, value in options.describe().items() if key not in ("min_count", "order")}
+    if options.tokenizer != ASCII:  # the only one there was when the first records were written
+        facts["tokenizer"] = options.tokenizer
     return {"format": _FORMAT, **facts, "number of pictures": sum(listing.splits().values()), "list": listing.digest()}
 
 
@@ -336,9 +362,8 @@ def _check_strict(rejects: tuple[Reject, ...] | list[Reject]) -> None:
 def _finish(listing: Listing, store: _ShardStore, options: IngestOptions, source: str, licence: str) -> dict[str, Any]:
     shards = {split: [s.shard for s in store.stored[split]] for split in sorted(store.stored) if store.stored[split]}
     if not shards:
-        raise ValueError(f"no image is usable: {_format_reject_counts(listing)}")
-    lines = "".join(f"{reject.as_json()}\n" for reject in listing.rejects())
-    storage.write_bytes(storage.join(store.out, REJECTED), lines.encode())
+        raise _nothing_usable(listing, store.out, "no image is usable")
+    _write_rejects(listing, store.out)
     facts = {
         "source": source,
         "licence": licence,
@@ -347,14 +372,29 @@ def _finish(listing: Listing, store: _ShardStore, options: IngestOptions, source
         "rejected": listing.reject_counts(),
         "captions_cut": sum(shard.captions_cut for split in store.stored.values() for shard in split),
     }
-    description = write_index(store.out, shards, store.rows(), facts=facts, min_count=options.min_count)
+    description = write_index(
+        store.out, shards, store.rows(), facts=facts, min_count=options.min_count, tokenizer=options.tokenizer
+    )
     storage.remove(storage.join(store.out, PROGRESS))
     return description
 
 
-def _format_reject_counts(listing: Listing) -> str:
+def _write_rejects(listing: Listing, out: str) -> None:
+    lines = "".join(f"{reject.as_json()}\n" for reject in listing.rejects())
+    storage.write_bytes(storage.join(out, REJECTED), lines.encode())
+
+
+def _nothing_usable(listing: Listing, out: str, problem: str) -> ValueError:
+    """Write rejected.jsonl. Returns an error with the number of rejects by reason, and the first three in full."""
     counts = listing.reject_counts()
-    return ", ".join(f"{reason} {sum(by_effect.values())}" for reason, by_effect in counts.items())
+    if not counts:
+        return ValueError(problem)
+    _write_rejects(listing, out)
+    excluded = (reject for reject in listing.rejects() if reject.effect is Effect.EXCLUDED)
+    first = "; ".join(map(str, itertools.islice(excluded, 3)))
+    by_reason = ", ".join(f"{reason} {sum(by_effect.values())}" for reason, by_effect in counts.items())
+    url = storage.redact(storage.join(out, REJECTED))
+    return ValueError(f"{problem}: {by_reason}; the first: {first}; all of them are in {url}")
 
 
 def _remove_unfinished(out: str) -> None:

@@ -1,11 +1,13 @@
-"""Check that a Ray cluster may be joined: whoever reaches an unauthenticated one can run code with its jobs' rights."""
+"""Check how a Ray cluster may be joined: whoever reaches an unauthenticated one can run code with its jobs' rights."""
 
 from __future__ import annotations
 
-import ipaddress
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from t2idist.launch import interfaces
 
 TOKEN_FILE = Path(".ray") / "auth_token"
 """Ray's default token file, relative to the home folder."""
@@ -18,24 +20,51 @@ def cluster_address(address: str, environment: Mapping[str, str]) -> str:
     return "" if address == "local" else address
 
 
-def require_token(address: str, environment: Mapping[str, str], home: Path) -> None:
-    """Require Ray's token authentication for a cluster that is not on this machine.
+def check_cluster(address: str, environment: Mapping[str, str], home: Path, required: bool) -> str:
+    """Check that a run may join a cluster.
 
     Args:
         address: as returned by `cluster_address`.
+        required: `cluster.require_token`.
+
+    Returns:
+        A warning if the cluster is joined without authentication, else "".
 
     Raises:
-        ValueError: RAY_AUTH_MODE is not "token", or there is no token.
+        ValueError: a token is required and RAY_AUTH_MODE is not "token", or it is and there is no token.
     """
-    if not address or is_loopback(address):
-        return
+    if not address:
+        return ""
     mode = environment.get("RAY_AUTH_MODE", "")
-    if mode.lower() != "token":
+    if mode.lower() == "token":
+        _read_token(environment, home)
+        return ""
+    where = f"{address} (this machine)" if is_this_machine(address) else address
+    mode = mode or "not set"
+    if required:
         raise ValueError(
-            f"cluster.address: {address} is not on this machine and RAY_AUTH_MODE is {mode or 'not set'}: anybody who "
-            "reaches an unauthenticated cluster can run code on it; start it with RAY_AUTH_MODE=token and set that "
-            "here too, with RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or pass --insecure-cluster"
+            f"cluster.require_token: true, but RAY_AUTH_MODE is {mode} for the Ray cluster at {where}; start "
+            "it with RAY_AUTH_MODE=token and set that here too, with RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or set "
+            "cluster.require_token=false"
         )
+    return (
+        f"the Ray cluster at {where} is joined without a token (RAY_AUTH_MODE is {mode}): anybody who reaches an open "
+        "cluster can run code on it; start it with RAY_AUTH_MODE=token, or pass --insecure-cluster if its network is "
+        "private"
+    )
+
+
+def has_token(environment: Mapping[str, str], home: Path) -> bool:
+    """Return whether the user has given Ray a token: in a variable, in a file or in Ray's default file."""
+    try:
+        _read_token(environment, home)
+    except ValueError:
+        return False
+    return True
+
+
+def _read_token(environment: Mapping[str, str], home: Path) -> None:
+    """Look for a token where Ray does; raises ValueError if there is none."""
     if environment.get("RAY_AUTH_TOKEN", "").strip():
         return
     file = Path(environment.get("RAY_AUTH_TOKEN_PATH") or home / TOKEN_FILE)
@@ -53,13 +82,12 @@ def require_token(address: str, environment: Mapping[str, str], home: Path) -> N
         )
 
 
-def is_loopback(address: str) -> bool:
-    """Return whether ``host:port`` or ``ray://host:port`` is a loopback address."""
+def is_this_machine(address: str) -> bool:
+    """Return whether ``host:port`` or ``ray://host:port`` is an address of an interface of this machine."""
+    if address == "auto":  # in a job of a cluster that was itself started with RAY_ADDRESS
+        return True
     try:
         host = urlsplit(address if "://" in address else f"//{address}").hostname or ""
     except ValueError:
         return False
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return host in ("localhost", socket.gethostname().lower()) or interfaces.interface_of(host) is not None

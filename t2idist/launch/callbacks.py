@@ -104,6 +104,9 @@ class StopOnSigterm(_RunningWorkers):
         The first SIGTERM asks the workers to stop. A second one, or one while no workers train, calls the handler that
         was set before the block.
         """
+        if threading.current_thread() is not threading.main_thread():  # Python handles signals only there
+            yield
+            return
         previous: Any = signal.getsignal(signal.SIGTERM)
 
         def handle(number: int, frame: FrameType | None) -> None:

@@ -8,17 +8,22 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
 import ray
+from ray.exceptions import AuthenticationError
 
 from t2idist.config import ClusterConfig
+from t2idist.launch import auth
+from t2idist.launch.ray_internals import AuthenticationTokenLoader, Config
 
 T = TypeVar("T")
 
@@ -35,10 +40,23 @@ def join_cluster(cluster: ClusterConfig) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_environment(_unless_set(_settings(cluster))))
         if connects:
-            ray.init(address=None if cluster.address == "auto" else cluster.address, logging_level=logging.WARNING)
+            _join(cluster.address)
             stack.callback(ray.shutdown)
         stack.enter_context(_signals_interrupt())
         yield
+
+
+def _join(address: str) -> None:
+    try:
+        ray.init(address=None if address == "auto" else address, logging_level=logging.WARNING)
+    except (ConnectionError, AuthenticationError) as error:
+        if os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
+            raise
+        reason = " ".join(str(error).split())
+        raise ConnectionError(
+            f"{reason}: the cluster could not be joined without a token; if it has one, set RAY_AUTH_MODE=token, and "
+            "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -57,6 +75,7 @@ def start_local_cluster(cluster: ClusterConfig, prepare: Callable[[], T]) -> Ite
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="t2idist-ray-", ignore_cleanup_errors=True))
         stack.enter_context(_environment(_unless_set(settings)))
+        stack.enter_context(_authentication(cluster.require_token))
         prepared = stack.enter_context(ThreadPoolExecutor(1, "prepare")).submit(prepare)
         with _environment(thread_settings(cluster)):
             ray.init(
@@ -95,6 +114,34 @@ def _settings(cluster: ClusterConfig) -> dict[str, str]:
 
 def _unless_set(variables: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in variables.items() if name not in os.environ}
+
+
+@contextlib.contextmanager
+def _authentication(required: bool) -> Iterator[None]:
+    """Protect a cluster that is started in the block with the user's token, else with one that ends with the block.
+
+    Without a token, Ray would write one into the home folder, readable by all users, and keep it there.
+    """
+    variables = {"RAY_AUTH_MODE": "token"}
+    with contextlib.ExitStack() as stack:
+        stack.callback(_read_authentication_again)
+        if not required and os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+            variables = {}  # switched off by the user
+        elif not auth.has_token(os.environ, Path.home()):
+            # a folder of its own, because Ray lets everybody write into its folder for temporary files
+            folder = tempfile.TemporaryDirectory(prefix="t2idist-token-", ignore_cleanup_errors=True)
+            file = Path(stack.enter_context(folder)) / "token"
+            file.touch(mode=0o600)
+            file.write_text(secrets.token_hex(32))
+            variables["RAY_AUTH_TOKEN_PATH"] = str(file)
+        stack.enter_context(_environment(variables))
+        _read_authentication_again()
+        yield
+
+
+def _read_authentication_again() -> None:
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 @contextlib.contextmanager

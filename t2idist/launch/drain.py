@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import socket
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -28,6 +27,7 @@ from ray.exceptions import RayError
 
 from t2idist.config.arguments import command_parser
 from t2idist.launch.ray_internals import GcsClient, autoscaler_pb2
+from t2idist.observability.command import command
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +146,7 @@ def _get(url: str, headers: Mapping[str, str], method: str = "GET") -> str | Non
 
 
 # ------------------------------------------------------------ the command
+@command("error")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0 Ray was notified, 1 it was not, 2 bad input."""
     parser = command_parser("drain", "Drain this node before its machine is shut down.", "t2idist drain --seconds 30")
@@ -156,17 +157,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     if options.seconds is not None and not 0 < options.seconds <= 3600:
-        print(f"error: --seconds {options.seconds:g}; allowed are more than 0, up to 3600", file=sys.stderr)
-        return 2
+        raise ValueError(f"--seconds {options.seconds:g}; allowed are more than 0, up to 3600")
     seconds, reason = options.seconds, "this machine is being shut down"
     if options.watch is not None:
         seconds, reason = watch(CLOUDS[options.watch]), f"{options.watch} reclaims this machine"
-    try:
-        raylet = find_raylet()
-        drain(raylet, seconds, reason)
-    except (ProcessLookupError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    raylet = find_raylet()
+    drain(raylet, seconds, reason)
     logger.info("%s in %.0f s; Ray %s was notified", reason, seconds, ray.__version__)
     if not options.no_wait:
         with contextlib.suppress(KeyboardInterrupt):

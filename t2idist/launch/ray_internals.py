@@ -13,6 +13,8 @@ from typing import Any
 CHECKED_VERSION = "2.60"
 
 MODULES = {
+    "AuthenticationTokenLoader": "ray._raylet",  # Ray 2.60: reset_cache(); it keeps the token of an earlier cluster
+    "Config": "ray._raylet",  # Ray 2.60: initialize(), which reads RAY_AUTH_MODE again
     "GcsClient": "ray._raylet",  # Ray 2.60: drain_node(); there is no public call that drains a node
     "autoscaler_pb2": "ray.core.generated",  # Ray 2.60: DrainNodeReason, an argument of drain_node()
     "state": "ray._private.state",  # Ray 2.60: get_draining_nodes(); ray.nodes() does not say which nodes drain

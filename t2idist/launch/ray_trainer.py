@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 from ray.train import ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.backend import Backend
+from ray.train.torch import TorchConfig, TorchTrainer
 
+from t2idist.launch import interfaces
 from t2idist.launch.ray_internals import (
     DatasetsCallback,
     ElasticScalingPolicy,
@@ -20,6 +23,23 @@ from t2idist.launch.ray_internals import (
     WorkerGroup,
 )
 from t2idist.launch.resources import NodeLiveness, schedulable_nodes
+
+
+class NodeInterfaceBackend(TorchConfig().backend_cls):  # type: ignore[misc]
+    """Ray Train's start of the process group, over the interface of each node's address in Ray."""
+
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        worker_group.execute(interfaces.select_node_interface)
+        super().on_start(worker_group, backend_config)
+
+
+@dataclass
+class NodeInterfaceConfig(TorchConfig):
+    """Ray's settings of the process group, started by `NodeInterfaceBackend`."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return NodeInterfaceBackend
 
 
 class SkipDrainingNodes(ElasticScalingPolicy):  # type: ignore[misc]

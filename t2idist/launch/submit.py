@@ -24,7 +24,7 @@ from ray.train import (
     get_preemption_info,
 )
 from ray.train import RunConfig as RayRunConfig
-from ray.train.torch import TorchConfig, get_device
+from ray.train.torch import get_device
 from ray.util.metrics import Gauge
 
 from t2idist import storage
@@ -33,7 +33,7 @@ from t2idist.config.strict import from_dict, to_dict
 from t2idist.engine.metrics import PROGRESS
 from t2idist.engine.preemption import PreemptionNotice, StopRequested
 from t2idist.launch import callbacks, connection, resources
-from t2idist.launch.ray_trainer import RayTrainer
+from t2idist.launch.ray_trainer import NodeInterfaceConfig, RayTrainer
 from t2idist.launch.replica_store import RayReplicaStore
 from t2idist.observability import logs
 from t2idist.observability.environment import COMMIT_VARIABLE
@@ -139,7 +139,7 @@ def _trainer(
             use_gpu=bool(cluster.gpus_per_worker),
             resources_per_worker=per_worker,
         ),
-        torch_config=TorchConfig(timeout_s=max(1, int(cluster.hung_after_seconds))),
+        torch_config=NodeInterfaceConfig(timeout_s=max(1, int(cluster.hung_after_seconds))),
         liveness=liveness,
         own_cluster=own,
         run_config=RayRunConfig(

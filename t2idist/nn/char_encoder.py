@@ -31,6 +31,16 @@ def spell_words(words: Sequence[str]) -> Tensor:
     return torch.tensor([row + [0] * (MAX_WORD_CHARACTERS - len(row)) for row in rows], dtype=torch.uint8)
 
 
+def check_spelling(words: Sequence[str]) -> None:
+    """Raise ValueError if most words of a vocabulary have no character of the alphabet, so that they are all alike."""
+    empty = [word for word in words if word and not set(word.lower()) & _CHARACTER_IDS.keys()]
+    if 2 * len(empty) > len(words):
+        raise ValueError(
+            f"{len(empty)} of the data's {len(words)} words, such as {empty[0]!r}, have no character that char_text "
+            "spells, which are those of ASCII; use the text encoder of damsm"
+        )
+
+
 def encode_characters(letters: Tensor, tokens: Tensor, lengths: Tensor, characters: int) -> Tensor:
     """Convert captions to character ids (N, characters), words joined by single spaces, truncated or padded with 0.
 

@@ -2,64 +2,144 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
+import torch
 from torch import nn
 
 from t2idist import storage
-from t2idist.config import DataConfig, RunConfig, StageConfig
+from t2idist.config import EXPORT_R_PRECISION, DataConfig, RunConfig, StageConfig
 from t2idist.config.strict import parse_yaml, to_dict, to_yaml
-from t2idist.contract import DataInfo, SupportsTranslate, System
+from t2idist.contract import DataInfo, SupportsEmbed, SupportsTranslate, System, is_text_conditional
+from t2idist.data import sources, statistics
 from t2idist.data.mixing import data_info
 from t2idist.data.shards import Dataset
 from t2idist.data.tokenizer import Vocabulary
 from t2idist.engine.checkpoint import pretrained
 from t2idist.nn.init import shapes_only
-from t2idist.training import resume
+from t2idist.training import resume, run_data
 from t2idist.training.stages import StageRun, check_uses, run_url, stages_of
 
 ADJUSTABLE = ("about", "storage", "report", "checkpoint", "cluster", "guard", "strategy", "zero")
-ADJUSTABLE_STAGE = ("images", "max_groups_per_worker", "checkpoint_every_images", "pictures_every_images")
+ADJUSTABLE_STAGE = (
+    "images",
+    "max_groups_per_worker",
+    "checkpoint_every_images",
+    "pictures_every_images",
+    "export_best",
+)
 ADJUSTABLE_DATA = ("threads", "prefetch_mib", "cache", "cache_gib", "endpoint_url", "max_bad")
+PLACES_OF_DATA = ("source", "beside")
+_PROBE_BYTES = 4096
+"""An empty file can be written to a full disk."""
 UNKNOWN = DataInfo(("",), 1, vector_dim=1024, attributes=())
 """Assumed if data.source is not given; sentence vectors have the size of the published char-CNN-RNN ones."""
 
 
-def check(config: RunConfig, resumed: resume.ResumePoint | None) -> None:
+def check(config: RunConfig, resumed: resume.ResumePoint | None, local: bool = False) -> None:
     """Check a run before any worker starts.
 
     Args:
         resumed: the checkpoint that ``--resume-from`` names.
+        local: the run trains in this process.
 
     Raises:
-        ValueError: The config, data, exports or weights do not fit each other, or the storage is not writable.
+        ValueError: The config, data, exports or weights do not fit each other, the storage is not writable, or there
+            is no accelerator for a local run that asks for one.
     """
+    _check_before_work(config, local)
+    opened = {}
+    for stage in stages_of(config):
+        opened[stage.name] = datasets = stage.open_data()
+        _print_findings(stage, datasets, opened)
+        system = build_on_meta(stage, data_info(datasets))
+        _check_data(stage, system, datasets)
+        _check_weights(stage, system, datasets[0].vocabulary, resumed)
+        _check_pretrained(stage, system)
+    _check_same_run(config, opened)
+    run_data.record(run_url(config), opened)
+
+
+def describe(config: RunConfig, resumed: resume.ResumePoint | None, local: bool = False) -> str:
+    """Return the resolved config and a summary of each stage: networks, memory, epochs. Raises as `check` does.
+
+    Without data.source this describes a recipe, not a run, and names the other settings that the run needs too.
+    """
+    _check_before_work(config, local)
+    lines = [to_yaml(config).rstrip(), ""]
+    opened = {}
+    for stage in stages_of(config):
+        opened[stage.name] = datasets = stage.open_data() if stage.data.source else ()
+        _print_findings(stage, datasets, opened)
+        system = build_on_meta(stage, data_info(datasets) if datasets else UNKNOWN)
+        if datasets:
+            _check_data(stage, system, datasets)
+            _check_weights(stage, system, datasets[0].vocabulary, resumed)
+        _check_pretrained(stage, system, needed=bool(datasets))
+        lines += [*_stage_lines(stage, system, datasets), ""]
+    _check_same_run(config, opened)
+    return "\n".join(lines).rstrip()
+
+
+def _check_before_work(config: RunConfig, local: bool) -> None:
+    """Check all that needs no data: names, numbers, places, devices. Drawing avatars takes minutes."""
     check_uses(config)
     for stage in stages_of(config):
-        datasets = stage.open_data()
-        system = build_on_meta(stage, data_info(datasets))
-        _check_weights(stage, system, datasets[0].vocabulary, resumed)
-        for role in system.roles.values():
-            if role.pretrained is not None:
-                pretrained.check(role.pretrained, f"stages.{stage.name}.model")
-    _check_same_run(config)
+        stage.model_config()
+        if stage.data.source:
+            sources.check_names(stage.data)
+    if local and config.cluster.gpus_per_worker and not torch.accelerator.is_available():
+        raise ValueError(
+            f"cluster.gpus_per_worker: {config.cluster.gpus_per_worker}, but PyTorch finds no accelerator on this "
+            "machine; give cluster.gpus_per_worker=0 to train on its CPU"
+        )
     _check_writable(run_url(config))
 
 
-def describe(config: RunConfig, resumed: resume.ResumePoint | None) -> str:
-    """Return the resolved config and a summary of each stage: networks, memory, epochs. Raises as `check` does."""
-    check_uses(config)
-    lines = [to_yaml(config).rstrip(), ""]
-    for stage in stages_of(config):
-        datasets = stage.open_data() if stage.data.source else ()
-        system = build_on_meta(stage, data_info(datasets) if datasets else UNKNOWN)
-        if datasets:
-            _check_weights(stage, system, datasets[0].vocabulary, resumed)
-        lines += [*_stage_lines(stage, system, datasets), ""]
-    _check_same_run(config)
-    return "\n".join(lines).rstrip()
+def _print_findings(stage: StageRun, datasets: Sequence[Dataset], opened: Mapping[str, Sequence[Dataset]]) -> None:
+    """Say on stderr what is wrong with the data of a stage, once for each data set of the run.
+
+    Raises:
+        ValueError: A data set has no split to train on.
+    """
+    before = {dataset.url for name, others in opened.items() if name != stage.name for dataset in others}
+    for dataset in datasets:
+        findings = statistics.problems_of(dataset)
+        if dataset.url not in before:
+            statistics.print_findings(storage.redact(dataset.url), [f for f in findings if not f.fatal], sys.stderr)
+        _refuse(stage, dataset, findings)
+
+
+def _check_data(stage: StageRun, system: System, datasets: Sequence[Dataset]) -> None:
+    """Raise ValueError if it is meaningless to train the system of a stage on its data."""
+    if stage.settings.export_best == EXPORT_R_PRECISION and not isinstance(system, SupportsEmbed):
+        raise ValueError(
+            f"stages.{stage.name}.export_best: {stage.settings.system} does not embed images and captions, so it has "
+            "no R-precision; allowed are auto and last"
+        )
+    for index, dataset in enumerate(datasets):
+        if is_text_conditional(system, dataset.vector_dim) or isinstance(system, SupportsEmbed):
+            _refuse(stage, dataset, statistics.problems_for_text(dataset))
+        if isinstance(system, SupportsTranslate):
+            where = f"model.domains[{index}]"
+            labels, exclusive = system.labels[index], system.exclusive[index]
+            _refuse(stage, dataset, statistics.problems_of_domain(dataset, labels, exclusive, where))
+
+
+def _refuse(stage: StageRun, dataset: Dataset, findings: Sequence[statistics.Finding]) -> None:
+    if fatal := [finding.text for finding in findings if finding.fatal]:
+        raise ValueError(f"stages.{stage.name}: {storage.redact(dataset.url)}: {fatal[0]}")
+
+
+def _check_pretrained(stage: StageRun, system: System, needed: bool = True) -> None:
+    """Check the files of pretrained weights and their hashes. `needed`: also that they are given."""
+    for role in system.roles.values():
+        if role.pretrained is not None and (needed or role.pretrained.url):
+            pretrained.check_content(role.pretrained, f"stages.{stage.name}.model")
 
 
 def _stage_lines(run: StageRun, system: System, datasets: Sequence[Dataset]) -> Iterator[str]:
@@ -153,8 +233,15 @@ def _check_weights(stage: StageRun, system: System, vocabulary: Vocabulary, resu
         resume.check(stage.config, resumed, system, list(vocabulary.words))
 
 
-def _check_same_run(config: RunConfig) -> None:
-    """Check that an existing run of this name was started with the same settings, except adjustable ones."""
+def _check_same_run(config: RunConfig, opened: Mapping[str, Sequence[Dataset]]) -> None:
+    """Check that an existing run of this name was started with the same settings, except adjustable ones.
+
+    Args:
+        opened: data sets of each stage, none if data.source is not given. Those that the run folder records are known
+            to be the same, and may be in another place.
+    """
+    recorded = run_data.read(run_url(config))
+    same_data = all(bool(datasets) and stage in recorded for stage, datasets in opened.items())
     url = storage.join(run_url(config), "config.yaml")
     if not storage.exists(url):
         return
@@ -164,8 +251,9 @@ def _check_same_run(config: RunConfig) -> None:
         stage.update(
             {f.name: f.default for f in fields(StageConfig) if f.default is not MISSING and f.name not in stage}
         )
-    before = _fixed(stored)
-    now = _fixed(to_dict(config))
+    adjustable_data = ADJUSTABLE_DATA + (PLACES_OF_DATA if same_data else ())
+    before = _fixed(stored, adjustable_data)
+    now = _fixed(to_dict(config), adjustable_data)
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if changed:
         key = changed[0]
@@ -175,7 +263,7 @@ def _check_same_run(config: RunConfig) -> None:
         )
 
 
-def _fixed(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+def _fixed(values: dict[str, Any], adjustable_data: Sequence[str], path: str = "") -> dict[str, Any]:
     """Flatten the settings that may not change between two submissions of a run to dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
@@ -183,16 +271,27 @@ def _fixed(values: dict[str, Any], path: str = "") -> dict[str, Any]:
         parts = where.split(".")
         if parts[0] in ADJUSTABLE or (parts[0] == "stages" and parts[-1] in ADJUSTABLE_STAGE and len(parts) == 3):
             continue
-        if "data" in (parts[0], parts[2] if len(parts) > 3 else "") and parts[-1] in ADJUSTABLE_DATA:
+        if "data" in (parts[0], parts[2] if len(parts) > 3 else "") and parts[-1] in adjustable_data:
             continue
-        flat |= _fixed(value, where) if isinstance(value, dict) else {where: value}
+        flat |= _fixed(value, adjustable_data, where) if isinstance(value, dict) else {where: value}
     return flat
 
 
 def _check_writable(url: str) -> None:
+    """Write and remove a file; folders that this creates are removed too. Raises ValueError."""
     probe = storage.join(url, ".writable")
+    path = storage.local_path(url)
     try:
-        storage.write_bytes(probe, b"")
+        storage.check_url(url)
+    except ValueError as error:
+        raise ValueError(f"storage: {error}") from None
+    created = [] if path is None else [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        storage.write_bytes(probe, bytes(_PROBE_BYTES))
         storage.remove(probe)
-    except Exception as error:
-        raise ValueError(f"storage: cannot write to {storage.redact(url)}: {type(error).__name__}: {error}") from None
+        with contextlib.suppress(OSError):  # another run has written there
+            for folder in created:
+                folder.rmdir()
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise ValueError(f"storage: cannot write to {storage.redact(url)}: {reason}") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from t2idist import storage
 from t2idist.config.arguments import command_parser
 from t2idist.engine.checkpoint import format
+from t2idist.observability.command import command
 from t2idist.observability.progress import format_count, format_duration, summarize_losses
 from t2idist.report.run_folder import read_config, read_json_or
 
@@ -213,8 +213,9 @@ def _seconds_since(time_iso: str, now: datetime.datetime) -> float:
     return max(0.0, (now - datetime.datetime.fromisoformat(time_iso)).total_seconds())
 
 
+@command("status")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``t2idist status``. Returns the exit status: 0, or 2 for bad input."""
+    """Run ``t2idist status``; returns the exit status."""
     parser = command_parser(
         "status", "Show the state of a run, or of all runs in a folder.", "t2idist status runs/attngan-demo"
     )
@@ -222,9 +223,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     choice.add_argument("run", nargs="?", metavar="RUN", help="the run's folder")
     choice.add_argument("--list", metavar="STORAGE", help="list the runs in this folder or bucket")
     options = parser.parse_args(arguments)
-    try:
-        print(format_status(options.run) if options.list is None else format_run_list(options.list), flush=True)
-    except ValueError as error:
-        print(f"status: {error}", file=sys.stderr)
-        return 2
+    print(format_status(options.run) if options.list is None else format_run_list(options.list))
     return 0

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from t2idist import storage
 from t2idist.contract import to_float, to_uint8
-from t2idist.data.reader import EncodedImage
-from t2idist.data.sample_format import EXTENSIONS
-from t2idist.data.transforms import crop_and_flip, decode
+from t2idist.data.image_file import UnusableImage, read_rgb
+from t2idist.data.transforms import DecodedImage, crop_and_flip
 
 BACKGROUND = (255, 255, 255)
 TEXT_COLOUR = (28, 30, 36)
@@ -40,22 +39,19 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def read_image(url: str, size: int) -> Tensor:
-    """Read the central square of an image file as (3, size, size) in [-1, 1].
+    """Read the central square of an image file, as the sharding tools see it: (3, size, size) in [-1, 1].
 
     Raises ValueError, naming the file, if it cannot be read.
     """
     where = storage.redact(url)
-    extension = url.rpartition(".")[2].lower().replace("jpeg", "jpg")
-    if extension not in EXTENSIONS:
-        raise ValueError(f"{where}: not a supported image file; allowed extensions are {', '.join(EXTENSIONS)}")
     try:
         data = storage.read_bytes(url)
     except OSError as error:
         raise ValueError(f"{where}: {error.strerror or type(error).__name__}") from None
     try:
-        image = crop_and_flip(decode(EncodedImage(data, extension), size), size, 1.0, False, None)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        image = crop_and_flip(DecodedImage(*read_rgb(data, size)), size, 1.0, False, None)
+    except UnusableImage as error:
+        raise ValueError(f"{where}: does not decode: {error.detail}") from None
     return to_float(torch.from_numpy(np.array(image)).permute(2, 0, 1))
 
 

@@ -70,7 +70,10 @@ def load_export(url: str, device: torch.device, custom_system: str = "") -> Load
         net = exported_network(system, dotted).to_empty(device=device)
         export.load_into(net, content.weights[name], f"{where}: network '{name}'")
         nets[name] = net.eval().requires_grad_(False)
-    vocabulary = Vocabulary(content.vocabulary)
+    try:
+        vocabulary = Vocabulary.from_index(index)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     return LoadedExport(url, content.system, system, nets, vocabulary, build_info, content.images, content.meta)
 
 

@@ -10,10 +10,13 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from t2idist import storage
@@ -21,6 +24,7 @@ from t2idist.config.arguments import command_parser
 from t2idist.contract import Captions, Sample, SupportsSample, SupportsTranslate, is_text_conditional
 from t2idist.data.tokenizer import known_words
 from t2idist.nn.fast.memory import keep_freed_memory
+from t2idist.observability.command import command
 from t2idist.sampling.axes import (
     MIN_TRUNCATION,
     PLACEHOLDER,
@@ -34,26 +38,32 @@ from t2idist.sampling.axes import (
     parse_words,
     style_columns,
 )
-from t2idist.sampling.figures import attention_figure, grid, png_bytes, read_image, to_pil
+from t2idist.sampling.drawings import PlannedImages, choose_folder, export_sha256, png_with_settings
+from t2idist.sampling.figures import attention_figure, grid, read_image, to_pil
 from t2idist.sampling.generate import empty_captions, encode_captions, generate
 from t2idist.sampling.loading import LoadedExport, load_export, open_device
-from t2idist.sampling.sentence_encoders import encode_sentences, open_encoder, vector_encoder_facts
+from t2idist.sampling.sentence_encoders import (
+    SentenceEncoder,
+    encode_sentences,
+    open_encoder,
+    vector_encoder_facts,
+)
+from t2idist.sampling.sentences import Sentence, join_problems, read_captions, unknown_sentence, warnings_about
 
+DEFAULT_FOLDER = "samples"
+GRID = "grid.png"
 DEFAULT_COLUMNS = 4
 DEFAULT_STEPS = 8
 MAX_WORDS_PER_BATCH = 1024
 """Words in all captions of a batch; the memory of attention grows with it."""
 
 
+@command("sample")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``t2idist sample``; returns the exit status: 0, or 2 for bad input."""
+    """Run ``t2idist sample``; returns the exit status: 1 if a sentence was left out, because no word of it is known."""
     options = _parser().parse_args(arguments)
     keep_freed_memory()
-    try:
-        return _run(options)
-    except ValueError as error:
-        print(f"sample: {error}", file=sys.stderr)
-        return 2
+    return _run(options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,7 +74,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--export", required=True, metavar="URL", help="folder of an export of a system that generates images")
-    add("--out", default="samples", metavar="DIR", help="folder or URL to write to (default: samples)")
+    add(
+        "--out",
+        metavar="DIR",
+        help="folder or URL to write to (default: samples, or samples-2, ... if others are there)",
+    )
     add("--seed", type=int, default=0, help="the same seed gives the same images (default: 0)")
     add("--scale", choices=("all", "largest"), default="largest", help="image sizes to write (default: largest)")
     add("--attention", action="store_true", help="also write the attention map of each word")
@@ -75,7 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, help=f"steps of an interpolation, both ends included (default: {DEFAULT_STEPS})")
     add = parser.add_argument_group("rows").add_argument
     add("--text", action="append", default=[], metavar="SENTENCE", help="a sentence; may be repeated")
-    add("--captions", metavar="FILE", help="text file with one sentence per line")
+    add("--captions", metavar="FILE", help="text file with one sentence per line, also by URL")
+    add(
+        "--encoding",
+        metavar="NAME",
+        help="encoding of that file, such as cp1252 (default: UTF-8, UTF-16 if it is that)",
+    )
     add("--change-word", metavar="WORDS", help='one row per word ("red,light blue"), which replaces {} in the sentence')
     add("--interpolate-text", nargs=2, metavar=("FROM", "TO"), help="rows from one sentence to another, in --steps")
     add = parser.add_argument_group("columns").add_argument
@@ -113,7 +132,7 @@ def _check(options: argparse.Namespace) -> None:
 def _run(options: argparse.Namespace) -> int:
     _check(options)
     device = open_device(options.device)
-    sentences = _sentences(options)
+    given = _sentences(options)
     loaded = load_export(options.export, device, options.system)
     system, where = loaded.system, storage.redact(options.export)
     if isinstance(system, SupportsTranslate):
@@ -123,11 +142,12 @@ def _run(options: argparse.Namespace) -> int:
         )
     if not isinstance(system, SupportsSample):
         raise ValueError(f"{where}: this export does not generate images; give that of a generator")
-    rows = _rows(options, loaded, sentences, device)
+    rows, problems = _rows(options, loaded, given, device)
     columns = _columns(options, loaded, device)
+    drawing = _Drawing.plan(options, loaded, rows, columns)
     written: list[str] = []
     scales: list[tuple[Tensor, ...]] = []
-    for number, row in enumerate(rows, 1):
+    for number, row in rows.items():
         captions = row.caption.repeat_each(columns.count)
         batch_size = max(1, MAX_WORDS_PER_BATCH // captions.tokens.shape[1])
         sample = generate(
@@ -139,79 +159,101 @@ def _run(options: argparse.Namespace) -> int:
             batch_size=batch_size,
             precision=options.precision,
         )
-        if options.attention and not sample.attention and number == 1:
+        if options.attention and not sample.attention and not written:
             print("sample: this system has no attention; --attention writes nothing", file=sys.stderr)
         scales.append(sample.images if options.scale == "all" else sample.images[-1:])
-        written += _write_row(options, loaded, number, row, sample)
-    labels = [row.label for row in rows]
+        written += _write_row(drawing, number, row, sample)
+    labels = [row.label for row in rows.values()]
     images = [torch.cat(scale) for scale in zip(*scales, strict=True)]
     sheet = grid(images, labels, columns.count, column_names=columns.names, style_images=columns.style_images)
-    written.append(storage.join(options.out, "grid.png"))
-    storage.write_bytes(written[-1], png_bytes(sheet))
-    print(f"wrote {len(written)} files to {storage.redact(options.out)}, all images in {written[-1]}")
-    return 0
+    written.append(storage.join(drawing.folder, GRID))
+    storage.write_bytes(written[-1], png_with_settings(sheet, drawing.grid_settings(rows)))
+    print(
+        f"wrote {len(written)} files to {storage.redact(drawing.folder)}, all images in {storage.redact(written[-1])}"
+    )
+    if problems:
+        print(f"sample: {len(problems)} of {len(given)} sentences could not be drawn", file=sys.stderr)
+    return 1 if problems else 0
 
 
-def _sentences(options: argparse.Namespace) -> list[str]:
+def _sentences(options: argparse.Namespace) -> list[Sentence]:
     """Return the sentences of all options, in the order of the rows."""
+    if options.encoding is not None and options.captions is None:
+        raise ValueError("--encoding is that of the file --captions; give it or remove --encoding")
     if options.interpolate_text:
-        sentences = list(options.interpolate_text)
+        sentences = [Sentence(text) for text in options.interpolate_text]
     else:
-        sentences = [*options.text, *_read_lines(options.captions)]
+        sentences = [Sentence(text) for text in options.text]
+        sentences += read_captions(options.captions, options.encoding) if options.captions is not None else []
     if options.change_word is not None:
         if not sentences:
             raise ValueError(f"--change-word: also give a sentence with {PLACEHOLDER} for the word, as --text")
-        return fill_placeholders(sentences, parse_words(options.change_word))
-    unfilled = next((sentence for sentence in sentences if PLACEHOLDER in sentence), None)
+        words = parse_words(options.change_word)
+        return [
+            Sentence(text, sentence.origin)
+            for sentence in sentences
+            for text in fill_placeholders([sentence.text], words)
+        ]
+    unfilled = next((sentence for sentence in sentences if PLACEHOLDER in sentence.text), None)
     if unfilled is not None:
-        raise ValueError(f'"{unfilled}" has a placeholder, {PLACEHOLDER}; give words for it with --change-word')
+        raise ValueError(f"{unfilled} has a placeholder, {PLACEHOLDER}; give words for it with --change-word")
     return sentences
 
 
-def _read_lines(path: str | None) -> list[str]:
-    if path is None:
-        return []
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ValueError(f"--captions {path}: {reason}") from None
-    return [sentence.strip() for sentence in text.splitlines() if sentence.strip()]
-
-
 def _rows(
-    options: argparse.Namespace, loaded: LoadedExport, sentences: Sequence[str], device: torch.device
-) -> list[SheetRow]:
+    options: argparse.Namespace, loaded: LoadedExport, sentences: Sequence[Sentence], device: torch.device
+) -> tuple[dict[int, SheetRow], list[str]]:
+    """Return the rows by number, which is that of the sentence, and the problems of sentences that are left out."""
     if not is_text_conditional(loaded.system, loaded.build_info.data.vector_dim):
         if sentences:
             raise ValueError(f"{storage.redact(options.export)}: this export is unconditional; give no sentence")
-        return caption_rows(loaded, ["without text"], empty_captions(1))
+        return {1: caption_rows(loaded, ["without text"], empty_captions(1))[0]}, []
     if not sentences:
         raise ValueError("no sentence: give --text or a --captions file with one sentence per line")
-    captions = _encode(options, loaded, sentences, device).to(device)
-    if options.interpolate_text:
-        return interpolated_rows(loaded, sentences, captions, options.steps or DEFAULT_STEPS)
-    return caption_rows(loaded, sentences, captions)
-
-
-def _encode(
-    options: argparse.Namespace, loaded: LoadedExport, sentences: Sequence[str], device: torch.device
-) -> Captions:
-    """Encode the sentences as the export reads them."""
-    if "text" not in loaded.nets:
-        return _encode_as_vectors(options.encoder, loaded, sentences, device)
-    if options.encoder is not None:
+    encoder = _open_vector_encoder(options.encoder, loaded, device) if "text" not in loaded.nets else None
+    if encoder is None and options.encoder is not None:
         raise ValueError("--encoder: this export has its own text encoder; remove the option")
-    if options.change_word is not None:
+    if encoder is None and options.change_word is not None:
         _check_replacements(loaded, parse_words(options.change_word))
-    _check_words(loaded, sentences)
+    problems = _problems(loaded, encoder, sentences)
+    kept = {number: each.text for number, each in enumerate(sentences, start=1) if number not in problems}
+    if problems and (not kept or options.interpolate_text):
+        raise ValueError(join_problems(list(problems.values())))
+    for problem in problems.values():
+        print(f"sample: {problem}; the others are drawn", file=sys.stderr)
+    captions = _encode(loaded, encoder, list(kept.values())).to(device)
+    if encoder is None:
+        for number in kept:
+            for warning in warnings_about(loaded.vocabulary, sentences[number - 1], loaded.build_info.max_words):
+                print(f"sample: {warning}", file=sys.stderr)
+    if options.interpolate_text:
+        rows = interpolated_rows(loaded, list(kept.values()), captions, options.steps or DEFAULT_STEPS)
+        return dict(enumerate(rows, start=1)), []
+    return dict(zip(kept, caption_rows(loaded, list(kept.values()), captions), strict=True)), list(problems.values())
+
+
+def _problems(loaded: LoadedExport, encoder: SentenceEncoder | None, sentences: Sequence[Sentence]) -> dict[int, str]:
+    """Return why sentences cannot be drawn, by their number."""
+    if encoder is None:
+        found = [unknown_sentence(loaded.vocabulary, sentence) for sentence in sentences]
+    else:
+        vectors = encoder.encode([sentence.text for sentence in sentences])
+        found = [
+            None if np.isfinite(vector).all() else f"{sentence}: the encoder knows no word of this sentence"
+            for sentence, vector in zip(sentences, vectors, strict=True)
+        ]
+    return {number: problem for number, problem in enumerate(found, start=1) if problem is not None}
+
+
+def _encode(loaded: LoadedExport, encoder: SentenceEncoder | None, sentences: Sequence[str]) -> Captions:
+    """Encode the sentences as the export reads them."""
+    if encoder is not None:
+        return encode_sentences(encoder, sentences)
     return encode_captions(loaded.vocabulary, sentences, loaded.build_info.max_words)
 
 
-def _encode_as_vectors(
-    name: str | None, loaded: LoadedExport, sentences: Sequence[str], device: torch.device
-) -> Captions:
-    """Encode the sentences as vectors by the encoder `name`, for an export that was trained on such vectors."""
+def _open_vector_encoder(name: str | None, loaded: LoadedExport, device: torch.device) -> SentenceEncoder:
+    """Open the encoder `name` for an export that was trained on sentence vectors."""
     dim = loaded.build_info.data.vector_dim
     trained_with = vector_encoder_facts(loaded.meta)
     if name is None:
@@ -230,7 +272,7 @@ def _encode_as_vectors(
             f"sample: --encoder is not the encoder of the training data's vectors ({trained_with['name']})",
             file=sys.stderr,
         )
-    return encode_sentences(encoder, sentences)
+    return encoder
 
 
 def _columns(options: argparse.Namespace, loaded: LoadedExport, device: torch.device) -> SheetColumns:
@@ -243,18 +285,6 @@ def _columns(options: argparse.Namespace, loaded: LoadedExport, device: torch.de
     return noise_columns(options.seed, DEFAULT_COLUMNS if options.n is None else options.n, truncation, device)
 
 
-def _check_words(loaded: LoadedExport, captions: Sequence[str]) -> None:
-    """Warn about unknown words. Raises ValueError if a caption has no known word."""
-    for caption in captions:
-        unknown = loaded.vocabulary.unknown_words(caption)
-        if not known_words(loaded.vocabulary, caption):
-            raise ValueError(f'"{caption}": no word of this sentence is in the vocabulary of the export')
-        if unknown:
-            quoted = ", ".join(f"'{word}'" for word in unknown)
-            plural = "words are" if len(unknown) > 1 else "word is"
-            print(f'sample: "{caption}": {plural} not in the vocabulary and left out: {quoted}', file=sys.stderr)
-
-
 def _check_replacements(loaded: LoadedExport, words: Sequence[str]) -> None:
     """Raise ValueError if a word of --change-word is unknown: its row would show nothing of it."""
     vocabulary = loaded.vocabulary
@@ -264,26 +294,74 @@ def _check_replacements(loaded: LoadedExport, words: Sequence[str]) -> None:
         raise ValueError(f"--change-word: not in the vocabulary of the export: {quoted}")
 
 
-def _write_row(
-    options: argparse.Namespace, loaded: LoadedExport, number: int, row: SheetRow, sample: Sample
-) -> list[str]:
+@dataclass(frozen=True)
+class _Drawing:
+    """Where and with what settings the images of a command are written."""
+
+    options: argparse.Namespace
+    loaded: LoadedExport
+    folder: str
+    settings: dict[str, Any]
+    """What an image depends on, besides its sentence."""
+
+    @classmethod
+    def plan(
+        cls,
+        options: argparse.Namespace,
+        loaded: LoadedExport,
+        rows: Mapping[int, SheetRow],
+        columns: SheetColumns,
+    ) -> _Drawing:
+        """Choose the folder. Raises ValueError if something in it would be lost."""
+        names = ("seed", "scale", "attention", "precision", "steps", "interpolate_text", "interpolate_noise")
+        values = {name: vars(options)[name] for name in (*names, "truncation")}
+        styles = [storage.sha256(storage.read_bytes(url)) for url in options.style_of or ()]
+        settings = {
+            "command": "sample",
+            "export_sha256": export_sha256(options.export),
+            **values,
+            "columns": columns.count,
+            "style_of_sha256": styles,
+            "encoder": None if options.encoder is None else storage.redact(options.encoder),
+        }
+        drawing = cls(options, loaded, "", settings)
+        planned = [PlannedImages(GRID, drawing.grid_settings(rows))]
+        for number, row in rows.items():
+            planned.append(PlannedImages(f"{_stem(number, row)}_", drawing.row_settings(row)))
+        inputs = [*(options.style_of or ()), *([options.captions] if options.captions else [])]
+        return replace(drawing, folder=choose_folder(options.out, DEFAULT_FOLDER, planned, inputs))
+
+    def row_settings(self, row: SheetRow) -> dict[str, Any]:
+        return {**self.settings, "sentence": row.label}
+
+    def grid_settings(self, rows: Mapping[int, SheetRow]) -> dict[str, Any]:
+        sentences = "\n".join(row.label for row in rows.values())
+        return {**self.settings, "sentences_sha256": storage.sha256(sentences.encode())}
+
+
+def _stem(number: int, row: SheetRow) -> str:
+    return f"{number:03d}_{slug(row.label)}"
+
+
+def _write_row(drawing: _Drawing, number: int, row: SheetRow, sample: Sample) -> list[str]:
     """Write every image of a row and the attention figures; returns the URLs."""
+    options, loaded, settings = drawing.options, drawing.loaded, drawing.row_settings(row)
     written: list[str] = []
 
-    def write(name: str, data: bytes) -> None:
-        written.append(storage.join(options.out, name))
-        storage.write_bytes(written[-1], data)
+    def write(name: str, image: Image.Image) -> None:
+        written.append(storage.join(drawing.folder, name))
+        storage.write_bytes(written[-1], png_with_settings(image, settings))
 
     scales = sample.images if options.scale == "all" else sample.images[-1:]
     for column in range(len(scales[0])):
-        stem = f"{number:03d}_{slug(row.label)}_{column + 1:02d}"
+        stem = f"{_stem(number, row)}_{column + 1:02d}"
         for images in scales:
             suffix = f"_{int(images.shape[-1])}px" if len(scales) > 1 else ""
-            write(f"{stem}{suffix}.png", png_bytes(to_pil(images[column])))
+            write(f"{stem}{suffix}.png", to_pil(images[column]))
         if options.attention and sample.attention:
             words = known_words(loaded.vocabulary, row.label)[: loaded.build_info.max_words]
             figure = attention_figure(sample.images[-1][column], words, [stage[column] for stage in sample.attention])
-            write(f"{stem}_attention.png", png_bytes(figure))
+            write(f"{stem}_attention.png", figure)
     return written
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,11 +14,16 @@ from t2idist.config.arguments import command_parser
 from t2idist.contract import SupportsTranslate, System, to_float
 from t2idist.data.loader import load_split
 from t2idist.data.shards import Dataset
+from t2idist.observability.command import command
 from t2idist.sampling.attribute_edits import AttributeEditor
+from t2idist.sampling.drawings import PlannedImages, choose_folder, export_sha256, png_with_settings
 from t2idist.sampling.figures import png_bytes, read_image, stack_figures, to_pil, translation_grid
 from t2idist.sampling.generate import eval_mode
 from t2idist.sampling.loading import LoadedExport, load_export, open_device
+from t2idist.storage.outputs import unique_names
 
+DEFAULT_FOLDER = "translated"
+GRID = "grid.png"
 GRID_IMAGES = 8
 MAX_COLUMNS = 16
 
@@ -118,14 +122,10 @@ def held_out_split(dataset: Dataset) -> str:
 
 
 # ------------------------------------------------------------ the command
+@command("translate")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``t2idist translate``; returns the exit status: 0, or 2 for bad input."""
-    options = _parser().parse_args(arguments)
-    try:
-        return _run(options)
-    except ValueError as error:
-        print(f"translate: {error}", file=sys.stderr)
-        return 2
+    """Run ``t2idist translate``; returns the exit status."""
+    return _run(_parser().parse_args(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -137,11 +137,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--export", required=True, metavar="URL", help="folder of an export of a stargan stage")
-    add("--image", required=True, nargs="+", metavar="FILE", help="images: .png, .jpg or .webp, also by URL")
+    add("--image", required=True, nargs="+", metavar="FILE", help="images of any usual format, also by URL")
     add("--set", nargs="+", default=[], metavar="NAME", help="attributes to set")
     add("--clear", nargs="+", default=[], metavar="NAME", help="attributes to clear")
     add("--domain", type=int, default=0, metavar="N", help="index of the data set with these attributes (default: 0)")
-    add("--out", default="translated", metavar="DIR", help="folder or URL to write to (default: translated)")
+    add("--out", metavar="DIR", help="folder or URL (default: translated, or translated-2, ... if others are there)")
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     return parser
 
@@ -160,15 +160,26 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError(f"give --set or --clear: {', '.join(system.labels[options.domain])}")
     images = torch.stack([read_image(file, loaded.system.sizes[-1]) for file in options.image])
     labels = _target_labels(options, loaded, system, images, device)
+    planned = _plan(options)
+    folder = choose_folder(options.out, DEFAULT_FOLDER, planned, options.image)
     translated = translate(system, loaded.nets, images, labels, options.domain, device=device)
-    for file, image in zip(options.image, translated, strict=True):
-        url = storage.join(options.out, f"{Path(file).stem}.png")
-        storage.write_bytes(url, png_bytes(to_pil(image)))
+    for plan, image in zip(planned, translated, strict=False):
+        storage.write_bytes(storage.join(folder, plan.prefix), png_with_settings(to_pil(image), plan.settings))
     title = " ".join([*(f"+{name}" for name in options.set), *(f"-{name}" for name in options.clear)])
     sheet = translation_grid(title, [("image", images), ("translated", translated)])
-    storage.write_bytes(storage.join(options.out, "grid.png"), png_bytes(sheet))
-    print(f"wrote {len(translated)} images to {storage.redact(options.out)}, all of them in grid.png")
+    storage.write_bytes(storage.join(folder, GRID), png_with_settings(sheet, planned[-1].settings))
+    print(f"wrote {len(translated)} images to {storage.redact(folder)}, all of them in {GRID}")
     return 0
+
+
+def _plan(options: argparse.Namespace) -> list[PlannedImages]:
+    """Return the name and the settings of each translated image, in the order of the inputs, and of the grid."""
+    settings = {"command": "translate", "export_sha256": export_sha256(options.export)}
+    settings |= {name: vars(options)[name] for name in ("domain", "set", "clear")}
+    hashes = [storage.sha256(storage.read_bytes(file)) for file in options.image]
+    names = unique_names([Path(storage.redact(file)).stem for file in options.image], ".png", reserved=[GRID])
+    images = [PlannedImages(name, {**settings, "image": sha256}) for name, sha256 in zip(names, hashes, strict=True)]
+    return [*images, PlannedImages(GRID, {**settings, "images": storage.sha256(" ".join(hashes).encode())})]
 
 
 def _target_labels(

@@ -1,5 +1,6 @@
 """Read and write files on local disk and in object storage."""
 
+from t2idist.storage.contents import describe_stranger
 from t2idist.storage.objects import (
     BLOCK_BYTES,
     absolute,
@@ -9,6 +10,7 @@ from t2idist.storage.objects import (
     is_local,
     join,
     list_dir,
+    list_files_and_folders,
     local_name,
     local_path,
     read_bytes,
@@ -28,10 +30,12 @@ __all__ = [
     "absolute",
     "check_endpoint",
     "check_url",
+    "describe_stranger",
     "exists",
     "is_local",
     "join",
     "list_dir",
+    "list_files_and_folders",
     "local_name",
     "local_path",
     "read_bytes",

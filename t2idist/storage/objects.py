@@ -10,20 +10,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import hashlib
 import json
 import os
 import re
 import threading
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 
+from t2idist.storage.renewal import Renewal, generation
 from t2idist.storage.retry import retry
+
+T = TypeVar("T")
 
 REFUSED = ("pipe", "simplecache", "filecache", "blockcache", "shell", "python")
 """Protocols that run a program or chain to another URL."""
@@ -37,8 +42,11 @@ READ_SECONDS = 30.0
 """After this long without a connection, or without a byte on it, a request fails and is retried."""
 _S3 = ("s3", "s3a")
 _CLIENTS_CACHED = 8
+_GENERATIONS: dict[str, int] = {}
+"""The generation of the clients that fsspec keeps, by protocol."""
 
 _SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*)(::|://|:(?!\\))")
+_FEW_SLASHES = re.compile(r"^(?:([a-zA-Z][a-zA-Z0-9+.-]+):/|(s3a?|gs|gcs|az|abfs|https?):)(?!/)")
 
 
 def _scheme(url: str) -> str:
@@ -52,6 +60,10 @@ def check_url(url: str, endpoint_url: str | None = None) -> None:
     if scheme in REFUSED or "::" in url:
         raise ValueError(
             f"{redact(url)}: the protocol '{scheme}' is not allowed; use a local path or an object store URL"
+        )
+    if match := _FEW_SLASHES.match(url):
+        raise ValueError(
+            f"{redact(url)}: two slashes follow the protocol: {match[1] or match[2]}://{redact(url[match.end() :])}"
         )
     if re.search(r"://[^/]*@", url):
         raise ValueError(
@@ -73,13 +85,37 @@ def _filesystem(url: str, endpoint_url: str | None) -> tuple[Any, str]:
     except (ValueError, ImportError) as error:
         raise ValueError(f"{redact(url)}: this URL cannot be opened: {error}") from None
     if scheme not in ("", "file", "memory"):
+        if _GENERATIONS.setdefault(scheme, 0) != generation():
+            _GENERATIONS[scheme] = generation()
+            type(filesystem).clear_instance_cache()
+            filesystem, path = fsspec.core.url_to_fs(url)
         filesystem.invalidate_cache()
     return filesystem, path
 
 
-def _identity() -> tuple[object, ...]:
-    """Return what a client depends on: this process, and the environment's keys and endpoint."""
+def _request(
+    url: str, endpoint_url: str | None, call: Callable[[Any, str], T], stop: threading.Event | None = None
+) -> T:
+    """Return `call(filesystem, key)`, with retries, and with new clients where the keys have expired."""
+    _filesystem(url, endpoint_url)  # refuses a wrong URL at once
+    return retry(
+        lambda: call(*_filesystem(url, endpoint_url)), redact(url), stop, _renewal(url, endpoint_url)
+    )  # fmt: skip
+
+
+def _renewal(url: str, endpoint_url: str | None) -> Renewal:
+    bucket = url.partition("://")[2].partition("/")[0]
+    return Renewal((_scheme(url), bucket, endpoint_url, *_environment()), redact(url))
+
+
+def _environment() -> tuple[object, ...]:
+    """Return this process, and the environment's keys and endpoint."""
     return (os.getpid(), *sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+
+
+def _identity() -> tuple[object, ...]:
+    """Return what a client depends on: the environment, and how often clients were replaced."""
+    return (generation(), *_environment())
 
 
 def _client_settings() -> dict[str, Any]:
@@ -137,6 +173,8 @@ def local_name(url: str) -> str | None:
     """Return the path of a local URL as a string, else None; much faster than `local_path`."""
     if not is_local(url):
         return None
+    if url.startswith("file:") and not url.startswith("file://"):
+        raise ValueError(f"{url}: two slashes follow the protocol: file:///path")
     path = url.removeprefix("file://")
     return str(Path(path).expanduser()) if path.startswith("~") else path
 
@@ -174,9 +212,7 @@ def read_bytes(
             return file.read() if end is None else file.read(end - (start or 0))
     if _scheme(url) in _S3:
         return _S3Object(url, endpoint_url, stop).read(start or 0, end)
-    filesystem, key = _filesystem(url, endpoint_url)
-    data: bytes = retry(lambda: filesystem.cat_file(key, start=start, end=end), redact(url), stop)
-    return data
+    return _request(url, endpoint_url, lambda files, key: bytes(files.cat_file(key, start=start, end=end)), stop)
 
 
 @dataclass(frozen=True)
@@ -197,7 +233,8 @@ class _S3Object:
         check_url(url, endpoint_url)
         self._name = redact(url)
         self._bucket, _, self._key = url.partition("://")[2].partition("/")
-        self._client = _s3_client(endpoint_url, _identity())
+        self._endpoint_url = endpoint_url
+        self._renewal = functools.partial(_renewal, url, endpoint_url)
         self._stop = stop
 
     def read(self, start: int, end: int | None) -> bytes:
@@ -216,7 +253,7 @@ class _S3Object:
         return blocks[0].data if len(blocks) == 1 else b"".join(block.data for block in blocks)
 
     def _block(self, start: int, end: int) -> _Block:
-        return retry(lambda: self._get(start, end), self._name, self._stop)
+        return retry(lambda: self._get(start, end), self._name, self._stop, self._renewal())
 
     def _get(self, start: int, end: int) -> _Block:
         from botocore.exceptions import ClientError
@@ -224,7 +261,8 @@ class _S3Object:
         if start >= end:
             return _Block(b"", 0, "")
         try:
-            response = self._client.get_object(Bucket=self._bucket, Key=self._key, Range=f"bytes={start}-{end - 1}")
+            client = _s3_client(self._endpoint_url, _identity())
+            response = client.get_object(Bucket=self._bucket, Key=self._key, Range=f"bytes={start}-{end - 1}")
         except ClientError as error:
             if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 416:
                 return _Block(b"", 0, "")  # the object ends before this range
@@ -252,49 +290,79 @@ def write_bytes(url: str, data: bytes | memoryview, *, endpoint_url: str | None 
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+        except OSError as error:
+            error.filename = str(path)  # the error of a full disk names no file, others the temporary one
+            raise
         finally:
             temporary.unlink(missing_ok=True)
         return
-    filesystem, key = _filesystem(url, endpoint_url)
     body = data if isinstance(data, bytes) else bytes(data)  # clients accept nothing else
-    retry(lambda: filesystem.pipe_file(key, body), redact(url))
+    _request(url, endpoint_url, lambda filesystem, key: filesystem.pipe_file(key, body))
 
 
 def exists(url: str, *, endpoint_url: str | None = None) -> bool:
     path = local_path(url)
     if path is not None:
         return path.exists()
-    filesystem, key = _filesystem(url, endpoint_url)
-    return bool(retry(lambda: filesystem.exists(key), redact(url)))
+    return _request(url, endpoint_url, lambda filesystem, key: bool(filesystem.exists(key)))
 
 
 def size(url: str, *, endpoint_url: str | None = None) -> int:
     path = local_path(url)
     if path is not None:
         return path.stat().st_size
-    filesystem, key = _filesystem(url, endpoint_url)
-    return int(retry(lambda: filesystem.size(key), redact(url)))
+    return _request(url, endpoint_url, lambda filesystem, key: int(filesystem.size(key)))
 
 
 def list_dir(url: str, *, endpoint_url: str | None = None) -> list[str]:
-    """Return the sorted names in a folder; empty if there is no such folder."""
+    """Return the sorted names in a folder, without hidden ones; empty if there is no such folder."""
+    return sorted(_entries(url, endpoint_url))
+
+
+def list_files_and_folders(url: str, *, endpoint_url: str | None = None) -> tuple[list[str], list[str]]:
+    """Return the sorted names of the files and of the folders in a folder, without hidden ones.
+
+    In a store a name can be both.
+    """
+    entries = _entries(url, endpoint_url)
+    files, folders = (sorted(n for n in entries if kind in entries[n]) for kind in ("file", "directory"))
+    return files, folders
+
+
+def _entries(url: str, endpoint_url: str | None) -> dict[str, set[str]]:
+    """Return the kinds, "file" and "directory", of each name in a folder."""
     path = local_path(url)
     if path is not None:
-        return sorted(p.name for p in path.iterdir() if not p.name.startswith(".")) if path.is_dir() else []
-    filesystem, key = _filesystem(url, endpoint_url)
+        found = path.iterdir() if path.is_dir() else ()
+        return {p.name: {"directory" if p.is_dir() else "file"} for p in found if not p.name.startswith(".")}
     try:
-        entries = retry(lambda: filesystem.ls(key, detail=False), redact(url))
+        key, listed = _request(
+            url, endpoint_url, lambda filesystem, key: (key.rstrip("/"), filesystem.ls(key, detail=True))
+        )
     except FileNotFoundError:
-        return []
-    return sorted({str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries} - {"", key.rsplit("/", 1)[-1]})
+        return {}
+    entries: dict[str, set[str]] = {}
+    for entry in listed:
+        inside, _, name = str(entry["name"]).partition(key + "/")
+        if not inside and name.rstrip("/") and not name.startswith(".") and "/" not in name.rstrip("/"):
+            folder = entry["type"] == "directory" or name.endswith("/")
+            entries.setdefault(name.rstrip("/"), set()).add("directory" if folder else "file")
+    return entries
 
 
 def remove(url: str, *, endpoint_url: str | None = None) -> None:
     """Remove an object, or a folder with its content, if it exists."""
-    filesystem, key = _filesystem(url, endpoint_url)
-    if retry(lambda: filesystem.exists(key), redact(url)):
+    if exists(url, endpoint_url=endpoint_url):
         with contextlib.suppress(FileNotFoundError):  # removed by an earlier attempt
-            retry(lambda: filesystem.rm(key, recursive=True), redact(url))
+            _request(url, endpoint_url, _remove)
+
+
+def _remove(filesystem: Any, key: str) -> None:
+    if not glob.has_magic(key):
+        filesystem.rm(key, recursive=True)
+        return
+    for name in filesystem.find(key):  # rm() takes the name for a pattern
+        filesystem.rm_file(name)
 
 
 def read_json(url: str, *, endpoint_url: str | None = None) -> Any:

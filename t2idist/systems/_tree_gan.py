@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from t2idist.contract import Adam, Batch, Captions, Frozen, NoiseFn, Role, Sample, Train
+from t2idist.contract import Adam, Batch, Captions, Frozen, NoiseFn, Role, Sample, Train, check_ranges
 from t2idist.losses.adversarial import (
     attngan_discriminator_loss,
     conditional_generator_loss,
@@ -53,6 +53,14 @@ class TreeConfig:
     """Scale text vectors by `unit_scale`; not published."""
     compat: Literal["", "authors"] = ""
     """"authors": as the released code, for its weights."""
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            at_least_1="generator_width discriminator_width branches z_dim condition_dim base_size",
+            at_least_0="residuals kl_weight",
+            above_0="generator_lr discriminator_lr ema_half_life_images",
+        )
 
 
 class TreeGan:
@@ -127,6 +135,10 @@ class AttentionConfig(TreeConfig):
     """Smoothing factors of L_DAMSM (AttnGAN, section 4)."""
     gamma_words: float = 5.0
     gamma_ranking: float = 10.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, at_least_0="damsm_weight", above_0="gamma_attention gamma_words gamma_ranking")
 
 
 class AttentionGan(TreeGan):

@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from t2idist.contract import Adam, Batch, BuildInfo, Frozen, Pretrained, Role, Train
+from t2idist.contract import Adam, Batch, BuildInfo, Frozen, Pretrained, Role, Train, check_ranges
 from t2idist.losses.captions import word_cross_entropy
 from t2idist.nn.captioning import CaptionRNN, ResNetCaptionCNN, SmallCaptionCNN, caption_cnn, caption_rnn
 from t2idist.nn.resnet import load_resnet
@@ -35,6 +35,14 @@ class Config:
     beta1: float = 0.9
     compat: Literal["", "authors"] = ""
     """"authors", for the released weights: ResNet gets images without ImageNet's mean and standard deviation."""
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            at_least_1="trunk_width image_size word_dim hidden_dim",
+            above_0="lr",
+            below_1="beta1",
+        )
 
 
 class Captioner(nn.Module):

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
 
-from t2idist.contract import Adam, Batch, BuildInfo, Captions, Frozen, Pretrained, Role, Train
+from t2idist.contract import Adam, Batch, BuildInfo, Captions, Frozen, Pretrained, Role, Train, check_ranges
 from t2idist.losses.matching import RankingLosses, joint_embedding_losses
-from t2idist.nn.char_encoder import char_text_encoder
+from t2idist.nn.char_encoder import char_text_encoder, check_spelling
 from t2idist.nn.image_encoders import InceptionEncoder, TextImageEncoders, check_trunk, damsm_image_encoder, load_trunk
 
 
@@ -39,6 +39,14 @@ class Config:
     lr: float = 2e-4
     """Released code for COCO."""
 
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            at_least_1="embedding_dim characters widths trunk_width image_size",
+            at_least_0="margin",
+            above_0="lr",
+        )
+
 
 class CharText:
     """The system. Exports: "text", "image"."""
@@ -55,6 +63,7 @@ class CharText:
         self.roles = {"char_text": Role(encoders, Adam(lr=config.lr), pretrained=pretrained)}
         self.frozen: dict[str, Frozen] = {}
         self.sizes = (config.image_size,)
+        self.export_best = "r_precision"
         self.exports = ("char_text.text", "char_text.image")
 
     def step(self, batch: Batch, train: Train) -> None:
@@ -82,4 +91,5 @@ def build(config: Config, info: BuildInfo) -> CharText:
     if info.group_size < 2:
         raise ValueError(f"group_size is {info.group_size}; char_text compares the captions of a group: at least 2")
     check_trunk(config.trunk, config.image_size, config.trunk_weights)
+    check_spelling(info.data.words)
     return CharText(config, info)

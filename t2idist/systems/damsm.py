@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
 
-from t2idist.contract import Adam, Batch, BuildInfo, Captions, Frozen, Pretrained, Role, Schedule, Train
+from t2idist.contract import Adam, Batch, BuildInfo, Captions, Frozen, Pretrained, Role, Schedule, Train, check_ranges
 from t2idist.losses.matching import Gammas, RankingLosses, sentence_losses, word_losses
 from t2idist.nn.image_encoders import InceptionEncoder, TextImageEncoders, check_trunk, damsm_image_encoder, load_trunk
 from t2idist.nn.text_encoders import damsm_text_encoder
@@ -42,6 +42,15 @@ class Config:
     clip_norm: float = 0.25
     """Largest gradient norm of the text encoder."""
 
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            at_least_1="embedding_dim word_dim trunk_width image_size",
+            below_1="dropout",
+            above_0="gamma_attention gamma_words gamma_ranking lr lr_factor_per_epoch clip_norm",
+            share="lr_floor",
+        )
+
 
 class Damsm:
     """The system. Exports: "text", "image"."""
@@ -66,6 +75,7 @@ class Damsm:
         }
         self.frozen: dict[str, Frozen] = {}
         self.sizes = (config.image_size,)
+        self.export_best = "r_precision"
         self.exports = ("damsm.text", "damsm.image")
         self.gammas = Gammas(config.gamma_attention, config.gamma_words, config.gamma_ranking)
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
 
-from t2idist.contract import Adam, Batch, BuildInfo, Captions, Frozen, NoiseFn, Role, Sample, Train
+from t2idist.contract import Adam, Batch, BuildInfo, Captions, Frozen, NoiseFn, Role, Sample, Train, check_ranges
 from t2idist.losses.adversarial import UnconditionalLosses, bce_real, unconditional_losses
 from t2idist.nn.dcgan import DcganDiscriminator, DcganGenerator, conditional_generator
 from t2idist.nn.init import normal_
@@ -35,6 +35,13 @@ class Config:
     """Half-life of the generator's EMA; none: no EMA, as published."""
     unit_text: bool = False
     """Scale sentence vectors by `unit_scale`: an encoder trained on cosines leaves their length arbitrary."""
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            at_least_1="generator_width discriminator_width z_dim condition_dim image_size",
+            above_0="generator_lr discriminator_lr ema_half_life_images",
+        )
 
 
 class Dcgan:

@@ -11,7 +11,19 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from t2idist.contract import Adam, Batch, BuildInfo, Captions, Frozen, NoiseFn, Role, Sample, Schedule, Train
+from t2idist.contract import (
+    Adam,
+    Batch,
+    BuildInfo,
+    Captions,
+    Frozen,
+    NoiseFn,
+    Role,
+    Sample,
+    Schedule,
+    Train,
+    check_ranges,
+)
 from t2idist.losses.adversarial import bce_real, matching_aware_loss, matching_aware_losses
 from t2idist.losses.matching import wrong_pairs
 from t2idist.nn.dcgan import DcganDiscriminator, conditional_generator
@@ -58,6 +70,15 @@ class Config:
     """"authors": the released GAN-INT-CLS script, which lacks a LeakyReLU in the residual discriminator and averages
     the generator's loss over captions and half as many interpolations; without `residual`: the port's weights, whose
     discriminator never joins image and text."""
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            at_least_1="generator_width discriminator_width z_dim condition_dim image_size",
+            at_least_0="interpolation_weight",
+            share="beta",
+            above_0="generator_lr discriminator_lr lr_factor lr_every_epochs ema_half_life_images",
+        )
 
 
 class GanCls:
@@ -133,7 +154,5 @@ def _generate(net: nn.Module, noises: Sequence[Tensor], texts: Sequence[Tensor])
 
 def build(config: Config, info: BuildInfo) -> GanCls:
     """Build the system with new weights. Raises ValueError, naming the key, if the config is invalid."""
-    if not 0.0 <= config.beta <= 1.0:
-        raise ValueError(f"beta is {config.beta}; it must be from 0 to 1")
     info.require_pairs("gan_cls")
     return GanCls(config, info)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from t2idist.contract import Batch, BuildInfo, Frozen, Train
+from t2idist.contract import Batch, BuildInfo, Frozen, Train, check_ranges
 from t2idist.losses.captions import word_cross_entropy
 from t2idist.nn.captioning import captioner_from_export
 from t2idist.nn.image_encoders import damsm_image_encoder
@@ -31,6 +31,10 @@ class Config(AttentionConfig):
     """AttnGAN's L_DAMSM, in neither paper nor released code; slot "damsm" then provides its image encoder too."""
     ema_half_life_images: float = 8314.0
     """Released code: 0.999 for each step of 12 images."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, at_least_0="stream_weight")
 
 
 class MirrorGan(AttentionGan):

@@ -9,7 +9,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from t2idist.contract import Adam, Batch, BuildInfo, Captions, Frozen, NoiseFn, Role, Sample, Schedule, Train
+from t2idist.contract import (
+    Adam,
+    Batch,
+    BuildInfo,
+    Captions,
+    Frozen,
+    NoiseFn,
+    Role,
+    Sample,
+    Schedule,
+    Train,
+    check_ranges,
+)
 from t2idist.losses.adversarial import (
     attngan_discriminator_loss,
     conditional_generator_loss,
@@ -59,6 +71,14 @@ class Config:
     compat: Literal["", "authors"] = ""
     """"authors": a ReLU on the conditioning statistics, for the released weights; while stage 2 is trained, stage 1
     normalises by the batch statistics of each group (without the drift of its running statistics that they had)."""
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            at_least_1="stage generator_width discriminator_width z_dim condition_dim image_size",
+            at_least_0="residuals kl_weight ema_half_life_images",
+            above_0="generator_lr discriminator_lr lr_halved_every_epochs",
+        )
 
 
 class StackGan:
@@ -192,8 +212,6 @@ def build(config: Config, info: BuildInfo) -> StackGan:
         raise ValueError(f"stage is {config.stage}; it must be 1 or 2")
     if config.image_size not in SIZES:
         raise ValueError(f"image_size is {config.image_size}; it must be one of {', '.join(map(str, SIZES))}")
-    if not config.lr_halved_every_epochs > 0:
-        raise ValueError(f"lr_halved_every_epochs is {config.lr_halved_every_epochs}; it must be above 0")
     info.require_pairs("stackgan")
     if config.stage == 2:
         _check_stage1(config, info)

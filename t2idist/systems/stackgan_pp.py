@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from t2idist.contract import Batch, BuildInfo, Captions, Frozen, NoiseFn, Sample, Train
+from t2idist.contract import Batch, BuildInfo, Captions, Frozen, NoiseFn, Sample, Train, check_ranges
 from t2idist.losses.adversarial import (
     UnconditionalLosses,
     generator_loss,
@@ -44,6 +44,10 @@ class Config(TreeConfig):
     """Released code: 0.999 for each step of 24 images."""
     unit_text: bool = True
     """Scale sentence vectors by `unit_scale`; false for the released weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, at_least_0="colour_weight")
 
 
 class StackGanPP(TreeGan):

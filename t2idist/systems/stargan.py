@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2idist.contract import Adam, Batch, BuildInfo, Frozen, Role, Schedule, Train
+from t2idist.contract import Adam, Batch, BuildInfo, Frozen, Role, Schedule, Train, check_ranges
 from t2idist.losses.penalties import gradient_penalty
 from t2idist.nn.precision import upcast
 from t2idist.nn.stargan import PatchDiscriminator, TranslationGenerator
@@ -63,6 +63,14 @@ class Config:
     """The learning rate is 0 here; should be the stage's budget."""
     compat: Literal["", "authors"] = ""
     """"authors": a thousandth of the decay, as in the released code."""
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            at_least_1="image_size generator_width discriminator_width layers discriminator_steps",
+            at_least_0="residuals class_weight reconstruction_weight penalty_weight decay_start_images",
+            above_0="generator_lr discriminator_lr decay_end_images",
+        )
 
 
 class StarGan:
@@ -186,8 +194,6 @@ def _cycle(net: TranslationGenerator, real: Tensor, target: Tensor, own: Tensor)
 
 def build(config: Config, info: BuildInfo) -> StarGan:
     """Build the system with new weights. Raises ValueError, naming the key, if the config is invalid."""
-    if config.discriminator_steps < 1:
-        raise ValueError(f"discriminator_steps is {config.discriminator_steps}; it must be at least 1")
     if not 0 <= config.decay_start_images < config.decay_end_images:
         raise ValueError(
             f"decay_end_images is {config.decay_end_images:g}; it must be above decay_start_images, "

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from t2idist.contract import Adam, Batch, BuildInfo, Captions, Frozen, NoiseFn, Role, Sample, Train
+from t2idist.contract import Adam, Batch, BuildInfo, Captions, Frozen, NoiseFn, Role, Sample, Train, check_ranges
 from t2idist.nn.dcgan import generator_from_export, trunk
 from t2idist.nn.image_encoders import resize
 from t2idist.nn.init import normal_
@@ -26,6 +26,13 @@ class Config:
     lr: float = 2e-4
     ema_half_life_images: float | None = None
     """Half-life of the encoder's EMA; none: no EMA."""
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            at_least_1="width",
+            above_0="lr ema_half_life_images",
+        )
 
 
 class StyleEncoder(nn.Module):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,7 +34,9 @@ def run_local(
     """
     clear_fatal(config)
     printer = ProgressPrinter(sys.stdout, as_json=config.report.json_logs)
-    device = torch.device("cuda" if config.cluster.gpus_per_worker else "cpu")
+    device = (torch.accelerator.current_accelerator() if config.cluster.gpus_per_worker else None) or torch.device(
+        "cpu"
+    )
     sigterm_received = threading.Event()
 
     def poll() -> PreemptionNotice | None:
@@ -45,9 +49,21 @@ def run_local(
     context = worker.WorkerContext(
         on_progress=show, poll_preemption=poll, stop_after=stop_after, log_context=log_context
     )
-    previous_handler = signal.signal(signal.SIGTERM, lambda number, frame: sigterm_received.set())
     try:
-        worker.main(config, device, context)
+        with _on_sigterm(sigterm_received):
+            worker.main(config, device, context)
     finally:
-        signal.signal(signal.SIGTERM, previous_handler)
         printer.close()
+
+
+@contextlib.contextmanager
+def _on_sigterm(received: threading.Event) -> Iterator[None]:
+    """Set the event at SIGTERM while the block runs; in another thread than the main one, Python handles no signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: received.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

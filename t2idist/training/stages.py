@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from t2idist import storage, systems
@@ -11,9 +13,10 @@ from t2idist.config import DataConfig, RunConfig, StageConfig
 from t2idist.config.strict import from_dict, to_dict
 from t2idist.contract import BuildInfo, DataInfo, System
 from t2idist.data.shards import Dataset
-from t2idist.data.sources import open_datasets
+from t2idist.data.sources import is_folder, open_datasets
 from t2idist.data.tokenizer import Vocabulary
 from t2idist.engine.checkpoint import export
+from t2idist.training import run_data
 
 RUN_ID = "run_id.json"
 """Distinguishes a run folder from all others, including an earlier one of the same name."""
@@ -66,9 +69,11 @@ class StageRun:
         """Open the data sets that the config names; the first one encodes captions with the stage's vocabulary.
 
         Raises:
-            ValueError: A data set cannot be used, or an encoder in `uses` was trained on other words.
+            ValueError: A data set cannot be used, is not that which the stage was started on, or an encoder in `uses`
+                was trained on other words.
         """
-        first, *others = open_datasets(self.data)
+        first, *others = datasets = open_datasets(self.data)
+        run_data.check(run_url(self.config), self.name, datasets)
         words = self._source_vocabularies()
         try:
             vocabulary = stage_vocabulary(first.vocabulary, words)
@@ -76,10 +81,10 @@ class StageRun:
             raise ValueError(f"stages.{self.name}.{error}") from None
         return replace(first, vocabulary=vocabulary), *others
 
-    def _source_vocabularies(self) -> dict[str, list[str]]:
+    def _source_vocabularies(self) -> dict[str, Vocabulary]:
         """Return the vocabularies of the exports in `uses` by slot, except those of stages that are not done."""
         return {
-            slot: export.read_index(self.source_url(slot))["vocabulary"]
+            slot: Vocabulary.from_index(export.read_index(self.source_url(slot)))
             for slot in self.settings.uses
             if self._unfinished_source(slot) is None
         }
@@ -134,10 +139,14 @@ def stages_of(config: RunConfig) -> Iterator[StageRun]:
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Make relative local paths absolute, because workers run in other working directories."""
+
+    def is_name(source: str) -> bool:
+        return source in config.stages or ("/" not in source and not Path(source).exists())
+
     stages = {}
     for stage in stages_of(config):
         settings = stage.settings
-        uses = {slot: url if url in config.stages else storage.absolute(url) for slot, url in settings.uses.items()}
+        uses = {slot: url if is_name(url) else storage.absolute(url) for slot, url in settings.uses.items()}
         data = to_dict(_with_absolute_sources(stage.data))
         init_from = storage.absolute(settings.init_from) if settings.init_from else ""
         overrides = {key: data[key] for key in settings.data}
@@ -148,7 +157,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 def _with_absolute_sources(data: DataConfig) -> DataConfig:
     def absolute(source: str) -> str:
-        return storage.absolute(source) if "/" in source else source
+        return storage.absolute(source) if "/" in source or is_folder(source) else source
 
     return replace(data, source=absolute(data.source), beside=tuple(absolute(source) for source in data.beside))
 
@@ -160,19 +169,24 @@ def check_uses(config: RunConfig) -> None:
         for slot, source in stage.uses.items():
             if source in config.stages and source not in before:
                 raise ValueError(f"stages.{name}.uses.{slot}: stage '{source}' does not come before '{name}'")
+            if source not in config.stages and "/" not in source and not Path(source).exists():
+                near = difflib.get_close_matches(source, before, n=1)
+                hint = f"did you mean '{near[0]}'?" if near else f"earlier stages: {', '.join(before) or 'none'}"
+                raise ValueError(f"stages.{name}.uses.{slot}: '{source}': no such stage and no such folder; {hint}")
         before.append(name)
 
 
-def stage_vocabulary(data: Vocabulary, sources: Mapping[str, list[str]]) -> Vocabulary:
+def stage_vocabulary(data: Vocabulary, sources: Mapping[str, Vocabulary]) -> Vocabulary:
     """Return the vocabulary that encodes a stage's captions: that of its encoders if it uses any, else the data's.
+
+    It brings its tokenizer: the data's captions are then split as they were for the encoder.
 
     Raises:
         ValueError: An encoder lacks words of the data, or two encoders number words differently.
     """
     chosen, first = data, ""
-    for slot, words in sources.items():
-        vocabulary = Vocabulary(words)
-        missing = [word for word in data.words if word not in vocabulary.ids]
+    for slot, vocabulary in sources.items():
+        missing = [word for word in data.words_read_by(vocabulary.tokenizer) if word not in vocabulary.ids]
         if missing:
             raise ValueError(
                 f"uses.{slot}: its vocabulary of {len(vocabulary)} words does not fit the data: {len(missing)} of the "

@@ -21,6 +21,7 @@ from t2idist.config.strict import to_dict, to_yaml
 from t2idist.contract import System
 from t2idist.data.loader import LoaderSpec
 from t2idist.data.mixing import data_info, open_mixed_loader
+from t2idist.data.tokenizer import recorded
 from t2idist.engine import loop
 from t2idist.engine.batches import TrackedBatches, write_ledger
 from t2idist.engine.checkpoint import export, pretrained
@@ -35,11 +36,13 @@ from t2idist.engine.preemption import Poll, PreemptionHandler
 from t2idist.engine.strategy import Precision
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import Share, World
+from t2idist.evaluate import best_weights
 from t2idist.evaluate.in_training import InTrainingEvaluator
 from t2idist.nn.fast.memory import keep_freed_memory
 from t2idist.observability.environment import environment_info
-from t2idist.observability.logs import LogContext, redact_secrets
+from t2idist.observability.logs import LogContext, Repeats, redact_secrets, with_count
 from t2idist.report import report
+from t2idist.training import run_data
 from t2idist.training.lifecycle import OnProgress, read_fatal, write_fatal
 from t2idist.training.options import StopAfter
 from t2idist.training.stages import StageRun, run_url, stages_of
@@ -164,15 +167,18 @@ class _RunWorker:
 
 
 class _RecentWarnings(logging.Handler):
-    """Keeps the latest 20 warnings for the progress messages."""
+    """Keeps the latest 20 different warnings for the progress messages."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.texts: list[str] = []
+        self._repeats = Repeats()
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(redact_secrets(f"{record.levelname.lower()}: {record.getMessage()}"))
-        del self.texts[:-20]
+        text = redact_secrets(f"{record.levelname.lower()}: {record.getMessage()}")
+        if count := self._repeats.count(record.name, text):
+            self.texts.append(with_count(text, count))
+            del self.texts[:-20]
 
 
 class _StageWorker:
@@ -182,6 +188,8 @@ class _StageWorker:
         self._run, self._stage, self._world = run, stage, run.world
         self._config, self._context = run.config, run.context
         self._datasets = stage.open_data()
+        if self._world.is_main:
+            run_data.record(run_url(self._config), {stage.name: self._datasets})
         self._data_info = data_info(self._datasets)
         self._build_info = stage.build_info(self._data_info)
         self._system = self._build_system()
@@ -342,9 +350,33 @@ class _StageWorker:
     def _export(self, log: MetricLogger | None) -> None:
         nets = self._trainer.evaluation_nets()
         if log is not None:
-            export.write(self._stage.export_url, nets, self._export_index(self._trainer.images))
+            if not self._export_best():
+                export.write(self._stage.export_url, nets, self._export_index(self._trainer.images))
+            best_weights.remove(self._stage.url)
             log.log_state("done")
         self._world.barrier()
+
+    def _export_best(self) -> bool:
+        """Export the weights with the best held-out R-precision if the last ones are worse by more than noise."""
+        stage = self._stage
+        if not best_weights.is_tracked(self._system, stage.settings):
+            return False
+        found = best_weights.better_than_last(stage.url, self._trainer.images)
+        if found is None:
+            return False
+        best, last = found
+        try:
+            best_weights.export_best(stage.url, stage.export_url, best, last)
+        except ValueError as error:
+            logger.warning(
+                "stage %s: its best weights cannot be read, the last ones are exported: %s", stage.name, error
+            )
+            return False
+        logger.warning(
+            "stage %s: held-out R-precision fell from %s to %s; the weights after %s images are exported "
+            "(stages.%s.export_best=last would export the last)", stage.name, best, last, f"{best.images:,}", stage.name
+        )  # fmt: skip
+        return True
 
     def _export_index(self, images: int) -> dict[str, Any]:
         """Describe an export of this stage at a number of images."""
@@ -354,6 +386,7 @@ class _StageWorker:
             "config": to_dict(stage.model_config()),
             "plan": self._build_info.describe(),
             "vocabulary": list(datasets[0].vocabulary.words),
+            **recorded(datasets[0].vocabulary.tokenizer),
             "images": images,
             "data": {
                 "source": "; ".join(dataset.source for dataset in datasets),

@@ -171,6 +171,7 @@ def test_kubernetes_pods_are_locked_down() -> None:
 def test_entrypoint_of_the_kubernetes_job_is_a_valid_run(monkeypatch: pytest.MonkeyPatch) -> None:
     (job,) = kinds("RayJob")
     command = job["spec"]["entrypoint"].split()
+    assert "cluster.require_token=true" in command
     assert command[:3] == ["python", "-m", "t2idist.run"] and job["spec"]["shutdownAfterJobFinishes"] is True
     config = configuration.load(command[3], command[4:])
     (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
@@ -246,7 +247,8 @@ def test_submit_passes_the_name_and_no_secret(tmp_path: Path) -> None:
     assert "--address http://127.0.0.1:8265 " in call and f"--working-dir {ROOT} " in call
     assert (
         "-- env T2IDIST_GIT=" in call
-        and r" python -m t2idist.run attngan name=mine cluster.workers=\[2\,8\] storage=s3://b/runs" in call
+        and r" python -m t2idist.run attngan name=mine cluster.require_token=true cluster.workers=\[2\,8\] storage="
+        in call
     )
     assert "--submission-id mine-" in call and "not-to-be-seen" not in call
 
@@ -341,7 +343,8 @@ def test_slurm_starts_ray_on_all_nodes_and_returns_the_status_of_the_run(tmp_pat
     calls = (tmp_path / "venv/bin/calls").read_text()
     assert "ray symmetric-run --address 10.1.2.3:21007 --min-nodes 2 " in calls
     assert "--num-cpus=16 --num-gpus=2 " in calls
-    assert r"name=mine cluster.workers=\[1\,4\] cluster.gpus_per_worker=1 cluster.cpus_per_worker=8 storage=" in calls
+    assert r"name=mine cluster.require_token=true cluster.workers=\[1\,4\] cluster.gpus_per_worker=1 " in calls
+    assert " cluster.cpus_per_worker=8 storage=" in calls
     assert "rm -rf /tmp/ray-41007" in calls and "requeue" not in calls
     assert not re.search("[0-9a-f]{64}", calls + done.stdout + done.stderr)
 

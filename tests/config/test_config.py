@@ -12,7 +12,7 @@ from t2idist import run
 from t2idist.config import RunConfig, load
 from t2idist.config.strict import from_dict, parse_yaml, to_dict, to_yaml
 from t2idist.contract import DataInfo, Schedule
-from t2idist.data.tokenizer import Vocabulary
+from t2idist.data.tokenizer import UNICODE, Vocabulary
 from t2idist.engine.schedule import ema_decay, lr_factor
 from t2idist.preflight import dry_run
 from t2idist.training import stages
@@ -109,11 +109,19 @@ def test_duplicate_keys_and_yaml_tags_are_errors() -> None:
 
 
 def test_encoders_with_different_vocabularies_are_rejected() -> None:
-    data, one, other = Vocabulary(["<end>", "a"]), ["<end>", "a", "b"], ["<end>", "b", "a"]
-    assert stages.stage_vocabulary(data, {"damsm": one, "captioner": one}).words == tuple(one)
+    data, one, other = (Vocabulary(["<end>", *words]) for words in ("a", "ab", "ba"))
+    assert stages.stage_vocabulary(data, {"damsm": one, "captioner": one}) == one
     assert stages.stage_vocabulary(data, {}) == data
     with pytest.raises(ValueError, match=r"uses.captioner: its vocabulary is not that of uses.damsm"):
         stages.stage_vocabulary(data, {"damsm": one, "captioner": other})
+
+
+def test_an_encoder_brings_its_tokenizer_to_the_data() -> None:
+    data = Vocabulary(["<end>", "gr\u00fcn", "red", "\u9ce5"], UNICODE)
+    authors = Vocabulary(["<end>", "red", "grn"])
+    assert stages.stage_vocabulary(data, {"damsm": authors}) == authors
+    with pytest.raises(ValueError, match=r"uses.damsm: .* 1 of the data's .* \(grn...\)"):
+        stages.stage_vocabulary(data, {"damsm": Vocabulary(["<end>", "red"])})
 
 
 def test_every_recipe_builds_and_describes_its_preset(tmp_path: Path) -> None:

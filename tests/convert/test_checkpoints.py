@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import pickle
 import struct
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from t2idist.contract import Pretrained
 from t2idist.convert.authors import checkpoints
 from t2idist.convert.authors.checkpoints import Checkpoint
 from t2idist.convert.authors.importing import import_weights
-from t2idist.engine.checkpoint import export
+from t2idist.engine.checkpoint import export, pretrained
 from tests.convert.author_files import (
     SMALL,
     RunsCode,
@@ -93,6 +95,60 @@ def test_files_that_would_run_code_are_refused(tmp_path: Path, new: bool) -> Non
     with pytest.raises(ValueError, match=r"bad\.pth: is a pickle that needs posix\.system, and opening it would run"):
         import_weights("attngan", [file], str(tmp_path / "out"))
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {
+            "netG": state,
+            "optimizer": {"state": {0: {"step": torch.ones(1)}}, "param_groups": [{"lr": 1}]},
+        },
+        lambda state: {"model": {"state_dict": state}, "loss": torch.ones(1), "arguments": {"lr": 0.1}},
+    ],
+)
+def test_nested_weights_are_entered(tmp_path: Path, wrap: Callable[[dict[str, Tensor]], object]) -> None:
+    state = {"module.a": torch.arange(3.0)}
+    torch.save(wrap(state), tmp_path / "nested.pth")
+    checkpoint, _ = checkpoints.read(str(tmp_path / "nested.pth"))
+    assert list(checkpoint.weights) == ["a"] and torch.equal(checkpoint.weights["a"], state["module.a"])
+
+
+def test_several_sets_of_weights_in_a_file_are_named(tmp_path: Path) -> None:
+    torch.save({"netG": {"a": torch.ones(1)}, "netD": {"b": torch.ones(1)}, "epoch": 1}, tmp_path / "two.pth")
+    with pytest.raises(ValueError, match=r"two\.pth: contains several sets of named tensors: netG, netD; save each"):
+        checkpoints.read(str(tmp_path / "two.pth"))
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"\n<!DOCTYPE html>\n<title>Sign in</title>", "a web page"),
+        (b"<html><body>404</body></html>", "a web page"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer, .*git lfs pull"),
+        (b"", "empty"),
+    ],
+)
+def test_what_was_downloaded_in_place_of_weights_is_named(tmp_path: Path, content: bytes, sentence: str) -> None:
+    (tmp_path / "file.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"file\.pth: not a PyTorch file.*{sentence}"):
+        checkpoints.read(str(tmp_path / "file.pth"))
+    digest = hashlib.sha256(content).hexdigest()
+    of_page = Pretrained(str(tmp_path / "file.pth"), digest, "weights", lambda tensors: None)
+    with pytest.raises(ValueError, match=rf"model\.weights: .*file\.pth: {sentence}"):
+        pretrained.check_content(of_page, "model")
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_pretrained_weights_are_entered_too(tmp_path: Path, old: bool) -> None:
+    file = tmp_path / "file.pth"
+    torch.save({"state_dict": {"a": torch.ones(2)}, "epoch": 1}, file, _use_new_zipfile_serialization=not old)
+    loaded: dict[str, Tensor] = {}
+    weights = Pretrained(str(file), hashlib.sha256(file.read_bytes()).hexdigest(), "weights", loaded.update)
+    pretrained.load(weights, "model")
+    assert loaded["a"].tolist() == [1, 1]
 
 
 def test_invalid_files_are_refused(tmp_path: Path) -> None:

@@ -221,7 +221,7 @@ def test_run_over_two_sets_is_sampled_translated_and_scored(
         (["--set", "Male", "--clear", "Male"], "--set Male: it conflicts"),
         (["--set", "sad", "happy", "--domain", "1"], "--set sad: it conflicts"),
         (["--set", "sad", "--domain", "2"], "--domain 2: this export has 2"),
-        (["--set", "Male", "--image", str(tmp_path / "two.yaml")], "two.yaml: not a supported image file"),
+        (["--set", "Male", "--image", str(tmp_path / "two.yaml")], "two.yaml: does not decode: not JPEG, PNG"),
     ):
         assert translate.main([*arguments, *invalid]) == 2
         assert message in capsys.readouterr().err

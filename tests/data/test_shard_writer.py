@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from t2idist.data.sample_format import SampleRecord
+from t2idist.data.shards import Dataset
+from t2idist.data.tokenizer import UNICODE, Vocabulary
 from tests.helpers.shard_sets import make_sample, write_set
 
 
@@ -39,3 +42,17 @@ def test_writer_rejects_invalid_samples_and_finished_sets(tmp_path: Path):
     write_set(tmp_path / "done", [make_sample(1)])
     with pytest.raises(ValueError, match="finished shard set already"):
         write_set(tmp_path / "done", [make_sample(1)])
+
+
+def test_a_set_records_its_tokenizer_and_without_one_it_is_ascii(tmp_path: Path):
+    sample = replace(make_sample(1), captions=("ein gr\u00fcner Vogel",))
+    old = write_set(tmp_path / "old", [sample])
+    assert "tokenizer" not in json.loads((tmp_path / "old/dataset.json").read_text())
+    assert old.vocabulary == Vocabulary(["<end>", "ein", "grner", "vogel"])
+    new = write_set(tmp_path / "new", [sample], tokenizer=UNICODE)
+    description = json.loads((tmp_path / "new/dataset.json").read_text())
+    assert description["tokenizer"] == "unicode" and "each character is a word in Chinese" in description["words"]
+    assert new.vocabulary == Vocabulary(["<end>", "ein", "gr\u00fcner", "vogel"], UNICODE)
+    (tmp_path / "new/dataset.json").write_text(json.dumps({**description, "tokenizer": "words-2"}))
+    with pytest.raises(ValueError, match=r"new/dataset.json: tokenizer is 'words-2'; this program has"):
+        Dataset.open(str(tmp_path / "new"))

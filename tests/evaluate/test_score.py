@@ -20,6 +20,7 @@ from t2idist.evaluate.feature_extractors import ExtractorOutput, WeightsFile
 from t2idist.evaluate.score import Settings
 from t2idist.launch.parallel import map_unordered
 from tests.helpers import small_systems
+from tests.helpers.shard_sets import make_sample, write_set
 
 
 class Pooled:
@@ -123,6 +124,12 @@ def test_interrupted_scoring_resumes_with_the_same_result(run: Path, tmp_path: P
     other = score.score(replace(options, truncation=0.5))
     new = set((tmp_path / "work").rglob("*.safetensors")) - set(chunks)
     assert {file.name.partition("-")[0] for file in new} == {"generated"}, "real images are used again"
+    earlier = json.loads((tmp_path / "earlier-1/scores.json").read_text())
+    assert earlier == json.loads(json.dumps(again)), "the first scores are kept, not overwritten"
+    assert (tmp_path / "earlier-1/best.png").read_bytes() != (tmp_path / "best.png").read_bytes()
+    added = score.score(replace(options, truncation=0.5, metrics=("r_precision",)))
+    assert [row["name"] for row in added["scores"]] == ["fid", "r_precision"], "of the same protocol: completed"
+    assert not (tmp_path / "earlier-2").exists()
     assert other["scores"][0]["value"] != first["scores"][0]["value"]
     assert score.differences(other["protocol"], first["protocol"]) == ["truncation: 0.5 here, None there"]
     comparison = score.compare(other, first, "x")
@@ -186,3 +193,34 @@ def test_map_in_process_runs_in_order_and_rejects_workers() -> None:
     assert list(score.map_in_process(str, (1, 2), 0)) == ["1", "2"]
     with pytest.raises(ValueError, match="--workers 2: only the command t2idist score starts worker processes"):
         list(score.map_in_process(str, (1, 2), 2))
+
+
+def test_bias_of_few_images_is_that_of_as_many_real_ones(run: Path, tmp_path: Path) -> None:
+    rows = {n: score.score(settings(run, tmp_path / str(n), metrics=("fid",), n=n))["scores"][0] for n in (8, 40)}
+    assert rows[8]["bias"] > 2 * rows[40]["bias"] > 0, "fewer images have a larger bias"
+    assert "bias: 8 real images against" in rows[8]["note"] and "8 images are few for 108 features" in rows[8]["note"]
+    many = score.score(settings(run, tmp_path / "150", metrics=("fid", "kid"), n=150))
+    fid, kid = many["scores"]
+    assert fid["bias"] == fid["real"] and "too few for 150" in fid["note"] and kid["bias"] is None
+    assert "bias" in score.table(many)
+
+
+@pytest.mark.parametrize(
+    ("source", "splits", "expected"),
+    [
+        ("coco", {"train": 1, "val": 1, "test": 1}, "val"),
+        ("coco", {"train": 1, "val": 1}, "val"),
+        ("folder", {"train": 1, "val": 1, "test": 1}, "test"),
+        ("folder", {"train": 1, "val": 1}, "val"),
+        ("folder", {"train": 1, "val": 1, "test": 0}, "val"),
+        ("celeba", {"train": 0, "val": 0, "test": 0}, "test"),
+        ("folder", {"train": 1}, "test"),
+    ],
+)
+def test_split_that_is_scored_by_default(tmp_path: Path, source: str, splits: dict[str, int], expected: str) -> None:
+    """`splits`: captions of each image. COCO is scored on val, as in the papers."""
+    samples = [
+        replace(make_sample(number, split), captions=("a bird",) * captions)
+        for number, (split, captions) in enumerate(splits.items())
+    ]
+    assert score.default_split(replace(write_set(tmp_path / "set", samples), source=source)) == expected

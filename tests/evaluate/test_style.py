@@ -189,6 +189,25 @@ def test_style_export_is_scored(exports: dict[str, str], tmp_path: Path, capsys:
         assert 0.0 <= row["auc"] <= 1.0 and row["n"] == 80 and row["roc"][-1] == [1.0, 1.0]
         assert f"{name:16} AUC {row['auc']:.3f}" in output
     assert run_command(exports, tmp_path / "again.json", "--clusters", "5") == results
+    assert run_command(exports, tmp_path / "style.json", "--clusters", "5") == results
+
+
+def test_result_of_other_options_and_inputs_are_not_overwritten(
+    exports: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_command(exports, tmp_path / "style.json", "--clusters", "5")
+    (tmp_path / "labels.json").write_text('{"a": "b"}')
+    (tmp_path / "photo.png").write_bytes(b"photo")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    for out, options, message in (
+        ("style.json", ["--clusters", "6"], "exists, and is not a result with these options; give another --out"),
+        ("photo.png", ["--clusters", "5"], "exists, and is not a result with these options; give another --out"),
+        ("labels.json", ["--labels", str(tmp_path / "labels.json")], "is an input of this command"),
+    ):
+        arguments = ["--export", exports["style"], "--limit", "80", "--folds", "2", "--out", str(tmp_path / out)]
+        assert style.main([*arguments, *options]) == 2
+        assert message in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_command_equals_verify_of_the_parts(exports: dict[str, str], tmp_path: Path) -> None:

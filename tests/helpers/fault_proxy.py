@@ -52,6 +52,7 @@ class FaultProxy:
         address: http://host:port.
         plan: the faults; may be replaced while the proxy runs.
         done: number of injections by fault.
+        expired_keys: access keys whose requests are answered with ExpiredToken, as those of temporary credentials.
     """
 
     def __init__(self, upstream: str, plan: FaultPlan, host: str = "127.0.0.1") -> None:
@@ -59,6 +60,7 @@ class FaultProxy:
         self.plan = plan
         self.done: Counter[str] = Counter()
         self.requests = 0
+        self.expired_keys: set[str] = set()
         self._upstream = (name, int(port))
         self._lock = threading.Lock()
         self._server = socket.create_server((host, 0), backlog=128)
@@ -87,7 +89,9 @@ class FaultProxy:
                 return
             method, target, _ = head.split(b"\r\n", 1)[0].decode().split(" ", 2)
             with self._lock:
-                fault = self.plan(self.requests, method, target)
+                key = re.search(rb"(?i)\r\nauthorization: [^\r]*Credential=([^/]+)/", head)
+                expired = key is not None and key.group(1).decode() in self.expired_keys
+                fault = "refuse" if expired else self.plan(self.requests, method, target)
                 self.requests += 1
                 self.done[fault or "none"] += 1
             if fault in ("busy", "refuse"):

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from t2idist.data.shards import Dataset
 from t2idist.ingest.celeba import list_celeba
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.rejects import Reason
 from tests.helpers.image_files import make_set, read_rejects, save_image, write_jsonl
+from tools import shard_celeba
 
 
 def test_celeba_attributes_captions_and_rejects(tmp_path: Path):
@@ -39,3 +43,72 @@ def test_celeba_attributes_captions_and_rejects(tmp_path: Path):
         list_celeba(str(tmp_path), listing, str(tmp_path / "c.jsonl"))
         assert [s.captions for s in listing.images("train")] == [("a face",)]
         assert ("zz.jpg", Reason.NO_IMAGE) in [(reject.name, reject.reason) for reject in listing.rejects()]
+
+
+def write_kaggle(root: Path, delimiter: str = ",", end: str = "\n") -> None:
+    for number in range(1, 6):
+        save_image(root / "img_align_celeba" / "img_align_celeba" / f"00000{number}.jpg", number, (30, 40))
+    attributes = ["image_id,Bald,Smiling", "000001.jpg,-1,1", "000002.jpg,1,1", "000003.jpg,1,maybe", "000004.jpg,0,1"]
+    partition = ["image_id,partition", *(f"00000{number}.jpg,{number % 3}" for number in range(1, 6))]
+    for name, lines in (("list_attr_celeba.csv", attributes), ("list_eval_partition.csv", partition)):
+        (root / name).write_bytes(end.join(lines).replace(",", delimiter).encode())
+
+
+@pytest.mark.parametrize(("delimiter", "end"), [(",", "\n"), (",", "\r\n"), (";", "\r")])
+def test_celeba_as_kaggle_has_it(tmp_path: Path, delimiter: str, end: str):
+    write_kaggle(tmp_path, delimiter, end)
+    with Listing() as listing:
+        list_celeba(str(tmp_path), listing)
+        images = {image.key: (split, image.attributes) for split in listing.splits() for image in listing.images(split)}
+        rejects = {(reject.name, reject.reason): reject.detail for reject in listing.rejects()}
+    assert images == {
+        "000001": ("val", ("Smiling",)), "000002": ("test", ("Bald", "Smiling")), "000004": ("val", ("Smiling",)),
+    }  # fmt: skip
+    assert rejects == {
+        ("000003.jpg", Reason.MALFORMED): "list_attr_celeba.csv, line 4: expected a name and 2 values, each 1 or -1",
+        ("000005.jpg", Reason.NO_CAPTIONS): "no annotation for this image",
+    }
+
+
+def test_the_tool_shards_celeba_as_kaggle_has_it(tmp_path: Path):
+    write_kaggle(tmp_path / "celeba")
+    arguments = ["--celeba", str(tmp_path / "celeba"), "--out", str(tmp_path / "set"), "--processes", "1"]
+    assert shard_celeba.main([*arguments, "--size", "16"]) == 0
+    assert Dataset.open(str(tmp_path / "set")).split("val").attributes(0) == ["Smiling"]
+
+
+def test_the_authors_lists_count_if_both_are_there(tmp_path: Path):
+    write_kaggle(tmp_path)
+    (tmp_path / "list_attr_celeba.txt").write_text("1\nYoung\n000001.jpg 1")
+    with Listing() as listing:
+        list_celeba(str(tmp_path), listing)
+        assert [image.attributes for image in listing.images("val")] == [("Young",)]
+
+
+def test_what_is_missing_and_what_is_there_is_named(tmp_path: Path):
+    write_kaggle(tmp_path)
+    (tmp_path / "list_eval_partition.csv").rename(tmp_path / "partition.csv")
+    message = "list_eval_partition.txt or .csv was not found; tried .*; .* holds img_align_celeba, list_attr_celeba.csv"
+    with pytest.raises(ValueError, match=message), Listing() as listing:
+        list_celeba(str(tmp_path), listing)
+    (tmp_path / "partition.csv").rename(tmp_path / "list_eval_partition.csv")
+    (tmp_path / "list_attr_celeba.csv").write_text("000001.jpg,1,-1\n")
+    with pytest.raises(ValueError, match="the first line must be image_id and the names"), Listing() as listing:
+        list_celeba(str(tmp_path), listing)
+    message = "the folder img_align_celeba was not found.*is empty or missing"
+    with pytest.raises(ValueError, match=message), Listing() as listing:
+        list_celeba(str(tmp_path / "nowhere"), listing)
+
+
+def test_the_lossless_edition_of_the_authors(tmp_path: Path):
+    write_kaggle(tmp_path)
+    folder = tmp_path / "Img" / "img_align_celeba_png"
+    folder.parent.mkdir()
+    (tmp_path / "img_align_celeba" / "img_align_celeba").rename(folder)
+    (tmp_path / "img_align_celeba").rmdir()
+    for path in folder.iterdir():
+        path.rename(path.with_suffix(".png"))
+    with Listing() as listing:
+        list_celeba(str(tmp_path), listing)
+        assert sorted(Path(image.url).name for image in listing.images("val")) == ["000001.png", "000004.png"]
+        assert [reject.name for reject in listing.rejects()] == ["000003.jpg", "000005.png"]

@@ -288,3 +288,14 @@ def test_contact_sheets_show_images_of_every_split(tmp_path: Path):
     assert choose_keys(dataset, 6) == ["s000", "s004", "s008", "s001", "s005", "s009"]
     empty = draw_sheet(dataset, {})
     assert Image.open(io.BytesIO(empty)).size[1] > 0
+
+
+def test_data_that_cannot_teach_is_said_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    copied = record(0).image  # s000 is in the test split, as each fourth
+    records = {f"s{n:03d}": record(n, captions=("a bird",)) for n in range(COUNT)}
+    records["s001"] = record(1, image=copied, captions=("a bird",))
+    write_shards(str(tmp_path / "set"), records.values(), source="test", licence="none")
+    assert check_shards.main([str(tmp_path / "set"), "--processes", "1"]) == 0
+    said = capsys.readouterr().err
+    assert "warning: split train: all captions are equal: 'a bird'" in said
+    assert "warning: 1 images are in two splits (" in said and "test/s000" in said and "train/s001" in said

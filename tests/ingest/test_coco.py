@@ -62,8 +62,14 @@ def test_find_splits_reports_missing_and_ambiguous_splits(tmp_path: Path):
         find_splits(str(tmp_path), ["val"])
     (tmp_path / "annotations" / "captions_train2017.json").write_text("{}")
     (tmp_path / "train2017").mkdir()
-    with pytest.raises(ValueError, match="more than one year for split train.*--splits train2017"):
-        find_splits(str(tmp_path))
+    (of_2014,) = find_splits(str(tmp_path))  # what the papers train on and score
+    assert of_2014.annotations_url.endswith("captions_train2014.json")
+    for year in ("2015", "2017"):
+        (tmp_path / "annotations" / f"captions_val{year}.json").write_text("{}")
+        (tmp_path / f"val{year}").mkdir()
+    assert [split.annotations_url[-14:] for split in find_splits(str(tmp_path))] == ["_train2014.json"[-14:]]
+    with pytest.raises(ValueError, match="more than one year for split val.*--splits val2017"):
+        find_splits(str(tmp_path), ["val"])
     assert [split.name for split in find_splits(str(tmp_path), ["train2014"])] == ["train"]
     assert parse_split("val=s3://b/i,s3://b/a.json").images_url == "s3://b/i"
     with pytest.raises(ValueError, match="NAME=IMAGES_URL,ANNOTATIONS_URL"):

@@ -13,6 +13,7 @@ from t2idist.config import RunConfig
 from t2idist.config.strict import from_dict, to_dict
 from t2idist.data.loader import load_split
 from t2idist.data.shards import Dataset, SentenceVectorInfo
+from t2idist.data.tokenizer import UNICODE
 from t2idist.engine.checkpoint import export
 from t2idist.ingest.embed import CaptionedSamples, embed_set
 from t2idist.sampling import sample as sampler
@@ -43,6 +44,7 @@ def test_embed_set_changes_only_the_vectors(vector_set: Dataset, tmp_path: Path)
     plain = write_set(
         tmp_path / "plain",
         [replace(make_vector_sample(n, "train" if n < 40 else "test"), vectors=None) for n in range(46)],
+        tokenizer=UNICODE,
     )
     embed_set(plain, str(tmp_path / "new"), encode_lengths, INFO)
     new = Dataset.open(str(tmp_path / "new"))

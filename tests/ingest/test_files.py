@@ -34,6 +34,15 @@ def test_read_lines_cuts_long_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         list(read_lines(str(tmp_path / "nothing")))
 
 
+def test_lines_may_end_in_cr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for block in (4, 1000):
+        monkeypatch.setattr("t2idist.ingest.files._BLOCK_BYTES", block)
+        (tmp_path / "x").write_bytes(b"a\rbb\r\rlast")
+        assert [line for _, line in read_lines(str(tmp_path / "x"))] == [b"a\r", b"bb\r", b"\r", b"last"]
+        (tmp_path / "x").write_bytes(b"abc\r\nd\re\n")  # the first block ends between CR and LF
+        assert [line for _, line in read_lines(str(tmp_path / "x"))] == [b"abc\r\n", b"d\re\n"]
+
+
 def test_walk_is_sorted_and_skips_hidden_names(tmp_path: Path):
     for name in ("b/z.jpg", "a.jpg", "b/.x.jpg", ".git/y.jpg", "c.txt", "b/c/d.png"):
         save_image(tmp_path / name)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from t2idist.data.image_file import UnusableImage
 from t2idist.data.reader import EncodedImage
 from t2idist.data.transforms import decode
-from t2idist.ingest.image import ImageOptions, UnusableImage, prepare_image, square_crop
+from t2idist.ingest.image import ImageOptions, prepare_image, square_crop
 from t2idist.ingest.rejects import Reason
 from tests.helpers.image_files import encode, make_image
 
@@ -149,3 +150,14 @@ def test_damaged_images_are_excluded_or_decodable():
         except UnusableImage:
             unusable += 1
     assert 30 < unusable < 270
+
+
+def test_the_limit_of_pixels_is_named_and_can_be_raised():
+    large = encode(Image.new("1", (20_000, 20_000)), "PNG")  # Pillow's own limit is 178 megapixels
+    with pytest.raises(UnusableImage) as error:
+        prepare_image(large, ImageOptions(size=64))
+    assert error.value.detail == "20000 x 20000 pixels; at most 67108864; --max-megapixels 382 allows it"
+    prepared = prepare_image(large, ImageOptions(size=64, max_megapixels=382))
+    assert (prepared.width, prepared.height) == (64, 64)
+    with pytest.raises(UnusableImage, match="20000 x 20000 pixels would be stored; at most 67108864"):
+        prepare_image(large, ImageOptions(size=20_000, max_megapixels=382))

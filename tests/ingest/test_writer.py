@@ -20,6 +20,7 @@ from t2idist.data.order import SampleRange
 from t2idist.data.reader import EncodedImage, ShardReader
 from t2idist.data.sample_format import PackedSample
 from t2idist.data.shards import Dataset
+from t2idist.ingest.captions import CaptionOptions
 from t2idist.ingest.folder import FolderOptions, list_folder
 from t2idist.ingest.image import ImageOptions
 from t2idist.ingest.listing import Listing
@@ -188,8 +189,35 @@ def test_data_without_usable_images_is_refused(tmp_path: Path):
     write_jsonl(root / "captions.jsonl", [{"image": "a.jpg", "caption": "nothing"}])
     with pytest.raises(ValueError, match="no image is usable: zero_bytes 1"):
         write(root, tmp_path / "set")
+    with pytest.raises(ValueError, match="--max-megapixels 100: above 64 the images must be stored smaller"):
+        IngestOptions(image=ImageOptions(size=0, max_megapixels=100))
     with pytest.raises(ValueError, match="--shard-samples 100: must be a multiple of 256"):
         IngestOptions(shard_samples=100)
+
+
+def test_the_reasons_are_told_when_every_image_is_rejected(tmp_path: Path):
+    root = tmp_path / "mine"
+    root.mkdir()
+    for number in range(5):
+        (root / f"{number}.jpg").write_bytes(b"<html>not found</html>")
+        (root / f"{number}.txt").write_text("\na caption")  # an empty caption is no reason
+    arguments = ["--folder", str(root), "--processes", "1", "--val", "0", "--test", "0"]
+    ended = subprocess.run(
+        tool("shard_folder", *arguments, "--out", str(tmp_path / "set")), capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 2 and "no image is usable: empty_caption 5, not_a_picture 5; the first: " in ended.stderr
+    assert ended.stderr.count(".jpg: not_a_picture, left out: not JPEG, PNG") == 3
+    assert ended.stderr.rstrip().endswith(f"all of them are in {tmp_path}/set/rejected.jsonl")
+    assert len((tmp_path / "set" / "rejected.jsonl").read_text().splitlines()) == 10
+    for number in range(5):  # once mended, the same command writes the set
+        (root / f"{number}.jpg").write_bytes(encode(make_image(24, 16)))
+    again = subprocess.run(tool("shard_folder", *arguments, "--out", str(tmp_path / "set")), check=False)
+    assert again.returncode == 0 and len(Dataset.open(str(tmp_path / "set")).split("train").keys) == 5
+
+
+def test_the_limit_of_pixels_is_in_the_description_only_if_it_was_given():
+    assert "max_megapixels" not in IngestOptions().describe()
+    assert IngestOptions(image=ImageOptions(max_megapixels=80)).describe()["max_megapixels"] == 80
 
 
 def test_long_captions_are_cut_and_rare_words_are_unknown(folder: Path, tmp_path: Path):
@@ -241,7 +269,7 @@ def test_prefetching_respects_the_byte_limit_and_the_order():
 def test_errors_and_deaths_of_workers_are_reported(folder: Path):
     with Listing() as listing:
         list_folder(str(folder), listing, FolderOptions(val=0, test=0))
-        preparer = MultiprocessPreparer(ImageOptions(), None, 2)
+        preparer = MultiprocessPreparer(ImageOptions(), CaptionOptions(), 2)
         try:
             results = preparer.run(listing.images("train"))
             assert len(list(islice(results, 20))) == 20
@@ -252,7 +280,7 @@ def test_errors_and_deaths_of_workers_are_reported(folder: Path):
             preparer.close()
         (folder / "locked").mkdir(exist_ok=True)
         listing.add("other", "x.jpg", "nothere://bucket/x.jpg")
-        preparer = MultiprocessPreparer(ImageOptions(), None, 1)
+        preparer = MultiprocessPreparer(ImageOptions(), CaptionOptions(), 1)
         try:
             with pytest.raises(ValueError, match="this URL cannot be opened"):
                 list(preparer.run(listing.images("other")))

@@ -1,62 +1,50 @@
-"""``ray job submit`` of a run to a cluster started by hand, as a user would do it."""
+"""``ray job submit`` of a run to a cluster started by hand, as a user would do it, with a token and without."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import secrets
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import threading
-import time
 import urllib.request
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from t2idist.engine.checkpoint import export
 from t2idist.observability import prometheus
+from tests.helpers import small_systems
+from tests.helpers.ray_head import Head, ray_head
 from tests.helpers.runs import ROOT, check_finished, write_recipe
 
-RAY = str(Path(sys.executable).parent / "ray")
+WARNING = "is joined without a token (RAY_AUTH_MODE is not set)"
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the package as its wheel installs it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
 
 
-def kill_processes_with(variable: str) -> None:
-    """Send SIGKILL to every process with this variable in its environment."""
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if variable.encode() in (process / "environ").read_bytes().split(b"\0"):
-                os.kill(int(process.name), signal.SIGKILL)
+@pytest.fixture(scope="module")
+def head_with_token(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    with ray_head(tmp_path_factory.mktemp("home"), token=True, python_path=installed) as head:
+        yield head
 
 
-@pytest.fixture
-def head() -> Iterator[tuple[str, str, dict[str, str]]]:
-    """Start a head node with a token; yields its dashboard's address, its metrics' address, and users' environment."""
-    with tempfile.TemporaryDirectory(prefix="t2idist-head-", ignore_cleanup_errors=True) as temporary:
-        env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "OMP_NUM_THREADS": "1"}
-        env |= {"RAY_TMPDIR": temporary, "RAY_metrics_report_interval_ms": "1000"}
-        metrics = free_port()
-        dashboard = free_port()
-        start = [RAY, "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats", f"--temp-dir={temporary}"]
-        kinds = ("port", "ray-client-server-port", "dashboard-agent-listen-port")
-        ports = [f"--dashboard-port={dashboard}", f"--metrics-export-port={metrics}"]
-        ports += [*(f"--{kind}={free_port()}" for kind in kinds)]
-        node = subprocess.Popen([*start, *ports], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            yield f"http://127.0.0.1:{dashboard}", f"http://127.0.0.1:{metrics}/metrics", env
-        finally:
-            kill_processes_with(f"RAY_TMPDIR={temporary}")  # `ray start --block` takes half a minute to end
-            node.wait(60)
+@pytest.fixture(scope="module")
+def open_head(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    with ray_head(tmp_path_factory.mktemp("home"), token=False, python_path=installed) as head:
+        yield head
 
 
 class Scraper(threading.Thread):
@@ -78,36 +66,75 @@ class Scraper(threading.Thread):
         self.join()
 
 
+def short_recipe(folder: Path) -> Path:
+    """Write a recipe of one small stage and two steps."""
+    scale = {"group_size": 4, "groups": 2, "images": 16, "checkpoint_every_images": 16, "pictures_every_images": 16}
+    return write_recipe(folder, stages={"damsm": {"system": "damsm", **scale, "model": small_systems.DAMSM}})
+
+
+def trained(folder: Path) -> bool:
+    return int(export.read_index(str(folder / "runs/tiny/damsm/export"))["images"]) == 16
+
+
 @pytest.mark.whole
-def test_a_submitted_job_trains_on_the_cluster(head: tuple[str, str, dict[str, str]], tmp_path: Path) -> None:
-    address, metrics, env = head
+def test_a_submitted_working_directory_trains_on_the_cluster(head_with_token: Head, tmp_path: Path) -> None:
+    head, run = head_with_token, ["python", "-m", "t2idist.run"]
     file = write_recipe(tmp_path, cluster={"workers": [1, 2], "cpus_per_worker": 1})
-    submit = [RAY, "job", "submit", "--address", address, "--working-dir", str(ROOT), "--"]
-    list_jobs = [RAY, "job", "list", "--address", address]
-    deadline = time.monotonic() + 90
-    while subprocess.run(list_jobs, env=env, capture_output=True, check=False).returncode != 0:
-        assert time.monotonic() < deadline, "the head's dashboard does not respond"
-        time.sleep(0.5)
-    command = [*submit, sys.executable, "-m", "t2idist.run", str(file)]
-    scraper = Scraper(metrics)
+    scraper = Scraper(head.metrics)
     scraper.start()
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False)
+    done = head.submit("--working-dir", ".", "--", *run, str(file), "cluster.require_token=true", cwd=ROOT)
     scraper.end()
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "workers 2" in done.stdout
+    assert "workers 2" in done.stdout and WARNING not in done.stdout
     check_finished(tmp_path)
     assert scraper.names == prometheus.METRICS.keys() - {"t2idist_device_memory_bytes"}  # no accelerator here
     for file in (file for file in tmp_path.rglob("*") if file.is_file()):
-        assert env["RAY_AUTH_TOKEN"].encode() not in file.read_bytes(), file
-    assert env["RAY_AUTH_TOKEN"] not in done.stdout + done.stderr
-    wrong = subprocess.run(
-        [*submit, sys.executable, "-m", "t2idist.run", "atngan"],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+        assert head.env["RAY_AUTH_TOKEN"].encode() not in file.read_bytes(), file
+    assert head.env["RAY_AUTH_TOKEN"] not in done.stdout + done.stderr
+    wrong = head.submit("--working-dir", ".", "--", *run, "atngan", cwd=ROOT)
     assert wrong.returncode != 0
     assert "did you mean 'attngan'" in wrong.stdout + wrong.stderr
+
+
+@pytest.mark.slow  # its parts, the wheel and the token, are in the other tests
+def test_an_installed_wheel_trains_on_a_cluster_with_a_token(head_with_token: Head, tmp_path: Path) -> None:
+    command = ["python", "-m", "t2idist.run", str(short_recipe(tmp_path)), "cluster.require_token=true"]
+    done = head_with_token.submit("--", *command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert WARNING not in done.stdout and trained(tmp_path)
+    assert not (head_with_token.home / ".ray").exists()
+    users = {name: value for name, value in head_with_token.env.items() if not name.startswith("RAY_AUTH_")}
+    users["RAY_ADDRESS"] = head_with_token.address
+    command = [sys.executable, "-m", "t2idist.run", str(short_recipe(tmp_path)), "name=refused"]
+    refused = subprocess.run(command, cwd="/", env=users, capture_output=True, text=True, timeout=240, check=False)
+    assert refused.returncode == 1
+    (error,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
+    assert "the cluster could not be joined without a token; if it has one, set RAY_AUTH_MODE=token" in error
+
+
+@pytest.mark.whole
+def test_an_installed_wheel_trains_on_an_open_cluster_with_one_warning(
+    open_head: Head, installed: Path, tmp_path: Path
+) -> None:
+    code = "import t2idist; print(t2idist.__file__)"
+    assert f"\n{installed}/t2idist/__init__.py\n" in open_head.submit("--", "python", "-c", code).stdout
+    done = open_head.submit("--", "python", "-m", "t2idist.run", str(short_recipe(tmp_path)))
+    assert done.returncode == 0, done.stdout + done.stderr
+    warnings = [line for line in done.stdout.splitlines() if "token" in line.lower()]
+    assert len(warnings) == 1
+    assert f"the Ray cluster at {open_head.address} (this machine) {WARNING}" in warnings[0]
+    assert trained(tmp_path)
+    assert not (open_head.home / ".ray").exists()
+
+
+@pytest.mark.whole
+def test_an_open_cluster_is_refused_only_if_a_token_is_required(open_head: Head, tmp_path: Path) -> None:
+    command = ["python", "-m", "t2idist.run", str(short_recipe(tmp_path))]
+    upload = ["--working-dir", ".", "--"]
+    refused = open_head.submit(*upload, *command, "cluster.require_token=true", cwd=ROOT)
+    assert refused.returncode != 0
+    assert "error: cluster.require_token: true, but RAY_AUTH_MODE is not set" in refused.stdout
+    assert not (tmp_path / "runs").exists()
+    done = open_head.submit(*upload, *command, "--insecure-cluster", cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "token" not in done.stdout.lower() and trained(tmp_path)

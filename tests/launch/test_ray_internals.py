@@ -21,6 +21,8 @@ FILES = [
     if file != Path(ray_internals.__file__)
 ]
 USED = {
+    "AuthenticationTokenLoader": ["instance", "reset_cache"],
+    "Config": ["initialize"],
     "GcsClient": [],  # drain_node is its inner client's, see below
     "autoscaler_pb2": ["DrainNodeReason"],
     "state": ["get_draining_nodes"],
@@ -50,6 +52,7 @@ OURS = [
     *(callbacks.StopOnSigterm, callbacks.PauseBeforeResize, callbacks.WaitForNodeLiveness, callbacks.StartTimeout),
     *(ray_trainer.SkipDrainingNodes, ray_trainer.FixedLocalScaling, ray_trainer.InProcessWorkerGroup),
     *(ray_trainer.InProcessController, ray_trainer.RayTrainer),
+    ray_trainer.NodeInterfaceBackend,
 ]
 NOT_RAYS = {"on_sigterm", "_request_stop", "_cancel"}
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from t2idist.observability import logs
 from t2idist.observability.progress import ProgressPrinter
+from t2idist.training.worker import _RecentWarnings
 from tests.helpers.runs import (
     progress_message,
     run_command,
@@ -41,6 +44,49 @@ def test_log_lines_contain_no_secrets(monkeypatch: pytest.MonkeyPatch, caplog: p
     logs.configure(logging.WARNING)
     logging.getLogger("t2idist.x").warning("refused: %s of %s", "wJalrXUtnFEMI", "/home/someone/token")
     assert caplog.messages == ["refused: *** of /home/someone/token"]
+
+
+def test_equal_messages_are_counted() -> None:
+    now = [0.0]
+    repeats = logs.Repeats(clock=lambda: now[0])
+    assert [repeats.count("a", "x") for _ in range(4)] == [1, 0, 0, 0]
+    assert repeats.count("b", "x") == repeats.count("a", "y") == 1
+    assert repeats.rest() == [("x", 3)] and repeats.rest() == []
+    assert repeats.count("a", "x") == 0
+    now[0] = logs.Repeats.EVERY_SECONDS
+    assert repeats.count("a", "x") == 2 and repeats.count("a", "x") == 0
+    assert logs.with_count("x", 2) == "x (2 times more)" and logs.with_count("x", 1) == "x"
+
+
+def test_a_process_says_equal_warnings_once_and_their_number_at_its_end() -> None:
+    program = """
+import logging
+from t2idist.observability import logs
+logs.configure(logging.INFO, logs.LogContext("run-1"))
+for number in range(500):
+    logging.getLogger("t2idist.x").warning("%s is slow", "store")
+    logging.getLogger("t2idist.x").info("step")
+logging.getLogger("t2idist.x").warning("%s is slow", "disk")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    warnings = [line["message"] for line in lines if line["level"] == "warning"]
+    assert warnings == ["store is slow", "disk is slow", "store is slow (499 times more)"]
+    assert sum(line["message"] == "step" for line in lines) == 500
+
+
+def test_handlers_that_collect_records_get_all_of_them(caplog: pytest.LogCaptureFixture) -> None:
+    logs.configure(logging.WARNING)
+    for _ in range(3):
+        logging.getLogger("t2idist.x").warning("again")
+    assert caplog.messages == ["again"] * 3
+
+
+def test_the_driver_prints_equal_warnings_of_the_workers_once() -> None:
+    recent = _RecentWarnings()
+    for text in ("slow", "slow", "full", "slow"):
+        recent.handle(logging.LogRecord("t2idist.x", logging.WARNING, "", 0, text, None, None))
+    assert recent.texts == ["warning: slow", "warning: full"]
 
 
 def test_progress_printer_writes_json_lines(tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+from t2idist.ingest.image import ImageOptions, prepare_image
 from t2idist.sampling import figures
 from tests.sampling.conftest import write_image
 
@@ -87,7 +90,45 @@ def test_read_image_crops_the_central_square(tmp_path: Path) -> None:
     for url, reason in (
         (str(damaged), "does not decode"),
         (str(tmp_path / "no.png"), "No such file"),
-        ("a.gif", "allowed extensions are"),
+        (write_text(tmp_path / "text.png"), "not JPEG, PNG, WEBP"),
+        (write_text(tmp_path / "empty.png", ""), "the file is empty"),
     ):
         with pytest.raises(ValueError, match=reason):
             figures.read_image(url, 8)
+
+
+def write_text(path: Path, text: str = "no image") -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def write_unusual_images(folder: Path) -> dict[str, str]:
+    """Write a gradient as files that a plain decoder reads wrongly; returns their paths by what is unusual."""
+    ramp = np.tile(np.linspace(0, 255, 32).astype(np.uint8), (32, 1))
+    grey, rgb = Image.fromarray(ramp), Image.fromarray(np.stack([ramp, ramp.T, ramp], axis=-1))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    clear = rgb.copy()
+    clear.putalpha(Image.fromarray(ramp.T))
+    files = {name: folder / name for name in ("turned.jpg", "sixteen.png", "a.gif", "a.bmp", "a.tiff", "clear.webp")}
+    rgb.save(files["turned.jpg"], exif=exif, quality=95)
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(files["sixteen.png"])
+    grey.save(files["a.gif"])
+    rgb.save(files["a.bmp"])
+    rgb.convert("CMYK").save(files["a.tiff"])
+    clear.save(files["clear.webp"], lossless=True)
+    rgb.save(folder / "png-in-truth.jpg", format="PNG")
+    (folder / "without-extension").write_bytes((folder / "png-in-truth.jpg").read_bytes())
+    return {path.name: str(path) for path in folder.iterdir()}
+
+
+def test_read_image_sees_what_the_sharding_tools_store(tmp_path: Path) -> None:
+    """EXIF orientation, 16 bits, transparency, CMYK, and formats by content, not by name."""
+    for name, path in write_unusual_images(tmp_path).items():
+        read = figures.read_image(path, 32)
+        stored = prepare_image(Path(path).read_bytes(), ImageOptions(size=32, quality=100))
+        pixels = np.asarray(Image.open(io.BytesIO(stored.data)).convert("RGB")).astype(float)
+        seen = (read.permute(1, 2, 0).numpy() + 1) * 127.5
+        # what is stored is a JPEG, which changes values of a gradient by a few units; a turn changes them by 255
+        assert np.abs(pixels - seen).max() < 12, name
+        assert np.ptp(seen) > 200, name

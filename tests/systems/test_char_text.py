@@ -14,7 +14,14 @@ from t2idist.config.strict import from_dict
 from t2idist.contract import BuildInfo, DataInfo, System
 from t2idist.engine.checkpoint import export
 from t2idist.losses.matching import joint_embedding_losses
-from t2idist.nn.char_encoder import ALPHABET, MAX_WORD_CHARACTERS, CharEncoder, encode_characters, spell_words
+from t2idist.nn.char_encoder import (
+    ALPHABET,
+    MAX_WORD_CHARACTERS,
+    CharEncoder,
+    check_spelling,
+    encode_characters,
+    spell_words,
+)
 from t2idist.nn.text_encoders import sentence_encoder, text_encoder_from_export
 from tests.helpers.fixed_weights import parameters
 from tests.systems.test_loss_values import colour_batch, trainer
@@ -174,3 +181,9 @@ def test_build_rejects_invalid_settings() -> None:
     with pytest.raises(ValueError, match=r"uses\.text is missing"):
         sentence_encoder({}, 15, 0)
     assert sentence_encoder({}, 15, 300) == (None, 300)
+
+
+def test_a_vocabulary_without_letters_of_the_alphabet_is_refused():
+    check_spelling(["<end>", "gr\u00fcn", "red", "\u9e1f"])
+    with pytest.raises(ValueError, match=r"3 of the data's 4 words, such as '\u7ea2', have no character that"):
+        check_spelling(["<end>", "\u7ea2", "\u8272", "\u9e1f"])

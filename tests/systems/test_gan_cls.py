@@ -266,7 +266,7 @@ def test_bias_before_batch_norm_is_not_trained() -> None:
         ("gan_cls", build_info(group_size=1), {}, "group_size is 1; gan_cls"),
         ("dcgan", build_info(group_size=1), {"conditional": True}, "group_size is 1; dcgan"),
         ("gan_cls", build_info(), {"compat": "old"}, "compat: 'old'; expected '' or 'authors'"),
-        ("gan_cls", build_info(), {"beta": 1.5}, "beta is 1.5; it must be from 0 to 1"),
+        ("gan_cls", build_info(), {"beta": 1.5}, "beta: 1.5; it must be from 0 to 1"),
         ("gan_cls", build_info(), {"image_size": 48}, "image_size is 48; it must be a power of two, at least 16"),
         ("dcgan", build_info(), {"image_size": 8}, "image_size is 8; it must be a power of two, at least 16"),
         ("style", build_info(), {}, r"uses\.generator is missing"),

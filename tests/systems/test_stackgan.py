@@ -154,7 +154,7 @@ def test_build_rejects_invalid_settings() -> None:
         (info, {"stage": 3}, "stage is 3; it must be 1 or 2"),
         (info, {"compat": "old"}, "compat: 'old'; expected '' or 'authors'"),
         (info, {"image_size": 48}, "image_size is 48; it must be one of 16, 32, 64, 128, 256"),
-        (info, {"lr_halved_every_epochs": 0.0}, "lr_halved_every_epochs is 0.0; it must be above 0"),
+        (info, {"lr_halved_every_epochs": 0.0}, "lr_halved_every_epochs: 0.0; it must be above 0"),
         (build_info(group_size=1), {}, "group_size is 1"),
         (build_info(0), {}, r"uses\.text is missing"),
         (info, later, r"uses\.stage1 is missing"),

@@ -317,7 +317,7 @@ def test_learning_rate_of_every_preset_falls_to_zero(preset: str) -> None:
     [
         ({"compat": "old"}, (CELEBA,), "compat: 'old'; expected '' or 'authors'"),
         ({"image_size": 100}, (CELEBA,), "image_size is 100 and layers is 6"),
-        ({"discriminator_steps": 0}, (CELEBA,), "discriminator_steps is 0"),
+        ({"discriminator_steps": 0}, (CELEBA,), "discriminator_steps: 0"),
         ({"decay_end_images": 5.0}, (CELEBA,), "decay_end_images is 5; it must be above"),
         ({}, ((),), "the data has none"),
         ({}, (), "the data has none"),

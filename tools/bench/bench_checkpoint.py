@@ -27,6 +27,7 @@ from t2idist.engine.checkpoint.manager import CheckpointManager
 from t2idist.engine.strategy import Precision
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import World
+from t2idist.observability.command import command
 from tools.bench.bench_step import EMPTY_STORAGE, build_system, build_trainer
 
 
@@ -85,6 +86,7 @@ def _save_dcp(state: dict[str, Tensor], folder: str) -> None:
     plain_dcp.save(dict(state), checkpoint_id=folder, no_dist=True)
 
 
+@command("error")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("system", nargs="?", default="attngan")
@@ -96,13 +98,9 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    try:
-        run = configuration.load(options.system, [f"preset={options.preset}", EMPTY_STORAGE])
-        stage_name = next(name for name, stage in run.stages.items() if stage.system == options.system)
-        system, info = build_system(run, stage_name, options.vocabulary_size)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    run = configuration.load(options.system, [f"preset={options.preset}", EMPTY_STORAGE])
+    stage_name = next(name for name, stage in run.stages.items() if stage.system == options.system)
+    system, info = build_system(run, stage_name, options.vocabulary_size)
     trainer = build_trainer(system, info, Precision(run.precision), torch.device(options.device))
     size = sum(tensor.numel() * tensor.element_size() for tensor in trainer.state().values())
     print(

@@ -35,6 +35,7 @@ from t2idist.data.loader import Loader, LoaderSpec, open_loader
 from t2idist.data.sample_format import SampleRecord
 from t2idist.data.shard_writer import write_shards
 from t2idist.data.shards import Dataset
+from t2idist.observability.command import command
 from tools.bench.bench_sharding import photograph
 
 SIDE, QUALITY, CROP, SIZES = 304, 95, 256, (64, 128, 256)
@@ -318,6 +319,7 @@ def run(folder: Path, options: argparse.Namespace) -> None:
         print("resident after epochs 1 to 3, MiB: " + ", ".join(f"{value:.0f}" for value in memory))
 
 
+@command("error")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", metavar="FOLDER", help="JPEGs to use (default: synthetic ones)")
@@ -332,12 +334,8 @@ def main() -> int:
         folder = Path(options.folder)
         print(json.dumps(measure_one(options.child, folder, options.url, options.samples, options.step_seconds)))
         return 0
-    try:
-        with tempfile.TemporaryDirectory(prefix="t2idist-bench-") as directory:
-            run(Path(directory), options)
-    except (ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with tempfile.TemporaryDirectory(prefix="t2idist-bench-") as directory:
+        run(Path(directory), options)
     return 0
 
 

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from t2idist import config as configuration
+from t2idist.observability.command import command
 from t2idist.report import run_folder
 
 PRECISIONS = ("float32", "bfloat16")
@@ -73,6 +74,7 @@ def compare(runs: dict[str, list[Losses]]) -> bool:
     return within_noise
 
 
+@command("error")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
@@ -83,17 +85,12 @@ def main() -> int:
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_intermixed_args()
     if options.seeds < 2:
-        print(f"error: --seeds {options.seeds}: the noise between seeds needs at least 2", file=sys.stderr)
-        return 2
+        raise ValueError(f"--seeds {options.seeds}: the noise between seeds needs at least 2")
     runs: dict[str, list[Losses]] = {precision: [] for precision in PRECISIONS}
-    try:
-        with tempfile.TemporaryDirectory() as storage:
-            for seed in range(options.seeds):
-                for precision in PRECISIONS:
-                    runs[precision].append(train(options, precision, seed, storage))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with tempfile.TemporaryDirectory() as storage:
+        for seed in range(options.seeds):
+            for precision in PRECISIONS:
+                runs[precision].append(train(options, precision, seed, storage))
     return 0 if compare(runs) else 1
 
 

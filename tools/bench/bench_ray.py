@@ -26,6 +26,7 @@ from t2idist import config as configuration
 from t2idist.config import RunConfig
 from t2idist.config.strict import to_yaml
 from t2idist.engine.metrics import read_metrics
+from t2idist.observability.command import command
 from t2idist.training import worker
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +65,8 @@ def under_torchrun(options: argparse.Namespace, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def main() -> None:
+@command("error")
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("system")
     parser.add_argument("settings", nargs="*", metavar="key.path=value")
@@ -75,7 +77,7 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     if options.torchrun:
         under_torchrun(options, Path(options.torchrun))
-        return
+        return 0
     arguments = [options.system, *options.settings, f"--workers={options.workers}", f"--images={options.images}"]
     module = ["-m", "torch.distributed.run", f"--nproc-per-node={options.workers}"]
     torchrun = [sys.executable, *module, __file__, *arguments]
@@ -114,7 +116,8 @@ def main() -> None:
     )
     print(f"a step under Ray Train takes {torchrun_rate / ray:.3f} times that under torchrun")
     print(f"the first step ends {statistics.median(start_seconds):.0f} s after the command")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from t2idist.contract import BuildInfo, Sample, SupportsSample, System
 from t2idist.nn.fast.memory import keep_freed_memory
+from t2idist.observability.command import command
 from t2idist.sampling.generate import GaussianNoise, generate
 from t2idist.sampling.loading import exported_network
 from tools.bench import bench_step, reference_steps
@@ -89,14 +90,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@command("error")
 def main() -> int:
     options = build_parser().parse_args()
-    try:
-        with torch.device("meta"):
-            sampling_system(options)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with torch.device("meta"):
+        sampling_system(options)
     benchmarks = {name: bench_step.RemoteBenchmark(make_benchmark, name, options) for name in VARIANTS}
     try:
         best = {name: benchmark.call("seconds") for name, benchmark in benchmarks.items()}

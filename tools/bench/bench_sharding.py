@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from PIL import Image
 from t2idist.ingest.coco import CocoSplit, list_coco
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.writer import IngestOptions, ReportProgress, write_set
+from t2idist.observability.command import command
 
 SIZE, QUALITY = 304, 95
 BLOCK = 64
@@ -71,7 +73,8 @@ def shard(root: Path, out: Path, report: ReportProgress) -> None:
         write_set(listing, str(out), IngestOptions(), source="bench", licence="none", processes=1, report=report)
 
 
-def main() -> None:
+@command("error")
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=4096)
     options = parser.parse_args()
@@ -95,7 +98,8 @@ def main() -> None:
         sharding_seconds = time.process_time() - before - interleaved.bare_seconds
     rates = [options.images / seconds for seconds in (interleaved.bare_seconds, sharding_seconds)]
     print(f"images per CPU second: bare {rates[0]:.0f}, sharding {rates[1]:.0f}; ratio {rates[1] / rates[0]:.3f}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -39,6 +39,7 @@ from t2idist.engine.strategy import Precision
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import Share, World
 from t2idist.nn.fast.memory import keep_freed_memory
+from t2idist.observability.command import command
 from t2idist.preflight.cost import measure_step
 from t2idist.training.stages import StageRun
 from tools.bench import reference_steps
@@ -353,6 +354,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@command("error")
 def main() -> int:
     options = build_parser().parse_args()
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")
@@ -361,16 +363,11 @@ def main() -> int:
     selected = {"authors": options.like, "best": options.best}
     names = [name for name, given in selected.items() if given] or list(selected)
     if options.floor is not None and len(names) < 2:
-        print("error: --floor needs both steps; leave --like and --best out", file=sys.stderr)
-        return 2
-    try:
-        run, stage = select_stage(options)
-        with torch.device("meta"):  # the benchmark processes draw the weights
-            system, info = build_system(run, stage, options.vocabulary_size)
-        flops = flops_per_image(system, info)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise ValueError("--floor needs both steps; leave --like and --best out")
+    run, stage = select_stage(options)
+    with torch.device("meta"):  # the benchmark processes draw the weights
+        system, info = build_system(run, stage, options.vocabulary_size)
+    flops = flops_per_image(system, info)
     print(
         f"{options.system} preset={options.preset}: {info.group_size} images a step, sizes {system.sizes}, "
         f"{options.threads} threads, {device}, torch {torch.__version__}"

@@ -27,6 +27,7 @@ from t2idist.config import RunConfig
 from t2idist.engine.strategy import Precision
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import Share, World
+from t2idist.observability.command import command
 from tools.bench.bench_step import EMPTY_STORAGE, build_system, synthetic_batch
 
 STRATEGIES = {"ddp": 0, "zero 1": 1, "zero 2": 2}
@@ -83,6 +84,7 @@ def measure(run: RunConfig, stage: str, size: int, zero: int, steps: int) -> tup
     return tuple(max(column) for column in zip(*rows, strict=True))
 
 
+@command("error")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("system", help="a stage's system: damsm, attngan, stackgan_pp")

@@ -47,6 +47,7 @@ from t2idist import config as configuration
 from t2idist import storage
 from t2idist.config import RunConfig
 from t2idist.config.strict import from_dict, parse_yaml
+from t2idist.observability.command import command
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the cluster of several hosts is a test helper
@@ -230,6 +231,7 @@ def run(
     return result
 
 
+@command("error")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", metavar="key.path=value", help="overrides of the tool's recipe")

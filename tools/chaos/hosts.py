@@ -287,7 +287,6 @@ def environment(token: str, *, health_period_ms: int, health_timeout_ms: int) ->
         "RAY_health_check_failure_threshold": "3",
         "RAY_memory_monitor_refresh_ms": "0",  # each node would count the memory of the whole machine
         "RAY_worker_niceness": "0",
-        "GLOO_SOCKET_IFNAME": "eth0",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",

@@ -32,12 +32,20 @@ def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
     return ports
 
 
-def start(folder: Path, host: str, key: str, secret: str) -> tuple[subprocess.Popen[bytes], str]:
-    """Start a store with its data in `folder`; returns its process and endpoint (http://host:port)."""
+def start(
+    folder: Path, host: str, key: str, secret: str, more_keys: dict[str, str] | None = None
+) -> tuple[subprocess.Popen[bytes], str]:
+    """Start a store with its data in `folder`; returns its process and endpoint (http://host:port).
+
+    Args:
+        more_keys: Further access keys and their secrets.
+    """
     master, volume, filer, s3 = free_ports(4, host)
     identity = {
         "name": "owner",
-        "credentials": [{"accessKey": key, "secretKey": secret}],
+        "credentials": [
+            {"accessKey": name, "secretKey": value} for name, value in {key: secret, **(more_keys or {})}.items()
+        ],
         "actions": ["Admin", "Read", "Write", "List", "Tagging"],
     }
     identities = folder / "s3.json"

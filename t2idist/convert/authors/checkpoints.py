@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from t2idist import storage
+from t2idist.engine.checkpoint.pretrained import innermost_tensors
 
 Weights = dict[str, Tensor]
 
@@ -69,6 +70,10 @@ def read(url: str) -> tuple[Checkpoint, str]:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises any exception on invalid bytes
         raise ValueError(f"{file}: {_read_error(data, error)}") from None
+    try:
+        content = innermost_tensors(content)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"{file}: contains a {type(content).__name__}; expected a state_dict of named tensors")
     for key, value in content.items():
@@ -88,6 +93,8 @@ def _read_error(data: bytes, error: Exception) -> str:
             f"is a pickle that needs {match[1]}, and opening it would run code; if you trust it, load it with the "
             "authors' code and save only its state_dict()"
         )
+    if stranger := storage.describe_stranger(data):
+        return f"not a PyTorch file but {stranger}" if data else "not a PyTorch file: it is empty"
     if data[:2] != b"PK" and data[:1] != b"\x80":
         return "not a PyTorch file"
     first = str(error).rpartition("WeightsUnpickler error:")[2].strip().split("\n")[0][:160]

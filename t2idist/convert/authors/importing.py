@@ -18,6 +18,7 @@ from t2idist.data.tokenizer import END_TOKEN, Vocabulary
 from t2idist.engine.checkpoint import export
 from t2idist.nn.init import shapes_only
 from t2idist.sampling.loading import exported_network
+from t2idist.storage.outputs import check_not_input
 from t2idist.systems import load as load_system
 
 FilesByLayout = dict[str, dict[str, Checkpoint]]
@@ -64,6 +65,8 @@ def import_weights(
             raise ValueError(
                 f"{storage.redact(storage.join(to, folder))}: already contains an export; use another --to"
             )
+        for name in builders[folder].networks():
+            check_not_input(storage.join(to, folder, f"{name}.safetensors"), files, "--to")
     loaded = {folder: builder.load() for folder, builder in builders.items()}
     return [builder.write(storage.join(to, folder), loaded[folder], hashes) for folder, builder in builders.items()]
 

@@ -58,6 +58,16 @@ def write(url: str, nets: Mapping[str, nn.Module], index: dict[str, Any]) -> Non
     storage.write_json(storage.join(url, INDEX), {"format": FORMAT, **index, "networks": networks})
 
 
+def copy(source: str, target: str, facts: Mapping[str, Any]) -> None:
+    """Copy an export and add `facts` to its index. Raises ValueError if a file is missing or damaged."""
+    read(source)
+    index = read_index(source)
+    for entry in index["networks"].values():
+        data = storage.read_bytes(storage.join(source, entry["file"]))
+        storage.write_bytes(storage.join(target, entry["file"]), data)
+    storage.write_json(storage.join(target, INDEX), {**index, **facts})
+
+
 def read_index(url: str) -> dict[str, Any]:
     """Read the index of an export. Raises ValueError if it is missing or invalid."""
     index_url = storage.join(url, INDEX)

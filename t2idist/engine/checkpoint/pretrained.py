@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 from t2idist import storage
 from t2idist.contract import Pretrained, System
 from t2idist.engine.checkpoint import export
+
+_DEEPEST = 3
+"""Levels of keys above the tensors."""
 
 
 def check(pretrained: Pretrained, where: str) -> None:
@@ -31,27 +35,83 @@ def check(pretrained: Pretrained, where: str) -> None:
         raise ValueError(f"{where}.{pretrained.key}: {storage.redact(pretrained.url)}: no such file")
 
 
+def check_content(pretrained: Pretrained, where: str) -> None:
+    """Check the file as `check` does, and that it has its hash and contains named tensors. Raises ValueError."""
+    _read(pretrained, where)
+
+
 def load(pretrained: Pretrained, where: str) -> None:
     """Load the weights. Raises ValueError that names the key and the file."""
+    tensors = _read(pretrained, where)
+    try:
+        pretrained.load(tensors)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{where}.{pretrained.key}: {storage.redact(pretrained.url)}: {error}") from None
+
+
+def _read(pretrained: Pretrained, where: str) -> dict[str, Tensor]:
     check(pretrained, where)
     file = storage.redact(pretrained.url)
-    data = storage.read_bytes(pretrained.url)
-    if (digest := storage.sha256(data)) != pretrained.sha256.lower():
-        raise ValueError(f"{where}.{pretrained.key}: {file} has sha256 {digest}; {pretrained.sha256} was expected")
     try:
-        pretrained.load(_tensors(data))
+        data = storage.read_bytes(pretrained.url)
+    except IsADirectoryError:
+        raise ValueError(f"{where}.{pretrained.key}: {file}: a folder; give the file of the weights") from None
+    if (digest := storage.sha256(data)) != pretrained.sha256.lower():
+        stranger = storage.describe_stranger(data)
+        raise ValueError(
+            f"{where}.{pretrained.key}: {file} "
+            + (f"is {stranger}" if stranger else f"has sha256 {digest}; {pretrained.sha256} was expected")
+        )
+    try:
+        return _tensors(data)
     except (ValueError, pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError) as error:
         raise ValueError(f"{where}.{pretrained.key}: {file}: {error}") from None
 
 
 def _tensors(data: bytes) -> dict[str, Tensor]:
     """Parse a safetensors file, or a PyTorch file of plain tensors (weights_only)."""
-    if data[:2] != b"PK":
+    if stranger := storage.describe_stranger(data):
+        raise ValueError(stranger)
+    if data[:2] != b"PK" and data[:1] != b"\x80":  # PyTorch's files, from 1.6 on and before
         return safetensors.torch.load(data)
-    tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+    content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    tensors = innermost_tensors(content)
+    if not is_named_tensors(tensors):
         raise ValueError("contains other values than named tensors")
-    return tensors
+    return dict(tensors)
+
+
+def is_named_tensors(value: Any) -> bool:
+    """Return whether this is a state_dict."""
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
+    )
+
+
+def innermost_tensors(content: Any) -> Any:
+    """Enter a checkpoint that keeps its named tensors below a key (``state_dict``, ``netG``), next to other values.
+
+    Returns:
+        The named tensors; `content` itself if there are none.
+
+    Raises:
+        ValueError: There are several sets of named tensors.
+    """
+    found: dict[str, Any] = {}
+
+    def search(value: Any, path: str, depth: int) -> None:
+        if is_named_tensors(value):
+            found[path] = value
+        elif isinstance(value, Mapping) and "param_groups" not in value and depth < _DEEPEST:  # of an optimizer
+            for key, inner in value.items():
+                search(inner, f"{path}.{key}" if path else str(key), depth + 1)
+
+    search(content, "", 0)
+    if len(found) > 1:
+        raise ValueError(f"contains several sets of named tensors: {', '.join(found)}; save each in a file of its own")
+    return next(iter(found.values()), content)
 
 
 def check_init(system: System, url: str, vocabulary: Sequence[str], where: str) -> None:

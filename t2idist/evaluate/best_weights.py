@@ -1,0 +1,115 @@
+"""The weights of a stage with the best held-out R-precision, which are exported if it falls until the end.
+
+The first worker writes them when it evaluates, next to the checkpoints; ``best/best.json`` lists every evaluation. Both
+are functions of the networks alone: a stage that was stopped and resumed, on any number of workers, has the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from t2idist import storage
+from t2idist.config import EXPORT_BY_SYSTEM, EXPORT_R_PRECISION, StageConfig
+from t2idist.contract import SupportsEmbed, System
+from t2idist.engine.checkpoint import export
+from t2idist.evaluate.r_precision import RPrecision
+
+FOLDER, FILE = "best", "best.json"
+STANDARD_ERRORS = 2.0
+"""A fall by less is noise."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """R-precision of the val split at a number of images."""
+
+    images: int
+    value: float
+    standard_error: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} +- {self.standard_error:.3f} after {self.images:,} images"
+
+
+def is_tracked(system: System, settings: StageConfig) -> bool:
+    """Return whether a stage exports its best weights: as its config says, or as the system declares."""
+    chosen = settings.export_best
+    if chosen == EXPORT_BY_SYSTEM:
+        chosen = getattr(system, "export_best", "")
+    return chosen == EXPORT_R_PRECISION and isinstance(system, SupportsEmbed)
+
+
+class BestWeights:
+    """Keeps the best weights of a stage.
+
+    Args:
+        folder: URL of the stage.
+        index: returns the index of an export of the stage at a number of images.
+    """
+
+    def __init__(self, folder: str, index: Callable[[int], dict[str, Any]]) -> None:
+        self._folder, self._index = folder, index
+
+    def record(self, nets: Mapping[str, nn.Module], images: int, score: RPrecision) -> None:
+        """Record a score, in the place of an earlier one of as many images; write the networks if they are the best."""
+        new = HeldOut(images, score.mean, score.standard_error)
+        kept = read(self._folder)
+        others = [each for each in kept if each.images != images]
+        best = _kept_best(self._folder)
+        if best is None or best == images or new.value > max(e.value for e in kept if e.images == best):
+            export.write(_weights_url(self._folder, images), nets, self._index(images))
+            replaced, best = best, images
+        else:
+            replaced = None
+        content = sorted([*others, new], key=lambda each: each.images)
+        record = {"best": best, "scores": [asdict(each) for each in content]}
+        storage.write_json(storage.join(self._folder, FOLDER, FILE), record)
+        if replaced not in (None, images):
+            storage.remove(_weights_url(self._folder, int(replaced or 0)))
+
+
+def read(folder: str) -> list[HeldOut]:
+    """Read the scores of a stage in order of images."""
+    url = storage.join(folder, FOLDER, FILE)
+    return [HeldOut(**each) for each in storage.read_json(url)["scores"]] if storage.exists(url) else []
+
+
+def better_than_last(folder: str, last_images: int) -> tuple[HeldOut, HeldOut] | None:
+    """Return the best and the last score if the last is worse by more than noise, else None.
+
+    Args:
+        last_images: images of the stage, at which the last weights were scored.
+    """
+    scores, best_images = read(folder), _kept_best(folder)
+    best = next((each for each in scores if each.images == best_images), None)
+    last = next((each for each in scores if each.images == last_images), None)
+    if best is None or last is None:
+        return None
+    noise = STANDARD_ERRORS * (best.standard_error**2 + last.standard_error**2) ** 0.5
+    return (best, last) if last.value < best.value - noise else None
+
+
+def export_best(folder: str, target: str, best: HeldOut, last: HeldOut) -> None:
+    """Write the export of a stage from its best weights; ``export.json`` records why. Raises ValueError if damaged."""
+    facts = {"selected": {"by": "held-out R-precision", "best": asdict(best), "last": asdict(last)}}
+    export.copy(_weights_url(folder, best.images), target, facts)
+
+
+def remove(folder: str) -> None:
+    """Remove the weights, but not the scores, of a stage that is exported."""
+    for name in storage.list_dir(storage.join(folder, FOLDER)):
+        if name.isdigit():
+            storage.remove(storage.join(folder, FOLDER, name))
+
+
+def _kept_best(folder: str) -> int | None:
+    url = storage.join(folder, FOLDER, FILE)
+    return int(storage.read_json(url)["best"]) if storage.exists(url) else None
+
+
+def _weights_url(folder: str, images: int) -> str:
+    return storage.join(folder, FOLDER, f"{images:012d}")

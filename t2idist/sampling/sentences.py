@@ -1,0 +1,68 @@
+"""The sentences that a command draws: where each was given, and which of its words an export reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from t2idist import storage
+from t2idist.data.text_files import decode_text
+from t2idist.data.tokenizer import Vocabulary, known_words
+
+_MAX_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A sentence of the command line or of a file."""
+
+    text: str
+    origin: str = ""
+    """File and line; "" for one of the command line."""
+
+    def __str__(self) -> str:
+        return f'{self.origin}: "{self.text}"' if self.origin else f'"{self.text}"'
+
+
+def read_captions(url: str, encoding: str | None) -> list[Sentence]:
+    """Read a text file with one sentence per line; empty lines are skipped. Raises ValueError that names the file."""
+    where = storage.redact(url)
+    try:
+        text = decode_text(storage.read_bytes(url), f"--captions {where}", encoding)
+    except OSError as error:
+        raise ValueError(f"--captions {where}: {error.strerror or error or type(error).__name__}") from None
+    lines = ((number, line.strip()) for number, line in enumerate(text.splitlines(), start=1))
+    return [Sentence(line, f"{where}, line {number}") for number, line in lines if line]
+
+
+def unknown_sentence(vocabulary: Vocabulary, sentence: Sentence) -> str | None:
+    """Say why a sentence cannot be drawn, with its words; None if it can."""
+    if known_words(vocabulary, sentence.text):
+        return None
+    words = _quote(vocabulary.unknown_words(sentence.text))
+    return f"{sentence}: no word of this sentence is in the vocabulary of the export{': ' if words else ''}{words}"
+
+
+def warnings_about(vocabulary: Vocabulary, sentence: Sentence, max_words: int) -> list[str]:
+    """Name the words of a sentence that are left out: unknown ones, and those after the first `max_words`."""
+    warnings = []
+    if unknown := vocabulary.unknown_words(sentence.text):
+        plural = "words are" if len(unknown) > 1 else "word is"
+        warnings.append(f"{sentence}: {plural} not in the vocabulary and left out: {_quote(unknown)}")
+    known = known_words(vocabulary, sentence.text)
+    if cut := known[max_words:]:
+        warnings.append(
+            f"{sentence}: is cut, because the export reads {max_words} words and it has {len(known)}; left out: "
+            f"{_quote(cut)}"
+        )
+    return warnings
+
+
+def join_problems(problems: Sequence[str]) -> str:
+    """Join sentences about problems to one; many are counted."""
+    more = len(problems) - _MAX_NAMED
+    return "; ".join([*problems[:_MAX_NAMED], *([f"and {more} more"] if more > 0 else [])])
+
+
+def _quote(words: Sequence[str]) -> str:
+    return ", ".join(f"'{word}'" for word in words)

@@ -1,0 +1,98 @@
+"""What keeps data from teaching anything."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from t2idist.data import statistics
+from t2idist.data.sample_format import SampleRecord
+from t2idist.data.shards import Dataset
+from tests.helpers.shard_sets import make_sample, png_image, write_set
+
+SAMPLES = [make_sample(number, "train" if number < 30 else "test") for number in range(40)]
+
+
+def texts(dataset: Dataset) -> str:
+    return "\n".join(finding.text for finding in statistics.problems_of(dataset))
+
+
+def with_attributes(*names: tuple[str, ...]) -> list[SampleRecord]:
+    return [
+        replace(sample, split="train", attributes=attributes)
+        for sample, attributes in zip(SAMPLES, names, strict=False)
+    ]
+
+
+def test_good_data_has_no_findings_and_no_new_entries(tmp_path: Path) -> None:
+    assert statistics.problems_of(write_set(tmp_path / "set", SAMPLES)) == []
+    assert statistics.IMAGES_KEY not in json.loads((tmp_path / "set" / "dataset.json").read_text())
+
+
+def test_no_train_split_is_fatal(tmp_path: Path) -> None:
+    dataset = write_set(tmp_path / "set", [replace(sample, split="val") for sample in SAMPLES])
+    first = statistics.problems_of(dataset)[0]
+    assert first.fatal and first.text.startswith("no split 'train', only val")
+
+
+def test_equal_captions(tmp_path: Path) -> None:
+    dataset = write_set(tmp_path / "set", [replace(sample, captions=("a bird",)) for sample in SAMPLES])
+    assert "split train: all captions are equal: 'a bird'" in texts(dataset)
+    (finding,) = statistics.problems_for_text(dataset)
+    assert finding.fatal and "'a bird'" in finding.text
+
+
+def test_equal_images(tmp_path: Path) -> None:
+    dataset = write_set(tmp_path / "set", [replace(sample, image=png_image(0)) for sample in SAMPLES])
+    assert texts(dataset) == "all 40 images are equal"
+
+
+def test_images_in_two_splits_are_counted_and_named(tmp_path: Path) -> None:
+    leaked = [replace(sample, image=SAMPLES[index].image) for index, sample in enumerate(SAMPLES[30:33])]
+    dataset = write_set(tmp_path / "set", [*SAMPLES[:30], *leaked, *SAMPLES[33:]])
+    assert "3 images are in two splits (test/s0030 = train/s0000" in texts(dataset) or (
+        "3 images are in two splits (train/s0000 = test/s0030" in texts(dataset)
+    )
+
+
+def test_equal_images_of_one_split_are_not_reported(tmp_path: Path) -> None:
+    dataset = write_set(tmp_path / "set", [SAMPLES[0], replace(SAMPLES[1], image=SAMPLES[0].image), *SAMPLES[2:]])
+    assert statistics.problems_of(dataset) == []
+
+
+@pytest.mark.parametrize(("left_out", "reported"), [(4, False), (5, True)])
+def test_more_than_a_tenth_left_out(tmp_path: Path, left_out: int, reported: bool) -> None:
+    dataset = write_set(tmp_path / "set", SAMPLES)
+    rejected = {"truncated": {"left out": left_out}, "exif": {"repaired": 30}}
+    dataset = replace(dataset, quality={"rejected": rejected})
+    assert (f"{left_out} of {40 + left_out} images are left out: truncated {left_out}" in texts(dataset)) == reported
+
+
+def test_attributes_of_all_and_of_nobody_by_split(tmp_path: Path) -> None:
+    train = with_attributes(*[("Face", "Hat")] * 10, *[("Face",)] * 10)
+    test = [
+        replace(sample, split="test", attributes=("Tail", "Hat")[: 1 + i % 2]) for i, sample in enumerate(SAMPLES[30:])
+    ]
+    found = texts(write_set(tmp_path / "set", [*train, *test]))
+    assert "split train: all of its 20 images have Face" in found
+    assert "split train: none of its 20 images have Tail" in found
+    assert (
+        "split test: all of its 10 images have Tail" in found and "split test: none of its 10 images have Face" in found
+    )
+    assert "Hat" not in found
+
+
+def test_labels_of_a_domain(tmp_path: Path) -> None:
+    dataset = write_set(tmp_path / "set", with_attributes(*[("happy",), ("sad",)] * 14, (), ("happy", "sad")))
+    assert statistics.problems_of_domain(dataset, ("happy", "sad"), exclusive=False) == []
+    (finding,) = statistics.problems_of_domain(dataset, ("happy", "sad"), exclusive=True, where="model.domains[0]")
+    assert finding.fatal and finding.text.startswith(
+        "model.domains[0]: exclusive, but 1 of 30 images have none (such as s"
+    )
+    assert "and 1 of 30 images have several (such as s" in finding.text
+    (finding,) = statistics.problems_of_domain(dataset, ("happy", "angry"), exclusive=False)
+    assert finding.fatal and "no image of split train has angry" in finding.text
+    assert "nearly all images have exactly one attribute, but 1 of 30 images have none" in texts(dataset)

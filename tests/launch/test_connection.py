@@ -1,0 +1,69 @@
+"""A Ray cluster that a run starts for itself is protected and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+
+from t2idist.config import ClusterConfig
+from t2idist.launch import connection
+
+JOIN = "import ray, sys; ray.init(address=sys.argv[1], logging_level='ERROR', log_to_driver=False)"
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home folder, and no token in the environment."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def joins(address: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Try to join a cluster from another process."""
+    others = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
+    command = [sys.executable, "-c", JOIN, address]
+    return subprocess.run(
+        command, env={**others, **environment}, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.whole
+def test_own_cluster_has_a_token_of_its_own_that_ends_with_it(home: Path) -> None:
+    tokens: list[str] = []
+    for _ in range(2):
+        with connection.start_local_cluster(ClusterConfig(), lambda: "prepared") as prepared:
+            assert prepared == "prepared"
+            file = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+            tokens.append(file.read_text())
+            assert file.stat().st_mode & 0o777 == 0o600 and file.parent.stat().st_mode & 0o777 == 0o700
+            address = ray.get_runtime_context().gcs_address
+            if len(tokens) == 1:
+                open_door = joins(address)
+                assert open_door.returncode != 0 and "AuthenticationError" in open_door.stderr, open_door.stderr
+            assert ray.get(ray.remote(lambda: 7).remote()) == 7
+        assert list(home.iterdir()) == [] and not file.parent.exists()
+        assert not {name for name in os.environ if name.startswith("RAY_AUTH_")}
+    assert len(set(tokens)) == 2 and all(len(token) == 64 for token in tokens)
+
+
+def test_the_users_own_token_is_used(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    with connection._authentication(required=False):
+        assert os.environ["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ
+    assert "RAY_AUTH_MODE" not in os.environ and list(home.iterdir()) == []
+
+
+def test_the_user_may_switch_the_token_off_unless_it_is_required(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with connection._authentication(required=False):
+        assert os.environ["RAY_AUTH_MODE"] == "disabled" and list(home.iterdir()) == []
+    with connection._authentication(required=True):
+        assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert os.environ["RAY_AUTH_MODE"] == "disabled"

@@ -222,6 +222,7 @@ def test_a_system_trains_on_vectors_and_samples_with_their_encoder(
     assert f"sentence vectors of 16 elements, made by {text_export}; give" in capsys.readouterr().err
     assert sampler.main([*command, "--encoder", text_export, "--n", "2"]) == 0
     assert capsys.readouterr().err == "" and len(list((tmp_path / "out").iterdir())) == 5
+    command[3] = str(tmp_path / "between")
     assert sampler.main([*command[:4], "--interpolate-text", "red heart", "face", "--encoder", text_export]) == 0
     assert sampler.main([*command, "--text", "qqxq zqz", "--encoder", text_export]) == 2
     assert '"qqxq zqz": the encoder knows no word' in capsys.readouterr().err

@@ -152,12 +152,14 @@ def test_damaged_images_are_excluded_or_decodable():
     assert 30 < unusable < 270
 
 
-def test_the_limit_of_pixels_is_named_and_can_be_raised():
-    large = encode(Image.new("1", (20_000, 20_000)), "PNG")  # Pillow's own limit is 178 megapixels
+def test_the_limit_of_pixels_is_named_and_can_be_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**6)  # Pillow's own limit does not stand in the way
+    large = encode(Image.new("1", (2000, 2000)), "PNG")
     with pytest.raises(UnusableImage) as error:
-        prepare_image(large, ImageOptions(size=64))
-    assert error.value.detail == "20000 x 20000 pixels; at most 67108864; --max-megapixels 382 allows it"
-    prepared = prepare_image(large, ImageOptions(size=64, max_megapixels=382))
+        prepare_image(large, ImageOptions(size=64, max_megapixels=3))
+    assert error.value.detail == "2000 x 2000 pixels; at most 3145728; --max-megapixels 4 allows it"
+    prepared = prepare_image(large, ImageOptions(size=64, max_megapixels=4))
     assert (prepared.width, prepared.height) == (64, 64)
-    with pytest.raises(UnusableImage, match="20000 x 20000 pixels would be stored; at most 67108864"):
-        prepare_image(large, ImageOptions(size=20_000, max_megapixels=382))
+    monkeypatch.setattr("t2idist.ingest.image.MAX_PIXELS", 3 << 20)
+    with pytest.raises(UnusableImage, match="2000 x 2000 pixels would be stored; at most 3145728"):
+        prepare_image(large, ImageOptions(size=2000, max_megapixels=4))

@@ -127,7 +127,7 @@ def test_an_installed_wheel_trains_on_an_open_cluster_with_one_warning(
     assert not (open_head.home / ".ray").exists()
 
 
-@pytest.mark.whole
+@pytest.mark.slow  # tests/launch/test_auth.py has the refusal
 def test_an_open_cluster_is_refused_only_if_a_token_is_required(open_head: Head, tmp_path: Path) -> None:
     command = ["python", "-m", "t2idist.run", str(short_recipe(tmp_path))]
     upload = ["--working-dir", ".", "--"]

@@ -216,7 +216,8 @@ def caption_correlation(run: Trainer, transform: Callable[[Batch], Batch] = lamb
     [
         ("attngan", {"damsm_weight": 1.0}, (2,), 200),
         ("attngan", {"damsm_weight": 0.0, "unit_text": True}, (2,), 200),
-        ("stackgan_pp", {"colour_weight": 1.0}, (2, 3, 4), 400),  # chaotic: one of three seeds fails
+        # chaotic: one of three seeds fails
+        pytest.param("stackgan_pp", {"colour_weight": 1.0}, (2, 3, 4), 400, marks=pytest.mark.slow),
     ],
 )
 def test_conditional_trees_learn_to_follow_captions(

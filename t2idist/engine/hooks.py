@@ -78,7 +78,7 @@ def stage_hooks(
     """Return the hooks of a stage, in the order in which they follow a step."""
     timer = StepTimer(state)
     return [
-        ReportMetrics(state, stage, guard, preemption, timer),
+        ReportMetrics(state, stage, guard, timer),
         CopyToReplicas(state),
         CheckPreemption(state, preemption),
         EvaluateNetworks(state, stage, evaluate, timer),
@@ -138,10 +138,9 @@ class ReportMetrics(Hook):
         state: StageState,
         stage: StageConfig,
         guard: GuardConfig,
-        preemption: PreemptionHandler,
         timer: StepTimer,
     ) -> None:
-        self._state, self._guard, self._preemption, self._timer = state, guard, preemption, timer
+        self._state, self._guard, self._timer = state, guard, timer
         self._every_images = max(stage.images_per_step, stage.images // 300)
 
     def after_step(self, step: FinishedStep) -> None:
@@ -156,9 +155,8 @@ class ReportMetrics(Hook):
         self._check_divergence()
         others["guard/skipped_steps"] = float(trainer.guard.skipped_steps)
         others |= self._timer.report(others["data/wait_share"])
-        self._preemption.set_step_seconds(others["time/step"])
         if replicas is not None:
-            others |= replicas.report(others["time/step"])
+            others |= replicas.report()
         batches.write_ledger()
         if log is not None:
             log.log_metrics(losses, others, trainer.step)

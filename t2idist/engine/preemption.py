@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from t2idist.engine.cadence import Cadence
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import World
 
@@ -67,16 +68,9 @@ class PreemptionHandler:
     def __init__(
         self, poll: Poll | None, poll_seconds: float, world: World, pause: Callable[[], None] | None = None
     ) -> None:
-        self._poll, self._poll_seconds, self._world, self._pause = poll, poll_seconds, world, pause
-        self._every_steps, self._wait_seconds = 1, _WAIT_SECONDS
+        self._poll, self._world, self._pause = poll, world, pause
+        self._cadence = Cadence(world, poll_seconds)
         self._saved = self._saved_last = False
-        self._polled_step: int | None = None
-
-    def set_step_seconds(self, step_seconds: float) -> None:
-        """Set the number of steps between polls from the duration of a step, which must be equal on all workers."""
-        self._every_steps = max(1, round(self._poll_seconds / max(step_seconds, 1e-6)))
-        # with less, a poll may be too early for the last save and the next one too late
-        self._wait_seconds = max(_WAIT_SECONDS, 2 * self._every_steps * step_seconds)
 
     def check(self, trainer: Trainer, state: StateSaver) -> None:
         """Poll for a notice after a step, if it is time, and react to it. A collective.
@@ -88,11 +82,8 @@ class PreemptionHandler:
         Raises:
             StopRequested: this process is to end; the state is saved.
         """
-        if self._polled_step is None:
-            self._polled_step = trainer.step - 1
-        if self._poll is None or trainer.step - self._polled_step < self._every_steps:
+        if self._poll is None or not self._cadence.due(trainer.step):
             return
-        self._polled_step = trainer.step
         notice = self._world.broadcast_object(self._poll())
         if notice is None:
             self._saved = self._saved_last = False
@@ -105,7 +96,9 @@ class PreemptionHandler:
         if not self._saved and self._world.is_main:
             logger.warning("a node of this run will be shut down%s; saving", _time_left(notice.seconds_left))
         began = time.monotonic()
-        if notice.seconds_left <= self._wait_seconds and not self._saved_last:
+        # with less, this poll may be too early for the last save and the next one too late
+        wait_seconds = max(_WAIT_SECONDS, 2 * self._cadence.interval[1])
+        if notice.seconds_left <= wait_seconds and not self._saved_last:
             self._saved_last = True
             state.save()
             state.finish()

@@ -14,7 +14,7 @@ import pytest
 
 from t2idist.config import CheckpointConfig, GuardConfig, StageConfig
 from t2idist.contract import Batch
-from t2idist.engine import hooks, loop, preemption
+from t2idist.engine import cadence, hooks, loop, preemption
 from t2idist.engine.batches import TrackedBatches, read_ledger
 from t2idist.engine.checkpoint import export
 from t2idist.engine.checkpoint.format import list_folders
@@ -24,6 +24,7 @@ from t2idist.engine.metrics import MetricLogger, read_metrics
 from t2idist.engine.preemption import PreemptionHandler, PreemptionNotice, StopRequested
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import Share, World
+from tests.engine.test_cadence import Clock
 from tests.engine.test_replicas import FolderReplicaStore
 from tests.engine.test_trainer import (
     GROUP_SIZE,
@@ -209,34 +210,17 @@ def test_training_continues_if_a_resize_is_called_off() -> None:
     assert calls == [("copied", 1), ("paused", 1), ("copied", 3), ("paused", 3)]
 
 
-def test_polls_follow_the_duration_of_a_step() -> None:
-    trainer = make_trainer(SINGLE_WORKER)
-    polled: list[int] = []
-
-    def poll() -> None:
-        polled.append(trainer.step)
-
-    handler = PreemptionHandler(poll, 2.0, SINGLE_WORKER)
-    handler.set_step_seconds(1.0)
-    for _ in range(6):
-        train_steps(trainer, 1)
-        handler.check(trainer, FakeSaver())
-    assert polled == [2, 4, 6]
-    for step_seconds in (0.4, 0.67, 0.5, 0.67, 0.5):  # no step is a multiple of its current interval
-        handler.set_step_seconds(step_seconds)
-        train_steps(trainer, 1)
-        handler.check(trainer, FakeSaver())
-    assert polled == [2, 4, 6, 10]
-
-
 def test_slow_steps_wait_at_the_last_poll_before_the_shutdown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
+    clock = Clock()
+    monkeypatch.setattr(cadence, "time", clock)
     monkeypatch.setattr(preemption.time, "sleep", waited.append)
     trainer = make_trainer(SINGLE_WORKER)
     checkpoints = CheckpointManager(str(tmp_path), SINGLE_WORKER, CheckpointConfig(), {})
     handler = PreemptionHandler(lambda: PreemptionNotice(30.0), 2.0, SINGLE_WORKER)
+    handler.check(trainer, FakeSaver(lambda: checkpoints.save(trainer), checkpoints.finish))
     for step_seconds, waits in ((10.0, 0), (20.0, 1)):
-        handler.set_step_seconds(step_seconds)
+        clock.seconds += step_seconds
         train_steps(trainer, 1)
         handler.check(trainer, FakeSaver(lambda: checkpoints.save(trainer), checkpoints.finish))
         assert len(waited) == waits

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from t2idist.config import CheckpointConfig
+from t2idist.engine.cadence import Cadence
 from t2idist.engine.checkpoint import sharded
 from t2idist.engine.checkpoint.format import CorruptCheckpoint
 from t2idist.engine.checkpoint.manager import (
@@ -46,8 +47,8 @@ class ReplicaSet:
 class ReplicaManager:
     """Copies a stage's state to replicas, one copy at a time, in parallel to the training.
 
-    `every_steps` is `config.memory_every_steps` or, if that is 0, is chosen so that copying takes at most
-    `MAX_TIME_SHARE` of the time.
+    Copies come every `config.memory_every_steps` steps or, if that is 0, so often that copying takes at most
+    `MAX_TIME_SHARE` of the time: the first copy, after the first step, shows what a copy costs.
 
     Args:
         key: names the stage in the store.
@@ -57,20 +58,27 @@ class ReplicaManager:
     def __init__(self, store: ReplicaStore, key: str, world: World, config: CheckpointConfig, attempt: str) -> None:
         self._store, self._key, self._world, self._attempt = store, key, world, attempt
         self._fixed_steps = config.memory_every_steps
-        self.every_steps = self._fixed_steps or 1
+        self._cadence = Cadence(world, 0.0)
         self._plan: sharded.PartPlan | None = None
         self._buffer: sharded.PartBuffer | None = None
         self._sending: threading.Thread | None = None
         self._error: str | None = None
         self._warned = False
         self._cost_seconds = self._sent_seconds = 0.0
-        self._copies = 0
+        """Of the last copy."""
         self._copied_step: int | None = None
         self.notes: list[Any] = []
         """After `restore`: the notes of every worker."""
 
     def due(self, step: int) -> bool:
-        return step % self.every_steps == 0
+        """Return whether a copy is due after a step. A collective."""
+        if self._fixed_steps:
+            return step % self._fixed_steps == 0
+        if self._copied_step is not None and not self._cadence.seconds:
+            self._join()
+            self._choose_cadence()
+            self._cadence.restart(self._copied_step)
+        return self._cadence.due(step)
 
     def copy(self, trainer: Trainer, notes: Any) -> None:
         """Copy this worker's part of the state and begin to send it. A collective.
@@ -80,6 +88,8 @@ class ReplicaManager:
         """
         began = time.monotonic()
         self._join()
+        if self._copied_step is not None:
+            self._choose_cadence()
         state = checkpoint_state(trainer)
         if self._plan is None or self._buffer is None:
             self._plan = sharded.plan_parts(state, self._world)
@@ -97,8 +107,7 @@ class ReplicaManager:
         self._sending = threading.Thread(target=self._send, args=(info, self._buffer), name="memory", daemon=True)
         self._sending.start()
         self._copied_step = trainer.step
-        self._cost_seconds += time.monotonic() - began
-        self._copies += 1
+        self._cost_seconds = time.monotonic() - began
 
     def copy_and_wait(self, trainer: Trainer, notes: Any) -> bool:
         """Copy the state of this step unless that was done, and wait for it. A collective.
@@ -111,21 +120,12 @@ class ReplicaManager:
         self._join()
         return not any(self._world.all_gather_object(self._error is not None))
 
-    def report(self, step_seconds: float) -> dict[str, float]:
-        """Choose `every_steps` from the measured cost of the copies and return values to log. A collective.
-
-        Args:
-            step_seconds: duration of a step, equal on all workers.
-        """
-        costs = [cost for cost in self._world.all_gather_object((self._cost_seconds, self._copies)) if cost[1]]
-        if not self._fixed_steps and costs:
-            cost = max(seconds / copies for seconds, copies in costs)
-            self.every_steps = max(1, round(cost / (MAX_TIME_SHARE * max(step_seconds, 1e-6)) + 0.5))
+    def report(self) -> dict[str, float]:
+        """Return values to log; warn once if copies fail."""
         if self._error is not None and not self._warned:
             self._warned = True
             logger.warning("replicas: %s; checkpoints in storage continue", self._error)
-        self._cost_seconds, self._copies = 0.0, 0
-        return {"checkpoint/memory_every_steps": float(self.every_steps)}
+        return {"checkpoint/memory_every_steps": float(self._fixed_steps or self._cadence.interval[0])}
 
     def close(self, forget: bool) -> None:
         """Wait for the copy in progress.
@@ -176,6 +176,11 @@ class ReplicaManager:
             if first is not None and set(parts) == set(range(first.workers)):
                 return ReplicaSet(tuple(parts[rank] for rank in range(first.workers)), dict(first.metadata["marker"]))
         return None
+
+    def _choose_cadence(self) -> None:
+        """Choose the seconds between two copies from the cost of the last one. A collective."""
+        cost = max(self._world.all_gather_object(self._cost_seconds))
+        self._cadence.seconds = max(cost, 1e-6) / MAX_TIME_SHARE
 
     def _join(self) -> None:
         if self._sending is not None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from t2idist.engine.noise import Noise
+from t2idist.nn.fast.batch_norm import batch_norm
 
 
 class GroupedBatchNorm(_BatchNorm):
@@ -29,28 +30,25 @@ class GroupedBatchNorm(_BatchNorm):
         return
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or input.shape[0] == self.group_size:
+        if not self.training:
             return super().forward(input)
         assert input.shape[0] % self.group_size == 0, (
             f"{input.shape[0]} samples are not a multiple of the group size {self.group_size}"
         )
-        groups = torch.split(input, self.group_size)
         if self.running_mean is None or self.running_var is None or self.momentum is None:
+            if input.shape[0] == self.group_size:
+                return super().forward(input)
             raise ValueError(
                 "BatchNorm without running statistics, or with a cumulative average, is not supported in groups"
             )
-        means = [self.running_mean.clone() for _ in groups]
-        variances = [self.running_var.clone() for _ in groups]
-        outputs = [
-            nn.functional.batch_norm(x, mean, variance, self.weight, self.bias, True, self.momentum, self.eps)
-            for x, mean, variance in zip(groups, means, variances, strict=True)
-        ]
+        groups = input.shape[0] // self.group_size
+        out, means, variances = batch_norm(input, self.weight, self.bias, groups, self.eps)
         with torch.no_grad():
-            self.running_mean.copy_(torch.stack(means).mean(0))
-            self.running_var.copy_(torch.stack(variances).mean(0))
+            self.running_mean.lerp_(means.mean(0), self.momentum)
+            self.running_var.lerp_(variances.mean(0), self.momentum)
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(1)
-        return torch.cat(outputs)
+        return out
 
 
 @contextlib.contextmanager

@@ -198,13 +198,26 @@ class InTrainingEvaluator:
                     )
         if self._translations is not None:
             self._translations.write(nets, images_seen)
-        if self._val is not None and isinstance(self._system, SupportsEmbed):
-            score = validation_score(self._system, nets, self._val.batch, seed=self._seed, device=self._device)
-            if score is not None:
-                values[metric_name(score)] = score.mean
-                if self._best is not None and self._is_regular(images_seen):
-                    self._best.record(nets, images_seen, score)
-        return values
+        return values | self._score_held_out(nets, images_seen)
+
+    def score_last(self, nets: Mapping[str, nn.Module], images_seen: int) -> None:
+        """Score the last weights of the stage for the choice of the best ones, if that was not done.
+
+        It was not if the stage was stopped here when its budget was larger.
+        """
+        if self._best is not None and not self._best.is_recorded(images_seen):
+            self._score_held_out(nets, images_seen)
+
+    def _score_held_out(self, nets: Mapping[str, nn.Module], images_seen: int) -> dict[str, float]:
+        """Return the R-precision of the val split under its name, and record it; empty if there is none."""
+        if self._val is None or not isinstance(self._system, SupportsEmbed):
+            return {}
+        score = validation_score(self._system, nets, self._val.batch, seed=self._seed, device=self._device)
+        if score is None:
+            return {}
+        if self._best is not None and self._is_regular(images_seen):
+            self._best.record(nets, images_seen, score)
+        return {metric_name(score): score.mean}
 
     def _is_regular(self, images: int) -> bool:
         """Return whether every run of the stage evaluates here, however often it is stopped."""

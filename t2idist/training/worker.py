@@ -207,6 +207,7 @@ class _StageWorker:
             self._run.record_resumed(stage, resumed)
         evaluator, log = None, None
         if self._world.is_main:
+            best_weights.forget_after(stage.url, trainer.images)
             evaluator, log = self._open_evaluator(), self._open_log()
             log.log_state("training")
         batches = self._open_batches()
@@ -222,7 +223,7 @@ class _StageWorker:
             if evaluator is not None:
                 evaluator.close(finished=trainer.step == stage.settings.steps)
         if trainer.step >= stage.settings.steps:
-            self._export(log)
+            self._export(evaluator, log)
         elif log is not None:
             log.log_state("stopped")
         self._forget_replicas()
@@ -347,9 +348,10 @@ class _StageWorker:
         hooks = stage_hooks(state, settings, self._config.guard, preemption, evaluate)
         loop.run(self._trainer, batches, settings, steps, hooks)
 
-    def _export(self, log: MetricLogger | None) -> None:
+    def _export(self, evaluator: InTrainingEvaluator | None, log: MetricLogger | None) -> None:
         nets = self._trainer.evaluation_nets()
-        if log is not None:
+        if evaluator is not None and log is not None:
+            evaluator.score_last(nets, self._trainer.images)
             if not self._export_best():
                 export.write(self._stage.export_url, nets, self._export_index(self._trainer.images))
             best_weights.remove(self._stage.url)

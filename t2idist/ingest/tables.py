@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import re
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 
 from t2idist import storage
 from t2idist.ingest.annotations import Annotation
-from t2idist.ingest.files import file_size, read_lines, undecodable_part
+from t2idist.ingest.files import file_size, is_image, read_lines, undecodable_part
 from t2idist.ingest.flags import attributes_present, is_flag
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.rejects import Effect, Reason, Reject
@@ -79,15 +80,7 @@ def _csv_records(
 ) -> Iterator[tuple[str, list[str]]]:
     """Yield the header and then the complete rows, each with its location."""
     file_size(url)
-    line_number = 0
-
-    def text() -> Iterator[str]:
-        nonlocal line_number
-        for number, line in read_lines(url):
-            line_number = number
-            yield line.decode("utf-8", "surrogateescape")
-
-    lines = text()
+    lines = _Lines(url)
     first = next(lines, None)
     stated = first and _STATED_DELIMITER.fullmatch(first)
     if stated:
@@ -97,26 +90,82 @@ def _csv_records(
     dialect = _Dialect(stated.group(1), False) if stated else _sniff(first, delimiter, columns)
     if dialect.delimiter != delimiter:
         listing.notes.append(f"{name}: the fields are separated by {_DELIMITERS[dialect.delimiter]}")
-    rows = csv.reader(itertools.chain([first], lines), delimiter=dialect.delimiter, skipinitialspace=dialect.spaced)
+    lines.read_again_from(-1)
+    rows = csv.reader(lines, delimiter=dialect.delimiter, skipinitialspace=dialect.spaced)
     header: list[str] | None = None
     while True:
+        lines.taken.clear()
+        row, problem = list[str](), ""
         try:
             row = next(rows)
         except StopIteration:
             break
         except csv.Error as error:  # for example a field of more than 128 KiB; the reader continues with the next line
-            listing.exclude("", f"{name}, line {line_number}", Reason.MALFORMED, str(error))
+            problem = str(error)
+        if header is not None and (swallowed := _swallowed_row(lines.taken, header, dialect, columns)) is not None:
+            number, text = swallowed
+            detail = f"its quote is not closed before line {number}, which names another image: {text.strip()!r:.80}"
+            listing.exclude("", f"{name}, line {lines.taken[0][0]}", Reason.MALFORMED, detail)
+            lines.read_again_from(1)
             continue
         if dialect.spaced:
             row = [value.strip() for value in row]
-        if header is None:
+        if problem:
+            listing.exclude("", f"{name}, line {lines.number}", Reason.MALFORMED, problem)
+        elif header is None:
             header = row
             yield "", header
         elif row and len(row) != len(header):
             detail = f"{len(row)} fields; the header has {len(header)}"
-            listing.exclude("", f"{name}, line {line_number}", Reason.MALFORMED, detail)
+            listing.exclude("", f"{name}, line {lines.number}", Reason.MALFORMED, detail)
         elif row:
-            yield f"{name}, line {line_number}", row
+            yield f"{name}, line {lines.number}", row
+
+
+class _Lines:
+    """The lines of a text file, some of which may be read again."""
+
+    def __init__(self, url: str) -> None:
+        self._lines = read_lines(url)
+        self._again: deque[tuple[int, str]] = deque()
+        self.taken: list[tuple[int, str]] = []
+        """The lines since it was cleared, with their numbers."""
+        self.number = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        if self._again:
+            numbered = self._again.popleft()
+        else:
+            number, line = next(self._lines)
+            numbered = number, line.decode("utf-8", "surrogateescape")
+        self.taken.append(numbered)
+        self.number = numbered[0]
+        return numbered[1]
+
+    def read_again_from(self, position: int) -> None:
+        """Return the lines from this position of `taken` to those that are still to be read."""
+        self._again.extendleft(reversed(self.taken[position:]))
+
+
+def _swallowed_row(
+    taken: Sequence[tuple[int, str]], header: list[str], dialect: _Dialect, columns: Columns
+) -> tuple[int, str] | None:
+    """Return the line that a quote without an end has made a part of the row before it; None if there is none."""
+    if len(taken) < 2:
+        return None
+    position = header.index(columns.image)
+    own = _split(taken[0][1], dialect.delimiter)
+    numbers = len(own) > position and own[position].strip().isdecimal()
+    for number, line in taken[1:]:
+        fields = _split(line, dialect.delimiter)
+        if len(fields) == len(header):
+            image = fields[position].strip()
+            if is_image(image) or (numbers and image.isdecimal()):
+                return number, line
+    return None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import nn
 from t2idist import storage
 from t2idist.config import EXPORT_BY_SYSTEM, EXPORT_R_PRECISION, StageConfig
 from t2idist.contract import SupportsEmbed, System
+from t2idist.data.shards import Dataset
 from t2idist.engine.checkpoint import export
 from t2idist.evaluate.r_precision import RPrecision
 
@@ -41,6 +42,13 @@ def is_tracked(system: System, settings: StageConfig) -> bool:
     if chosen == EXPORT_BY_SYSTEM:
         chosen = getattr(system, "export_best", "")
     return chosen == EXPORT_R_PRECISION and isinstance(system, SupportsEmbed)
+
+
+def missing_data(dataset: Dataset) -> str:
+    """Return what held-out R-precision lacks in the data; "" if nothing."""
+    if "val" not in dataset.splits:
+        return f"the data has no split val, only {', '.join(dataset.splits)}"
+    return "" if len(set(dataset.split("val").class_ids)) > 1 else "all images of split val have the same class"
 
 
 class BestWeights:

@@ -26,7 +26,7 @@ from t2idist.contract import (
 from t2idist.data.loader import load_split
 from t2idist.data.shards import Dataset
 from t2idist.data.tokenizer import Vocabulary, known_words
-from t2idist.evaluate import best_weights
+from t2idist.evaluate import background_scorer, best_weights
 from t2idist.evaluate.background_scorer import BackgroundScorer
 from t2idist.evaluate.diversity import WITHIN, Diversity
 from t2idist.evaluate.r_precision import metric_name, validation_score
@@ -153,10 +153,7 @@ class InTrainingEvaluator:
             self._best = best_weights.BestWeights(folder, index)
         self._last_images = settings.steps * settings.images_per_step
         if settings.scores_every_images:
-            if not isinstance(system, SupportsSample):
-                raise ValueError(
-                    f"stages.{stage}.scores_every_images: {settings.system} does not generate images from captions"
-                )
+            check_scores(system, config, stage)
             self._scorer = BackgroundScorer(config.scores, folder, index)
 
     def close(self, finished: bool) -> None:
@@ -223,6 +220,22 @@ class InTrainingEvaluator:
         """Return whether every run of the stage evaluates here, however often it is stopped."""
         every, step = self._settings.pictures_every_images, self._settings.images_per_step
         return images >= self._last_images or images // every > (images - step) // every
+
+
+def check_scores(system: System, config: RunConfig, stage: str, with_judge: bool = True) -> None:
+    """Check that the scores for which a stage asks, if it does, can be computed. Raises ValueError.
+
+    Args:
+        with_judge: as in `background_scorer.check`.
+    """
+    settings = config.stages[stage]
+    if not settings.scores_every_images:
+        return
+    if not isinstance(system, SupportsSample):
+        raise ValueError(
+            f"stages.{stage}.scores_every_images: {settings.system} does not generate images from captions; give 0"
+        )
+    background_scorer.check(config.scores, with_judge)
 
 
 def _sample_grid(

@@ -38,7 +38,7 @@ class HeldOut:
 
 def is_tracked(system: System, settings: StageConfig) -> bool:
     """Return whether a stage exports its best weights: as its config says, or as the system declares."""
-    chosen = settings.export_best
+    chosen: str = settings.export_best
     if chosen == EXPORT_BY_SYSTEM:
         chosen = getattr(system, "export_best", "")
     return chosen == EXPORT_R_PRECISION and isinstance(system, SupportsEmbed)

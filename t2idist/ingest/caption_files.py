@@ -6,12 +6,10 @@ import re
 from collections import Counter
 
 from t2idist import storage
-from t2idist.ingest.files import IMAGE_SUFFIXES
+from t2idist.ingest.files import CAPTION_SUFFIXES, IMAGE_SUFFIXES
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.rejects import Reason
 
-_RECOGNISED = (".txt", ".caption")
-"""In this order: an image with both takes the first."""
 _TABLES = (".csv", ".tsv", ".parquet")
 _STRUCTURED = (*_TABLES, ".json", ".jsonl", ".xml", ".yaml", ".yml")
 _BINARY = (".npy", ".npz", ".pt", ".pth", ".pkl", ".pickle", ".zip", ".gz", ".tar", ".db", ".safetensors", ".md", ".py")
@@ -33,7 +31,7 @@ class CaptionFiles:
         self._root = root
         self._listing = listing
         self._extension = extension
-        self._allowed = _RECOGNISED if extension is None else (check_extension(extension),)
+        self._allowed = CAPTION_SUFFIXES if extension is None else (check_extension(extension),)
         self._endings: list[str] = []
         self._used: Counter[str] = Counter()
         self._unused: Counter[str] = Counter()

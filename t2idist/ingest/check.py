@@ -24,8 +24,9 @@ from t2idist.data.statistics import ImageStatistics
 from t2idist.data.tokenizer import count_words
 from t2idist.ingest.contact_sheet import thumbnail
 from t2idist.ingest.duplicates import Fingerprint, fingerprint
+from t2idist.ingest.files import PROGRESS
 from t2idist.ingest.image import decode_rgb
-from t2idist.ingest.writer import PROGRESS, REJECTED
+from t2idist.ingest.writer import REJECTED
 
 _PROBLEMS_KEPT = 20
 _CODE_EXTENSIONS = ("pkl", "pickle", "pyd", "pth", "pt", "npy")

@@ -102,19 +102,24 @@ def _show_status(options: argparse.Namespace) -> int:
 
 def _run(config: RunConfig, options: argparse.Namespace) -> int:
     prints_only = bool(options.plan) or options.dry_run
-    address = "" if options.local else auth.cluster_address(config.cluster.address, os.environ)
+    address = "" if options.local else _cluster_address(config)
     warning = ""
-    if not (options.plan or options.insecure_cluster):
+    if not options.plan:
         warning = auth.check_cluster(address, os.environ, Path.home(), config.cluster.require_token)
+    if warning:
+        warning = "" if options.insecure_cluster else f"{warning}; pass --insecure-cluster if its network is private"
     prepare = functools.partial(_prepare, config, options, warning, not address)
     if prints_only or options.local or address:
         return _train(prepare(), options)
     from t2idist.launch import connection
 
-    if connection.is_initialized():
-        return _train(prepare(), options)
     with connection.start_local_cluster(config.cluster, prepare) as submission:
         return _train(submission, options, own_cluster=True)
+
+
+def _cluster_address(config: RunConfig) -> str:
+    """Return the address of the cluster that the run joins; "" if it starts Ray itself."""
+    return auth.joined_address() or auth.cluster_address(config.cluster.address, os.environ)
 
 
 @dataclass(frozen=True)

@@ -130,15 +130,7 @@ def vector_encoder_facts(meta: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return facts["encoder"] if facts and "name" in facts["encoder"] else None
 
 
-def encode_sentences(encoder: SentenceEncoder, sentences: Sequence[str]) -> Captions:
-    """Encode sentences as vectors without tokens, for a system that reads nothing else.
-
-    Raises ValueError for a sentence without known words.
-    """
-    vectors = encoder.encode(sentences)
-    for sentence, vector in zip(sentences, vectors, strict=True):
-        if not np.isfinite(vector).all():
-            raise ValueError(f'"{sentence}": the encoder knows no word of this sentence')
-    count = len(sentences)
-    lengths = torch.ones(count, dtype=torch.int64)
-    return Captions(torch.zeros(count, 1, dtype=torch.int64), lengths, torch.from_numpy(vectors))
+def vector_captions(vectors: NDArray[np.float32]) -> Captions:
+    """Return captions of sentence vectors (n, dim) without tokens, for a system that reads nothing else."""
+    tokens, lengths = torch.zeros(len(vectors), 1, dtype=torch.int64), torch.ones(len(vectors), dtype=torch.int64)
+    return Captions(tokens, lengths, torch.from_numpy(vectors))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from t2idist import storage
 from t2idist.data.text_files import decode_text
 from t2idist.data.tokenizer import Vocabulary, known_words
+from t2idist.observability.command import describe_error
 
 _MAX_NAMED = 5
 
@@ -30,7 +31,7 @@ def read_captions(url: str, encoding: str | None) -> list[Sentence]:
     try:
         text = decode_text(storage.read_bytes(url), f"--captions {where}", encoding)
     except OSError as error:
-        raise ValueError(f"--captions {where}: {error.strerror or error or type(error).__name__}") from None
+        raise ValueError(f"--captions {describe_error(error)}") from None
     lines = ((number, line.strip()) for number, line in enumerate(text.splitlines(), start=1))
     return [Sentence(line, f"{where}, line {number}") for number, line in lines if line]
 

@@ -59,6 +59,22 @@ def test_translate_never_writes_over_an_input(stargan: str, tmp_path: Path, caps
     assert contents(tmp_path / "own")["face.png"] == before["own/face.png"]
 
 
+def test_translate_never_writes_over_a_hidden_input_or_one_in_another_case(
+    stargan: str, tmp_path: Path, capsys: Capture
+) -> None:
+    for name, output in ((".face.png", ".face.png"), ("Face.PNG", "Face.png")):
+        photo = write_photo(tmp_path / "own" / name)
+        before = contents(tmp_path / "own")
+        assert translate_images(stargan, "--image", photo, "--out", str(tmp_path / "own")) == 2
+        assert f"own/{output}: is an input of this command" in capsys.readouterr().err
+        assert contents(tmp_path / "own") == before
+    other = write_photo(tmp_path / "out/.face.png", seed=1)
+    before = contents(tmp_path / "out")
+    assert translate_images(stargan, "--image", str(tmp_path / "own/.face.png"), "--out", str(Path(other).parent)) == 2
+    assert "out/.face.png: is not an image of this command" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == before
+
+
 def test_translate_does_not_write_over_a_foreign_image(stargan: str, tmp_path: Path, capsys: Capture) -> None:
     photo, other = write_photo(tmp_path / "a/face.png"), write_photo(tmp_path / "out/face.png", seed=1)
     before = Path(other).read_bytes()

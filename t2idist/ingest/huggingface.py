@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,6 +20,7 @@ from t2idist.ingest.tables import Columns, table_rows
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 FILE_NAME = "file_name"
+_SNIFFED_LINES = 10
 _FIELDS = Fields(image=FILE_NAME, split="split")
 
 
@@ -46,6 +49,16 @@ def has_file_names(url: str, fields: Fields) -> bool:
     """Check whether a metadata file names images by `file_name`, or the field that is given for it."""
     name = fields.image or FILE_NAME
     return name in field_names(url, name)
+
+
+def _keys_of_lines(url: str) -> list[str]:
+    """Return the keys of the first lines that are objects; the reader rejects the others."""
+    keys: dict[str, None] = {}
+    for line in itertools.islice((line for _, line in read_lines(url) if line.strip()), _SNIFFED_LINES):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(line.decode("utf-8", "surrogateescape"))
+            keys |= dict.fromkeys(value if isinstance(value, dict) else ())
+    return list(keys)
 
 
 def _folder(name: str) -> str:
@@ -93,7 +106,6 @@ def field_names(url: str, *wanted: str) -> list[str]:
         if not url.lower().endswith(".jsonl"):
             headers = [next(csv.reader([line.decode("utf-8", "replace")], delimiter=each), []) for each in ",;\t|"]
             return next((header for header in headers if set(wanted) & set(header)), headers[0])
-        first = json.loads(line.decode("utf-8", "surrogateescape") or "{}")
-        return list(first) if isinstance(first, dict) else []
+        return _keys_of_lines(url)
     except (csv.Error, ValueError, RecursionError):
         return []

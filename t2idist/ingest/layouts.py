@@ -25,6 +25,7 @@ _HINTS = {
     ".zip": "unzip them first",
     ".7z": "unpack them first",
     ".rar": "unpack them first",
+    **dict.fromkeys((".bz2", ".xz", ".zst"), "unpack them first; of archives, .tar and .tar.gz are read as they are"),
     ".arrow": "write them as Parquet first, with to_parquet of the package datasets",
     ".tfrecord": "write them as Parquet or as webdataset tars first",
 }

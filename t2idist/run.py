@@ -102,19 +102,24 @@ def _show_status(options: argparse.Namespace) -> int:
 
 def _run(config: RunConfig, options: argparse.Namespace) -> int:
     prints_only = bool(options.plan) or options.dry_run
-    address = "" if options.local else auth.cluster_address(config.cluster.address, os.environ)
+    address = "" if options.local else _cluster_address(config)
     warning = ""
-    if not (options.plan or options.insecure_cluster):
+    if not options.plan:
         warning = auth.check_cluster(address, os.environ, Path.home(), config.cluster.require_token)
-    prepare = functools.partial(_prepare, config, options, warning)
+    if warning:
+        warning = "" if options.insecure_cluster else f"{warning}; pass --insecure-cluster if its network is private"
+    prepare = functools.partial(_prepare, config, options, warning, not address)
     if prints_only or options.local or address:
         return _train(prepare(), options)
     from t2idist.launch import connection
 
-    if connection.is_initialized():
-        return _train(prepare(), options)
     with connection.start_local_cluster(config.cluster, prepare) as submission:
         return _train(submission, options, own_cluster=True)
+
+
+def _cluster_address(config: RunConfig) -> str:
+    """Return the address of the cluster that the run joins; "" if it starts Ray itself."""
+    return auth.joined_address() or auth.cluster_address(config.cluster.address, os.environ)
 
 
 @dataclass(frozen=True)
@@ -128,8 +133,12 @@ class _Submission:
     log_context: logs.LogContext
 
 
-def _prepare(config: RunConfig, options: argparse.Namespace, warning: str) -> _Submission | None:
-    """Check the run, and log `warning`. With --plan and --dry-run, print their page and return None."""
+def _prepare(config: RunConfig, options: argparse.Namespace, warning: str, local: bool) -> _Submission | None:
+    """Check the run, and log `warning`. With --plan and --dry-run, print their page and return None.
+
+    Args:
+        local: the run trains on this machine, in this process or on a Ray cluster that it starts.
+    """
     from t2idist.observability import hook
     from t2idist.preflight import dry_run
     from t2idist.training import options as run_options
@@ -151,9 +160,9 @@ def _prepare(config: RunConfig, options: argparse.Namespace, warning: str) -> _S
         logger.warning(warning)
     _print(config, f"{config.name}: {config.about or ', '.join(config.stages)}")
     if options.dry_run:
-        print(dry_run.describe(config, resume_point, local=options.local), flush=True)
+        print(dry_run.describe(config, resume_point, local), flush=True)
         return None
-    dry_run.check(config, resume_point, local=options.local)
+    dry_run.check(config, resume_point, local)
     if not options.local:
         import t2idist.launch.submit  # noqa: F401  # importing Ray Train takes seconds, here while Ray starts
     return _Submission(config, stop_after, resume_point, hook_command, log_context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
 import importlib
 import json
 import os
@@ -10,6 +11,7 @@ import re
 import resource
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -21,11 +23,13 @@ from t2idist import cli
 from t2idist.config import DataConfig, load
 from t2idist.config.strict import to_dict, to_yaml
 from t2idist.data.shards import Dataset
+from tests.convert.author_files import SMALL, make_weights, write_weights
 from tests.helpers import small_systems, toy_gan
 from tests.helpers.object_store import SECRET, seaweedfs
+from tests.helpers.shard_sets import WORDS as SET_WORDS
 from tests.helpers.shard_sets import make_sample, write_set
 
-WORDS = ["<end>", "red", "green", *(f"word{i}" for i in range(toy_gan.VOCABULARY_SIZE - 3))]
+WORDS = ["<end>", *SET_WORDS, *(f"word{i}" for i in range(toy_gan.VOCABULARY_SIZE - 1 - len(SET_WORDS)))]
 
 READERS = {
     "sample": "sample --export PLACE --text red --out OUT",
@@ -55,7 +59,9 @@ WRITERS = {
     "sample": "sample --export ATTNGAN --text red --n 1 --out PLACE",
     "translate": "translate --export STARGAN --image IMAGE --set Smiling --out PLACE",
     "style": "style --export STYLE --data DATA --split train --clusters 2 --folds 2 --out PLACE/style.json",
+    "score": "score --export ATTNGAN --data DATA --split train --metrics kid --n 8 --bootstrap 0 --out PLACE",
     "convert export": "convert export --export ATTNGAN --to PLACE",
+    "convert import": "convert import --system stackgan_pp --from WEIGHTS --to PLACE",
     "train": "train attngan --local data.source=DATA storage=PLACE",
     "train --dry-run": "train attngan --dry-run data.source=DATA storage=PLACE",
     "embed_captions": "tools/embed_captions --data DATA --to PLACE --encoder DAMSM",
@@ -80,6 +86,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for number in range(4):
         (folder / f"images/{number}.png").write_bytes(make_sample(number).image)
         (folder / f"images/{number}.txt").write_text(f"a red thing with {'very ' * number}round corners\n")
+    write_weights(folder, "weights.pth", make_weights(SMALL["stackganv2/netG"]))
     run_folder = folder / "runs/mine"
     run_folder.mkdir(parents=True)
     (run_folder / "config.yaml").write_text(to_yaml(load("attngan", ["name=mine"])))
@@ -90,6 +97,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "FOLDER": str(folder / "images"),
         "IMAGE": str(folder / "images/0.png"),
         "RUNS": str(folder / "runs"),
+        "WEIGHTS": str(folder / "weights.pth"),
     }
 
 
@@ -112,7 +120,7 @@ def run(line: str, places: dict[str, str]) -> int:
     return status
 
 
-_LOG = re.compile(r"^(INFO|WARNING|problems:)|images/s|it/s")
+_LOG = re.compile(r"^(INFO|WARNING|problems:)|images/s|it/s|chunk/s")
 
 
 def check_sentence(error: str, place: str = "") -> None:
@@ -150,6 +158,63 @@ def test_file_in_place_of_a_folder_is_one_sentence(
     assert run(READERS[command], {**places, "PLACE": place, "OUT": str(tmp_path / "out")}) == expected
     captured = capsys.readouterr()
     check_sentence(captured.out if command == "check_shards" else captured.err, place)
+
+
+SIGNED = {
+    "style --labels": "style --export STYLE --data DATA --split train --labels PLACE --out OUT/style.json",
+    "sample --captions": "sample --export ATTNGAN --captions PLACE --out OUT",
+    "translate --image": "translate --export STARGAN --image PLACE --set Smiling --out OUT",
+    "sample --out": "sample --export ATTNGAN --text red --n 1 --out PLACE",
+    "translate --out": "translate --export STARGAN --image IMAGE --set Smiling --out PLACE",
+    "style --out": WRITERS["style"].replace("PLACE/style.json", "PLACE"),
+}
+
+
+@pytest.mark.parametrize("command", SIGNED)
+@pytest.mark.parametrize("answer", [200, 401, 403, 404, 410])
+def test_signature_of_a_url_is_never_printed(
+    command: str, answer: int, places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And an answer that stays the same is not asked for again."""
+    with answering_server(answer) as address:
+        place = f"{address}/file?X-Amz-Signature={SECRET}"
+        assert run(SIGNED[command], {**places, "PLACE": place, "OUT": str(tmp_path / "out")}) in (1, 2)
+    check_sentence(capsys.readouterr().err, f"{address}/file")
+
+
+@contextlib.contextmanager
+def answering_server(status: int) -> Iterator[str]:
+    """Run a server that answers every request with this status and a page of text; writing is never allowed."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._answer(status)
+
+        def do_HEAD(self) -> None:
+            self._answer(status)
+
+        def do_PUT(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self._answer(405)
+
+        def _answer(self, code: int) -> None:
+            body = b"<html>\xff\xfe</html>"
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def log_message(self, *arguments: object) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @contextlib.contextmanager
@@ -233,8 +298,30 @@ def test_full_disk_is_one_sentence(
 ) -> None:
     with full_disk():
         status = run(WRITERS[command], {**places, "PLACE": str(tmp_path / "out")})
-    assert status == (2 if command.startswith("train") else 1)  # found before the run starts
+    # a run finds it before it starts; a score below a limit is 1
+    assert status == (2 if command.startswith(("train", "score")) else 1)
     check_sentence(capsys.readouterr().err, str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("kind", ["read-only", "full"])
+def test_report_into_a_folder_that_cannot_be_written_is_one_sentence(kind: str, places: dict[str, str]) -> None:
+    run_folder = f"{places['RUNS']}/mine"
+    before = {"full": "ulimit -f 0", "read-only": 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0"'}[kind]
+    shell = [
+        "sh",
+        "-c",
+        f'{before} && exec "$@"',
+        run_folder,
+        sys.executable,
+        "-m",
+        "t2idist.cli",
+        "report",
+        run_folder,
+    ]
+    command = shell if kind == "full" else ["unshare", "--map-root-user", "--mount", *shell]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == (1 if kind == "full" else 2), done.stderr
+    check_sentence(done.stderr, run_folder)
 
 
 PRINTERS = {

@@ -76,7 +76,7 @@ ALLOWED: dict[str, set[str]] = {
         "evaluate",
         "report",
     },
-    "preflight": {"contract", "config", "storage", "nn", "systems", "engine", "data", "training"},
+    "preflight": {"contract", "config", "storage", "nn", "systems", "engine", "data", "evaluate", "training"},
     "launch": {"config", "observability", "storage", "engine", "training"},
     "run": {"config", "observability", "storage", "engine.preemption", "launch", "preflight", "report", "training"},
     "cli": {"config", "convert", "evaluate", "launch", "observability", "report", "run", "sampling"},

@@ -37,7 +37,7 @@ def check(options: argparse.Namespace) -> int:
             dataset, description, processes=options.processes, fingerprints=options.duplicates, on_sheet=keys,
             report=progress.update,
         )  # fmt: skip
-    quality = {**dataset.quality, IMAGES_KEY: result.images.describe()}
+    quality = {**dataset.quality, IMAGES_KEY: result.equal_images}
     print_findings("check_shards.py", problems_of(replace(dataset, quality=quality)), sys.stderr)
     print(cli.summary(options.url, description))
     if options.duplicates:

@@ -14,7 +14,7 @@ from t2idist.ingest.listing import Listing
 def list_images(options: argparse.Namespace, listing: Listing) -> None:
     splits = [parse_split(text) for text in options.split]
     if options.coco is not None:
-        splits += find_splits(options.coco, options.splits)
+        splits += find_splits(options.coco, options.splits, listing.notes)
     if not splits:
         raise ValueError("no data given; use --coco FOLDER, or --split NAME=IMAGES_URL,ANNOTATIONS_URL")
     list_coco(splits, listing)
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--splits",
         nargs="+",
         default=[],
-        help="e.g. train2017 val2017 (default: all with captions; of several years train2014 and val2014)",
+        help="e.g. train2017 val2017 (default: all with captions; of several years, 2014)",
     )
     parser.add_argument(
         "--split",

@@ -18,20 +18,21 @@ Convert a folder of images and captions to a shard set. The annotations are in c
 {"image": "a.jpg", "caption": "..."} ("captions": a list; optional: "attributes", "class", "split"); in a
 table (--table); or in name.txt, name.caption or name.jpg.txt next to each name.jpg, with one caption per
 line. Image folders of Hugging Face (metadata.jsonl or .csv), Parquet files with embedded images and
-webdataset tars are recognised. Folders and files named train, validation and test are splits."""
+webdataset tars are recognised, and so is one table beside the images. Folders and files named train,
+validation and test are splits, and so is what a field "split" states."""
 
 
 def list_images(options: argparse.Namespace, listing: Listing) -> None:
     fields = Fields(
         options.image_column, options.caption_column, options.attributes_column, options.class_column,
-        options.split_column,
+        "" if options.split_column is None and options.split_by_hash else options.split_column,
     )  # fmt: skip
     columns = Columns(
         image=options.image_column or "image",
         caption="caption" if options.caption_column is None else options.caption_column or None,
         attributes=options.attributes_column,
         class_name=options.class_column,
-        split=options.split_column,
+        split=fields.split,
         flags=tuple(name.strip() for name in (options.attribute_columns or "").split(",") if name.strip()),
     )
     folder_options = FolderOptions(
@@ -43,7 +44,7 @@ def list_images(options: argparse.Namespace, listing: Listing) -> None:
     def list_plain() -> str:
         return list_folder(
             options.folder, listing, folder_options, table=options.table, columns=columns,
-            captions_url=options.captions,
+            captions_url=options.captions, fields=fields,
         )  # fmt: skip
 
     annotated = options.table is not None or options.captions is not None
@@ -73,12 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--attribute-columns", metavar="A,B", help="columns of 1 and 0 (-1, true, yes ...), one per attribute; or 'all'"
     )
     parser.add_argument("--class-column", metavar="NAME")
-    parser.add_argument("--split-column", metavar="NAME")
+    parser.add_argument("--split-column", metavar="NAME", help="default: split, if there is one; '': none")
     share = "share of the images, if the data has no splits (default: %(default)s)"
     parser.add_argument("--val", type=float, default=0.05, metavar="SHARE", help=share)
     parser.add_argument("--test", type=float, default=0.05, metavar="SHARE", help=share)
     parser.add_argument("--split-by-class", action="store_true", help="assign whole classes to splits")
-    parser.add_argument("--split-by-hash", action="store_true", help="folders named train, ... are not splits")
+    parser.add_argument("--split-by-hash", action="store_true", help="use no splits that the data states")
     parser.add_argument("--allow-no-captions", action="store_true", help="keep images without captions")
     return cli.main(parser, "folder", list_images, arguments)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class RangeError(ValueError):
-    """A number is out of its range; the sentence begins with the name of the field."""
+    """A value is out of its range; the sentence begins with the name of the field."""
 
 
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {

@@ -6,14 +6,14 @@ import importlib.metadata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from t2idist.config.ranges import check_ranges
+from t2idist.config.ranges import RangeError, check_ranges
 from t2idist.config.strict import from_dict, parse_value, parse_yaml, to_dict, type_at, unknown_key
 
 EXPORT_BY_SYSTEM, EXPORT_R_PRECISION = "auto", "r_precision"
-EXPORTS_BEST = (EXPORT_BY_SYSTEM, EXPORT_R_PRECISION, "last")
-PRECISIONS = ("bfloat16", "float32", "float64")
+_Precision = Literal["bfloat16", "float32", "float64"]
+PRECISIONS: tuple[_Precision, ...] = get_args(_Precision)
 METRICS = ("fid", "kid", "is", "prdc", "r_precision", "clip_r", "damsm_r", "memorisation")
 """The metrics of evaluate/score.py."""
 DEEPSPEED = "0.19.8"
@@ -70,14 +70,14 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.endpoint_url is not None and "@" in self.endpoint_url:
-            raise ValueError("data.endpoint_url: credentials do not belong in it; use the environment or files")
+            raise RangeError("endpoint_url: credentials do not belong in it; use the environment or files")
         check_ranges(self, above_0="samples size max_words vectors_mean_of threads prefetch_mib")
         if not 0.0 <= self.max_bad <= 1.0:
-            raise ValueError(f"data.max_bad: {self.max_bad}; allowed are 0 (none) to 1 (any share of the samples)")
+            raise RangeError(f"max_bad: {self.max_bad}; allowed are 0 (none) to 1 (any share of the samples)")
         if not 0.0 <= self.cache_gib <= 1e6:
-            raise ValueError(f"data.cache_gib: {self.cache_gib}; allowed are 0 (no cache) and more")
+            raise RangeError(f"cache_gib: {self.cache_gib}; allowed are 0 (no cache) and more")
         if not 1.0 <= self.crop <= 4.0:
-            raise ValueError(f"data.crop: {self.crop}; allowed are 1 (no crop) to 4")
+            raise RangeError(f"crop: {self.crop}; allowed are 1 (no crop) to 4")
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class StageConfig:
     pictures_every_images: int = 50_000
     scores_every_images: int = 0
     """how often the averaged weights are scored in training, as `RunConfig.scores` says; 0 is never"""
-    export_best: str = "auto"
+    export_best: Literal["auto", "r_precision", "last"] = "auto"
     """either "last", or "r_precision": the weights of best held-out R-precision, if the last are worse by more than
     noise; "auto" is what the system declares (damsm and char_text: r_precision)"""
     init_from: str = ""
@@ -117,8 +117,6 @@ class StageConfig:
             above_0="group_size groups images max_groups_per_worker checkpoint_every_images pictures_every_images",
             at_least_0="scores_every_images",
         )
-        if self.export_best not in EXPORTS_BEST:
-            raise ValueError(f"export_best: '{self.export_best}'; allowed are {', '.join(EXPORTS_BEST)}")
 
     @property
     def images_per_step(self) -> int:
@@ -141,7 +139,7 @@ class CheckpointConfig:
     """number of the newest committed checkpoints to keep"""
     keep_every_images: int = 0
     """also keep one checkpoint per this many images; 0 keeps none"""
-    when_busy: str = "wait"
+    when_busy: Literal["wait", "skip"] = "wait"
     """either "wait" or "skip" if a checkpoint is due while the previous one is still being written"""
     memory: bool = True
     """also keep replicas in the memory of the cluster's nodes"""
@@ -150,8 +148,6 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, above_0="keep", at_least_0="keep_every_images memory_every_steps")
-        if self.when_busy not in ("wait", "skip"):
-            raise ValueError(f"checkpoint.when_busy: '{self.when_busy}'; allowed are wait and skip")
 
 
 @dataclass(frozen=True)
@@ -266,9 +262,9 @@ class RunConfig:
     storage: str = "runs"
     """folder or URL for run folders"""
     seed: int = 0
-    precision: str = "bfloat16"
+    precision: _Precision = "bfloat16"
     """one of `PRECISIONS`; bfloat16 is autocast, the weights stay float32"""
-    strategy: str = "ddp"
+    strategy: Literal["ddp", "deepspeed"] = "ddp"
     """either "ddp" (every worker has the whole optimizer) or "deepspeed"; may change when the run resumes"""
     zero: int = 0
     """what DeepSpeed partitions: 1 the optimizer state, 2 also the gradients; 0 with ddp; may change on resume"""
@@ -284,8 +280,6 @@ class RunConfig:
             raise ValueError(f"name: {self.name!r}; allowed are letters, digits, '.', '_' and '-'")
         if self.name.startswith("."):
             raise ValueError(f"name: {self.name!r}; it must not start with a dot")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision: {self.precision!r}; allowed are {', '.join(PRECISIONS)}")
         self._check_strategy()
         _check_seed("seed", self.seed)
         if not self.stages:
@@ -297,8 +291,6 @@ class RunConfig:
             self._check_scale(name, stage)
 
     def _check_strategy(self) -> None:
-        if self.strategy not in ("ddp", "deepspeed"):
-            raise ValueError(f"strategy: {self.strategy!r}; allowed are ddp and deepspeed")
         if self.strategy == "ddp":
             if self.zero != 0:
                 raise ValueError(f"zero: {self.zero}; it needs strategy: deepspeed, and the strategy is ddp")

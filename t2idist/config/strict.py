@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import difflib
@@ -161,14 +162,29 @@ def type_at(cls: Any, path: Sequence[str]) -> Any:
 
 
 def parse_value(text: str, hint: Any, source: str) -> Any:
-    """Parse one YAML value of a known type: where a text is expected, 123 and true are texts."""
-    value = parse_yaml(text, source)
+    """Parse one YAML value of a known type: where a text is expected, 123 and true are texts.
+
+    A key that takes nothing but a text takes it as it stands, such as "x: y" or "@home", unless it is in quotes.
+    """
     choices = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if (value is None and type(None) in choices) or not {str, tuple[str, ...], dict[str, str]} & set(choices):
+    if {*choices} - {types.NoneType} == {str}:
+        return _parse_text(text.strip(), types.NoneType in choices)
+    value = parse_yaml(text, source)
+    if (value is None and types.NoneType in choices) or not {str, tuple[str, ...], dict[str, str]} & set(choices):
         return value
     if isinstance(value, list | dict):
         return yaml.BaseLoader(text).get_single_data()  # every scalar is a text
     return value if isinstance(value, str) else text.strip()
+
+
+def _parse_text(text: str, optional: bool) -> str | None:
+    if optional and text in ("", "~", "null", "Null", "NULL"):
+        return None
+    if text[:1] in ("'", '"'):
+        with contextlib.suppress(ValueError):  # for example 'tis
+            value = parse_yaml(text, text)
+            return value if isinstance(value, str) else text
+    return text
 
 
 def to_yaml(config: Any) -> str:

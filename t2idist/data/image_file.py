@@ -21,6 +21,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 _ORIENTATION = 0x0112
 _BITS_PER_SAMPLE = 258
+_TIFF = (b"II*\0", b"MM\0*")
 
 
 class UnusableImage(Exception):
@@ -90,10 +91,30 @@ def is_16_bit(image: Image.Image, data: bytes) -> bool:
     return False
 
 
+def _scale(image: Image.Image) -> tuple[Image.Image, int]:
+    """Convert values of 32 bits, whose range no file states, to 8 bits. Returns the highest value of the range too.
+
+    Raises UnusableImage if they are in none of the usual ranges.
+    """
+    values = np.asarray(image).astype(np.float64)
+    low, high = values.min(), values.max()
+    ranges = (1, 255, 65535) if image.mode == "F" else (255, 65535)
+    highest = next((each for each in ranges if low >= 0 and high <= each), None)  # none if a value is not a number
+    if highest is None:
+        allowed = ", ".join(f"0 to {each}" for each in ranges)
+        raise UnusableImage(
+            Reason.DAMAGED, f"mode {image.mode} with values from {low:g} to {high:g}; read are {allowed}"
+        )
+    return Image.fromarray((values * (255 / highest)).round().astype(np.uint8)), highest
+
+
 def to_rgb(image: Image.Image, data: bytes, repairs: list[tuple[Reason, str]]) -> Image.Image:
     """Convert to RGB, transparent images on white. Appends what was done to `repairs`."""
     mode = image.mode
-    if is_16_bit(image, data):
+    if mode == "F" or (mode == "I" and data.startswith(_TIFF)):
+        image, highest = _scale(image)
+        repairs.append((Reason.OTHER_COLOURS, f"mode {mode}, read as 0 to {highest}"))
+    elif is_16_bit(image, data):
         repairs.append((Reason.SIXTEEN_BIT, f"mode {mode}"))
         if mode.startswith("I"):
             values = np.asarray(image).astype(np.int64)
@@ -104,7 +125,7 @@ def to_rgb(image: Image.Image, data: bytes, repairs: list[tuple[Reason, str]]) -
         repairs.append((Reason.PALETTE, f"mode {mode}"))
     elif mode == "CMYK":
         repairs.append((Reason.CMYK, f"mode {mode}"))
-    elif mode not in ("RGB", "RGBA"):
+    elif mode not in ("RGB", "RGBA", "F"):
         repairs.append((Reason.OTHER_COLOURS, f"mode {mode}"))
     try:
         if image.has_transparency_data:

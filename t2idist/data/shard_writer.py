@@ -18,7 +18,7 @@ from t2idist import storage
 from t2idist.data.sample_format import PackedSample, SampleRecord, pack
 from t2idist.data.shards import COLUMNS, DESCRIPTION, MANIFEST, SCHEMA_VERSION, SentenceVectorInfo, Shard
 from t2idist.data.statistics import IMAGES_KEY, ImageStatistics
-from t2idist.data.tokenizer import ASCII, UNICODE, WORDS, Vocabulary, recorded, tokenize
+from t2idist.data.tokenizer import ASCII, UNICODE, Vocabulary, recorded, tokenize, words_of
 
 _TAR_END = bytes(2 * tarfile.BLOCKSIZE)
 Row = dict[str, Any]
@@ -175,7 +175,8 @@ def write_index(
     """
     statistics: dict[str, _CaptionStatistics] = {split: _CaptionStatistics(tokenizer) for split in shards}
     attributes: Counter[str] = Counter()
-    images = ImageStatistics()
+    images = ImageStatistics({split: sum(shard.samples for shard in of_split) for split, of_split in shards.items()})
+    position = 0
     sink = io.BytesIO()
     with pq.ParquetWriter(sink, COLUMNS, compression="zstd") as writer:
         for rows in rows_of_shards:
@@ -184,7 +185,8 @@ def write_index(
             for row in rows:
                 attributes.update(row["attributes"])
                 if "image" in row:  # records of an interrupted run of an older version lack it
-                    images.add(row["split"], row["key"], row["image"])
+                    images.add(position, row["image"])
+                position += 1
                 statistics[row["split"]].add(row["captions"])
     manifest = sink.getvalue()
     storage.write_bytes(storage.join(url, MANIFEST), manifest)
@@ -200,17 +202,28 @@ def write_index(
         "schema": SCHEMA_VERSION,
         **facts,
         **recorded(tokenizer),
-        **({"words": WORDS} if tokenizer == UNICODE else {}),
+        **({"words": words_of(counts)} if tokenizer == UNICODE else {}),
         "manifest": {"bytes": len(manifest), "sha256": storage.sha256(manifest)},
         "splits": splits,
         "captions": {split: of_split.summary(set(known)) for split, of_split in statistics.items()},
         "attributes": sorted(attributes),
         "attribute_counts": {name: attributes[name] for name in sorted(attributes)},
         "vocabulary": {word: counts[word] for word in known},
-        **({IMAGES_KEY: equal} if (equal := images.describe()) else {}),
+        **({IMAGES_KEY: equal} if (equal := images.describe(lambda position: _key_at(manifest, position))) else {}),
     }
     storage.write_json(storage.join(url, DESCRIPTION), description)
     return description
+
+
+def _key_at(manifest: bytes, position: int) -> str:
+    """Return the key of the sample at a position, from the part of the manifest that holds it."""
+    file = pq.ParquetFile(pa.BufferReader(manifest))
+    for group in range(file.num_row_groups):
+        rows = file.metadata.row_group(group).num_rows
+        if position < rows:
+            return str(file.read_row_group(group, ["key"])["key"][position])
+        position -= rows
+    raise AssertionError("unreachable")
 
 
 @dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import itertools
 import re
+import string
 import unicodedata
 from collections.abc import Iterable, Iterator
 
@@ -25,7 +26,11 @@ _MARKS = (
 )
 _SAMPLE_BYTES = 4096
 _MAX_STRAY_NULS = 0.25
-"""Share of NULs up to which otherwise plain ASCII text is ASCII with stray NULs; in UTF-16 they are half of it."""
+"""Share of NULs up to which what looks like text of another encoding is that, with stray NULs."""
+_LATIN_SHARE = 0.6
+"""Share of ASCII letters and blanks from which bytes are text of a Latin script; UTF-16 with few NULs has fewer."""
+_LETTERS_AND_BLANKS = (string.ascii_letters + " ").encode()
+_CONTROLS = re.compile(rb"[\x01-\x08\x0e-\x1f]")
 _BETWEEN_LETTERS = re.compile(r"\w\x00+\w")
 _KEEP_INVALID = "t2idist-keep-invalid"
 
@@ -96,7 +101,7 @@ def _utf16_without_mark(data: bytes) -> str | None:
     nuls = data.strip(b"\0").count(0)
     if not nuls:
         return None
-    if nuls < _MAX_STRAY_NULS * len(data) and data.isascii():
+    if nuls < _MAX_STRAY_NULS * len(data) and _is_text_of_bytes(data):
         return None
     ascii_letters: dict[str, int] = {}
     for name in ("utf-16-le", "utf-16-be"):
@@ -105,6 +110,18 @@ def _utf16_without_mark(data: bytes) -> str | None:
             ascii_letters[name] = sum(map(str.isascii, text))
     best = max(ascii_letters, key=lambda name: ascii_letters[name], default=None)
     return best if best is not None and ascii_letters[best] else None
+
+
+def _is_text_of_bytes(data: bytes) -> bool:
+    """Check whether bytes are UTF-8, with a cut character at the end or none, or text of any encoding like Latin-1."""
+    if _CONTROLS.search(data):  # half of the letters of UTF-16 in many scripts
+        return False
+    try:
+        codecs.getincrementaldecoder(UTF8)().decode(data)
+        return True
+    except UnicodeDecodeError:
+        others = len(data.translate(None, _LETTERS_AND_BLANKS + b"\0"))
+        return others <= (1 - _LATIN_SHARE) * (len(data) - data.count(0))
 
 
 def undecodable(text: bytes | str, encoding: str | None = None) -> str | None:

@@ -114,8 +114,15 @@ def lost_letters(caption: str, tokenizer: str) -> str:
     return "".join(character for character in caption if character.isalpha() and not character.isascii())
 
 
-WORDS = "lower case, NFKC; each character is a word in Chinese, Japanese, Thai, Lao, Burmese and Khmer"
-"""What dataset.json says about the words of `UNICODE`."""
+_PLAIN_WORDS = "lower case, NFKC"
+WORDS = f"{_PLAIN_WORDS}; each character is a word in Chinese, Japanese, Thai, Lao, Burmese and Khmer (no segmenter)"
+"""The words of `UNICODE`."""
+
+
+def words_of(words: Iterable[str]) -> str:
+    """Return what dataset.json says about the words of `UNICODE`; of characters only if some of these words are."""
+    blankless = re.compile(f"[{_WITHOUT_BLANKS}]")
+    return WORDS if any(blankless.match(word) for word in words) else _PLAIN_WORDS
 
 
 def recorded(tokenizer: str) -> dict[str, str]:

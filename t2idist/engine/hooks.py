@@ -75,13 +75,16 @@ class StageState:
 def stage_hooks(
     state: StageState, stage: StageConfig, guard: GuardConfig, preemption: PreemptionHandler, evaluate: EvaluateFn
 ) -> list[Hook]:
-    """Return the hooks of a stage, in the order in which they follow a step."""
+    """Return the hooks of a stage, in the order in which they follow a step.
+
+    An evaluation comes before all that stores the state, because a run that resumes from a state does not evaluate it.
+    """
     timer = StepTimer(state)
     return [
         ReportMetrics(state, stage, guard, timer),
+        EvaluateNetworks(state, stage, evaluate, timer),
         CopyToReplicas(state),
         CheckPreemption(state, preemption),
-        EvaluateNetworks(state, stage, evaluate, timer),
         SaveCheckpoints(state, stage, timer),
     ]
 

@@ -29,6 +29,7 @@ from t2idist.config.strict import from_dict
 from t2idist.engine.checkpoint import export
 from t2idist.evaluate.feature_extractors import WeightsFile, open_extractor
 from t2idist.evaluate.score import Settings, score_in_background
+from t2idist.evaluate.score_chunks import DamsmExtractor
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +55,7 @@ class BackgroundScorer:
     """
 
     def __init__(self, config: ScoresConfig, folder: str, index: Callable[[int], dict[str, Any]]) -> None:
-        score_settings(config, "", "")  # reports an invalid configuration now
-        open_extractor(config.extractor, WeightsFile(config.weights, config.weights_sha256), torch.device("cpu"))
+        check(config)
         self._stage, self._folder = folder, storage.join(folder, SCORED_FOLDER)
         self._index, self._share = index, config.share
         self._submitted: int | None = None
@@ -103,6 +103,27 @@ class BackgroundScorer:
             self._process.stdin.flush()
         except OSError:
             logger.warning("the scoring process has ended; its last output says why")
+
+
+def check(config: ScoresConfig, with_judge: bool = True) -> None:
+    """Check the configuration, and that its extractors can be opened.
+
+    Args:
+        with_judge: the judge has been trained.
+
+    Raises:
+        ValueError: They cannot; the message has the options of ``t2idist score``, which the keys are named like.
+    """
+    cpu = torch.device("cpu")
+    try:
+        score_settings(config, "", "")
+        open_extractor(config.extractor, WeightsFile(config.weights, config.weights_sha256), cpu)
+        if "clip_r" in config.metrics:
+            raise ValueError("--metrics clip_r: not during training; give it to t2idist score")
+        if "damsm_r" in config.metrics and with_judge:
+            DamsmExtractor(config.judge, cpu)
+    except ValueError as error:
+        raise ValueError(f"scores: {error}") from None
 
 
 def score_settings(config: ScoresConfig, url: str, folder: str) -> Settings:

@@ -6,7 +6,7 @@ are functions of the networks alone: a stage that was stopped and resumed, on an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from t2idist import storage
 from t2idist.config import EXPORT_BY_SYSTEM, EXPORT_R_PRECISION, StageConfig
 from t2idist.contract import SupportsEmbed, System
+from t2idist.data.shards import Dataset
 from t2idist.engine.checkpoint import export
 from t2idist.evaluate.r_precision import RPrecision
 
@@ -37,10 +38,17 @@ class HeldOut:
 
 def is_tracked(system: System, settings: StageConfig) -> bool:
     """Return whether a stage exports its best weights: as its config says, or as the system declares."""
-    chosen = settings.export_best
+    chosen: str = settings.export_best
     if chosen == EXPORT_BY_SYSTEM:
         chosen = getattr(system, "export_best", "")
     return chosen == EXPORT_R_PRECISION and isinstance(system, SupportsEmbed)
+
+
+def missing_data(dataset: Dataset) -> str:
+    """Return what held-out R-precision lacks in the data; "" if nothing."""
+    if "val" not in dataset.splits:
+        return f"the data has no split val, only {', '.join(dataset.splits)}"
+    return "" if len(set(dataset.split("val").class_ids)) > 1 else "all images of split val have the same class"
 
 
 class BestWeights:
@@ -57,25 +65,33 @@ class BestWeights:
     def record(self, nets: Mapping[str, nn.Module], images: int, score: RPrecision) -> None:
         """Record a score, in the place of an earlier one of as many images; write the networks if they are the best."""
         new = HeldOut(images, score.mean, score.standard_error)
-        kept = read(self._folder)
-        others = [each for each in kept if each.images != images]
-        best = _kept_best(self._folder)
-        if best is None or best == images or new.value > max(e.value for e in kept if e.images == best):
+        best, scores = read(self._folder)
+        if best is None or best.images == images or new.value > best.value:
             export.write(_weights_url(self._folder, images), nets, self._index(images))
-            replaced, best = best, images
-        else:
-            replaced = None
-        content = sorted([*others, new], key=lambda each: each.images)
-        record = {"best": best, "scores": [asdict(each) for each in content]}
-        storage.write_json(storage.join(self._folder, FOLDER, FILE), record)
-        if replaced not in (None, images):
-            storage.remove(_weights_url(self._folder, int(replaced or 0)))
+            best = new
+        _write(self._folder, best, [*(each for each in scores if each.images != images), new])
+
+    def is_recorded(self, images: int) -> bool:
+        """Return whether the weights after `images` images have a score."""
+        return any(each.images == images for each in read(self._folder)[1])
 
 
-def read(folder: str) -> list[HeldOut]:
-    """Read the scores of a stage in order of images."""
+def read(folder: str) -> tuple[HeldOut | None, list[HeldOut]]:
+    """Read the score of a stage whose weights are kept, and all of its scores in order of images."""
     url = storage.join(folder, FOLDER, FILE)
-    return [HeldOut(**each) for each in storage.read_json(url)["scores"]] if storage.exists(url) else []
+    if not storage.exists(url):
+        return None, []
+    record = storage.read_json(url)
+    scores = [HeldOut(**each) for each in record["scores"]]
+    return next((each for each in scores if each.images == record["best"]), None), scores
+
+
+def forget_after(folder: str, images: int) -> None:
+    """Remove what a stage has recorded after `images` images, from where it trains again, perhaps differently."""
+    best, scores = read(folder)
+    remaining = [each for each in scores if each.images <= images]
+    if len(remaining) < len(scores):
+        _write(folder, best if best in remaining else None, remaining)
 
 
 def better_than_last(folder: str, last_images: int) -> tuple[HeldOut, HeldOut] | None:
@@ -84,8 +100,7 @@ def better_than_last(folder: str, last_images: int) -> tuple[HeldOut, HeldOut] |
     Args:
         last_images: images of the stage, at which the last weights were scored.
     """
-    scores, best_images = read(folder), _kept_best(folder)
-    best = next((each for each in scores if each.images == best_images), None)
+    best, scores = read(folder)
     last = next((each for each in scores if each.images == last_images), None)
     if best is None or last is None:
         return None
@@ -99,16 +114,19 @@ def export_best(folder: str, target: str, best: HeldOut, last: HeldOut) -> None:
     export.copy(_weights_url(folder, best.images), target, facts)
 
 
-def remove(folder: str) -> None:
-    """Remove the weights, but not the scores, of a stage that is exported."""
+def remove(folder: str, kept: HeldOut | None = None) -> None:
+    """Remove the weights, but not the scores, of a stage, except those of `kept`."""
     for name in storage.list_dir(storage.join(folder, FOLDER)):
-        if name.isdigit():
+        if name.isdigit() and (kept is None or int(name) != kept.images):
             storage.remove(storage.join(folder, FOLDER, name))
 
 
-def _kept_best(folder: str) -> int | None:
-    url = storage.join(folder, FOLDER, FILE)
-    return int(storage.read_json(url)["best"]) if storage.exists(url) else None
+def _write(folder: str, best: HeldOut | None, scores: Sequence[HeldOut]) -> None:
+    """Write the scores, then remove all weights but the best."""
+    in_order = sorted(scores, key=lambda each: each.images)
+    record = {"best": None if best is None else best.images, "scores": [asdict(each) for each in in_order]}
+    storage.write_json(storage.join(folder, FOLDER, FILE), record)
+    remove(folder, best)
 
 
 def _weights_url(folder: str, images: int) -> str:

@@ -13,7 +13,7 @@ SCORES_FILE = "scores.json"
 FOLDER = "earlier"
 _SHEETS = ("worst.png", "best.png", "nearest.png")
 _MAY_DIFFER = ("export", "captions_per_image")
-"""Keys of the protocol that say nothing more: the place of the export, and a number that follows from others."""
+"""Keys of the protocol that are not compared: its hash identifies the export, and n the captions of an image."""
 
 
 def set_aside(folder: str, protocol: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, str | None]:

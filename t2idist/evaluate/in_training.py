@@ -26,7 +26,7 @@ from t2idist.contract import (
 from t2idist.data.loader import load_split
 from t2idist.data.shards import Dataset
 from t2idist.data.tokenizer import Vocabulary, known_words
-from t2idist.evaluate import best_weights
+from t2idist.evaluate import background_scorer, best_weights
 from t2idist.evaluate.background_scorer import BackgroundScorer
 from t2idist.evaluate.diversity import WITHIN, Diversity
 from t2idist.evaluate.r_precision import metric_name, validation_score
@@ -153,10 +153,7 @@ class InTrainingEvaluator:
             self._best = best_weights.BestWeights(folder, index)
         self._last_images = settings.steps * settings.images_per_step
         if settings.scores_every_images:
-            if not isinstance(system, SupportsSample):
-                raise ValueError(
-                    f"stages.{stage}.scores_every_images: {settings.system} does not generate images from captions"
-                )
+            check_scores(system, config, stage)
             self._scorer = BackgroundScorer(config.scores, folder, index)
 
     def close(self, finished: bool) -> None:
@@ -198,18 +195,47 @@ class InTrainingEvaluator:
                     )
         if self._translations is not None:
             self._translations.write(nets, images_seen)
-        if self._val is not None and isinstance(self._system, SupportsEmbed):
-            score = validation_score(self._system, nets, self._val.batch, seed=self._seed, device=self._device)
-            if score is not None:
-                values[metric_name(score)] = score.mean
-                if self._best is not None and self._is_regular(images_seen):
-                    self._best.record(nets, images_seen, score)
-        return values
+        return values | self._score_held_out(nets, images_seen)
+
+    def score_last(self, nets: Mapping[str, nn.Module], images_seen: int) -> None:
+        """Score the last weights of the stage for the choice of the best ones, if that was not done.
+
+        It was not if the stage was stopped here when its budget was larger.
+        """
+        if self._best is not None and not self._best.is_recorded(images_seen):
+            self._score_held_out(nets, images_seen)
+
+    def _score_held_out(self, nets: Mapping[str, nn.Module], images_seen: int) -> dict[str, float]:
+        """Return the R-precision of the val split under its name, and record it; empty if there is none."""
+        if self._val is None or not isinstance(self._system, SupportsEmbed):
+            return {}
+        score = validation_score(self._system, nets, self._val.batch, seed=self._seed, device=self._device)
+        if score is None:
+            return {}
+        if self._best is not None and self._is_regular(images_seen):
+            self._best.record(nets, images_seen, score)
+        return {metric_name(score): score.mean}
 
     def _is_regular(self, images: int) -> bool:
         """Return whether every run of the stage evaluates here, however often it is stopped."""
         every, step = self._settings.pictures_every_images, self._settings.images_per_step
         return images >= self._last_images or images // every > (images - step) // every
+
+
+def check_scores(system: System, config: RunConfig, stage: str, with_judge: bool = True) -> None:
+    """Check that the scores for which a stage asks, if it does, can be computed. Raises ValueError.
+
+    Args:
+        with_judge: as in `background_scorer.check`.
+    """
+    settings = config.stages[stage]
+    if not settings.scores_every_images:
+        return
+    if not isinstance(system, SupportsSample):
+        raise ValueError(
+            f"stages.{stage}.scores_every_images: {settings.system} does not generate images from captions; give 0"
+        )
+    background_scorer.check(config.scores, with_judge)
 
 
 def _sample_grid(

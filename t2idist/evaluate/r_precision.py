@@ -124,20 +124,6 @@ def _negative_rows(ids: np.ndarray, count: int, seed: int) -> Tensor:
     return torch.from_numpy(chosen)
 
 
-def validation_r_precision(
-    system: SupportsEmbed,
-    nets: Mapping[str, nn.Module],
-    batch: Batch,
-    *,
-    seed: int,
-    device: torch.device,
-    batch_size: int = 100,
-) -> dict[str, float]:
-    """Compute `validation_score` under its metric name; empty if there is none."""
-    score = validation_score(system, nets, batch, seed=seed, device=device, batch_size=batch_size)
-    return {} if score is None else {metric_name(score): score.mean}
-
-
 def metric_name(score: RPrecision) -> str:
     """Return "val/r_precision" for 100 candidates; else the name holds their number ("val/r_precision_of_37")."""
     return "val/r_precision" if score.candidates == CANDIDATES else f"val/r_precision_of_{score.candidates}"

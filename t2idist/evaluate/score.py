@@ -37,7 +37,7 @@ from t2idist.evaluate.score_chunks import ExtractorSpec, ScoreChunk, ScoreJob
 from t2idist.observability.command import BAD_INPUT, command
 
 NOT_PROTOCOL = ("export", "export_sha256", "captions_per_image")
-"""Keys of the protocol that may differ between results that are compared, or that follow from others."""
+"""Keys of the protocol that `differences` ignores: scores of two exports can be compared, and n gives the captions."""
 COCO = "coco"
 """Source of the sets that tools/shard_coco.py makes."""
 T = TypeVar("T")

@@ -26,7 +26,7 @@ from t2idist.contract import Batch, SupportsInvert, to_float
 from t2idist.data.loader import load_split
 from t2idist.data.sources import open_dataset
 from t2idist.nn.text_encoders import sentence_vectors
-from t2idist.observability.command import command
+from t2idist.observability.command import command, describe_error
 from t2idist.sampling.drawings import export_sha256
 from t2idist.sampling.loading import LoadedExport, load_export
 from t2idist.storage.outputs import check_not_input
@@ -265,7 +265,7 @@ def _score(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
         crop=settings.crop,
     ).batch
     if options.labels:
-        rows, styles = label_ids(_read_labels(options.labels), batch.ids, f"--labels {options.labels}")
+        rows, styles = label_ids(_read_labels(options.labels), batch.ids, f"--labels {storage.redact(options.labels)}")
     else:
         rows = torch.arange(len(batch.ids))
         styles = kmeans(background_colours(batch.images[-1]), options.clusters, seed=options.seed)
@@ -280,7 +280,7 @@ def _read_labels(file: str) -> dict[str, Any]:
     try:
         labels = storage.read_json(file)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--labels {file}: {error}") from None
+        raise ValueError(f"--labels {describe_error(error)}") from None
     if not isinstance(labels, dict):
-        raise ValueError(f"--labels {file}: expected a JSON object of sample keys")
+        raise ValueError(f"--labels {storage.redact(file)}: expected a JSON object of sample keys")
     return labels

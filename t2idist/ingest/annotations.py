@@ -1,4 +1,4 @@
-"""Annotations of images, and the reader of captions.jsonl."""
+"""Annotations of images, and the reader of JSON lines: captions.jsonl, and metadata.jsonl of Hugging Face."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from t2idist import storage
+from t2idist.ingest.fields import Fields, require_captions, require_named
 from t2idist.ingest.files import UndecodableText, read_lines, text_of_line
-from t2idist.ingest.flags import parse_attributes
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.rejects import Reason
+
+_CAPTIONS_JSONL = Fields(
+    image="image", attributes="attributes", class_name="class", split="split", usual_captions=("captions", "caption")
+)
+_GIVEN_BY_OPTIONS = Fields()
 
 
 @dataclass(frozen=True)
@@ -27,41 +33,54 @@ class Annotation:
     split: str | None = None
 
 
-def read_jsonl(url: str, listing: Listing) -> Iterator[Annotation]:
-    """Yield the annotations of a captions.jsonl file; invalid lines become rejects."""
-    file = url.rsplit("/", 1)[-1]
+def read_jsonl(
+    url: str,
+    listing: Listing,
+    given: Fields = _GIVEN_BY_OPTIONS,
+    *,
+    usual: Fields = _CAPTIONS_JSONL,
+    name: str | None = None,
+    needs_captions: bool = False,
+) -> Iterator[Annotation]:
+    """Yield the annotations of a file of JSON lines; invalid lines become rejects.
+
+    Args:
+        given: names of the fields, where they are not `usual`.
+        name: of the file, for messages.
+        needs_captions: refuse a file whose lines have no field with captions.
+
+    Raises:
+        ValueError: a field that is given is in no line, or none holds captions.
+    """
+    file, fields = name or url.rsplit("/", 1)[-1], given.or_else(usual)
+    found: dict[str, None] = {}
+    captioned = False
     for number, line in read_lines(url):
         if not line.strip():
             continue
         location = f"{file}, line {number}"
         try:
-            yield _parse(location, json.loads(text_of_line(line)), listing.attributes)
+            value = json.loads(text_of_line(line))
+            annotation = _parse(location, value, fields, listing)
         except UndecodableText as error:
             listing.exclude("", location, Reason.INVALID_UTF8, str(error))
         except (ValueError, RecursionError) as error:
             listing.exclude("", location, Reason.MALFORMED, str(error)[:200])
+        else:
+            found |= dict.fromkeys(value)
+            captioned |= bool(annotation.captions)
+            yield annotation
+    if found and needs_captions and not captioned:
+        require_captions(storage.redact(url), fields, found)
+    if found:
+        require_named(storage.redact(url), given, found)
 
 
-def _parse(location: str, value: Any, seen: dict[str, bool]) -> Annotation:
-    if not isinstance(value, dict) or not isinstance(value.get("image"), str):
-        raise ValueError('the line must be an object with "image", the name of an image')
-    captions = value.get("captions", value.get("caption", []))
-    captions = [captions] if isinstance(captions, str) else captions
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise ValueError('"caption" must be a string, "captions" a list of strings')
-    attributes = parse_attributes(value.get("attributes", []), "attributes", seen)
-    class_name, split = value.get("class"), value.get("split")
-    if isinstance(class_name, bool) or not isinstance(class_name, str | int | None):
-        raise ValueError('"class" must be a string or an integer')
-    if not isinstance(split, str | None):
-        raise ValueError('"split" must be a string')
-    class_name = None if class_name is None else str(class_name)
-    return Annotation(location, value["image"], captions, [_to_utf8(name) for name in attributes], class_name, split)
-
-
-def _to_utf8(name: str) -> str:
-    """Replace surrogates, which stand for bytes that are not UTF-8; at most 200 characters."""
-    return name[:200].encode("utf-8", "replace").decode()
+def _parse(location: str, value: Any, fields: Fields, listing: Listing) -> Annotation:
+    if not isinstance(value, dict) or not isinstance(value.get(fields.image), str):
+        raise ValueError(f'the line must be an object with "{fields.image}", the name of an image')
+    facts = fields.read(value, listing.attributes)
+    return Annotation(location, value[fields.image], facts.captions, facts.attributes, facts.class_name, facts.split)
 
 
 def captions_by_image(url: str, listing: Listing) -> dict[str, list[str]]:

@@ -6,12 +6,10 @@ import re
 from collections import Counter
 
 from t2idist import storage
-from t2idist.ingest.files import IMAGE_SUFFIXES
+from t2idist.ingest.files import CAPTION_SUFFIXES, IMAGE_SUFFIXES
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.rejects import Reason
 
-_RECOGNISED = (".txt", ".caption")
-"""In this order: an image with both takes the first."""
 _TABLES = (".csv", ".tsv", ".parquet")
 _STRUCTURED = (*_TABLES, ".json", ".jsonl", ".xml", ".yaml", ".yml")
 _BINARY = (".npy", ".npz", ".pt", ".pth", ".pkl", ".pickle", ".zip", ".gz", ".tar", ".db", ".safetensors", ".md", ".py")
@@ -19,6 +17,8 @@ _ANNOTATIONS = re.compile(
     r"[^/]+\.(csv|tsv|parquet|jsonl)|[^/]*(caption|annotation|label|result|metadata)[^/]*\.txt", re.IGNORECASE
 )
 """Names of files in the folder itself that may hold the captions of all images."""
+_HUGGING_FACE = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+"""Are read as captions of all images if they have the column `file_name`."""
 _NAMED = 3
 
 
@@ -33,7 +33,7 @@ class CaptionFiles:
         self._root = root
         self._listing = listing
         self._extension = extension
-        self._allowed = _RECOGNISED if extension is None else (check_extension(extension),)
+        self._allowed = CAPTION_SUFFIXES if extension is None else (check_extension(extension),)
         self._endings: list[str] = []
         self._used: Counter[str] = Counter()
         self._unused: Counter[str] = Counter()
@@ -67,8 +67,11 @@ class CaptionFiles:
                 if not self._listing.has_file(url):
                     continue
                 self._listing.mark_annotated(url)
-                (self._used if found is None else self._unused)[ending] += 1
-                found = found or url
+                if found is None:
+                    found = url
+                    self._used[ending] += 1
+                else:
+                    self._unused[name[len(stem) :]] += 1
         self._missing += found is None
         return found
 
@@ -82,8 +85,10 @@ class CaptionFiles:
             self._listing.reject_unannotated_files(Reason.NO_IMAGE, "captions without an image", unfitting)
         notes = self._listing.notes
         for ending, count in self._unused.items():
-            option = f"--caption-extension {ending.lower()} reads those"
-            notes.append(f"{_files(count)} in {ending} beside captions in another file were not read: {option}")
+            others = {used.lower() for used in self._used} - {ending.lower()}
+            option = f"--caption-extension {ending.lower()} reads those" if others else "an image has one caption file"
+            was = "was" if count == 1 else "were"
+            notes.append(f"{_files(count)} in {ending} beside captions in another file and {was} not read: {option}")
         images = self._missing + self._used.total()
         hints = self._hints() if self._missing else []
         if needs_captions and (hints or (images and self._missing == images)):
@@ -98,11 +103,6 @@ class CaptionFiles:
         counts = self._kinds.most_common(2 * _NAMED)
         kinds = ", ".join(f"{count} {ending or 'without extension'}" for ending, count in counts)
         return f"files below it: {kinds}" if kinds else "the folder is empty or missing"
-
-    @property
-    def extensions(self) -> tuple[str, ...]:
-        """Those of caption files, in lower case."""
-        return self._allowed
 
     @property
     def any(self) -> bool:
@@ -120,8 +120,10 @@ class CaptionFiles:
                 hints.append(f"{_files(count)} in .json, which is not read: write captions.jsonl")
         for name in self._annotations:
             url = storage.redact(storage.join(self._root, name))
-            option = "--captions" if name.lower().endswith(".jsonl") else "--table"
-            hints.append(f"{name} may hold the captions: {option} {url}")
+            option = f"{'--captions' if name.lower().endswith('.jsonl') else '--table'} {url}"
+            if name.lower() in _HUGGING_FACE:
+                option = "--image-column NAME, if NAME instead of 'file_name' holds the names of the images"
+            hints.append(f"{name} may hold the captions: {option}")
         unfitting = Counter({ending: self._listing.count_unannotated(ending) for ending in self._endings})
         for ending, count in unfitting.most_common(1):
             if count and not self._used:

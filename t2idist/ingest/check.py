@@ -24,8 +24,9 @@ from t2idist.data.statistics import ImageStatistics
 from t2idist.data.tokenizer import count_words
 from t2idist.ingest.contact_sheet import thumbnail
 from t2idist.ingest.duplicates import Fingerprint, fingerprint
+from t2idist.ingest.files import PROGRESS
 from t2idist.ingest.image import decode_rgb
-from t2idist.ingest.writer import PROGRESS, REJECTED
+from t2idist.ingest.writer import REJECTED
 
 _PROBLEMS_KEPT = 20
 _CODE_EXTENSIONS = ("pkl", "pickle", "pyd", "pth", "pt", "npy")
@@ -83,7 +84,8 @@ class SetReport(ShardReport):
 
     split_of: dict[str, str] = field(default_factory=dict)
     """Split of each sample with a fingerprint, by sample key."""
-    images: ImageStatistics = field(default_factory=ImageStatistics)
+    equal_images: dict[str, Any] = field(default_factory=dict)
+    """As dataset.json has it (`t2idist.data.statistics.IMAGES_KEY`)."""
 
 
 def check_set(
@@ -112,36 +114,49 @@ def check_set(
         for split in dataset.splits.values()
         for shard, first in zip(split.shards, _first_indices(split), strict=True)
     )
-    total = sum(len(split) for split in dataset.splits.values())
+    sizes = {name: len(split) for name, split in dataset.splits.items()}
+    total = sum(sizes.values())
+    images = ImageStatistics(sizes)
     sheet_keys = frozenset(on_sheet)
     done = 0
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_ignore_interrupts) as pool:
-        pending: deque[tuple[Split, Shard, Future[ShardReport]]] = deque()
+        pending: deque[tuple[Split, Sequence[str], Future[ShardReport]]] = deque()
 
         def take_result() -> None:
             nonlocal done
-            split, shard, future = pending.popleft()
+            split, keys, future = pending.popleft()
             shard_report = future.result()
             result.problems.merge(shard_report.problems)
-            for key, digest in shard_report.image_hashes.items():
-                result.images.add(split.name, key, digest)
+            for position, key in enumerate(keys, start=done):
+                if (digest := shard_report.image_hashes.get(key)) is not None:
+                    images.add(position, digest)
             result.fingerprints.update(shard_report.fingerprints)
             result.split_of.update(dict.fromkeys(shard_report.fingerprints, split.name))
             result.thumbnails.update(shard_report.thumbnails)
-            done += shard.samples
+            done += len(keys)
             report(done, total)
 
         for split, shard, first in jobs:
             rows = [expected_sample(split, i, sheet_keys) for i in range(first, first + shard.samples)]
             url = storage.join(dataset.url, shard.name)
             future = pool.submit(check_shard, url, shard, rows, fingerprints, dataset.vector_info)
-            pending.append((split, shard, future))
+            pending.append((split, [row.key for row in rows], future))
             if len(pending) > 2 * processes:
                 take_result()
         while pending:
             take_result()
+    result.equal_images = images.describe(lambda position: _key_at(dataset, position))
     return result
+
+
+def _key_at(dataset: Dataset, position: int) -> str:
+    """Return the key of the sample at a position of all splits together."""
+    for split in dataset.splits.values():
+        if position < len(split):
+            return split.keys[position]
+        position -= len(split)
+    raise AssertionError("unreachable")
 
 
 def _ignore_interrupts() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,16 +18,15 @@ from t2idist.data.shards import MANIFEST, Dataset
 from t2idist.data.statistics import print_findings, problems_of
 from t2idist.data.text_files import check_encoding
 from t2idist.data.tokenizer import TOKENIZERS, UNICODE
-from t2idist.ingest.files import text_encoding
+from t2idist.ingest.files import PROGRESS, SHARD_NAME, text_encoding
 from t2idist.ingest.image import MAX_MEGAPIXELS, ImageOptions
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.rejects import Reason
-from t2idist.ingest.writer import PROGRESS, REJECTED, IngestOptions, StrictError, write_set
+from t2idist.ingest.writer import REJECTED, IngestOptions, StrictError, write_set
 from t2idist.observability import command as ending
 from t2idist.storage.outputs import is_same_file
 
 _SECONDS_BETWEEN_LINES = 10.0
-_SHARD = re.compile(r"[A-Za-z0-9_-]+-\d{5}\.tar")
 
 
 def tool_parser(tool: str, description: str, example: str) -> argparse.ArgumentParser:
@@ -125,7 +123,7 @@ def run_command(name: str, command: Callable[[], int]) -> int:
             return 1
 
     return ending.run_command(
-        name, strict, failed=ending.BAD_INPUT, interrupted="interrupted; run the same command again to resume"
+        name, strict, failed=ending.BAD_INPUT, interrupted=f"{name}: interrupted; run the same command again to resume"
     )
 
 
@@ -189,7 +187,7 @@ def _check_inputs_stay(arguments: argparse.Namespace) -> None:
     names = storage.list_dir(arguments.out)
     if PROGRESS in names:  # an interrupted run wrote them
         return
-    if taken := [name for name in names if name == MANIFEST or _SHARD.fullmatch(name)]:
+    if taken := [name for name in names if name == MANIFEST or SHARD_NAME.fullmatch(name)]:
         raise ValueError(
             f"--out {storage.redact(arguments.out)}: is also the input, whose {taken[0]} would be overwritten; use "
             "another folder"

@@ -38,12 +38,13 @@ def parse_split(text: str) -> CocoSplit:
     return CocoSplit(name, images_url, annotations_url, captions)
 
 
-def find_splits(root: str, wanted: Sequence[str] = ()) -> list[CocoSplit]:
+def find_splits(root: str, wanted: Sequence[str] = (), notes: list[str] | None = None) -> list[CocoSplit]:
     """Find the splits in a folder. The name of a split is that of its file without the year (train2014: train).
 
     Args:
         wanted: names with or without year. Default: all splits with captions; of several years those of 2014, which
-            the papers train on and score (train2014, val2014).
+            the papers train on and score (train2014, val2014), and those without a year.
+        notes: gets a sentence about the years that are left out.
 
     Raises:
         ValueError: a split is missing, or two years would share a name.
@@ -55,8 +56,10 @@ def find_splits(root: str, wanted: Sequence[str] = ()) -> list[CocoSplit]:
             f"{storage.redact(folder)}: no captions_*.json found; --coco must be the parent folder of annotations"
         )
     chosen = [m for m in listed if m[1] == "captions"] if not wanted else _choose(listed, wanted, folder)
-    if not wanted and len(years := {_year(match[2]) for match in chosen}) > 1 and _PAPERS_YEAR in years:
-        chosen = [match for match in chosen if _year(match[2]) == _PAPERS_YEAR]
+    if not wanted and len(years := {_year(match[2]) for match in chosen} - {""}) > 1 and _PAPERS_YEAR in years:
+        chosen = [match for match in chosen if _year(match[2]) in ("", _PAPERS_YEAR)]
+        if notes is not None:
+            notes.append(f"year {_PAPERS_YEAR} of {', '.join(sorted(years))}; --splits names others")
     splits: dict[str, CocoSplit] = {}
     for match in chosen:
         kind, full = match.groups()

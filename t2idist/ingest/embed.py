@@ -17,7 +17,8 @@ from t2idist.data.reader import BadSample, ShardReader
 from t2idist.data.sample_format import SampleRecord, pack
 from t2idist.data.shard_writer import Row, ShardBuilder, check_unfinished, write_index
 from t2idist.data.shards import DESCRIPTION, Dataset, SentenceVectorInfo, Shard, Split, stored_bytes
-from t2idist.ingest.writer import PROGRESS, ReportProgress
+from t2idist.ingest.files import PROGRESS
+from t2idist.ingest.writer import ReportProgress
 
 logger = logging.getLogger(__name__)
 

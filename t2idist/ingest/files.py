@@ -11,10 +11,16 @@ from dataclasses import dataclass
 
 from t2idist import storage
 from t2idist.data.sample_format import MAX_FILE_BYTES
+from t2idist.data.shards import DESCRIPTION, MANIFEST
 from t2idist.data.text_files import blocks_to_utf8, to_utf8, undecodable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+CAPTION_SUFFIXES = (".txt", ".caption")
+"""Of files with captions beside the images. In this order: an image with both takes the first."""
 MAX_LINE_BYTES = 16 << 20
+PROGRESS = "progress"
+"""Folder in an unfinished shard set."""
+SHARD_NAME = re.compile(r"[A-Za-z0-9_-]+-\d{5}\.tar")
 _BLOCK_BYTES = 8 << 20
 _NAMED = 12
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
@@ -47,28 +53,56 @@ def is_unsafe(name: str) -> bool:
     return empty or not parts[0] or ".." in parts or bool(_SCHEME.match(name)) or bool(_UNPRINTABLE.search(name))
 
 
-def walk(url: str) -> Iterator[str]:
+def is_utf8(name: str) -> bool:
+    """Check that a name has no surrogates, which stand for bytes that are not UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def walk(url: str, skipped: list[str] | None = None) -> Iterator[str]:
     """Yield the relative names of all files below a folder, in an order that is the same on disk and in a store.
 
-    Hidden names are skipped; links to folders are not followed.
+    Hidden names are skipped; links to folders are not followed. Shard sets of this package below the folder are
+    skipped, and so is what an interrupted run left in the folder itself: they are output, perhaps of this command.
+
+    Args:
+        skipped: gets the names of the folders with shard sets.
     """
+    skipped = [] if skipped is None else skipped
     root = storage.local_path(url)
     if root is None:
-        yield from _walk_store(url, "")
+        yield from _walk_store(url, "", skipped)
         return
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         below = os.path.relpath(folder, root)
-        for name in sorted(names):
-            if not name.startswith("."):
-                yield name if below == "." else f"{below}/{name}"
+        below = "" if below == "." else f"{below}/"
+        visible = sorted(name for name in names if not name.startswith("."))
+        yield from (f"{below}{name}" for name in _inputs(below, visible, folders, skipped))
 
 
-def _walk_store(url: str, below: str) -> Iterator[str]:
+def _walk_store(url: str, below: str, skipped: list[str]) -> Iterator[str]:
     files, folders = storage.list_files_and_folders(storage.join(url, below) if below else url)
-    yield from (f"{below}{name}" for name in files)
+    yield from (f"{below}{name}" for name in _inputs(below, files, folders, skipped))
     for name in folders:
-        yield from _walk_store(url, f"{below}{name}/")
+        yield from _walk_store(url, f"{below}{name}/", skipped)
+
+
+def _inputs(below: str, files: list[str], folders: list[str], skipped: list[str]) -> list[str]:
+    """Return the files of one folder that are not of a shard set; remove the folders that are."""
+    shards = {name for name in files if SHARD_NAME.fullmatch(name)}
+    unfinished = bool(shards) and PROGRESS in folders
+    if not unfinished and not (below and shards and {DESCRIPTION, MANIFEST} <= set(files)):
+        return files
+    skipped.append(below or ".")
+    if below:
+        folders.clear()
+        return []
+    folders.remove(PROGRESS)
+    return [name for name in files if name not in (*shards, DESCRIPTION, MANIFEST)]
 
 
 @dataclass(frozen=True)
@@ -117,14 +151,14 @@ def text_of_line(line: bytes) -> str:
     return line.decode()
 
 
-def text_as_utf8(data: bytes) -> bytes:
-    """Convert the content of a text file to UTF-8, as `read_lines` does."""
-    return to_utf8(data, _ENCODING.get())
+def text_lines(data: bytes, encoding: str | None = None) -> list[bytes]:
+    """Return the lines of a text file as UTF-8, without line ends. `encoding`: instead of that of `text_encoding`."""
+    return to_utf8(data, encoding or _ENCODING.get()).rstrip().splitlines()
 
 
 def text_of_file(data: bytes) -> str:
     """Decode the content of a text file. Raises UndecodableText."""
-    return text_of_line(text_as_utf8(data))
+    return text_of_line(to_utf8(data, _ENCODING.get()))
 
 
 def undecodable_part(texts: Iterable[str]) -> str | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+_SEPARATORS = re.compile(r"[,;|]")
 _PRESENT = frozenset({"1", "1.0", "true", "yes"})
 _ABSENT = frozenset({"0", "0.0", "-1", "-1.0", "false", "no"})
 
@@ -38,9 +40,10 @@ def attributes_present(flags: Iterable[tuple[str, Any]], seen: dict[str, bool]) 
 
 
 def parse_attributes(value: Any, key: str, seen: dict[str, bool]) -> list[str]:
-    """Return the attributes of one image from a list of names, or from a mapping of names to flags.
+    """Return the attributes of one image from names, or from a mapping of names to flags.
 
     Args:
+        value: a list of names, a string of names separated by , ; or |, a mapping, or None for no attributes.
         key: of the value, for messages.
         seen: as for `attributes_present`.
 
@@ -49,6 +52,13 @@ def parse_attributes(value: Any, key: str, seen: dict[str, bool]) -> list[str]:
     """
     if isinstance(value, Mapping):
         return attributes_present(value.items(), seen)
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+    names = (
+        [name.strip() for name in _SEPARATORS.split(value)]
+        if isinstance(value, str)
+        else []
+        if value is None
+        else value
+    )
+    if not isinstance(names, list) or not all(isinstance(name, str | None) for name in names):
         raise ValueError(f"'{key}' must be a list of names, or an object {{name: true or false}}")
-    return value
+    return [name for name in names if name]

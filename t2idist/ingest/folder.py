@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from t2idist import storage
 from t2idist.ingest.annotations import Annotation, read_jsonl
 from t2idist.ingest.caption_files import CaptionFiles
+from t2idist.ingest.fields import Fields
 from t2idist.ingest.files import is_image, walk
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.names import NameResolver, UnusableName
@@ -17,7 +18,7 @@ from t2idist.ingest.splits import NamedSplits
 from t2idist.ingest.tables import Columns, table_rows
 
 CAPTIONS = "captions.jsonl"
-OUTSIDE_SPLITS = "other images are in folders named after splits; this one is not"
+OUTSIDE_SPLITS = "other images are in folders or files named after splits; this one is in none"
 
 
 @dataclass(frozen=True)
@@ -46,17 +47,38 @@ class FolderOptions:
         position = int.from_bytes(hashlib.blake2b(f"split {name}".encode(), digest_size=8).digest()) / 2**64
         return "test" if position < self.test else "val" if position < self.test + self.val else "train"
 
-    def choose_split(
-        self, splits: NamedSplits, name: str, class_name: str | None = None, inside: str = ""
-    ) -> str | None:
-        """Return the split that a file's name states, else one by a hash. None: the file is in no split.
+
+class SplitChooser:
+    """Choose the split of each image: the one that is stated, or else by the name of its file, or else by a hash."""
+
+    def __init__(self, options: FolderOptions, splits: NamedSplits) -> None:
+        self._options = options
+        self._splits = splits
+        self._named = bool(splits) and not splits.only_train
+        self._stated = self._others = 0
+
+    def choose(self, stated: str | None, name: str, class_name: str | None = None, inside: str = "") -> str | None:
+        """Return the split. None: the file is in none.
 
         Args:
+            stated: by the image's annotation.
+            name: of the file.
             inside: name of the image inside the file, if the file holds several.
         """
-        if splits and not splits.only_train:
-            return splits.split(name)
-        return self.split(class_name if self.by_class and class_name is not None else inside or name)
+        if stated is not None:
+            self._stated += 1
+            return stated
+        self._others += 1
+        if self._named:
+            return self._splits.split(name)
+        return self._options.split(class_name if self._options.by_class and class_name is not None else inside or name)
+
+    def describe(self) -> str:
+        """Return a sentence about the splits, for the user."""
+        if not self._stated:
+            return self._splits.describe()
+        others = f"{self._others} {f'from the {self._splits.where}' if self._named else 'by hash'}"
+        return f"splits: {self._stated} as stated" + (f", {others}" if self._others else "")
 
 
 def list_folder(
@@ -67,25 +89,33 @@ def list_folder(
     table: str | None = None,
     columns: Columns | None = None,
     captions_url: str | None = None,
+    fields: Fields | None = None,
 ) -> str:
     """List the images below `root` with their annotations. Returns a sentence about the splits.
 
     Args:
         table: a .csv, .tsv or .parquet file whose `columns` hold image names relative to `root`, and annotations.
         captions_url: a captions.jsonl file. Default: captions.jsonl in `root`; without one, name.txt next to name.jpg.
+        fields: names of the fields of captions.jsonl, where they are not the usual ones.
 
     Raises:
         ValueError: a file or a column is missing.
     """
+    fields = fields or Fields()
     if table is not None:
         return list_annotated(root, table_rows(table, columns or Columns(), listing), listing, options)
     pairs = options.caption_extension is not None
     if captions_url is not None or (not pairs and storage.exists(storage.join(root, CAPTIONS))):
-        return list_annotated(root, read_jsonl(captions_url or storage.join(root, CAPTIONS), listing), listing, options)
-    return _list_pairs(root, listing, options)
+        url = captions_url or storage.join(root, CAPTIONS)
+        rows = read_jsonl(url, listing, fields, needs_captions=options.needs_captions)
+        return list_annotated(root, rows, listing, options)
+    return _list_pairs(root, listing, options, fields)
 
 
-def _list_pairs(root: str, listing: Listing, options: FolderOptions) -> str:
+def _list_pairs(root: str, listing: Listing, options: FolderOptions, fields: Fields) -> str:
+    given = fields.options() | ({"--caption-column": "''"} if fields.caption == "" else {})
+    for option, column in given.items():
+        raise ValueError(f"{option} {column}: text files beside the images have no columns; --table names a table")
     if options.by_class:
         raise ValueError("--split-by-class: name.txt next to name.jpg has no classes; use captions.jsonl or --table")
 
@@ -100,11 +130,12 @@ def _list_pairs(root: str, listing: Listing, options: FolderOptions) -> str:
 
     splits = NamedSplits(images_of(walk(root)), ignore=not options.split_folders)
     images = 0
+    chooser = SplitChooser(options, splits)
     for name in walk(root):
-        if is_image(name):
+        if is_image(name) and listing.accepts(name):
             url, text_url = storage.join(root, name), texts.find(name)
             images += 1
-            split = options.choose_split(splits, name)
+            split = chooser.choose(None, name)
             if split is None:
                 listing.exclude("", name, Reason.NO_SPLIT, OUTSIDE_SPLITS)
             elif options.needs_captions and not texts.any:  # no need to read the images
@@ -119,7 +150,6 @@ def _list_pairs(root: str, listing: Listing, options: FolderOptions) -> str:
 
 def list_annotated(root: str, annotations: Iterator[Annotation], listing: Listing, options: FolderOptions) -> str:
     """List the images that annotations name. Returns a sentence about the splits."""
-    stated = 0
     classes: dict[str, None] = {}
     names = NameResolver(root, listing)
     names.add_files()
@@ -132,12 +162,12 @@ def list_annotated(root: str, annotations: Iterator[Annotation], listing: Listin
             continue
         if annotation.class_name is not None:
             classes[annotation.class_name] = None
-        stated += annotation.split is not None
         listing.add_annotation(image, asdict(annotation))
     if options.by_class and not classes:
         raise ValueError("--split-by-class: the data has no classes")
     class_ids = number_classes(classes, listing)
     splits = NamedSplits((name for name, _ in listing.annotations()), ignore=not options.split_folders)
+    chooser = SplitChooser(options, splits)
     for name, rows in listing.annotations():
         url = storage.join(root, name)
         values = {key: {row[key] for row in rows} - {None} for key in ("class_name", "split")}
@@ -149,8 +179,7 @@ def list_annotated(root: str, annotations: Iterator[Annotation], listing: Listin
             listing.mark_annotated(url)
             continue
         class_name, split = (next(iter(values[key]), None) for key in ("class_name", "split"))
-        if split is None:
-            split = options.choose_split(splits, name, class_name)
+        split = chooser.choose(split, name, class_name)
         if split is None:
             listing.exclude("", name, Reason.NO_SPLIT, OUTSIDE_SPLITS)
             listing.mark_annotated(url)
@@ -163,7 +192,7 @@ def list_annotated(root: str, annotations: Iterator[Annotation], listing: Listin
         )  # fmt: skip
     listing.reject_unannotated_files()
     listing.notes += names.notes()
-    return "splits: as the annotations state" if stated else splits.describe()
+    return chooser.describe()
 
 
 def number_classes(names: Iterable[str], listing: Listing) -> dict[str, int]:

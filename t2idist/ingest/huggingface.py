@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from t2idist import storage
-from t2idist.ingest.annotations import Annotation
+from t2idist.ingest.annotations import Annotation, read_jsonl
 from t2idist.ingest.fields import Fields, require_captions
-from t2idist.ingest.files import UndecodableText, is_unsafe, read_lines, text_of_line
-from t2idist.ingest.flags import parse_attributes
+from t2idist.ingest.files import is_unsafe, read_lines
 from t2idist.ingest.folder import FolderOptions, list_annotated
 from t2idist.ingest.listing import Listing
-from t2idist.ingest.rejects import Reason
-from t2idist.ingest.splits import split_of_word
-from t2idist.ingest.stored_file import open_file
+from t2idist.ingest.parquet_file import ParquetFile
 from t2idist.ingest.tables import Columns, table_rows
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 FILE_NAME = "file_name"
+_SNIFFED_LINES = 10
+_FIELDS = Fields(image=FILE_NAME, split="split")
 
 
 def list_image_folder(
@@ -50,7 +48,17 @@ def list_image_folder(
 def has_file_names(url: str, fields: Fields) -> bool:
     """Check whether a metadata file names images by `file_name`, or the field that is given for it."""
     name = fields.image or FILE_NAME
-    return name in _field_names(url, name)
+    return name in field_names(url, name)
+
+
+def _keys_of_lines(url: str) -> list[str]:
+    """Return the keys of the first lines that are objects; the reader rejects the others."""
+    keys: dict[str, None] = {}
+    for line in itertools.islice((line for _, line in read_lines(url) if line.strip()), _SNIFFED_LINES):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(line.decode("utf-8", "surrogateescape"))
+            keys |= dict.fromkeys(value if isinstance(value, dict) else ())
+    return list(keys)
 
 
 def _folder(name: str) -> str:
@@ -60,17 +68,18 @@ def _folder(name: str) -> str:
 def _rows(root: str, name: str, listing: Listing, fields: Fields, needs_captions: bool) -> Iterator[Annotation]:
     """Yield the annotations of one metadata file, with names relative to `root`."""
     url, folder = storage.join(root, name), _folder(name)
-    rows = _json_rows(url, name, listing, fields, needs_captions)
-    if not name.lower().endswith(".jsonl"):
+    if name.lower().endswith(".jsonl"):
+        rows = read_jsonl(url, listing, fields, usual=_FIELDS, name=name, needs_captions=needs_captions)
+    else:
         rows = _table_rows(url, listing, fields, needs_captions)
     for row in rows:
         if folder and not is_unsafe(row.name):  # the reader of annotations rejects the others
             row = replace(row, name=f"{folder}/{row.name}")
-        yield replace(row, split=row.split and (split_of_word(row.split) or row.split))
+        yield row
 
 
 def _table_rows(url: str, listing: Listing, fields: Fields, needs_captions: bool) -> Iterator[Annotation]:
-    names = _field_names(url, fields.image or FILE_NAME)
+    names = field_names(url, fields.image or FILE_NAME)
     if needs_captions:
         require_captions(storage.redact(url), fields, names)
     columns = Columns(
@@ -78,58 +87,25 @@ def _table_rows(url: str, listing: Listing, fields: Fields, needs_captions: bool
         caption=fields.caption_name(names),
         attributes=fields.attributes,
         class_name=fields.class_name,
-        split=fields.split or ("split" if "split" in names else None),
+        split=fields.split,
     )
     yield from table_rows(url, columns, listing)
 
 
-def _field_names(url: str, wanted: str) -> list[str]:
-    """Return the names of the columns, or the keys of the first object. `wanted` tells how a table is separated."""
+def field_names(url: str, *wanted: str) -> list[str]:
+    """Return the names of the columns, or the keys of the first object; none if the file is not of its kind.
+
+    Args:
+        wanted: one of these names tells how a table is separated.
+    """
     try:
         if url.lower().endswith(".parquet"):
-            with open_file(url) as file:
-                return list(pq.read_schema(file).names)
+            with ParquetFile(url) as file:
+                return list(file.schema.names)
         line = next((line for _, line in read_lines(url) if line.strip()), b"")
-        if url.lower().endswith(".csv"):
+        if not url.lower().endswith(".jsonl"):
             headers = [next(csv.reader([line.decode("utf-8", "replace")], delimiter=each), []) for each in ",;\t|"]
-            return next((header for header in headers if wanted in header), headers[0])
-        first = json.loads(line.decode("utf-8", "surrogateescape") or "{}")
-        return list(first) if isinstance(first, dict) else []
-    except (pa.ArrowException, csv.Error, ValueError, RecursionError):
+            return next((header for header in headers if set(wanted) & set(header)), headers[0])
+        return _keys_of_lines(url)
+    except (csv.Error, ValueError, RecursionError):
         return []
-
-
-def _json_rows(url: str, name: str, listing: Listing, fields: Fields, needs_captions: bool) -> Iterator[Annotation]:
-    """Yield the annotations of a metadata.jsonl; invalid lines become rejects."""
-    rows = captioned = 0
-    for number, line in read_lines(url):
-        if not line.strip():
-            continue
-        location = f"{name}, line {number}"
-        try:
-            row = _parse(location, json.loads(text_of_line(line)), fields, listing.attributes)
-        except UndecodableText as error:
-            listing.exclude("", location, Reason.INVALID_UTF8, str(error))
-        except (ValueError, RecursionError) as error:
-            listing.exclude("", location, Reason.MALFORMED, str(error)[:200])
-        else:
-            rows += 1
-            captioned += bool(row.captions)
-            yield row
-    if rows and needs_captions and not captioned:
-        require_captions(storage.redact(url), fields, _field_names(url, FILE_NAME))
-
-
-def _parse(location: str, value: object, fields: Fields, seen: dict[str, bool]) -> Annotation:
-    image_field = fields.image or FILE_NAME
-    if not isinstance(value, dict) or not isinstance(value.get(image_field), str):
-        raise ValueError(f'the line must be an object with "{image_field}", the name of an image')
-    attributes = value.get(fields.attributes, []) if fields.attributes else []
-    attributes = parse_attributes(attributes, fields.attributes or "attributes", seen)
-    split = value.get(fields.split or "split")
-    if not isinstance(split, str | None):
-        raise ValueError(f"'{fields.split or 'split'}' must be a string")
-    attributes = [name.encode("utf-8", "replace").decode() for name in attributes]
-    return Annotation(
-        location, value[image_field], fields.captions(value), attributes, fields.class_of(value), split or None
-    )

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from t2idist.data.sample_format import KEY_PATTERN
 from t2idist.data.statistics import Finding
-from t2idist.ingest.files import ByteRange
+from t2idist.ingest.files import ByteRange, is_utf8
 from t2idist.ingest.rejects import Effect, Reason, Reject
 
 _CACHE_KIB = 16 << 10
@@ -97,6 +97,7 @@ class Listing:
         self.licence: str | None = None
         self.notes: list[str] = []
         self.attributes: dict[str, bool] = {}
+        self._undecodable: set[str] = set()
 
     def __enter__(self) -> Listing:
         return self
@@ -179,8 +180,19 @@ class Listing:
         """Record that an image is annotated."""
         self._database.execute("INSERT OR IGNORE INTO annotated VALUES (?)", (url,))
 
+    def accepts(self, name: str) -> bool:
+        """Check that the name of a file is UTF-8. Another one becomes a reject, once."""
+        if is_utf8(name):
+            return True
+        if name not in self._undecodable:
+            self._undecodable.add(name)
+            self.exclude("", name, Reason.INVALID_UTF8, "the name of the file is not UTF-8; rename it")
+        return False
+
     def add_file(self, split: str, name: str, url: str, *, expected: bool = True) -> None:
         """Record that a file exists. `expected`: it should have an annotation."""
+        if not self.accepts(name):
+            return
         self._database.execute("INSERT OR IGNORE INTO file VALUES (?, ?, ?, ?)", (url, split, name, expected))
 
     def has_file(self, url: str) -> bool:

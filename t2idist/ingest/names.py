@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from t2idist import storage
-from t2idist.ingest.files import is_image, is_unsafe, walk
+from t2idist.ingest.files import is_image, is_unsafe, is_utf8, walk
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.rejects import Reason
 
@@ -46,7 +46,7 @@ class NameResolver:
 
     def resolve(self, name: str) -> str:
         """Return the path of an image, relative to the folder. Raises UnusableName for an unsafe or ambiguous name."""
-        if not _is_utf8(name):
+        if not is_utf8(name):
             raise UnusableName(Reason.INVALID_UTF8, "the image name is not valid UTF-8")
         if not is_unsafe(name):
             plain = normalize_name(name)
@@ -104,11 +104,3 @@ class NameResolver:
 def normalize_name(name: str) -> str:
     """Remove "./" and doubled slashes, so that an image has one name."""
     return "/".join(part for part in name.split("/") if part not in ("", "."))
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

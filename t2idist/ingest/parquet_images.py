@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from t2idist import storage
 from t2idist.data.sample_format import MAX_FILE_BYTES
-from t2idist.ingest.fields import IMAGE_FIELDS, Fields, require_captions
-from t2idist.ingest.files import ByteRange
-from t2idist.ingest.flags import parse_attributes
-from t2idist.ingest.folder import OUTSIDE_SPLITS, FolderOptions, number_classes
+from t2idist.ingest.fields import IMAGE_FIELDS, SPLIT_FIELD, Fields, require_captions, require_named
+from t2idist.ingest.files import ByteRange, UndecodableText
+from t2idist.ingest.folder import OUTSIDE_SPLITS, FolderOptions, SplitChooser, number_classes
 from t2idist.ingest.listing import Listing
+from t2idist.ingest.parquet_file import ParquetFile
 from t2idist.ingest.rejects import Reason
-from t2idist.ingest.splits import NamedSplits, split_of_word
-from t2idist.ingest.stored_file import each_file, open_file
+from t2idist.ingest.splits import NamedSplits
+from t2idist.ingest.stored_file import each_file
 
 _BATCH_ROWS = 16
-_BUFFER_BYTES = 1 << 20
 _NAME_COLUMNS = 20
 
 
@@ -57,13 +56,8 @@ def files_with_images(root: str, names: Sequence[str], fields: Fields) -> dict[s
     """
     sizes = {}
     for name in names:
-        url = storage.join(root, name)
-        try:
-            with open_file(url) as file:
-                metadata = pq.read_metadata(file)
-        except (pa.ArrowException, OSError, EOFError) as error:
-            raise _unreadable(url, error) from None
-        column = image_column(metadata.schema.to_arrow_schema(), fields)
+        with ParquetFile(storage.join(root, name)) as file:
+            metadata, column = file.metadata, image_column(file.schema, fields)
         if column is not None:
             sizes[name] = sum(
                 chunk.total_uncompressed_size
@@ -72,10 +66,6 @@ def files_with_images(root: str, names: Sequence[str], fields: Fields) -> dict[s
                 if chunk.path_in_schema.split(".")[0] == column
             )
     return sizes
-
-
-def _unreadable(url: str, error: Exception) -> ValueError:
-    return ValueError(f"{storage.redact(url)}: not a readable parquet file: {str(error)[:200]}")
 
 
 def list_parquet(root: str, sizes: Mapping[str, int], listing: Listing, options: FolderOptions, fields: Fields) -> str:
@@ -99,11 +89,10 @@ def list_parquet(root: str, sizes: Mapping[str, int], listing: Listing, options:
         raise ValueError("--split-by-class: the data has no classes; name their column with --class-column")
     class_ids = number_classes(classes, listing)
     splits = NamedSplits(names, file_names=True, ignore=not options.split_folders)
-    stated = 0
+    chooser = SplitChooser(options, splits)
     for row_name, (facts,) in listing.annotations():
-        class_name, split = facts["class_name"], facts["split"]
-        stated += split is not None
-        split = split or options.choose_split(splits, facts["file"], class_name, row_name)
+        class_name = facts["class_name"]
+        split = chooser.choose(facts["split"], facts["file"], class_name, row_name)
         if split is None:
             listing.exclude("", row_name, Reason.NO_SPLIT, OUTSIDE_SPLITS)
             continue
@@ -112,7 +101,7 @@ def list_parquet(root: str, sizes: Mapping[str, int], listing: Listing, options:
             attributes=facts["attributes"], class_id=None if class_name is None else class_ids[class_name],
             needs_captions=options.needs_captions,
         )  # fmt: skip
-    return f"splits: by the column '{fields.split}'" if stated else splits.describe()
+    return chooser.describe()
 
 
 def _check_space(root: str, needed: int, listing: Listing) -> None:
@@ -128,37 +117,21 @@ def _rows(
     url: str, name: str, listing: Listing, fields: Fields, needs_captions: bool
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the name and the facts of each row, and copy its image; unusable rows become rejects."""
-    try:
-        with open_file(url) as file:
-            parquet = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES)
-            schema = parquet.schema_arrow
-            image = _checked_image_column(url, schema, fields)
-            if needs_captions:
-                require_captions(storage.redact(url), fields, schema.names)
-            caption = fields.caption_name(schema.names)
-            columns = {"image": image, "caption": caption}
-            for kind in ("attributes", "class_name", "split"):
-                columns[kind] = _checked_column(url, schema, kind, getattr(fields, kind))
-            chosen = {kind: column for kind, column in columns.items() if column is not None}
-            class_names = _class_names(schema, fields.class_name)
-            number = 0
-            for batch in _batches(parquet, list(dict.fromkeys(chosen.values()))):
-                values = {kind: _python_values(batch.column(column)) for kind, column in chosen.items()}
-                for index in range(batch.num_rows):
-                    number += 1
-                    row_name = f"{name}/row {number}"
-                    row = {kind: column[index] for kind, column in values.items()}
-                    facts = _facts(row_name, row, listing, class_names)
-                    if facts is not None:
-                        yield row_name, {**facts, "file": name}
-    except (pa.ArrowException, OSError, EOFError) as error:
-        raise _unreadable(url, error) from None
-
-
-def _batches(parquet: pq.ParquetFile, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """Yield a few rows at a time. One iterator over all row groups would keep the memory of each of them."""
-    for group in range(parquet.num_row_groups):
-        yield from parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns)
+    with ParquetFile(url) as file:
+        schema = file.schema
+        image = _checked_image_column(url, schema, fields)
+        if needs_captions:
+            require_captions(storage.redact(url), fields, schema.names)
+        require_named(storage.redact(url), fields, schema.names)
+        split = fields.split if fields.split is not None or SPLIT_FIELD not in schema.names else SPLIT_FIELD
+        wanted = (image, fields.caption_name(schema.names), fields.attributes, fields.class_name, split)
+        columns = list(dict.fromkeys(column for column in wanted if column))
+        class_names = _class_names(schema, fields.class_name)
+        for number, row in enumerate(file.rows(columns, _BATCH_ROWS), start=1):
+            row_name = f"{name}/row {number}"
+            facts = _facts(row_name, row[image], row, fields, listing, class_names)
+            if facts is not None:
+                yield row_name, {**facts, "file": name}
 
 
 def _checked_image_column(url: str, schema: pa.Schema, fields: Fields) -> str:
@@ -173,14 +146,6 @@ def _checked_image_column(url: str, schema: pa.Schema, fields: Fields) -> str:
     return column
 
 
-def _checked_column(url: str, schema: pa.Schema, kind: str, column: str | None) -> str | None:
-    if column is not None and column not in schema.names:
-        option = f"--{kind.removesuffix('_name')}-column"
-        names = ", ".join(map(repr, schema.names[:_NAME_COLUMNS]))
-        raise ValueError(f"{storage.redact(url)}: no column '{column}' ({option}); columns: {names}")
-    return column
-
-
 def _class_names(schema: pa.Schema, column: str | None) -> list[str]:
     """Return the names of the classes that Hugging Face stores by number with a column, if it does."""
     try:
@@ -191,29 +156,10 @@ def _class_names(schema: pa.Schema, column: str | None) -> list[str]:
         return []
 
 
-def _python_values(column: pa.Array) -> list[Any]:
-    """Convert a column to Python values; bytes that are not UTF-8 become surrogates in texts."""
-    column_type = column.type
-    if pa.types.is_dictionary(column_type):
-        column = column.dictionary_decode()
-        column_type = column.type
-    if pa.types.is_string(column_type) or pa.types.is_large_string(column_type):
-        return [_text(value) for value in column.cast(pa.large_binary()).to_pylist()]
-    if pa.types.is_list(column_type) or pa.types.is_large_list(column_type):
-        inner = column_type.value_type
-        if pa.types.is_string(inner) or pa.types.is_large_string(inner):
-            lists = column.cast(pa.large_list(pa.large_binary())).to_pylist()
-            return [value and [_text(item) for item in value] for value in lists]
-    values: list[Any] = column.to_pylist()
-    return values
-
-
-def _text(value: bytes | None) -> str | None:
-    return None if value is None else value.decode("utf-8", "surrogateescape")
-
-
-def _facts(row_name: str, row: dict[str, Any], listing: Listing, class_names: Sequence[str]) -> dict[str, Any] | None:
-    image = row["image"]
+def _facts(
+    row_name: str, image: Any, row: dict[str, Any], fields: Fields, listing: Listing, class_names: Sequence[str]
+) -> dict[str, Any] | None:
+    """Return what a row says, and where the copy of its image is. None: it is unusable, and was rejected."""
     data = image.get("bytes") if isinstance(image, dict) else image
     if not isinstance(data, bytes):
         path = image.get("path") if isinstance(image, dict) else None
@@ -224,26 +170,17 @@ def _facts(row_name: str, row: dict[str, Any], listing: Listing, class_names: Se
         listing.exclude("", row_name, Reason.FILE_TOO_LARGE, f"{len(data)} bytes; at most {MAX_FILE_BYTES}")
         return None
     try:
-        named = Fields(caption="caption", class_name="class_name")
-        captions, class_name = named.captions(row), named.class_of(row)
-        attributes, split = row.get("attributes") or [], row.get("split") or None
-        if not isinstance(split, str | None):
-            raise ValueError("the split must be a string")
-        attributes = [part.strip() for part in attributes.split(",")] if isinstance(attributes, str) else attributes
-        attributes = parse_attributes(attributes, "attributes", listing.attributes)
+        facts = fields.read(row, listing.attributes)
+    except UndecodableText as error:
+        listing.exclude("", row_name, Reason.INVALID_UTF8, str(error))
+        return None
     except ValueError as error:
         listing.exclude("", row_name, Reason.MALFORMED, str(error)[:200])
         return None
+    class_name = facts.class_name
     if class_names and class_name == "-1":
         class_name = None  # no label
     elif class_name is not None and class_name.isdecimal() and int(class_name) < len(class_names):
         class_name = class_names[int(class_name)]
     url, part = listing.spool(data)
-    return {
-        "url": url,
-        "part": (part.start, part.length),
-        "captions": captions,
-        "attributes": [name for name in attributes if name],
-        "class_name": class_name,
-        "split": split and (split_of_word(split) or split),
-    }
+    return {**asdict(facts), "class_name": class_name, "url": url, "part": (part.start, part.length)}

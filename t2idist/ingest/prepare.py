@@ -22,9 +22,8 @@ import torch
 from t2idist import storage
 from t2idist.data.image_file import UnusableImage
 from t2idist.data.sample_format import MAX_FILE_BYTES, PackedSample, SampleRecord, pack
-from t2idist.data.text_files import to_utf8
 from t2idist.ingest.captions import CaptionOptions, clean_captions
-from t2idist.ingest.files import MAX_LINE_BYTES, ByteRange, read_limited
+from t2idist.ingest.files import MAX_LINE_BYTES, ByteRange, read_limited, text_lines
 from t2idist.ingest.image import ImageOptions, prepare_image
 from t2idist.ingest.listing import ListedImage
 from t2idist.ingest.rejects import Effect, Reason, Reject
@@ -69,7 +68,7 @@ def prepare_sample(
         data: content of the image file, or why it was not read.
         text: content of the caption file, likewise.
     """
-    lines = [] if isinstance(text, Reject) else _text_lines(text, captions.encoding)
+    lines = [] if isinstance(text, Reject) else text_lines(text, captions.encoding)
     file = image.text_url if lines and not image.captions else None
     location = "caption" if file is None else f"{file.rsplit('/', 1)[-1]}, line"
     cleaned = clean_captions([*image.captions, *lines], captions, location)
@@ -90,10 +89,6 @@ def prepare_sample(
         image.attributes, image.class_id,
     )  # fmt: skip
     return SampleResult(pack(record), tuple(rejects), cleaned.truncated)
-
-
-def _text_lines(text: bytes, encoding: str | None) -> list[bytes]:
-    return to_utf8(text, encoding).rstrip().splitlines()
 
 
 def _reject(image: ListedImage, reason: Reason, effect: Effect, detail: str) -> Reject:

@@ -26,7 +26,8 @@ class NamedSplits:
 
     Folders state splits if every file is in a folder with the name of a split, or if at least two splits have such a
     folder; the folders are those of the first level at which the files differ. A single folder `train` beside others
-    is not a split: it may be a class. If train is the only split that is named, val and test are taken from it.
+    is not a split: it may be a class. If train is the only split that is named, val and test are taken from all files.
+    If other splits are named, but not train, the files whose names state no split are train.
 
     Attributes:
         counts: number of files by split; empty if the names state no splits. The key "" counts the files without.
@@ -41,7 +42,9 @@ class NamedSplits:
             ignore: read the names to their end, but find no splits.
         """
         self._file_names = file_names
+        self._ignored = ignore
         self._level = 0
+        self._unnamed: str | None = None
         levels = [_Level() for _ in range(_DEPTHS)]
         by_name: Counter[str] = Counter()
         total = 0
@@ -56,16 +59,22 @@ class NamedSplits:
         if ignore:
             return
         if file_names:
-            self.counts = by_name if set(by_name) - {""} else self.counts
+            self._count(by_name if set(by_name) - {""} else self.counts)
             return
         for number, level in enumerate(levels):
             split_counts = level.split_counts
             if split_counts and (len(split_counts) > 1 or split_counts.total() == total):
                 self._level = number
-                self.counts = split_counts + Counter({"": total - split_counts.total()})
+                self._count(split_counts + Counter({"": total - split_counts.total()}))
                 return
             if level.only is None or level.files < total:
                 return
+
+    def _count(self, counts: Counter[str]) -> None:
+        self.counts = counts
+        if counts and counts[""] and not counts["train"]:
+            self._unnamed = "train"
+            counts["train"] = counts.pop("")
 
     def __bool__(self) -> bool:
         """True if the names state splits."""
@@ -73,27 +82,34 @@ class NamedSplits:
 
     @property
     def only_train(self) -> bool:
-        return set(self.counts) == {"train"}
+        return bool(self.counts) and self.counts.keys() <= {"train", ""}
+
+    @property
+    def where(self) -> str:
+        """Say what states the splits."""
+        return "names of folders and files" if self._file_names else "folders"
 
     def split(self, name: str) -> str | None:
         """Return the split that the name of a file states."""
         if not self.counts:
             return None
         if self._file_names:
-            return self._by_words(name)
+            return self._by_words(name) or self._unnamed
         folders = name.split("/")[:-1]
-        return split_of_word(folders[self._level]) if len(folders) > self._level else None
+        return (split_of_word(folders[self._level]) if len(folders) > self._level else None) or self._unnamed
 
     def describe(self) -> str:
         """Return a sentence about the splits, for the user."""
+        if self._ignored:
+            return "splits: by --val and --test (the names of folders and files are not used)"
         if not self.counts:
             return "splits: by --val and --test (no folder or file is named after a split)"
-        where = "names of folders and files" if self._file_names else "folders"
         if self.only_train:
-            return f"splits: by --val and --test (the {where} name only train)"
+            return f"splits: by --val and --test (the {self.where} name only train)"
         counts = ", ".join(f"{split} {count}" for split, count in sorted(self.counts.items()) if split)
         left_out = f"; {self.counts['']} files in none of them are left out" if self.counts.get("") else ""
-        return f"splits: from the {where}: {counts} files{left_out}"
+        unnamed = "; those without a split in their name are train" if self._unnamed else ""
+        return f"splits: from the {self.where}: {counts} files{left_out}{unnamed}"
 
     @staticmethod
     def _by_words(name: str) -> str | None:

@@ -11,30 +11,31 @@ import json
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from typing import IO, Any
 
 from t2idist import storage
 from t2idist.data.sample_format import MAX_FILE_BYTES
-from t2idist.ingest.fields import Fields, require_captions
+from t2idist.ingest.fields import Fields, require_captions, require_named
 from t2idist.ingest.files import (
+    CAPTION_SUFFIXES,
     MAX_LINE_BYTES,
     ByteRange,
     UndecodableText,
     is_image,
     is_unsafe,
-    text_as_utf8,
+    text_lines,
     text_of_file,
 )
-from t2idist.ingest.flags import parse_attributes
-from t2idist.ingest.folder import OUTSIDE_SPLITS, FolderOptions, number_classes
+from t2idist.ingest.folder import OUTSIDE_SPLITS, FolderOptions, SplitChooser, number_classes
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.rejects import Reason
-from t2idist.ingest.splits import NamedSplits, split_of_word
+from t2idist.ingest.splits import NamedSplits
 from t2idist.ingest.stored_file import each_file, open_file
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _TEXT, _JSON, _CLASS, _IMAGE, _OTHER = ".txt", ".json", ".cls", "image", "other"
-_CAPTION_SUFFIXES = (".txt", ".text", ".caption")
+_FIELDS = Fields(attributes="attributes")
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 _DAMAGE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
 
@@ -53,17 +54,17 @@ def list_tars(root: str, names: Sequence[str], listing: Listing, options: Folder
         scan.add_tar(storage.join(root, name), name)
     if options.needs_captions and scan.json_keys and not scan.captioned:
         require_captions(f"the .json members of {names[0]}", fields, scan.json_keys)
+    require_named(f"the .json members of {names[0]}", fields, scan.json_keys)
     if options.by_class and not scan.classes:
         raise ValueError("--split-by-class: the tars have no classes (.cls members, or --class-column)")
     class_ids = number_classes(scan.classes, listing)
     splits = NamedSplits(names, file_names=True, ignore=not options.split_folders)
-    stated = 0
+    chooser = SplitChooser(options, splits)
     for _, members in listing.annotations():
         for image, about in _samples(members, listing):
             where, name = image["tar"], f"{image['tar']}/{image['member']}"
             merged = _merge(about)
-            stated += merged["split"] is not None
-            split = merged["split"] or options.choose_split(splits, where, merged["class_name"], name)
+            split = chooser.choose(merged["split"], where, merged["class_name"], name)
             if split is None:
                 listing.exclude("", name, Reason.NO_SPLIT, OUTSIDE_SPLITS)
                 continue
@@ -72,7 +73,7 @@ def list_tars(root: str, names: Sequence[str], listing: Listing, options: Folder
                 attributes=merged["attributes"], needs_captions=options.needs_captions,
                 class_id=None if merged["class_name"] is None else class_ids[merged["class_name"]],
             )  # fmt: skip
-    return f"splits: by the field '{fields.split}'" if stated else splits.describe()
+    return chooser.describe()
 
 
 class _Scan:
@@ -81,7 +82,7 @@ class _Scan:
     Attributes:
         classes: the classes that occur.
         captioned: a member holds a caption.
-        json_keys: keys of the first JSON object.
+        json_keys: keys of the JSON objects: all of the first one, and those that options name.
     """
 
     def __init__(self, listing: Listing, fields: Fields) -> None:
@@ -89,7 +90,7 @@ class _Scan:
         self._fields = fields
         self.classes: dict[str, None] = {}
         self.captioned = False
-        self.json_keys: list[str] = []
+        self.json_keys: dict[str, None] = {}
 
     def add_tar(self, url: str, name: str) -> None:
         """Store the members of a tar as annotations of their samples; a damaged end becomes a reject."""
@@ -110,7 +111,7 @@ class _Scan:
     ) -> None:
         name = "/".join(part for part in _utf8(member.name).split("/") if part != ".")
         folder, _, base = name.rpartition("/")
-        if member.isdir() or base.startswith((".", "__")):
+        if member.isdir() or base.startswith(".") or (base.startswith("__") and base.endswith("__")):
             return  # hidden files, and webdataset's own members
         if not member.isreg() or member.issparse() or is_unsafe(name):
             detail = "only regular members with names inside their folder are read"
@@ -147,37 +148,32 @@ class _Scan:
     def _annotation(self, kind: str, data: bytes) -> dict[str, Any]:
         """Parse a member with captions, a class or both. Raises ValueError if it is malformed."""
         if kind == _TEXT:
-            lines = text_as_utf8(data).rstrip().splitlines()
+            lines = text_lines(data)
             self.captioned |= bool(lines)
             return {"captions": [line.decode("utf-8", "surrogateescape") for line in lines]}
         if kind == _CLASS:
             class_name = text_of_file(data).strip()
-            self.classes[class_name] = None
-            return {"class_name": class_name}
+            if class_name:
+                self.classes[class_name] = None
+            return {"class_name": class_name or None}
         values = json.loads(text_of_file(data))
         if not isinstance(values, dict):
             raise ValueError("the JSON must be an object")
-        self.json_keys = self.json_keys or list(values)
-        attributes = values.get(self._fields.attributes or "attributes", [])
+        named = set(self._fields.options().values()) & values.keys() if self.json_keys else values
+        self.json_keys |= dict.fromkeys(named)
+        fields = self._fields.or_else(_FIELDS)
         try:
-            attributes = parse_attributes(attributes, self._fields.attributes or "attributes", self._listing.attributes)
+            facts = fields.read(values, self._listing.attributes)
+        except UndecodableText:
+            raise
         except ValueError:
             if self._fields.attributes:
                 raise
-            attributes = []
-        split = values.get(self._fields.split) if self._fields.split else None
-        if not isinstance(split, str | None):
-            raise ValueError(f"'{self._fields.split}' must be a string")
-        facts = {
-            "captions": self._fields.captions(values),
-            "attributes": attributes,
-            "class_name": self._fields.class_of(values),
-            "split": (split_of_word(split) or split) if split else None,
-        }
-        self.captioned |= bool(facts["captions"])
-        if facts["class_name"] is not None:
-            self.classes[facts["class_name"]] = None
-        return facts
+            facts = replace(fields, attributes=None).read(values, self._listing.attributes)  # it may be something else
+        self.captioned |= bool(facts.captions)
+        if facts.class_name is not None:
+            self.classes[facts.class_name] = None
+        return asdict(facts)
 
 
 def _open_tar(file: IO[bytes], compressed: bool) -> tarfile.TarFile:
@@ -210,7 +206,7 @@ def _utf8(name: str) -> str:
 def _kind_of_suffix(suffix: str) -> str:
     if is_image(f"x{suffix}"):
         return _IMAGE
-    if suffix in _CAPTION_SUFFIXES:
+    if suffix in (*CAPTION_SUFFIXES, ".text"):
         return _TEXT
     return suffix if suffix in (_JSON, _CLASS) else _OTHER
 

@@ -20,12 +20,12 @@ from t2idist.data.shard_writer import Row, ShardBuilder, check_unfinished, shard
 from t2idist.data.shards import DESCRIPTION, Shard, stored_bytes
 from t2idist.data.tokenizer import ASCII, TOKENIZERS, UNICODE
 from t2idist.ingest.captions import CaptionOptions
+from t2idist.ingest.files import PROGRESS
 from t2idist.ingest.image import MAX_MEGAPIXELS, ImageOptions
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.prepare import Preparer, SampleResult, start_preparer
 from t2idist.ingest.rejects import Effect, Reason, Reject
 
-PROGRESS = "progress"
 REJECTED = "rejected.jsonl"
 PART_SAMPLES = 256
 """Samples per part of the training order (t2idist.data.order); shards hold whole parts."""

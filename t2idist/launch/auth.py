@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -18,6 +19,14 @@ def cluster_address(address: str, environment: Mapping[str, str]) -> str:
     if address in ("", "auto"):
         address = environment.get("RAY_ADDRESS", "")
     return "" if address == "local" else address
+
+
+def joined_address() -> str:
+    """Return the address of the cluster that this process is connected to, as in a notebook; "" if it is to none."""
+    ray = sys.modules.get("ray")  # not imported: not connected
+    if ray is None or not ray.is_initialized():
+        return ""
+    return str(ray.get_runtime_context().gcs_address)
 
 
 def check_cluster(address: str, environment: Mapping[str, str], home: Path, required: bool) -> str:
@@ -43,14 +52,13 @@ def check_cluster(address: str, environment: Mapping[str, str], home: Path, requ
     mode = mode or "not set"
     if required:
         raise ValueError(
-            f"cluster.require_token: true, but RAY_AUTH_MODE is {mode} for the Ray cluster at {where}; start "
-            "it with RAY_AUTH_MODE=token and set that here too, with RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, or set "
+            f"cluster.require_token: true, but RAY_AUTH_MODE is {mode} for the Ray cluster at {where}; start it with "
+            "RAY_AUTH_MODE=token. Set that here too, with RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; or set "
             "cluster.require_token=false"
         )
     return (
-        f"the Ray cluster at {where} is joined without a token (RAY_AUTH_MODE is {mode}): anybody who reaches an open "
-        "cluster can run code on it; start it with RAY_AUTH_MODE=token, or pass --insecure-cluster if its network is "
-        "private"
+        f"the Ray cluster at {where} is joined without a token (RAY_AUTH_MODE is {mode}); start it with "
+        "RAY_AUTH_MODE=token. Anybody who reaches an open cluster can run code on it"
     )
 
 
@@ -77,8 +85,8 @@ def _read_token(environment: Mapping[str, str], home: Path) -> None:
         reason = "is empty"
     if not token:
         raise ValueError(
-            f"RAY_AUTH_MODE=token without a token: RAY_AUTH_TOKEN is not set, and {file}: {reason}; set RAY_AUTH_TOKEN "
-            "to the cluster's token or RAY_AUTH_TOKEN_PATH to its file"
+            f"RAY_AUTH_MODE=token, but RAY_AUTH_TOKEN is not set, and {file}: {reason}; set RAY_AUTH_TOKEN to the "
+            "cluster's token, or RAY_AUTH_TOKEN_PATH to its file"
         )
 
 

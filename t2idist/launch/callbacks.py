@@ -17,6 +17,7 @@ from ray.exceptions import RayError
 
 from t2idist.launch.ray_internals import ControllerCallback, WorkerGroupCallback
 from t2idist.launch.resources import NodeLiveness
+from t2idist.observability.command import in_main_thread
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ class StopOnSigterm(_RunningWorkers):
         The first SIGTERM asks the workers to stop. A second one, or one while no workers train, calls the handler that
         was set before the block.
         """
-        if threading.current_thread() is not threading.main_thread():  # Python handles signals only there
+        if not in_main_thread():
             yield
             return
         previous: Any = signal.getsignal(signal.SIGTERM)

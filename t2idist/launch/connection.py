@@ -11,7 +11,6 @@ import os
 import secrets
 import signal
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,44 +18,67 @@ from types import FrameType
 from typing import TypeVar
 
 import ray
-from ray.exceptions import AuthenticationError
+from ray.exceptions import RayError
 
 from t2idist.config import ClusterConfig
 from t2idist.launch import auth
 from t2idist.launch.ray_internals import AuthenticationTokenLoader, Config
+from t2idist.observability.command import in_main_thread
 
 T = TypeVar("T")
 
-
-def is_initialized() -> bool:
-    """Return whether this process is already connected to a cluster."""
-    return bool(ray.is_initialized())
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def join_cluster(cluster: ClusterConfig) -> Iterator[None]:
     """Connect this process to the cluster at `cluster.address`, or to the one that its environment names."""
-    connects = not is_initialized()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_environment(_unless_set(_settings(cluster))))
-        if connects:
-            _join(cluster.address)
-            stack.callback(ray.shutdown)
-        stack.enter_context(_signals_interrupt())
+    with _environment(_unless_set(_settings(cluster))), _join(cluster.address), _signals_interrupt():
         yield
 
 
-def _join(address: str) -> None:
+@contextlib.contextmanager
+def join_workers(address: str) -> Iterator[None]:
+    """Connect this process to a cluster ("auto": the one that it belongs to) for tasks that need no run."""
+    warning = auth.check_cluster(auth.cluster_address(address, os.environ), os.environ, Path.home(), required=False)
+    if warning:
+        logger.warning(warning)
+    with _join(address):
+        yield
+
+
+@contextlib.contextmanager
+def start_workers(workers: int, gpus: int) -> Iterator[None]:
+    """Start Ray on this machine for tasks that need no run, with `gpus` for each worker."""
+    with _authentication(required=False), _own_ray(workers, gpus * workers):
+        yield
+
+
+@contextlib.contextmanager
+def _join(address: str) -> Iterator[None]:
+    """Connect this process to a cluster, unless it is connected to one.
+
+    Raises:
+        ConnectionError: there is no cluster at the address, or it refuses this process.
+    """
+    if ray.is_initialized():
+        yield
+        return
     try:
-        ray.init(address=None if address == "auto" else address, logging_level=logging.WARNING)
-    except (ConnectionError, AuthenticationError) as error:
-        if os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
-            raise
+        ray.init(address=address, logging_level=logging.WARNING)
+    except (ConnectionError, RayError) as error:
         reason = " ".join(str(error).split())
-        raise ConnectionError(
-            f"{reason}: the cluster could not be joined without a token; if it has one, set RAY_AUTH_MODE=token, and "
-            "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
-        ) from error
+        if os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
+            hint = (
+                "with the token of RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token; use that of its head node"
+            )
+        else:
+            hint = "without a token; if it has one, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        raise ConnectionError(f"{reason}: the cluster could not be joined {hint}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 @contextlib.contextmanager
@@ -73,27 +95,32 @@ def start_local_cluster(cluster: ClusterConfig, prepare: Callable[[], T]) -> Ite
     }
     cpus = max(os.cpu_count() or 1, int(cluster.workers[0] * cluster.cpus_per_worker))
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="t2idist-ray-", ignore_cleanup_errors=True))
         stack.enter_context(_environment(_unless_set(settings)))
         stack.enter_context(_authentication(cluster.require_token))
         prepared = stack.enter_context(ThreadPoolExecutor(1, "prepare")).submit(prepare)
         with _environment(thread_settings(cluster)):
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-                _temp_dir=folder,
-            )
-        stack.callback(ray.shutdown)
+            stack.enter_context(_own_ray(cpus))
         stack.enter_context(_signals_interrupt())
         yield prepared.result()
 
 
-def in_main_thread() -> bool:
-    """Return whether this thread may set signal handlers."""
-    return threading.current_thread() is threading.main_thread()
+@contextlib.contextmanager
+def _own_ray(cpus: int, gpus: int | None = None) -> Iterator[None]:
+    """Start Ray on this machine; `gpus` None: as many as there are."""
+    with tempfile.TemporaryDirectory(prefix="t2idist-ray-", ignore_cleanup_errors=True) as folder:
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            num_gpus=gpus,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            _temp_dir=folder,
+        )
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def thread_settings(cluster: ClusterConfig) -> dict[str, str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -20,32 +18,37 @@ def map_unordered(
         workers: number of Ray workers; 0 calls `work` in this process, one task after the other.
         address: a Ray cluster's address ("auto": the cluster that this process belongs to); "" starts Ray here.
         gpus: GPUs per worker.
+
+    Raises:
+        ConnectionError: the cluster could not be joined.
+        RuntimeError: a worker died again and again.
+        Exception: the first error of a task.
     """
     if not workers:
         yield from map(work, tasks)
         return
     import ray  # not needed in one process
 
-    with tempfile.TemporaryDirectory(prefix="t2idist-ray-") as folder:
-        if address:
-            ray.init(address=address, logging_level=logging.WARNING)
-        else:
-            ray.init(
-                address="local",
-                num_cpus=workers,
-                num_gpus=gpus * workers,
-                include_dashboard=False,
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-                _temp_dir=folder,
-            )
-        try:
-            remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)(work)
-            remaining = iter(tasks)
-            pending = [remote.remote(task) for task in islice(remaining, 2 * workers)]
-            while pending:
-                done, pending = ray.wait(pending)
-                pending += [remote.remote(task) for task in islice(remaining, len(done))]
-                yield from ray.get(done)
-        finally:
-            ray.shutdown()
+    from t2idist.launch import connection
+
+    with connection.join_workers(address) if address else connection.start_workers(workers, gpus):
+        remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)(work)
+        remaining = iter(tasks)
+        pending = [remote.remote(task) for task in islice(remaining, 2 * workers)]
+        while pending:
+            done, pending = ray.wait(pending)
+            pending += [remote.remote(task) for task in islice(remaining, len(done))]
+            yield from _results(done)
+
+
+def _results(done: Sequence[Any]) -> list[Any]:
+    """Return the results of tasks; raises the error of a task as if it had been raised here."""
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        return list(ray.get(done))
+    except RayTaskError as error:
+        raise (error.cause or error) from error  # the worker's traceback stays with errors of the program
+    except RayError as error:
+        raise RuntimeError(f"a worker failed: {' '.join(str(error).split())}") from error

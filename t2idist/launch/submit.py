@@ -79,7 +79,7 @@ def _fit(config: RunConfig, folder: str, own: bool, stop: StopAfter | None, on_p
             try:
                 trainer = _trainer(config, run_id, folder, own, stop, on_sigterm)
                 reservation.acquire(f"train-{trainer.train_run_context.run_id}")  # type: ignore[attr-defined]
-                with on_sigterm.on_sigterm() if own and connection.in_main_thread() else contextlib.nullcontext():
+                with on_sigterm.on_sigterm() if own else contextlib.nullcontext():
                     stopped = trainer.fit().return_value  # type: ignore[attr-defined]
                 break
             except WorkerGroupError as error:

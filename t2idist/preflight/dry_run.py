@@ -20,6 +20,7 @@ from t2idist.data.mixing import data_info
 from t2idist.data.shards import Dataset
 from t2idist.data.tokenizer import Vocabulary
 from t2idist.engine.checkpoint import pretrained
+from t2idist.evaluate import best_weights, in_training
 from t2idist.nn.init import shapes_only
 from t2idist.training import resume, run_data
 from t2idist.training.stages import StageRun, check_uses, run_url, stages_of
@@ -45,23 +46,16 @@ def check(config: RunConfig, resumed: resume.ResumePoint | None, local: bool = F
 
     Args:
         resumed: the checkpoint that ``--resume-from`` names.
-        local: the run trains in this process.
+        local: the run trains on this machine, in this process or on a Ray cluster that it starts.
 
     Raises:
-        ValueError: The config, data, exports or weights do not fit each other, the storage is not writable, or there
-            is no accelerator for a local run that asks for one.
+        ValueError: The config, data, exports or weights do not fit each other, the storage is not writable, or the run
+            asks for an accelerator that this machine lacks.
     """
-    _check_before_work(config, local)
-    opened = {}
-    for stage in stages_of(config):
-        opened[stage.name] = datasets = stage.open_data()
-        _print_findings(stage, datasets, opened)
-        system = build_on_meta(stage, data_info(datasets))
-        _check_data(stage, system, datasets)
-        _check_weights(stage, system, datasets[0].vocabulary, resumed)
-        _check_pretrained(stage, system)
-    _check_same_run(config, opened)
-    run_data.record(run_url(config), opened)
+    if missing := _missing_accelerator(config, local):
+        raise ValueError(missing)
+    for _ in _checked_stages(config, resumed, is_run=True):
+        pass
 
 
 def describe(config: RunConfig, resumed: resume.ResumePoint | None, local: bool = False) -> str:
@@ -69,35 +63,57 @@ def describe(config: RunConfig, resumed: resume.ResumePoint | None, local: bool 
 
     Without data.source this describes a recipe, not a run, and names the other settings that the run needs too.
     """
-    _check_before_work(config, local)
+    missing = _missing_accelerator(config, local)
+    if missing and all(stage.data.source for stage in stages_of(config)):
+        raise ValueError(missing)
     lines = [to_yaml(config).rstrip(), ""]
-    opened = {}
+    for stage, system, datasets in _checked_stages(config, resumed, is_run=False):
+        lines += [*_stage_lines(stage, system, datasets), ""]
+    return "\n".join([*lines, missing]).rstrip()
+
+
+def _checked_stages(
+    config: RunConfig, resumed: resume.ResumePoint | None, is_run: bool
+) -> Iterator[tuple[StageRun, System, tuple[Dataset, ...]]]:
+    """Check a run; yields each stage with its system, on the meta device, and its data sets.
+
+    Args:
+        is_run: data.source must be given; else a stage without it has no data sets.
+    """
+    _check_before_work(config)
+    opened: dict[str, tuple[Dataset, ...]] = {}
     for stage in stages_of(config):
-        opened[stage.name] = datasets = stage.open_data() if stage.data.source else ()
+        opened[stage.name] = datasets = stage.open_data() if is_run or stage.data.source else ()
         _print_findings(stage, datasets, opened)
         system = build_on_meta(stage, data_info(datasets) if datasets else UNKNOWN)
         if datasets:
             _check_data(stage, system, datasets)
             _check_weights(stage, system, datasets[0].vocabulary, resumed)
         _check_pretrained(stage, system, needed=bool(datasets))
-        lines += [*_stage_lines(stage, system, datasets), ""]
+        _check_evaluation(stage, system, datasets)
+        yield stage, system, datasets
     _check_same_run(config, opened)
-    return "\n".join(lines).rstrip()
 
 
-def _check_before_work(config: RunConfig, local: bool) -> None:
-    """Check all that needs no data: names, numbers, places, devices. Drawing avatars takes minutes."""
+def _check_before_work(config: RunConfig) -> None:
+    """Check all that needs no data: names, numbers, places. Drawing avatars takes minutes."""
     check_uses(config)
     for stage in stages_of(config):
         stage.model_config()
         if stage.data.source:
             sources.check_names(stage.data)
-    if local and config.cluster.gpus_per_worker and not torch.accelerator.is_available():
-        raise ValueError(
-            f"cluster.gpus_per_worker: {config.cluster.gpus_per_worker}, but PyTorch finds no accelerator on this "
-            "machine; give cluster.gpus_per_worker=0 to train on its CPU"
-        )
     _check_writable(run_url(config))
+
+
+def _missing_accelerator(config: RunConfig, local: bool) -> str:
+    """Return why a run cannot train on this machine, where `local` says that it trains; else ""."""
+    if not (local and config.cluster.gpus_per_worker) or torch.accelerator.is_available():
+        return ""
+    return (
+        f"cluster.gpus_per_worker: {config.cluster.gpus_per_worker}, but PyTorch finds no accelerator on this machine; "
+        "give cluster.gpus_per_worker=0 to train on its CPU, or train on a cluster (RAY_ADDRESS, cluster.address or "
+        "ray job submit, without --local)"
+    )
 
 
 def _print_findings(stage: StageRun, datasets: Sequence[Dataset], opened: Mapping[str, Sequence[Dataset]]) -> None:
@@ -116,11 +132,6 @@ def _print_findings(stage: StageRun, datasets: Sequence[Dataset], opened: Mappin
 
 def _check_data(stage: StageRun, system: System, datasets: Sequence[Dataset]) -> None:
     """Raise ValueError if it is meaningless to train the system of a stage on its data."""
-    if stage.settings.export_best == EXPORT_R_PRECISION and not isinstance(system, SupportsEmbed):
-        raise ValueError(
-            f"stages.{stage.name}.export_best: {stage.settings.system} does not embed images and captions, so it has "
-            "no R-precision; allowed are auto and last"
-        )
     for index, dataset in enumerate(datasets):
         if is_text_conditional(system, dataset.vector_dim) or isinstance(system, SupportsEmbed):
             _refuse(stage, dataset, statistics.problems_for_text(dataset))
@@ -128,6 +139,27 @@ def _check_data(stage: StageRun, system: System, datasets: Sequence[Dataset]) ->
             where = f"model.domains[{index}]"
             labels, exclusive = system.labels[index], system.exclusive[index]
             _refuse(stage, dataset, statistics.problems_of_domain(dataset, labels, exclusive, where))
+
+
+def _check_evaluation(stage: StageRun, system: System, datasets: Sequence[Dataset]) -> None:
+    """Raise ValueError if a stage asks for scores, or for weights by a score, that cannot be computed.
+
+    If it is the system that asks for the best weights, say on stderr that the last ones are exported.
+    """
+    judge = stage.config.scores.judge.rstrip("/")
+    is_planned = any(judge == other.export_url and not other.is_done() for other in stages_of(stage.config))
+    in_training.check_scores(system, stage.config, stage.name, with_judge=not is_planned)
+    chosen, where = stage.settings.export_best, f"stages.{stage.name}.export_best"
+    if chosen == EXPORT_R_PRECISION and not isinstance(system, SupportsEmbed):
+        raise ValueError(
+            f"{where}: {stage.settings.system} does not embed images and captions, so it has no R-precision; allowed "
+            "are auto and last"
+        )
+    missing = best_weights.missing_data(datasets[0]) if datasets else ""
+    if missing and chosen == EXPORT_R_PRECISION:
+        raise ValueError(f"{where}: {chosen}, but {missing}; give held-out images, or {where}=last")
+    if missing and best_weights.is_tracked(system, stage.settings):
+        print(f"warning: {where}: {missing}; the last weights are exported, not the best", file=sys.stderr, flush=True)
 
 
 def _refuse(stage: StageRun, dataset: Dataset, findings: Sequence[statistics.Finding]) -> None:

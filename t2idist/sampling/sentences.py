@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from t2idist import storage
 from t2idist.data.text_files import decode_text
 from t2idist.data.tokenizer import Vocabulary, known_words
+from t2idist.observability.command import describe_error
 
 _MAX_NAMED = 5
 
@@ -30,7 +31,7 @@ def read_captions(url: str, encoding: str | None) -> list[Sentence]:
     try:
         text = decode_text(storage.read_bytes(url), f"--captions {where}", encoding)
     except OSError as error:
-        raise ValueError(f"--captions {where}: {error.strerror or error or type(error).__name__}") from None
+        raise ValueError(f"--captions {describe_error(error)}") from None
     lines = ((number, line.strip()) for number, line in enumerate(text.splitlines(), start=1))
     return [Sentence(line, f"{where}, line {number}") for number, line in lines if line]
 
@@ -43,17 +44,31 @@ def unknown_sentence(vocabulary: Vocabulary, sentence: Sentence) -> str | None:
     return f"{sentence}: no word of this sentence is in the vocabulary of the export{': ' if words else ''}{words}"
 
 
-def warnings_about(vocabulary: Vocabulary, sentence: Sentence, max_words: int) -> list[str]:
-    """Name the words of a sentence that are left out: unknown ones, and those after the first `max_words`."""
+def warnings_about(
+    vocabulary: Vocabulary, sentence: Sentence, max_words: int, characters: int | None = None, reader: str = "export"
+) -> list[str]:
+    """Name what is left out of a sentence: unknown words, those after the first `max_words`, and the end of the others.
+
+    Args:
+        characters: that the text encoder reads (None: words as a whole).
+        reader: what reads the sentence, for the warnings.
+    """
     warnings = []
     if unknown := vocabulary.unknown_words(sentence.text):
         plural = "words are" if len(unknown) > 1 else "word is"
-        warnings.append(f"{sentence}: {plural} not in the vocabulary and left out: {_quote(unknown)}")
+        of_reader = "" if reader == "export" else f" of the {reader}"
+        warnings.append(f"{sentence}: {plural} not in the vocabulary{of_reader} and left out: {_quote(unknown)}")
     known = known_words(vocabulary, sentence.text)
     if cut := known[max_words:]:
         warnings.append(
-            f"{sentence}: is cut, because the export reads {max_words} words and it has {len(known)}; left out: "
+            f"{sentence}: is cut, because the {reader} reads {max_words} words and it has {len(known)}; left out: "
             f"{_quote(cut)}"
+        )
+    spelled = " ".join(known[:max_words])
+    if characters is not None and (end := spelled[characters:]):
+        warnings.append(
+            f"{sentence}: is cut, because the {reader} reads {characters} characters and its words have "
+            f"{len(spelled)}; left out: '{end}'"
         )
     return warnings
 

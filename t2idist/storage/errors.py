@@ -45,6 +45,7 @@ _ABSENT = frozenset({"NoSuchKey", "NoSuchBucket", "NoSuchVersion"})
 _EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"})
 _STALE = frozenset({"InvalidAccessKeyId", "InvalidToken", "InvalidClientTokenId", "SignatureDoesNotMatch"})
 """Codes of keys that were replaced."""
+_WEB = ("http://", "https://")
 _NO_CODE = frozenset({"", "Bad Request", "Forbidden", "Unauthorized"})
 
 
@@ -53,6 +54,8 @@ def permanent_error(error: Exception, name: str) -> Exception | None:
     status, code = _response(error)
     if code in _BUSY or status in (408, 425, 429) or (status >= 500 and status != 501):
         return None
+    if status in (401, 403) and name.startswith(_WEB):
+        return PermissionError(f"{name}: the server refuses access ({status}); is the file public, and the link valid?")
     if status in (401, 403) or code in _REFUSED or isinstance(error, PermissionError):
         return PermissionError(
             f"{name}: the store refuses access ({code or status or 'permission denied'}); check the keys and whether "
@@ -63,7 +66,7 @@ def permanent_error(error: Exception, name: str) -> Exception | None:
             f"{name}: no credentials were found; set them in the environment (AWS_ACCESS_KEY_ID, "
             f"AWS_SECRET_ACCESS_KEY, AWS_PROFILE) or in the store's own files"
         )
-    if status == 404 or code in _ABSENT or isinstance(error, FileNotFoundError):
+    if status in (404, 410) or code in _ABSENT or isinstance(error, FileNotFoundError):
         return FileNotFoundError(f"{name}: no such object")
     if (
         300 <= status < 500
@@ -89,7 +92,11 @@ def refusal(error: Exception) -> str:
     The response to a HEAD request has no body that could tell expired keys from others ("unclear"); S3 answers it with
     status 400 if the token has expired. Keys that are missing, or half written, count as unclear too.
     """
+    from aiohttp import ClientResponseError  # of a web server, which knows no keys
+
     status, code = _response(error)
+    if isinstance(error, ClientResponseError):
+        return ""
     if code in _EXPIRED:
         return "expired"
     if _no_credentials(error) or code in _STALE or (status in (400, 401, 403) and code in _NO_CODE):
@@ -101,10 +108,13 @@ def refusal(error: Exception) -> str:
 
 
 def _response(error: BaseException) -> tuple[int, str]:
-    """Return the HTTP status and error code of the S3 response behind an error; (0, "") if there is none."""
-    from botocore.exceptions import ClientError  # slow to import, and needed only after an error
+    """Return the HTTP status and, of S3, the error code of the response behind an error; (0, "") if there is none."""
+    from aiohttp import ClientResponseError  # slow to import, and needed only after an error
+    from botocore.exceptions import ClientError
 
     for candidate in (error, error.__cause__):
+        if isinstance(candidate, ClientResponseError):
+            return candidate.status, ""
         if isinstance(candidate, ClientError):
             code = str(candidate.response.get("Error", {}).get("Code", ""))
             status = candidate.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)

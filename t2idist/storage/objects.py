@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import threading
 import uuid
 from collections.abc import Callable
@@ -352,6 +353,11 @@ def _entries(url: str, endpoint_url: str | None) -> dict[str, set[str]]:
 
 def remove(url: str, *, endpoint_url: str | None = None) -> None:
     """Remove an object, or a folder with its content, if it exists."""
+    path = local_path(url)
+    if path is not None:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        return
     if exists(url, endpoint_url=endpoint_url):
         with contextlib.suppress(FileNotFoundError):  # removed by an earlier attempt
             _request(url, endpoint_url, _remove)

@@ -23,23 +23,21 @@ def is_same_file(one: str, other: str) -> bool:
 
 
 def check_not_input(url: str, inputs: Iterable[str], option: str) -> None:
-    """Raise ValueError if writing to `url` would overwrite an input.
+    """Raise ValueError if writing to `url` would overwrite an input. Case is ignored, as some file systems do.
 
     Args:
         inputs: URLs that the command reads.
         option: option of the command that the name of the output comes from.
     """
     for given in inputs:
-        if is_same_file(url, given):
+        if is_same_file(url, given) or absolute(url).casefold() == absolute(given).casefold():
             raise ValueError(
                 f"{redact(url)}: is an input of this command, which it would overwrite; give another {option}"
             )
 
 
 def unique_names(stems: Sequence[str], extension: str, reserved: Iterable[str] = ()) -> list[str]:
-    """Return a file name for each stem; one that is taken gets "-2", "-3", ...
-
-    Case is ignored, as some file systems do.
+    """Return a file name for each stem; one that is taken, in any case, gets "-2", "-3", ...
 
     Args:
         stems: Names without extension.

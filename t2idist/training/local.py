@@ -13,6 +13,7 @@ import torch
 
 from t2idist.config import RunConfig
 from t2idist.engine.preemption import PreemptionNotice
+from t2idist.observability.command import in_main_thread
 from t2idist.observability.logs import LogContext
 from t2idist.observability.progress import ProgressPrinter
 from t2idist.training import worker
@@ -58,8 +59,8 @@ def run_local(
 
 @contextlib.contextmanager
 def _on_sigterm(received: threading.Event) -> Iterator[None]:
-    """Set the event at SIGTERM while the block runs; in another thread than the main one, Python handles no signals."""
-    if threading.current_thread() is not threading.main_thread():
+    """Set the event at SIGTERM while the block runs."""
+    if not in_main_thread():
         yield
         return
     previous = signal.signal(signal.SIGTERM, lambda number, frame: received.set())

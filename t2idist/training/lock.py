@@ -21,6 +21,9 @@ from t2idist.training.stages import run_url
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
+GUARD = ".lock.guard"
+"""Lock of the moment in which a process takes the other one and writes that it holds it."""
+GUARD_SECONDS = 10.0
 HOLDER = ".running.json"
 """The process that trains the run: host, pid, and since when."""
 HEARTBEAT_SECONDS = 120.0
@@ -53,24 +56,31 @@ def only_one(config: RunConfig) -> Iterator[None]:
 
 
 def _acquire(config: RunConfig, folder: Path) -> FileLock | None:
-    holder = {"host": socket.gethostname(), "pid": os.getpid(), "time": now()}
+    try:
+        with FileLock(folder / GUARD, timeout=GUARD_SECONDS):
+            return _lock_and_sign(folder)
+    except Timeout:
+        raise ValueError(_refusal(config, _read(folder / HOLDER))) from None
+    except NotImplementedError:
+        logger.warning("%s: the file system has no locks; start only one run of this name", folder)
+        return None
+
+
+def _lock_and_sign(folder: Path) -> FileLock:
+    """Lock the run and write who holds the lock; raises Timeout if a process that may live holds it.
+
+    The guard makes this one step: nobody sees a new lock beside the name of a dead holder, and takes it over.
+    """
     lock = FileLock(folder / LOCK, timeout=0)
     try:
         lock.acquire()
     except Timeout:
-        other = _read(folder / HOLDER)
-        if not _is_dead(other):
-            raise ValueError(_refusal(config, other)) from None
+        if not _is_dead(_read(folder / HOLDER)):
+            raise
         (folder / LOCK).unlink(missing_ok=True)  # a process that the dead one had forked still holds the old lock
         lock = FileLock(folder / LOCK, timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise ValueError(_refusal(config, _read(folder / HOLDER))) from None
-    except NotImplementedError:
-        logger.warning("%s: the file system has no locks; start only one run of this name", folder)
-        return None
-    storage.write_json(str(folder / HOLDER), holder)
+        lock.acquire()
+    storage.write_json(str(folder / HOLDER), {"host": socket.gethostname(), "pid": os.getpid(), "time": now()})
     return lock
 
 

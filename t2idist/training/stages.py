@@ -137,6 +137,12 @@ def stages_of(config: RunConfig) -> Iterator[StageRun]:
         yield StageRun(config, name)
 
 
+def open_unrecorded_data(config: RunConfig) -> dict[str, tuple[Dataset, ...]]:
+    """Open the data of the stages that the run folder does not record yet. Raises ValueError as `open_data` does."""
+    recorded = run_data.read(run_url(config))
+    return {stage.name: stage.open_data() for stage in stages_of(config) if stage.name not in recorded}
+
+
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Make relative local paths absolute, because workers run in other working directories."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from t2idist.config.strict import to_dict, to_yaml
 from t2idist.contract import System
 from t2idist.data.loader import LoaderSpec
 from t2idist.data.mixing import data_info, open_mixed_loader
+from t2idist.data.shards import Dataset
 from t2idist.data.tokenizer import recorded
 from t2idist.engine import loop
 from t2idist.engine.batches import TrackedBatches, write_ledger
@@ -45,7 +46,7 @@ from t2idist.report import report
 from t2idist.training import run_data
 from t2idist.training.lifecycle import OnProgress, read_fatal, write_fatal
 from t2idist.training.options import StopAfter
-from t2idist.training.stages import StageRun, run_url, stages_of
+from t2idist.training.stages import StageRun, open_unrecorded_data, run_url, stages_of
 
 logger = logging.getLogger(__name__)
 
@@ -109,12 +110,14 @@ class _RunWorker:
         self.warnings = _RecentWarnings()
         logging.getLogger("t2idist").addHandler(self.warnings)
         self.environment = environment_info(world.size, world.device)
-        self.restarts = world.broadcast_object(self._record_attempt() if world.is_main else 0)
+        data = open_unrecorded_data(config)  # on all workers: one that draws data takes longer than others may wait
+        self.restarts = world.broadcast_object(self._record_attempt(data) if world.is_main else 0)
 
-    def _record_attempt(self) -> int:
-        """Write config, environment and this attempt to the run folder; return the number of attempts before it."""
+    def _record_attempt(self, data: Mapping[str, Sequence[Dataset]]) -> int:
+        """Write config, data, environment and this attempt to the run folder; return the number of attempts before."""
         url = run_url(self.config)
         storage.write_bytes(storage.join(url, "config.yaml"), to_yaml(self.config).encode())
+        run_data.record(url, data)
         storage.write_json(storage.join(url, "versions.json"), self.environment)
         attempts_url = storage.join(url, ATTEMPTS)
         attempts = storage.read_json(attempts_url) if storage.exists(attempts_url) else []
@@ -188,8 +191,6 @@ class _StageWorker:
         self._run, self._stage, self._world = run, stage, run.world
         self._config, self._context = run.config, run.context
         self._datasets = stage.open_data()
-        if self._world.is_main:
-            run_data.record(run_url(self._config), {stage.name: self._datasets})
         self._data_info = data_info(self._datasets)
         self._build_info = stage.build_info(self._data_info)
         self._system = self._build_system()
@@ -207,6 +208,7 @@ class _StageWorker:
             self._run.record_resumed(stage, resumed)
         evaluator, log = None, None
         if self._world.is_main:
+            best_weights.forget_after(stage.url, trainer.images)
             evaluator, log = self._open_evaluator(), self._open_log()
             log.log_state("training")
         batches = self._open_batches()
@@ -222,7 +224,7 @@ class _StageWorker:
             if evaluator is not None:
                 evaluator.close(finished=trainer.step == stage.settings.steps)
         if trainer.step >= stage.settings.steps:
-            self._export(log)
+            self._export(evaluator, log)
         elif log is not None:
             log.log_state("stopped")
         self._forget_replicas()
@@ -347,9 +349,10 @@ class _StageWorker:
         hooks = stage_hooks(state, settings, self._config.guard, preemption, evaluate)
         loop.run(self._trainer, batches, settings, steps, hooks)
 
-    def _export(self, log: MetricLogger | None) -> None:
+    def _export(self, evaluator: InTrainingEvaluator | None, log: MetricLogger | None) -> None:
         nets = self._trainer.evaluation_nets()
-        if log is not None:
+        if evaluator is not None and log is not None:
+            evaluator.score_last(nets, self._trainer.images)
             if not self._export_best():
                 export.write(self._stage.export_url, nets, self._export_index(self._trainer.images))
             best_weights.remove(self._stage.url)

@@ -44,7 +44,10 @@ def changed(path: str, value: object) -> dict[str, object]:
         ("stages.a.images", 1.5, "stages.a.images: 1.5; expected a whole number"),
         ("data.flip", 1, "data.flip: 1; expected true or false"),
         ("data.crop", 0.5, "data.crop: 0.5; allowed are 1"),
-        ("precision", "float16", "precision: 'float16'; allowed are bfloat16, float32, float64"),
+        ("precision", "float16", "^precision: 'float16'; expected 'bfloat16' or 'float32' or 'float64'"),
+        ("strategy", "fsdp", "^strategy: 'fsdp'; expected 'ddp' or 'deepspeed'"),
+        ("checkpoint.when_busy", "stop", "^checkpoint.when_busy: 'stop'; expected 'wait' or 'skip'"),
+        ("stages.a.export_best", "best", "^stages.a.export_best: 'best'; expected 'auto' or 'r_precision' or 'last'"),
         ("name", "a/b", "name: 'a/b'; allowed are letters"),
         ("seed", -1, "seed: -1; allowed are 0"),
         ("cluster.workers", [3, 2], r"cluster.workers: \[3, 2\]; expected a number"),
@@ -59,6 +62,41 @@ def changed(path: str, value: object) -> dict[str, object]:
 def test_bad_values_raise_an_error_that_names_key_and_value(path: str, value: object, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         from_dict(RunConfig, changed(path, value))
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"max_bad": 5.0}, "max_bad: 5.0; allowed are 0"), ({"crop": 9.0}, "crop: 9.0; allowed are 1"),
+        ({"cache_gib": -1.0}, "cache_gib: -1.0; allowed are 0"),
+        ({"endpoint_url": "http://a:b@c"}, "endpoint_url: cred"),
+    ],
+)  # fmt: skip
+def test_the_data_of_a_stage_is_named_with_the_stage(values: dict[str, object], sentence: str) -> None:
+    config = from_dict(RunConfig, changed("stages.a.data", values))
+    with pytest.raises(ValueError, match=f"^stages.a.data.{sentence}"):
+        config.stage_data("a")
+
+
+@pytest.mark.parametrize("key", ["about", "data.source", "stages.damsm.init_from"])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("x: y", "x: y"), ("@home", "@home"), ("*x", "*x"), ("a: b: c", "a: b: c"), ("[1", "[1"), ("{a: 1}", "{a: 1}"),
+        ("123", "123"), ("true", "true"), ("null", "null"), ("", ""), ("'x: y'", "x: y"), ('"123"', "123"),
+        ("it's", "it's"), ("'tis", "'tis"), ("a # b", "a # b"), ("'a' and 'b'", "'a' and 'b'"), (" x ", "x"),
+    ],
+)  # fmt: skip
+def test_a_text_is_taken_as_it_stands(key: str, text: str, value: str) -> None:
+    config = to_dict(load("attngan", [f"{key}={text}"]))
+    for name in key.split("."):
+        config = config[name]
+    assert config == value
+
+
+@pytest.mark.parametrize(("text", "value"), [("null", None), ("~", None), ("", None), ("'null'", "null"), ("@x", "@x")])
+def test_null_is_no_text_where_it_is_allowed(text: str, value: str | None) -> None:
+    assert load("attngan", [f"data.cache={text}"]).data.cache == value
 
 
 def test_missing_key_is_named_in_the_error() -> None:

@@ -90,11 +90,24 @@ def test_nearest_judge_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without an accelerator")
-@pytest.mark.parametrize("mode", [["--dry-run"], []])
+@pytest.mark.parametrize("mode", [["--dry-run"], ["--dry-run", "--local"], ["--local"]])
 def test_missing_accelerator_is_refused(mode: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["attngan", "--local", "data.source=emoji", f"storage={tmp_path}", "cluster.gpus_per_worker=1"]
+    arguments = ["attngan", "data.source=emoji", f"storage={tmp_path}", "cluster.gpus_per_worker=1"]
     assert run.main([*arguments, *mode]) == 2
-    assert "cluster.gpus_per_worker: 1, but PyTorch finds no accelerator" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "cluster.gpus_per_worker: 1, but PyTorch finds no accelerator" in error
+    assert "give cluster.gpus_per_worker=0 to train on its CPU, or train on a cluster (RAY_ADDRESS" in error
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without an accelerator")
+def test_accelerator_of_a_cluster_or_of_a_recipe_is_not_that_of_this_machine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["attngan", "--dry-run", f"storage={tmp_path}", "cluster.gpus_per_worker=1"]
+    assert run.main([*arguments, "data.source=emoji", "cluster.address=192.0.2.2:6379"]) == 0
+    assert "no accelerator" not in capsys.readouterr().out
+    assert run.main([*arguments, "data.source="]) == 0
+    assert "cluster.gpus_per_worker: 1, but PyTorch finds no accelerator" in capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +125,14 @@ def test_dry_run_checks_the_weights_of_the_trunk(
     file = tmp_path / "inception.pth"
     if content is not None:
         file.write_bytes(content)
-    arguments = ["attngan", "preset=cub", "data.source=emoji", f"storage={tmp_path}/runs", "--dry-run"]
+    arguments = [
+        "attngan",
+        "preset=cub",
+        "data.source=emoji",
+        f"storage={tmp_path}/runs",
+        "--dry-run",
+        "cluster.gpus_per_worker=0",
+    ]
     weights = [f"stages.damsm.model.trunk_weights={file}", f"stages.damsm.model.trunk_sha256={'a' * 64}"]
     assert run.main([*arguments, *weights]) == 2
     error = capsys.readouterr().err

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -149,6 +150,20 @@ def test_pretrained_weights_are_entered_too(tmp_path: Path, old: bool) -> None:
     weights = Pretrained(str(file), hashlib.sha256(file.read_bytes()).hexdigest(), "weights", loaded.update)
     pretrained.load(weights, "model")
     assert loaded["a"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("length", [0x80, 0x4B50])
+def test_length_of_a_safetensors_header_is_not_taken_for_the_start_of_a_pytorch_file(
+    tmp_path: Path, length: int
+) -> None:
+    content = safetensors.torch.save({"a": torch.arange(3.0)})
+    header = content[8 : 8 + int.from_bytes(content[:8], "little")].ljust(length)
+    file = tmp_path / "file.safetensors"
+    file.write_bytes(length.to_bytes(8, "little") + header + content[-12:])
+    loaded: dict[str, Tensor] = {}
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    pretrained.load(Pretrained(str(file), digest, "weights", loaded.update), "model")
+    assert loaded["a"].tolist() == [0, 1, 2]
 
 
 def test_invalid_files_are_refused(tmp_path: Path) -> None:

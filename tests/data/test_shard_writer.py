@@ -51,8 +51,14 @@ def test_a_set_records_its_tokenizer_and_without_one_it_is_ascii(tmp_path: Path)
     assert old.vocabulary == Vocabulary(["<end>", "ein", "grner", "vogel"])
     new = write_set(tmp_path / "new", [sample], tokenizer=UNICODE)
     description = json.loads((tmp_path / "new/dataset.json").read_text())
-    assert description["tokenizer"] == "unicode" and "each character is a word in Chinese" in description["words"]
+    assert description["tokenizer"] == "unicode" and description["words"] == "lower case, NFKC"
     assert new.vocabulary == Vocabulary(["<end>", "ein", "gr\u00fcner", "vogel"], UNICODE)
     (tmp_path / "new/dataset.json").write_text(json.dumps({**description, "tokenizer": "words-2"}))
     with pytest.raises(ValueError, match=r"new/dataset.json: tokenizer is 'words-2'; this program has"):
         Dataset.open(str(tmp_path / "new"))
+
+
+def test_a_set_says_that_characters_are_words_if_some_are(tmp_path: Path):
+    write_set(tmp_path / "set", [replace(make_sample(1), captions=("\u7ea2\u8272\u7684\u9e1f",))], tokenizer=UNICODE)
+    said = json.loads((tmp_path / "set/dataset.json").read_text())["words"]
+    assert "each character is a word in Chinese" in said and said.endswith("(no segmenter)")

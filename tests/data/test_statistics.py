@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from t2idist.data import statistics
@@ -63,12 +66,55 @@ def test_equal_images_of_one_split_are_not_reported(tmp_path: Path) -> None:
     assert statistics.problems_of(dataset) == []
 
 
+def test_statistics_of_images_agree_with_a_count_of_all_pairs() -> None:
+    rng = np.random.default_rng(0)
+    sizes = {"test": 40, "train": 200, "val": 0, "zoo": 60}
+    splits = [split for split, size in sizes.items() for _ in range(size)]
+    digests = [hashlib.sha256(bytes([number])).hexdigest()[:32] for number in rng.integers(0, 120, 300)]
+    images = statistics.ImageStatistics(sizes)
+    for position in rng.permutation(300):
+        if position != 7:  # one that an older version did not hash
+            images.add(int(position), digests[position])
+    positions = [position for position in range(300) if position != 7]
+    first = {digests[position]: position for position in reversed(positions)}
+    across = [(first[digests[each]], each) for each in positions if splits[first[digests[each]]] != splits[each]]
+    assert images.describe(str) == {
+        "samples": 299, "different_images": len(first), "across_splits": len(across),
+        "examples": [[f"{splits[each]}/{each}" for each in pair] for pair in across[:3]],
+    }  # fmt: skip
+
+
+def test_statistics_of_images_take_few_bytes_per_image() -> None:
+    count = 200_000
+    tracemalloc.start()
+    try:
+        images = statistics.ImageStatistics({"train": count, "val": 1})
+        for position in range(count + 1):
+            images.add(position, hashlib.sha256(b"%d" % (position % count)).hexdigest()[:32])
+        held, _ = tracemalloc.get_traced_memory()
+        found = images.describe(str)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found == {
+        "samples": count + 1, "different_images": count, "across_splits": 1, "examples": [["train/0", f"val/{count}"]],
+    }  # fmt: skip
+    assert held / count < 20 and peak / count < 40  # 244 as Python objects
+
+
 @pytest.mark.parametrize(("left_out", "reported"), [(4, False), (5, True)])
 def test_more_than_a_tenth_left_out(tmp_path: Path, left_out: int, reported: bool) -> None:
     dataset = write_set(tmp_path / "set", SAMPLES)
     rejected = {"truncated": {"left out": left_out}, "exif": {"repaired": 30}}
     dataset = replace(dataset, quality={"rejected": rejected})
     assert (f"{left_out} of {40 + left_out} images are left out: truncated {left_out}" in texts(dataset)) == reported
+
+
+def test_files_without_an_image_are_not_counted_as_images(tmp_path: Path) -> None:
+    dataset = write_set(tmp_path / "set", SAMPLES)
+    rejected = {"captions_without_picture": {"left out": 80}, "truncated": {"left out": 4}}
+    found = texts(replace(dataset, quality={"rejected": rejected}))
+    assert found == "80 files or entries with captions have no image; rejected.jsonl lists them"
 
 
 def test_attributes_of_all_and_of_nobody_by_split(tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ import pytest
 from t2idist.data.text_files import blocks_to_utf8, check_encoding, decode_text, to_utf8, undecodable
 
 GERMAN = "ein gr\u00fcner Vogel, bird\u2019s\r\nein zweiter\n"
+RUSSIAN = "\u043a\u0440\u0430\u0441\u043d\u0430\u044f \u043f\u0442\u0438\u0446\u0430\n"
 CHINESE = "\u7ea2\u8272\u7684\u9e1f\u4e00\u4e8c\u4e09\n\u4e00\u53ea\u84dd\u8272\u7684\u9e1f\n"
 
 
-@pytest.mark.parametrize("text", [GERMAN, CHINESE, "a red bird"])
+@pytest.mark.parametrize("text", [GERMAN, CHINESE, RUSSIAN, "a red bird"])
 @pytest.mark.parametrize(
     "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "BOM utf-16-be"]
 )
@@ -26,6 +27,19 @@ def test_unicode_is_recognised_with_and_without_byte_order_mark(text: str, encod
 @pytest.mark.parametrize("data", [b"", b"\0", b"a red birds\0", b"a red\0bird and a wing", b"a\0\0\0", b"caf\xe9\0\0"])
 def test_stray_nuls_are_not_utf16(data: bytes):
     assert to_utf8(data) == data
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "cp1252"])
+@pytest.mark.parametrize("text", ["gr\u00fcn\0 Vogel", "ein gr\u00fcner\0V\u00f6gel\n", "x" * 4094 + "\0\u00fc und"])
+def test_a_stray_nul_turns_no_text_into_other_letters(text: str, encoding: str):
+    data = text.encode(encoding)
+    assert to_utf8(data) == data
+
+
+def test_a_stray_nul_leaves_other_scripts_alone():
+    for text in (CHINESE, RUSSIAN):
+        data = (text[:3] + "\0" + text[3:]).encode()
+        assert to_utf8(data) == data
 
 
 @pytest.mark.parametrize(("name", "text"), [("cp1252", GERMAN), ("gb18030", CHINESE), ("shift_jis", "\u8d64\u3044\n")])

@@ -246,7 +246,7 @@ def test_deleted_trainer_leaves_nothing_in_memory(workers: Workers, zero: int) -
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"strategy": "fsdp"}, "strategy: 'fsdp'; allowed are ddp and deepspeed"),
+        ({"strategy": "fsdp"}, "strategy: 'fsdp'; expected 'ddp' or 'deepspeed'"),
         ({"zero": 2}, "zero: 2; it needs strategy: deepspeed, and the strategy is ddp"),
         ({"strategy": "deepspeed"}, "zero: 0; allowed with strategy: deepspeed are 1"),
         (

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from t2idist.contract import Batch, SupportsEmbed
-from t2idist.evaluate.r_precision import r_precision, validation_r_precision
+from t2idist.evaluate.r_precision import metric_name, r_precision, validation_score
 from t2idist.sampling.generate import encode_captions
 from t2idist.sampling.loading import load_export
 from tests.helpers import small_systems
@@ -61,7 +61,9 @@ def test_metric_name_holds_the_number_of_candidates(tmp_path: Path) -> None:
     captions = encode_captions(loaded.vocabulary, [f"word{i}" for i in range(12)], 6)
     images = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8)
     batch = Batch((images,), captions, torch.arange(12), torch.zeros(12, 0), tuple(map(str, range(12))), 1)
-    values = validation_r_precision(loaded.system, loaded.nets, batch, seed=0, device=CPU)
-    assert list(values) == ["val/r_precision_of_12"] and 0 <= values["val/r_precision_of_12"] <= 1
+    score = validation_score(loaded.system, loaded.nets, batch, seed=0, device=CPU)
+    assert score is not None and score.n == 12 and 0 <= score.mean <= 1
+    assert metric_name(score) == "val/r_precision_of_12"
+    assert metric_name(dataclasses.replace(score, candidates=100)) == "val/r_precision"
     one_class = dataclasses.replace(batch, class_ids=torch.zeros(12, dtype=torch.int64))
-    assert validation_r_precision(loaded.system, loaded.nets, one_class, seed=0, device=CPU) == {}
+    assert validation_score(loaded.system, loaded.nets, one_class, seed=0, device=CPU) is None

@@ -55,10 +55,46 @@ def test_the_first_of_two_files_counts_and_the_other_is_named(tmp_path: Path):
         assert urls == {"0": "0.txt", "1": "1.txt", "2": "2.caption", "3": "3.caption"}
         (note,) = listing.notes
         assert note == (
-            "2 files end in .caption beside captions in another file were not read: "
+            "2 files end in .caption beside captions in another file and were not read: "
             "--caption-extension .caption reads those"
         )
         assert not list(listing.rejects())
+
+
+def test_two_files_of_one_ending_are_told_apart(tmp_path: Path):
+    write_images(tmp_path, ".txt")
+    (tmp_path / "0.jpg.txt").write_text("tags")
+    with Listing() as listing:
+        list_folder(str(tmp_path), listing, ALL_TRAIN)
+        assert listing.notes == [
+            "1 file ends in .jpg.txt beside captions in another file and was not read: "
+            "--caption-extension .jpg.txt reads those"
+        ]
+    with Listing() as listing:
+        list_folder(str(tmp_path), listing, FolderOptions(0, 0, caption_extension=".jpg.txt"))
+        texts = [image.text_url for image in listing.images("train") if image.text_url is not None]
+        assert [Path(text).name for text in texts] == ["0.jpg.txt"]
+
+
+def test_an_ending_that_is_read_already_is_not_offered(tmp_path: Path):
+    write_images(tmp_path, ".txt")
+    (tmp_path / "0.TXT").write_text("tags")
+    with Listing() as listing:
+        list_folder(str(tmp_path), listing, ALL_TRAIN)
+        (note,) = listing.notes
+        assert "1 file ends in .TXT" in note or "1 file ends in .txt" in note
+        assert "was not read: an image has one caption file" in note
+
+
+def test_metadata_without_names_is_answered_with_the_way_to_name_them(tmp_path: Path):
+    write_images(tmp_path, ".no")
+    for name in ("metadata.jsonl", "notes.jsonl"):
+        (tmp_path / name).write_text('{"picture": "0.jpg", "text": "thing"}\n')
+    with Listing() as listing:
+        list_folder(str(tmp_path), listing, ALL_TRAIN)
+        (note,) = listing.notes
+        assert "metadata.jsonl may hold the captions: --image-column NAME, if NAME instead of 'file_name' holds" in note
+        assert f"notes.jsonl may hold the captions: --captions {tmp_path}/notes.jsonl" in note
 
 
 def test_a_stray_text_file_of_another_kind_is_no_problem(tmp_path: Path):

@@ -67,7 +67,11 @@ def test_find_splits_reports_missing_and_ambiguous_splits(tmp_path: Path):
     for year in ("2015", "2017"):
         (tmp_path / "annotations" / f"captions_val{year}.json").write_text("{}")
         (tmp_path / f"val{year}").mkdir()
-    assert [split.annotations_url[-14:] for split in find_splits(str(tmp_path))] == ["_train2014.json"[-14:]]
+    (tmp_path / "annotations" / "captions_mine.json").write_text("{}")
+    (tmp_path / "mine").mkdir()
+    notes: list[str] = []
+    assert [split.name for split in find_splits(str(tmp_path), notes=notes)] == ["mine", "train"]
+    assert notes == ["year 2014 of 2014, 2015, 2017; --splits names others"]
     with pytest.raises(ValueError, match="more than one year for split val.*--splits val2017"):
         find_splits(str(tmp_path), ["val"])
     assert [split.name for split in find_splits(str(tmp_path), ["train2014"])] == ["train"]

@@ -66,6 +66,8 @@ def test_a_mapping_of_flags_or_a_list_of_names():
     assert parse_attributes({"a": "yes", "b": -1}, "tags", seen) == ["a"] and seen == {"a": True, "b": False}
     assert parse_attributes({"a": 0, "b": "true"}, "tags", seen) == ["b"] and seen == {"a": True, "b": True}
     assert parse_attributes(["c"], "tags", seen) == ["c"]
-    for value in ("c", [1], None):
+    assert parse_attributes(" c, d;e |,f", "tags", seen) == ["c", "d", "e", "f"]
+    assert parse_attributes(None, "tags", seen) == [] and parse_attributes(["", None, "c"], "tags", seen) == ["c"]
+    for value in (7, [1], 0.5):
         with pytest.raises(ValueError, match="'tags' must be a list of names, or an object"):
             parse_attributes(value, "tags", seen)

@@ -110,3 +110,16 @@ def test_the_fields_are_named_if_none_holds_captions(
     write_metadata(root / "metadata.jsonl", [{"file_name": "0.jpg", "text": "x"}])
     assert shard_folder.main([*arguments[:3], str(tmp_path / "other"), *SMALL]) == 2
     assert "several metadata files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("first", ["{broken", "[]", "5", '{"comment": "x"}'])
+def test_a_malformed_first_line_hides_no_metadata(tmp_path: Path, first: str) -> None:
+    root = tmp_path / "mine"
+    for number in range(6):
+        save_image(root / f"{number}.jpg", number, (16, 16))
+    write_metadata(root / "metadata.jsonl", rows_of("train"))
+    (root / "metadata.jsonl").write_text(f"{first}\n{(root / 'metadata.jsonl').read_text()}")
+    assert captions(shard(root, tmp_path / "set", "--val", "0", "--test", "0")) == {
+        "train": {f"train picture {n}" for n in range(6)}
+    }
+    assert read_rejects(tmp_path / "set") == [("metadata.jsonl, line 1", "malformed", "left out")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,11 @@ def make_16_bit_image() -> Image.Image:
     return Image.fromarray((np.arange(40 * 60, dtype=np.uint16) * 27).reshape(40, 60))
 
 
+def make_grey(highest: float, kind: type[Any]) -> Image.Image:
+    """Return a gradient of grey from 0 to `highest`."""
+    return Image.fromarray((np.linspace(0, 1, 40 * 60).reshape(40, 60) * highest).astype(kind))
+
+
 GOOD = encode(make_image())
 REPAIRED: list[tuple[str, Callable[[], bytes], set[Reason]]] = [
     ("grey", lambda: encode(make_image(mode="L")), {Reason.GREY}),
@@ -38,6 +44,8 @@ REPAIRED: list[tuple[str, Callable[[], bytes], set[Reason]]] = [
     ("gif", lambda: encode(make_image(mode="P"), "GIF"), {Reason.PALETTE}),
     ("alpha", lambda: encode(make_image(mode="RGBA"), "PNG"), {Reason.ALPHA}),
     ("grey alpha", lambda: encode(make_image(mode="LA"), "PNG"), {Reason.GREY, Reason.ALPHA}),
+    ("float", lambda: encode(make_grey(1, np.float32), "TIFF"), {Reason.OTHER_COLOURS}),
+    ("32 bit", lambda: encode(make_grey(255, np.int32), "TIFF"), {Reason.OTHER_COLOURS, Reason.GREY}),
     ("lab", lambda: encode(make_image().convert("YCbCr"), "TIFF"), {Reason.OTHER_COLOURS}),
     ("rotated", lambda: with_orientation(6), {Reason.EXIF_ROTATION}),
 ]
@@ -47,6 +55,9 @@ EXCLUDED: list[tuple[str, Callable[[], bytes], Reason]] = [
     ("cut jpeg", lambda: GOOD[: len(GOOD) // 2], Reason.TRUNCATED),
     ("cut png", lambda: encode(make_image(), "PNG")[:-60], Reason.TRUNCATED),
     ("rotten png", lambda: encode(make_image(), "PNG")[:60] + bytes(200), Reason.DAMAGED),
+    ("float below 0", lambda: encode(make_grey(-1, np.float32), "TIFF"), Reason.DAMAGED),
+    ("no numbers", lambda: encode(make_grey(float("nan"), np.float32), "TIFF"), Reason.DAMAGED),
+    ("32 bit above 16", lambda: encode(make_grey(2**20, np.int32), "TIFF"), Reason.DAMAGED),
     ("bomb", lambda: encode(Image.new("1", (10_000, 10_000)), "PNG"), Reason.TOO_MANY_PIXELS),
     ("big bomb", lambda: encode(Image.new("1", (20_000, 20_000)), "PNG"), Reason.TOO_MANY_PIXELS),
 ]
@@ -82,6 +93,17 @@ def test_repairs_keep_the_appearance():
     )
     expected = np.asarray(make_16_bit_image()) >> 8
     assert np.array_equal(np.asarray(deep)[..., 1], expected)
+
+
+@pytest.mark.parametrize(
+    ("highest", "kind"), [(1, np.float32), (255, np.float32), (65535, np.float32), (255, np.int32), (65535, np.int32)]
+)
+def test_values_of_32_bits_keep_their_brightness(highest: int, kind: type[Any]):
+    prepared = prepare_image(encode(make_grey(highest, kind), "TIFF"), ImageOptions(keep_original=True))
+    expected = np.asarray(make_grey(255, np.float32))
+    found = np.asarray(Image.open(io.BytesIO(prepared.data)))[..., 0]
+    assert np.abs(found - expected).max() <= 1  # rounding of both
+    assert f"read as 0 to {highest}" in str(prepared.repairs)
 
 
 def test_sizes_and_original_bytes():

@@ -103,7 +103,7 @@ def test_invalid_files_and_unclear_columns_are_named(tmp_path: Path, capsys: pyt
 
     write_parquet(tmp_path / "mine.parquet", 0, 3)
     assert "no field 'words'; name the one with the captions" in error("mine.parquet", "--caption-column", "words")
-    assert "no column 'kind' (--class-column); columns: 'image', 'text'" in error(
+    assert "no field 'kind' (--class-column); fields: 'image', 'text'" in error(
         "mine.parquet", "--class-column", "kind"
     )
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really")

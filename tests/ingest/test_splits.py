@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from t2idist.ingest.splits import NamedSplits
 from tests.helpers.image_files import read_rejects, save_image, write_jsonl
-from tests.ingest.layout_sets import captions, shard
+from tests.ingest.layout_sets import SMALL, captions, img2dataset_members, jpeg, shard, write_tar
+from tools import shard_folder
 
 
 @pytest.mark.parametrize(
@@ -89,3 +93,104 @@ def test_val_and_test_are_taken_from_train_if_no_other_split_is_named(tmp_path: 
         (tmp_path / "mine" / "train" / f"{number}.txt").write_text("a picture")
     found = shard(tmp_path / "mine", tmp_path / "set", "--val", "0.2", "--test", "0.2")
     assert set(found.splits) == {"train", "val", "test"}
+
+
+@pytest.mark.parametrize(
+    ("named", "counts", "splits"),
+    [
+        (["00000.tar", "00001.tar", "val.tar"], {"train": 2, "val": 1}, ["train", "train", "val"]),
+        (["00000.tar", "test/0.tar", "val/0.tar"], {"train": 1, "test": 1, "val": 1}, ["train", "test", "val"]),
+        (["train-0.tar", "test-0.tar", "extra.tar"], {"train": 1, "test": 1, "": 1}, ["train", "test", None]),
+    ],
+)
+def test_files_without_a_split_are_train_if_no_other_is(
+    named: list[str], counts: dict[str, int], splits: list[str | None]
+) -> None:
+    found = NamedSplits(named, file_names=True)
+    assert found.counts == counts and [found.split(name) for name in named] == splits and not found.only_train
+
+
+def test_images_outside_the_folders_are_train_if_no_folder_is() -> None:
+    splits = NamedSplits(["a.jpg", "test/b.jpg", "val/c.jpg"])
+    assert splits.split("a.jpg") == "train" and splits.split("val/c.jpg") == "val"
+    assert "those without a split in their name are train" in splits.describe()
+
+
+def test_one_file_named_train_beside_others_is_no_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tar(tmp_path / "mine" / "train-0.tar", img2dataset_members(0, 8))
+    write_tar(tmp_path / "mine" / "extra.tar", img2dataset_members(8, 8))
+    found = captions(shard(tmp_path / "mine", tmp_path / "set", "--val", "0.3", "--test", "0.3"))
+    assert set().union(*found.values()) == {f"picture number {n}" for n in range(16)} and len(found) == 3
+    assert "(the names of folders and files name only train)" in capsys.readouterr().out
+
+
+STATED = ["validation", "Train", "TEST", "train", "own"]
+EXPECTED = {"val": {"0"}, "train": {"1", "3"}, "test": {"2"}, "own": {"4"}}
+
+
+def write_stated(root: Path, layout: str) -> list[str]:
+    """Write five images whose annotations state their splits. Returns options."""
+    rows: list[object] = [{"image": f"{n}.jpg", "caption": str(n), "split": split} for n, split in enumerate(STATED)]
+    if layout == "parquet":
+        root.mkdir()
+        columns = {"image": [jpeg(n) for n in range(5)], "text": [str(n) for n in range(5)], "split": STATED}
+        pq.write_table(pa.table(columns), root / "all.parquet")
+        return []
+    if layout == "tar":
+        members = {f"{n}.jpg": jpeg(n) for n in range(5)}
+        members |= {f"{n}.json": json.dumps(row).encode() for n, row in enumerate(rows)}
+        write_tar(root / "0.tar", members)
+        return []
+    for number in range(5):
+        save_image(root / f"{number}.jpg", number, (16, 16))
+    if layout == "captions":
+        write_jsonl(root / "captions.jsonl", rows)
+    elif layout == "metadata":
+        write_jsonl(
+            root / "metadata.jsonl", [{**row, "file_name": row["image"]} for row in rows if isinstance(row, dict)]
+        )
+    elif layout == "csv":
+        lines = ["image,caption,split", *(f"{n}.jpg,{n},{split}" for n, split in enumerate(STATED))]
+        (root.parent / "t.csv").write_text("\n".join(lines))
+        return ["--table", str(root.parent / "t.csv")]
+    else:
+        columns = {"image": [f"{n}.jpg" for n in range(5)], "caption": [str(n) for n in range(5)], "split": STATED}
+        pq.write_table(pa.table(columns), root.parent / "t.parquet")
+        return ["--table", str(root.parent / "t.parquet")]
+    return []
+
+
+@pytest.mark.parametrize("layout", ["captions", "metadata", "csv", "parquet table", "parquet", "tar"])
+def test_the_field_split_states_splits_by_any_of_their_names_in_every_layout(
+    tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = write_stated(tmp_path / "mine", layout)
+    assert captions(shard(tmp_path / "mine", tmp_path / "set", *options)) == EXPECTED
+    assert "splits: 5 as stated\n" in capsys.readouterr().out
+    none = ["--val", "0", "--test", "0"]
+    by_hash = captions(shard(tmp_path / "mine", tmp_path / "hashed", *options, *none, "--split-by-hash"))
+    assert by_hash == {"train": {"0", "1", "2", "3", "4"}}
+    assert "splits: by --val and --test (the names of folders and files are not used)" in capsys.readouterr().out
+
+
+def test_the_sentence_counts_what_is_stated_and_what_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "mine"
+    rows: list[object] = []
+    for number in range(5):
+        save_image(root / f"{number}.jpg", number, (16, 16))
+        rows.append({"image": f"{number}.jpg", "caption": "x", "split": "train" if number == 0 else None})
+    write_jsonl(root / "captions.jsonl", rows)
+    shard(root, tmp_path / "set", "--val", "0", "--test", "0")
+    assert "splits: 1 as stated, 4 by hash\n" in capsys.readouterr().out
+
+
+def test_a_field_split_of_another_kind_is_no_split_unless_it_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    columns = {"image": [jpeg(n) for n in range(3)], "text": ["x", "y", "z"], "split": [0, 1, 2]}
+    pq.write_table(pa.table(columns), tmp_path / "mine.parquet")
+    found = shard(tmp_path / "mine.parquet", tmp_path / "set", "--val", "0", "--test", "0")
+    assert captions(found) == {"train": {"x", "y", "z"}}
+    arguments = ["--folder", str(tmp_path / "mine.parquet"), "--out", str(tmp_path / "named"), *SMALL]
+    assert shard_folder.main([*arguments, "--split-column", "split"]) == 2
+    assert "'split' must be a string" in capsys.readouterr().err

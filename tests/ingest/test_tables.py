@@ -12,7 +12,7 @@ from t2idist.data.shards import Dataset
 from t2idist.ingest.folder import FolderOptions, list_folder
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.rejects import Reason
-from t2idist.ingest.tables import ALL_FLAGS, Columns
+from t2idist.ingest.tables import ALL_FLAGS, Columns, table_rows
 from tests.helpers.image_files import save_image
 from tools import shard_folder
 
@@ -191,3 +191,51 @@ def test_options_that_would_be_ignored_are_refused(tmp_path: Path, capsys: pytes
     ):
         assert shard_folder.main([*base, *more]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_an_unclosed_quote_swallows_no_rows(tmp_path: Path, end: str):
+    write_images(tmp_path, 6)
+    rows = [
+        "image,caption",
+        '0.jpg,"a bird',
+        "1.jpg,a cat",
+        '2.jpg,a "dog"',
+        "3.jpg,a cow",
+        '4.jpg,"a fox',
+        "5.jpg,a hen",
+    ]
+    (tmp_path / "t.csv").write_bytes(end.join(rows).encode())
+    images, rejects, _ = read(tmp_path, tmp_path / "t.csv", Columns())
+    found = {key: captions for key, (captions, _) in images.items() if captions}
+    assert found == {"1": ("a cat",), "2": ('a "dog"',), "3": ("a cow",), "5": ("a hen",)}
+    assert [name for name, _ in rejects] == ["t.csv, line 2", "t.csv, line 6"]
+    assert rejects[0][1] == "its quote is not closed before line 3, which names another image: '1.jpg,a cat'"
+
+
+def test_an_unclosed_quote_before_many_rows_costs_one_row(tmp_path: Path):
+    write_images(tmp_path, 1)
+    rows = [
+        f"{number}.jpg,a caption that is a little longer, number {number}".replace(", n", " n")
+        for number in range(1, 4000)
+    ]
+    (tmp_path / "t.csv").write_text("\n".join(["image,caption", '0.jpg,"a bird', *rows]))
+    with Listing() as listing:
+        found = [row.name for row in table_rows(str(tmp_path / "t.csv"), Columns(), listing)]
+        assert found == [f"{number}.jpg" for number in range(1, 4000)] and len(list(listing.rejects())) == 1
+
+
+def test_captions_of_several_lines_stay(tmp_path: Path):
+    write_images(tmp_path, 3)
+    captions = ["a bird,\nred, on a branch", "one\n2.jpg", "a cat\n\n5, six"]
+    rows = "".join(f'{number}.jpg,"{caption}"\n' for number, caption in enumerate(captions))
+    (tmp_path / "t.csv").write_text(f"image,caption\n{rows}")
+    images, rejects, _ = read(tmp_path, tmp_path / "t.csv", Columns())
+    assert [images[str(number)][0] for number in range(3)] == [(caption,) for caption in captions] and not rejects
+
+
+def test_numbers_as_names_are_swallowed_neither(tmp_path: Path):
+    write_images(tmp_path, 2)
+    (tmp_path / "t.csv").write_text('image,caption\n0,"a bird\n1,a cat\n')
+    images, rejects, _ = read(tmp_path, tmp_path / "t.csv", Columns())
+    assert images["1"][0] == ("a cat",) and [name for name, _ in rejects] == ["t.csv, line 2"]

@@ -198,3 +198,15 @@ def test_shards_of_this_package_are_read_with_captions_and_attributes(tmp_path: 
     write_tar(tmp_path / "mine" / "train-00000.tar", members)
     found = shard(tmp_path / "mine", tmp_path / "set", *ALL).split("train")
     assert found.captions(0) == ["one", "two"] and found.attributes(0) == ["Red"]
+
+
+def test_only_names_between_underscores_are_those_of_webdataset(tmp_path: Path) -> None:
+    members = {"__1.jpg": jpeg(0), "__1.txt": b"one", "__key__": b"x", "__meta__": jpeg(1)}
+    assert one_tar(tmp_path, members) == {"train": {"one"}}
+    assert read_rejects(tmp_path / "set") == []
+
+
+def test_an_empty_class_is_none(tmp_path: Path) -> None:
+    members = {"1.jpg": jpeg(0), "1.txt": b"one", "1.cls": b"\n", "2.jpg": jpeg(1), "2.txt": b"two", "2.cls": b"jay"}
+    one_tar(tmp_path, members)
+    assert json.loads((tmp_path / "set" / "dataset.json").read_text())["classes"] == {"0": "jay"}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from t2idist import run
-from t2idist.launch import auth, interfaces
+from t2idist.launch import auth, connection, interfaces
 
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
 
@@ -82,7 +82,24 @@ def test_run_with_a_required_token_fails_before_it_writes_anything(
         assert run.main([*command, *more]) == 2
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 1 and "10.255.255.1:6379; start it with RAY_AUTH_MODE=token" in lines[0]
+        assert run.main([*command, *more, "--insecure-cluster"]) == 2, "it leaves out the warning, not the check"
+        assert "cluster.require_token: true, but RAY_AUTH_MODE is not set" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.whole
+def test_cluster_that_the_process_is_connected_to_is_checked(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a notebook that has called ray.init()."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    command = ["attngan", "data.source=emoji", f"storage={tmp_path / 'runs'}", "cluster.require_token=true"]
+    with connection.start_workers(1, 0):
+        for more in ([], ["--dry-run"], ["--insecure-cluster"]):
+            assert run.main([*command, *more]) == 2
+            error = capsys.readouterr().err
+            assert error.count("\n") == 1 and "RAY_AUTH_MODE is disabled for the Ray cluster at" in error
+    assert auth.joined_address() == "" and not (tmp_path / "runs").exists()
 
 
 def test_dry_run_warns_of_an_open_cluster_once(

@@ -16,15 +16,6 @@ from t2idist.launch import connection
 JOIN = "import ray, sys; ray.init(address=sys.argv[1], logging_level='ERROR', log_to_driver=False)"
 
 
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty home folder, and no token in the environment."""
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    return tmp_path
-
-
 def joins(address: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Try to join a cluster from another process."""
     others = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}

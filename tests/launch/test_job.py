@@ -22,6 +22,14 @@ from tests.helpers.runs import ROOT, check_finished, write_recipe
 
 WARNING = "is joined without a token (RAY_AUTH_MODE is not set)"
 
+MAP = """
+import sys
+from t2idist.launch.parallel import map_unordered
+from t2idist.observability.command import run_command
+sys.exit(run_command("error", lambda: print(sorted(map_unordered(lambda n: n * n, range(3), 1, sys.argv[1]))) or 0))
+"""
+"""Distributes tasks as ``t2idist score --address`` does."""
+
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -110,6 +118,29 @@ def test_an_installed_wheel_trains_on_a_cluster_with_a_token(head_with_token: He
     assert refused.returncode == 1
     (error,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
     assert "the cluster could not be joined without a token; if it has one, set RAY_AUTH_MODE=token" in error
+
+
+@pytest.mark.whole
+def test_a_wrong_token_is_one_sentence(head_with_token: Head, tmp_path: Path) -> None:
+    wrong = "1" * 64
+    env = {**head_with_token.env, "RAY_ADDRESS": head_with_token.address, "RAY_AUTH_TOKEN": wrong}
+    command = [sys.executable, "-m", "t2idist.run", str(short_recipe(tmp_path))]
+    refused = subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, timeout=240, check=False)
+    assert refused.returncode == 1
+    (error,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
+    assert "the cluster could not be joined with the token of RAY_AUTH_TOKEN" in error
+    assert "Traceback" not in refused.stderr
+    assert wrong not in refused.stderr and head_with_token.env["RAY_AUTH_TOKEN"] not in refused.stderr
+
+
+@pytest.mark.whole
+def test_workers_of_score_join_a_cluster_as_a_run_does(head_with_token: Head, open_head: Head) -> None:
+    for head, warnings in ((head_with_token, 0), (open_head, 1)):
+        command = [sys.executable, "-c", MAP, head.address]
+        done = subprocess.run(command, cwd="/", env=head.env, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0 and "[0, 1, 4]" in done.stdout, done.stderr
+        assert done.stderr.count(f"the Ray cluster at {head.address} (this machine) {WARNING}") == warnings
+        assert not (head.home / ".ray").exists()
 
 
 @pytest.mark.whole

@@ -13,6 +13,8 @@ from PIL import Image
 from t2idist import storage
 from t2idist.sampling import sample, translate
 from t2idist.sampling.drawings import read_settings
+from t2idist.sampling.sentence_encoders import open_encoder
+from t2idist.sampling.sentences import Sentence
 from t2idist.storage.outputs import unique_names
 from tests.helpers import small_systems, toy_gan
 from tests.sampling.conftest import WORDS, write_image
@@ -57,6 +59,22 @@ def test_translate_never_writes_over_an_input(stargan: str, tmp_path: Path, caps
     # the link's own name is free in the folder, and what it points to stays
     assert translate_images(stargan, "--image", str(tmp_path / "link.png"), "--out", str(tmp_path / "own")) == 0
     assert contents(tmp_path / "own")["face.png"] == before["own/face.png"]
+
+
+def test_translate_never_writes_over_a_hidden_input_or_one_in_another_case(
+    stargan: str, tmp_path: Path, capsys: Capture
+) -> None:
+    for name, output in ((".face.png", ".face.png"), ("Face.PNG", "Face.png")):
+        photo = write_photo(tmp_path / "own" / name)
+        before = contents(tmp_path / "own")
+        assert translate_images(stargan, "--image", photo, "--out", str(tmp_path / "own")) == 2
+        assert f"own/{output}: is an input of this command" in capsys.readouterr().err
+        assert contents(tmp_path / "own") == before
+    other = write_photo(tmp_path / "out/.face.png", seed=1)
+    before = contents(tmp_path / "out")
+    assert translate_images(stargan, "--image", str(tmp_path / "own/.face.png"), "--out", str(Path(other).parent)) == 2
+    assert "out/.face.png: is not an image of this command" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == before
 
 
 def test_translate_does_not_write_over_a_foreign_image(stargan: str, tmp_path: Path, capsys: Capture) -> None:
@@ -172,6 +190,24 @@ def test_sentences_that_are_cut_are_named(exports: dict[str, str], tmp_path: Pat
     assert error == (
         f'sample: "{long}": is cut, because the export reads {limit} words and it has 12; left out: {cut}\n'
     )
+
+
+def test_what_an_encoder_of_characters_cuts_is_named(tmp_path: Path) -> None:
+    url = str(tmp_path / "export")
+    long = "heart" * 3
+    small_systems.write_export("char_text", url, [long if word == "heart" else word for word in WORDS])
+    encoder = open_encoder(url, torch.device("cpu"))
+    loaded = sample.load_export(url, torch.device("cpu"))
+    limit, words = loaded.nets["text"].characters, loaded.build_info.max_words
+    text, read = " ".join([long] * (words + 1)), " ".join([long] * words)
+    assert limit < len(read)
+    assert encoder.warnings(Sentence(text, "captions.txt, line 3")) == [
+        f'captions.txt, line 3: "{text}": is cut, because the encoder reads {words} words and it has {words + 1}; '
+        f"left out: '{long}'",
+        f'captions.txt, line 3: "{text}": is cut, because the encoder reads {limit} characters and its words have '
+        f"{len(read)}; left out: '{read[limit:]}'",
+    ]
+    assert encoder.warnings(Sentence("a red face")) == []
 
 
 def test_captions_are_read_from_a_store_and_in_their_encoding(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from PIL import Image
 from t2idist.engine.checkpoint import export
 from t2idist.sampling import sample
 from t2idist.sampling.loading import load_export
-from tests.helpers import small_systems
+from t2idist.sampling.sentence_encoders import open_encoder
+from t2idist.sampling.sentences import Sentence
+from tests.helpers import small_systems, toy_gan
 from tests.sampling.conftest import FIRST, SECOND, WORDS, write_image
 
 CPU = torch.device("cpu")
@@ -141,6 +144,37 @@ def test_change_word_equals_the_sentences_with_each_word(exports: dict[str, str]
     )
     assert list(changed) == list(plain) and all(np.array_equal(changed[name], plain[name]) for name in plain)
     assert not nearly_equal(plain["001_a-red-heart_01.png"], plain["002_a-blue-heart_01.png"])
+
+
+def test_every_sentence_is_encoded_once(
+    exports: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoded: list[str] = []
+    opened = open_encoder(exports["attngan"], CPU)
+    monkeypatch.setitem(small_systems.USES, "stackgan_pp", {})
+    url = str(tmp_path / "reads_vectors")
+    small_systems.write_export("stackgan_pp", url, WORDS, toy_gan.DATA_INFO)
+
+    class Counting:
+        dim, facts = toy_gan.DATA_INFO.vector_dim, opened.facts
+
+        def encode(self, captions: Sequence[str]) -> Any:
+            encoded.extend(captions)
+            return opened.encode(captions)[:, : self.dim]
+
+        def warnings(self, sentence: Sentence) -> list[str]:
+            return opened.warnings(sentence)
+
+    monkeypatch.setattr(sample, "open_encoder", lambda name, device: Counting())
+    long = " ".join(["a blue face", *(f"word{number}" for number in range(9))])
+    sentences = ["--text", "a red heart", "--text", "zeppelins", "--text", long]
+    arguments = ["--export", url, "--encoder", exports["attngan"], "--n", "1", "--out", str(tmp_path / "out")]
+    assert sample.main([*arguments, *sentences]) == 1
+    assert encoded == sentences[1::2]
+    assert [name[:15] for name in read_files(tmp_path / "out")] == ["001_a-red-heart", "003_a-blue-face", "grid.png"]
+    said = capsys.readouterr().err
+    assert '"zeppelins": the encoder knows no word of this sentence; the others are drawn' in said
+    assert f'sample: "{long}": is cut, because the encoder reads' in said and said.count("is cut") == 1
 
 
 def test_truncation_reduces_the_variety(exports: dict[str, str], tmp_path: Path) -> None:

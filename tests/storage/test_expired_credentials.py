@@ -134,17 +134,20 @@ def test_keys_that_stay_expired_end_in_an_error(
     assert 1.0 < time.monotonic() - began < 12
 
 
-def test_a_run_whose_keys_expire_twice_ends_well(proxy: FaultProxy, credentials: Path, address: str) -> None:
+@pytest.mark.parametrize("name", ["local", pytest.param("ray", marks=pytest.mark.slow)])
+def test_a_run_whose_keys_expire_twice_ends_well(name: str, proxy: FaultProxy, credentials: Path, address: str) -> None:
+    """In one process, and on two workers of Ray, where the driver needs new keys too."""
     remote = store(address)
     remote.put(str(files("t2idist.data.embedded").joinpath("emoji")) + "/", "bucket/emoji/", recursive=True)
-    recipe = write_recipe(credentials.parent, storage="s3://bucket/runs")
-    line = command_line(str(recipe), "--local", "data.source=s3://bucket/emoji")
+    recipe = write_recipe(credentials.parent, storage="s3://bucket/runs", cluster={"workers": 2, "cpus_per_worker": 1})
+    line = command_line(str(recipe), f"name={name}", "data.source=s3://bucket/emoji")
+    line += ["--local"] if name == "local" else []
     with subprocess.Popen(
         line, cwd=ROOT, env=command_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as run:
         for old, new, sign in (
-            (KEY, (NEW_KEY, NEW_SECRET), "bucket/runs/tiny/damsm/checkpoints"),
-            (NEW_KEY, (KEY, SECRET), "bucket/runs/tiny/attngan/checkpoints"),
+            (KEY, (NEW_KEY, NEW_SECRET), f"bucket/runs/{name}/damsm/checkpoints"),
+            (NEW_KEY, (KEY, SECRET), f"bucket/runs/{name}/attngan/checkpoints"),
         ):
             while run.poll() is None and not remote.exists(sign):
                 time.sleep(0.2)
@@ -159,4 +162,4 @@ def test_a_run_whose_keys_expire_twice_ends_well(proxy: FaultProxy, credentials:
     assert run.returncode == 0, output
     assert proxy.done["refuse"] >= 2 and SECRET not in output and NEW_SECRET not in output
     remote.invalidate_cache()
-    assert remote.exists("bucket/runs/tiny/attngan/export/generator.safetensors")
+    assert remote.exists(f"bucket/runs/{name}/attngan/export/generator.safetensors")

@@ -86,6 +86,43 @@ def test_lock_of_a_dead_process_is_taken_over_even_if_its_child_holds_it(tmp_pat
         child.wait()
 
 
+CONTENDERS = """
+import os, sys, time
+from t2idist.training.lock import only_one
+from tests.helpers.runs import load_config
+from pathlib import Path
+
+config = load_config(Path(sys.argv[1]))
+start = time.time() + 0.5
+for number in range(6):
+    if os.fork() == 0:
+        while time.time() < start:
+            pass
+        try:
+            with only_one(config):
+                os.write(1, b"holds\\n")
+                time.sleep(1.5)
+        except ValueError as error:
+            os.write(1, b"refused\\n")
+        os._exit(0)
+for number in range(6):
+    os.wait()
+"""
+"""Processes that start the same run at the same moment."""
+
+
+def test_of_processes_that_start_together_after_a_kill_one_takes_the_lock(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    folder = tmp_path / "runs/tiny"
+    folder.mkdir(parents=True)
+    for _ in range(2):
+        storage.write_json(str(folder / HOLDER), {"host": socket.gethostname(), "pid": dead.pid, "time": stamp(300)})
+        line = [sys.executable, "-c", CONTENDERS, str(tmp_path)]
+        done = subprocess.run(line, cwd=ROOT, env=command_environment(), capture_output=True, text=True, check=True)
+        assert sorted(done.stdout.split()) == ["holds", *["refused"] * 5], done.stderr
+
+
 def test_fresh_report_of_a_living_process_refuses_a_run_in_a_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -17,7 +17,7 @@ from t2idist.data.sample_format import SampleRecord
 from t2idist.data.shards import Dataset
 from t2idist.preflight import dry_run
 from t2idist.training import run_data
-from t2idist.training.stages import StageRun
+from t2idist.training.stages import StageRun, open_unrecorded_data, run_url
 from tests.helpers.runs import export_bytes, load_config, write_recipe
 from tests.helpers.shard_sets import make_sample, png_image, write_set
 
@@ -46,6 +46,12 @@ def config_on(folder: Path, url: Path) -> RunConfig:
     return load_config(folder, f"data.source={url}")
 
 
+def start(config: RunConfig) -> None:
+    """Do what the start of a run does with its data: the check, then the record of the worker."""
+    dry_run.check(config, None)
+    run_data.record(run_url(config), open_unrecorded_data(config))
+
+
 def refusal(config: RunConfig) -> str:
     """Return why a run is refused, the same in the check of the driver, on the page of --dry-run, and in a worker."""
     messages = set()
@@ -61,13 +67,23 @@ def refusal(config: RunConfig) -> str:
     return message
 
 
+def test_data_of_a_run_that_did_not_start_may_change(tmp_path: Path) -> None:
+    """A cluster without room, or another run of the name, ends a command after its check."""
+    url = tmp_path / "set"
+    config = config_on(tmp_path, url)
+    for samples in (SAMPLES, SAMPLES[1:]):
+        replace_set(url, samples)
+        dry_run.check(config, None)
+    assert not (tmp_path / "runs/tiny/data.json").exists()
+
+
 @pytest.mark.parametrize("what", changed_samples())
 def test_other_data_under_the_same_url_is_refused(tmp_path: Path, what: str) -> None:
     url = tmp_path / "set"
     before = write_set(url, SAMPLES)
     config = config_on(tmp_path, url)
-    dry_run.check(config, None)
-    dry_run.check(config, None)
+    start(config)
+    start(config)
     after = replace_set(url, changed_samples()[what])
     message = refusal(config)
     assert message.startswith(
@@ -84,7 +100,7 @@ def test_copy_under_another_url_is_the_same_data(tmp_path: Path) -> None:
     url, copy, other = (tmp_path / name for name in ("set", "copy", "other"))
     write_set(url, SAMPLES)
     config = config_on(tmp_path, url)
-    dry_run.check(config, None)
+    start(config)
     (tmp_path / "runs/tiny/config.yaml").write_text(to_yaml(config))
     shutil.move(url, copy)
     dry_run.check(config_on(tmp_path, copy), None)
@@ -103,14 +119,14 @@ def test_source_of_an_older_run_without_a_record_may_not_change(tmp_path: Path) 
     with pytest.raises(ValueError, match=r"data.source: .*copy.*was started with .*set"):
         dry_run.check(config_on(tmp_path, copy), None)
     assert not (tmp_path / "runs/tiny/data.json").exists()
-    dry_run.check(config, None)  # the next attempt adopts the data
+    start(config)  # the next attempt adopts the data
     dry_run.check(config_on(tmp_path, copy), None)
 
 
 def test_embedded_data_is_recorded_by_its_settings_and_version(tmp_path: Path) -> None:
     settings = ["data.source=avatars", "data.samples=24", "data.size=32", f"data.cache={tmp_path / 'cache'}"]
     config = load_config(tmp_path, *settings)
-    dry_run.check(config, None)
+    start(config)
     recorded = run_data.read(str(tmp_path / "runs/tiny"))
     assert list(recorded) == ["damsm", "attngan"] and recorded["damsm"] == recorded["attngan"]
     # another machine draws the same avatars, but may write other bytes
@@ -146,6 +162,16 @@ def test_fingerprint_depends_on_words_attributes_and_tokenizer_not_on_source_or_
         fingerprint(tokenizer="ascii" if description.get("tokenizer") == "unicode" else "unicode"),
     }
     assert len(others) == 4 and before.fingerprint not in others
+
+
+def test_worker_records_the_data_of_all_stages(tmp_path: Path) -> None:
+    """Stages that have not begun may then go on with a copy too."""
+    write_set(tmp_path / "set", SAMPLES)
+    source = f"data.source={tmp_path / 'set'}"
+    assert run.main([str(write_recipe(tmp_path)), "--local", "--stop-after", "damsm:8", source]) == 0
+    assert list(run_data.read(str(tmp_path / "runs/tiny"))) == ["damsm", "attngan"]
+    shutil.move(tmp_path / "set", tmp_path / "copy")
+    dry_run.check(config_on(tmp_path, tmp_path / "copy"), None)
 
 
 @pytest.mark.whole

@@ -72,7 +72,8 @@ def _tensors(data: bytes) -> dict[str, Tensor]:
     """Parse a safetensors file, or a PyTorch file of plain tensors (weights_only)."""
     if stranger := storage.describe_stranger(data):
         raise ValueError(stranger)
-    if data[:2] != b"PK" and data[:1] != b"\x80":  # PyTorch's files, from 1.6 on and before
+    is_safetensors = data[8:9] == b"{"  # after the length of its header, which may begin as PyTorch's files do
+    if is_safetensors or (data[:2] != b"PK" and data[:1] != b"\x80"):  # PyTorch's, from 1.6 on and before
         return safetensors.torch.load(data)
     content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     tensors = innermost_tensors(content)

@@ -38,8 +38,8 @@ def batch_norm(
     channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     summands = x.numel() // (groups * x.shape[1])
     if x.is_cpu and channels_last and weight.dtype == torch.float32 and summands > MAX_SUMMANDS:
-        out, means, variances = ExactBatchNorm.apply(x, weight, bias, groups, eps)  # type: ignore[no-untyped-call]
-        return out, means, variances
+        exact: tuple[Tensor, Tensor, Tensor] = ExactBatchNorm.apply(x, weight, bias, groups, eps)  # type: ignore[no-untyped-call]
+        return exact
     if x.is_cpu and groups > 1:
         parts = [_native(part, weight, bias, eps) for part in x.chunk(groups)]
         outs, mean_list, variance_list = zip(*parts, strict=True)
@@ -58,9 +58,9 @@ def _groups_to_channels(x: Tensor, groups: int) -> Tensor:
     if groups == 1:
         return x
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        rows = x.permute(0, 2, 3, 1).unflatten(0, (groups, -1))  # (G, B, H, W, C)
-        return rows.permute(1, 2, 3, 0, 4).flatten(3).permute(0, 3, 1, 2)
-    return x.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)
+        rows = x.permute(0, 2, 3, 1)  # (G * B, H, W, C)
+        return rows.view(groups, -1, *rows.shape[1:]).permute(1, 2, 3, 0, 4).flatten(3).permute(0, 3, 1, 2)
+    return x.view(groups, -1, *x.shape[1:]).transpose(0, 1).flatten(1, 2)
 
 
 def _channels_to_groups(x: Tensor, groups: int) -> Tensor:
@@ -68,9 +68,9 @@ def _channels_to_groups(x: Tensor, groups: int) -> Tensor:
     if groups == 1:
         return x
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        rows = x.permute(0, 2, 3, 1).unflatten(3, (groups, -1))  # (B, H, W, G, C)
-        return rows.permute(3, 0, 1, 2, 4).flatten(0, 1).permute(0, 3, 1, 2)
-    return x.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
+        rows = x.permute(0, 2, 3, 1)  # (B, H, W, G * C)
+        return rows.view(*rows.shape[:3], groups, -1).permute(3, 0, 1, 2, 4).flatten(0, 1).permute(0, 3, 1, 2)
+    return x.view(len(x), groups, -1, *x.shape[2:]).transpose(0, 1).flatten(0, 1)
 
 
 class ExactBatchNorm(torch.autograd.Function):
@@ -104,11 +104,10 @@ class ExactBatchNorm(torch.autograd.Function):
             return *(next(found) if each.requires_grad else None for each in (x, weight, bias)), None, None
         out = torch.empty_like(x)
         of_weight, of_bias = torch.zeros_like(weight), torch.zeros_like(weight)
-        for *parts, mean, variance in zip(
-            x.chunk(groups), gradient.chunk(groups), out.chunk(groups), means, variances, strict=True
-        ):
-            backward = _backward if x.dtype == weight.dtype else _backward_mixed
-            by_weight, by_bias = backward(*parts, weight, mean, variance, eps)
+        backward = _backward if x.dtype == weight.dtype else _backward_mixed
+        parts = zip(x.chunk(groups), gradient.chunk(groups), out.chunk(groups), strict=True)
+        for (own, own_gradient, result), mean, variance in zip(parts, means, variances, strict=True):
+            by_weight, by_bias = backward(own, own_gradient, result, weight, mean, variance, eps)
             of_weight += by_weight
             of_bias += by_bias
         return out, of_weight, of_bias, None, None

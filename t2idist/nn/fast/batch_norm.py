@@ -60,7 +60,7 @@ def _groups_to_channels(x: Tensor, groups: int) -> Tensor:
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         rows = x.permute(0, 2, 3, 1)  # (G * B, H, W, C)
         return rows.view(groups, -1, *rows.shape[1:]).permute(1, 2, 3, 0, 4).flatten(3).permute(0, 3, 1, 2)
-    return x.view(groups, -1, *x.shape[1:]).transpose(0, 1).flatten(1, 2)
+    return x.reshape(groups, -1, *x.shape[1:]).transpose(0, 1).flatten(1, 2)
 
 
 def _channels_to_groups(x: Tensor, groups: int) -> Tensor:
@@ -70,7 +70,7 @@ def _channels_to_groups(x: Tensor, groups: int) -> Tensor:
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         rows = x.permute(0, 2, 3, 1)  # (B, H, W, G * C)
         return rows.view(*rows.shape[:3], groups, -1).permute(3, 0, 1, 2, 4).flatten(0, 1).permute(0, 3, 1, 2)
-    return x.view(len(x), groups, -1, *x.shape[2:]).transpose(0, 1).flatten(0, 1)
+    return x.reshape(len(x), groups, -1, *x.shape[2:]).transpose(0, 1).flatten(0, 1)
 
 
 class ExactBatchNorm(torch.autograd.Function):

@@ -69,9 +69,7 @@ def _join(address: str) -> Iterator[None]:
     except (ConnectionError, RayError) as error:
         reason = " ".join(str(error).split())
         if os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
-            hint = (
-                "with the token of RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token; use that of its head node"
-            )
+            hint = "with the token of RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token; use that of its head"
         else:
             hint = "without a token; if it has one, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
         raise ConnectionError(f"{reason}: the cluster could not be joined {hint}") from error

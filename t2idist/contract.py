@@ -49,7 +49,8 @@ class Captions:
 
     def repeat_each(self, times: int) -> Captions:
         """Repeat every caption `times` times, the repetitions of one caption contiguous."""
-        return self[torch.arange(len(self)).repeat_interleave(times)]
+        repeated = (each.repeat_interleave(times, dim=0) for each in (self.tokens, self.lengths, self.vectors))
+        return Captions(*repeated)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ ALLOWED: dict[str, set[str]] = {
         "data",
         "systems",
         "engine.checkpoint",
+        "engine.kernels",
         "engine.strategy",
     },
     "ingest": {"contract", "config", "observability.command", "storage", "data", "sampling"},
@@ -50,6 +51,7 @@ ALLOWED: dict[str, set[str]] = {
         "data",
         "systems",
         "engine.checkpoint",
+        "engine.kernels",
         "sampling",
     },
     "report": {"config", "storage", "engine.checkpoint", "observability", "sampling", "evaluate"},
@@ -62,6 +64,7 @@ ALLOWED: dict[str, set[str]] = {
         "data",
         "systems",
         "engine.checkpoint",
+        "engine.kernels",
         "sampling",
     },
     "training": {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -55,8 +55,8 @@ class DataConfig:
     """resize the shorter side to crop * size, then crop at random; 1 is no crop"""
     flip: bool = True
     """mirror half of the training images"""
-    threads: int = 2
-    """number of decoding threads"""
+    threads: int | None = None
+    """number of decoding threads; null is one less than `cluster.cpus_per_worker`, at least 2"""
     prefetch_mib: int = 256
     """memory for samples that are read or decoded in advance"""
     max_bad: float = 0.01
@@ -220,12 +220,12 @@ class ClusterConfig:
     """0 or 1"""
     max_failures: int = 10
     """restarts after failed workers before the run gives up, and as many of Ray's controller"""
-    dead_after_seconds: float = 10.0
-    """a worker that does not respond for this long is declared lost"""
+    dead_after_seconds: float | None = None
+    """a worker that does not respond for this long is declared lost; null is 10, with GPUs 30"""
     hung_after_seconds: float = 60.0
     """a collective that takes longer counts as a failure"""
-    start_within_seconds: float = 60.0
-    """if the workers have not all started by then, request as many as the cluster then has"""
+    start_within_seconds: float | None = None
+    """if some workers have not started by then, request as many as the cluster then has; null is 60, with GPUs 180"""
     grow_after_seconds: float = 30.0
     """how often to check whether the cluster has room for more workers"""
     wait_seconds: float = 600.0
@@ -249,6 +249,14 @@ class ClusterConfig:
             at_least_0="max_failures wait_seconds",
         )
 
+    @property
+    def dead_seconds(self) -> float:
+        return self.dead_after_seconds or (30.0 if self.gpus_per_worker else 10.0)
+
+    @property
+    def start_seconds(self) -> float:  # a GPU worker reads gigabytes of libraries first
+        return self.start_within_seconds or (180.0 if self.gpus_per_worker else 60.0)
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -264,6 +272,10 @@ class RunConfig:
     seed: int = 0
     precision: _Precision = "bfloat16"
     """one of `PRECISIONS`; bfloat16 is autocast, the weights stay float32"""
+    tf32: bool = False
+    """let float32 products and convolutions on CUDA round their inputs to 10 bits"""
+    deterministic: bool = False
+    """on CUDA, use slower kernels that add in a fixed order, so that a resumed run has the same weights"""
     strategy: Literal["ddp", "deepspeed"] = "ddp"
     """either "ddp" (every worker has the whole optimizer) or "deepspeed"; may change when the run resumes"""
     zero: int = 0
@@ -329,7 +341,8 @@ class RunConfig:
 
     def stage_data(self, stage: str) -> DataConfig:
         """Return the data settings of a stage: the run's, overridden by the stage's own."""
-        return from_dict(DataConfig, {**to_dict(self.data), **self.stages[stage].data}, f"stages.{stage}.data")
+        data = from_dict(DataConfig, {**to_dict(self.data), **self.stages[stage].data}, f"stages.{stage}.data")
+        return data if data.threads else replace(data, threads=max(2, int(self.cluster.cpus_per_worker) - 1))
 
 
 # ------------------------------------------------------------ recipes and overrides

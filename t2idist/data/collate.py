@@ -30,15 +30,25 @@ class RowTask:
 
 
 class BatchBuffer:
-    """Host memory of one batch; several threads may fill different rows."""
+    """Host memory of one batch; several threads may fill different rows.
 
-    def __init__(self, samples: int, sizes: Sequence[int], max_words: int, attributes: int, vector_dim: int) -> None:
-        self.images = [np.zeros((samples, 3, size, size), dtype=np.uint8) for size in sizes]
-        self.tokens = np.zeros((samples, max_words), dtype=np.int64)
+    Args:
+        pinned: Whether the memory is page-locked: only from such memory an accelerator copies while the host goes on.
+    """
+
+    def __init__(
+        self, samples: int, sizes: Sequence[int], max_words: int, attributes: int, vector_dim: int, pinned: bool = False
+    ) -> None:
+        def zeros(*shape: int, dtype: torch.dtype) -> NDArray[Any]:
+            array: NDArray[Any] = torch.zeros(samples, *shape, dtype=dtype, pin_memory=pinned).numpy()
+            return array
+
+        self.images = [zeros(3, size, size, dtype=torch.uint8) for size in sizes]
+        self.tokens = zeros(max_words, dtype=torch.int64)
         self.lengths = np.ones(samples, dtype=np.int64)
-        self.class_ids = np.zeros(samples, dtype=np.int64)
-        self.attributes = np.zeros((samples, attributes), dtype=np.float32)
-        self.vectors = np.zeros((samples, vector_dim), dtype=np.float32)
+        self.class_ids = zeros(dtype=torch.int64)
+        self.attributes = zeros(attributes, dtype=torch.float32)
+        self.vectors = zeros(vector_dim, dtype=torch.float32)
         self.ids = [""] * samples
         self.bad: dict[int, str] = {}
         """Rows that could not be filled, with the reason."""
@@ -101,9 +111,9 @@ class SampleTransform:
     def vector_dim(self) -> int:
         return 0 if self.vector_info is None else self.vector_info.dim
 
-    def new_buffer(self, samples: int, sizes: Sequence[int]) -> BatchBuffer:
+    def new_buffer(self, samples: int, sizes: Sequence[int], pinned: bool = False) -> BatchBuffer:
         """Allocate a buffer of that many rows, with images of these sizes."""
-        return BatchBuffer(samples, sizes, self.max_words, len(self.attributes), self.vector_dim)
+        return BatchBuffer(samples, sizes, self.max_words, len(self.attributes), self.vector_dim, pinned)
 
     def fill(self, buffer: BatchBuffer, tasks: Sequence[RowTask]) -> None:
         """Fill consecutive rows; record those that cannot be filled in `buffer.bad`."""

@@ -56,6 +56,8 @@ class LoaderSpec:
     split: str = "train"
     training: bool = True
     """Draw crop, flip, caption and words at random; otherwise centre crop and first caption."""
+    pinned: bool = False
+    """As in `BatchBuffer`, for batches that go to an accelerator."""
 
     def __post_init__(self) -> None:
         groups = sorted(set(self.groups))
@@ -99,7 +101,7 @@ class Loader(Iterator[Batch]):
         self._reader = reader
         self._transform = transform
         self._read_pool = ThreadPoolExecutor(_READ_THREADS, "read")
-        self._decode_pool = single_threaded_pool(spec.config.threads, "decode")
+        self._decode_pool = single_threaded_pool(spec.config.threads or 2, "decode")
         budget_bytes = (spec.config.prefetch_mib << 20) // 2  # half for encoded samples, half for batches
         ahead = max(READ_SAMPLES, budget_bytes // len(self._groups) // max(reader.mean_bytes, 1))
         self._lanes = {group: Lane(group, order, reader, self._read_pool, ahead) for group in self._groups}
@@ -187,7 +189,7 @@ class Loader(Iterator[Batch]):
 
     def _submit_step(self, step: int) -> _PendingBatch:
         size = self._order.group_size
-        buffer = self._transform.new_buffer(size * len(self._groups), self._spec.sizes)
+        buffer = self._transform.new_buffer(size * len(self._groups), self._spec.sizes, self._spec.pinned)
         work = []
         for place, group in enumerate(self._groups):
             indices = self._order.sample_indices(step, group)

@@ -67,7 +67,7 @@ def open_mixed_loader(datasets: Sequence[Dataset], spec: LoaderSpec, seeds: Sequ
         seeds: The seed of each set's order.
     """
     count = len(datasets)
-    threads, prefetch_mib = -(-spec.config.threads // count), -(-spec.config.prefetch_mib // count)
+    threads, prefetch_mib = -(-(spec.config.threads or 2) // count), -(-spec.config.prefetch_mib // count)
     share = replace(spec, config=replace(spec.config, threads=threads, prefetch_mib=prefetch_mib))
     loaders: list[Loader] = []
     try:

@@ -23,13 +23,23 @@ _MAX_LISTED = 20
 class BatchSource(Protocol):
     """A worker's batches, with counters of what was read so far."""
 
-    samples_read: int
-    bad_reads: int
-    """Reads in which an unreadable sample was replaced by another."""
-    quarantine: dict[str, str]
-    """Unreadable samples: key and reason."""
-    wait_seconds: float
-    """Time spent waiting for batches."""
+    @property
+    def samples_read(self) -> int: ...
+
+    @property
+    def bad_reads(self) -> int:
+        """Reads in which an unreadable sample was replaced by another."""
+        ...
+
+    @property
+    def quarantine(self) -> dict[str, str]:
+        """Unreadable samples: key and reason."""
+        ...
+
+    @property
+    def wait_seconds(self) -> float:
+        """Time spent waiting for batches."""
+        ...
 
     def __next__(self) -> Batch: ...
 

@@ -25,7 +25,7 @@ class Guard:
     """
 
     def __init__(self, nets: Iterable[nn.Module], device: torch.device) -> None:
-        self._buffers = _flatten_buffers(nets)
+        self._buffers = _flatten_buffers(nets, device)
         self._saved = torch.empty_like(self._buffers)
         self._found_inf = torch.zeros((), device=device)
         self._skipped_steps = torch.zeros((), device=device)
@@ -68,7 +68,7 @@ class Guard:
         return int(self._skips_in_a_row)
 
 
-def _flatten_buffers(nets: Iterable[nn.Module]) -> Tensor:
+def _flatten_buffers(nets: Iterable[nn.Module], device: torch.device) -> Tensor:
     """Move all floating buffers into one tensor, of which they become views, and return it."""
     buffers = [
         (module, name, buffer)
@@ -78,7 +78,7 @@ def _flatten_buffers(nets: Iterable[nn.Module]) -> Tensor:
         if buffer is not None and buffer.is_floating_point()
     ]
     if not buffers:
-        return torch.empty(0)
+        return torch.empty(0, device=device)
     flat = torch.cat([buffer.flatten() for _, _, buffer in buffers])
     views = torch.split(flat, [buffer.numel() for _, _, buffer in buffers])
     for (module, name, buffer), view in zip(buffers, views, strict=True):

@@ -49,4 +49,7 @@ class Noise:
         for lane in self.lanes:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, self.stage, self.step, lane, self.calls))
             groups.append(draw(generator))
-        return torch.cat(groups).to(self.device, self.dtype, non_blocking=True)
+        if self.device.type == "cpu":
+            return torch.cat(groups).to(self.dtype)
+        pinned = torch.empty(len(groups) * self.group_size, *groups[0].shape[1:], pin_memory=True)
+        return torch.cat(groups, out=pinned).to(self.device, self.dtype, non_blocking=True)

@@ -35,6 +35,7 @@ from t2idist.data.order import permutation
 from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_dataset
 from t2idist.engine.checkpoint import export
+from t2idist.engine.kernels import allow_tf32
 from t2idist.evaluate.feature_extractors import (
     ClipExtractor,
     ExtractorOutput,
@@ -221,6 +222,7 @@ def _dataset(job: ScoreJob) -> Dataset:
 
 @functools.lru_cache(maxsize=1)
 def _cached_export(url: str, sha256: str, custom_system: str, device: str) -> LoadedExport:
+    allow_tf32(False)
     return load_export(url, torch.device(device), custom_system)
 
 
@@ -235,6 +237,7 @@ def _load_generator(job: ScoreJob) -> tuple[LoadedExport, SupportsSample]:
 
 @functools.lru_cache(maxsize=8)
 def _cached_extractor(spec: ExtractorSpec, device: str) -> FeatureExtractor:
+    allow_tf32(False)
     if spec.name == "damsm":
         return DamsmExtractor(spec.weights.url, torch.device(device))
     return open_extractor(spec.name, spec.weights, torch.device(device))

@@ -131,9 +131,9 @@ def _settings(cluster: ClusterConfig) -> dict[str, str]:
     """Return Ray's environment variables; Ray Train passes its own on to its controller and workers."""
     return {
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": f"{min(1.0, cluster.dead_after_seconds / 5):g}",
-        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{cluster.dead_after_seconds:g}",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{cluster.start_within_seconds:g}",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": f"{min(1.0, cluster.dead_seconds / 5):g}",
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{cluster.dead_seconds:g}",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{cluster.start_seconds:g}",
     }
 
 

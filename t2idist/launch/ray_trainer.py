@@ -23,19 +23,30 @@ from t2idist.launch.ray_internals import (
     WorkerGroup,
 )
 from t2idist.launch.resources import NodeLiveness, schedulable_nodes
+from t2idist.training import accelerator
 
 
 class NodeInterfaceBackend(TorchConfig().backend_cls):  # type: ignore[misc]
     """Ray Train's start of the process group, over the interface of each node's address in Ray."""
 
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: NodeInterfaceConfig) -> None:
         worker_group.execute(interfaces.select_node_interface)
-        super().on_start(worker_group, backend_config)
+        # without a usable GPU there is no process group; the worker says so in a sentence and ends the run
+        if not backend_config.gpus or all(worker_group.execute(accelerator.is_usable)):
+            super().on_start(worker_group, backend_config)
 
 
 @dataclass
 class NodeInterfaceConfig(TorchConfig):
-    """Ray's settings of the process group, started by `NodeInterfaceBackend`."""
+    """Ray's settings of the process group, started by `NodeInterfaceBackend`.
+
+    With GPUs, collectives of Python objects run on gloo: they never wait for the device, nor for NCCL's timeout.
+    """
+
+    gpus: bool = False
+
+    def __post_init__(self) -> None:
+        self.backend = "cpu:gloo,cuda:nccl" if self.gpus else "gloo"
 
     @property
     def backend_cls(self) -> type[Backend]:

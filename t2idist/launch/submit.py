@@ -129,7 +129,7 @@ def _trainer(
     per_worker = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
         per_worker["GPU"] = float(cluster.gpus_per_worker)
-    liveness = resources.NodeLiveness(RayReplicaStore(run_id), cluster.start_within_seconds)
+    liveness = resources.NodeLiveness(RayReplicaStore(run_id), cluster.start_seconds)
     return RayTrainer(
         _work,
         train_loop_config={"config": to_dict(config), "run_id": run_id, "stop": stop and to_dict(stop)},
@@ -139,7 +139,9 @@ def _trainer(
             use_gpu=bool(cluster.gpus_per_worker),
             resources_per_worker=per_worker,
         ),
-        torch_config=NodeInterfaceConfig(timeout_s=max(1, int(cluster.hung_after_seconds))),
+        torch_config=NodeInterfaceConfig(
+            gpus=bool(cluster.gpus_per_worker), timeout_s=max(1, int(cluster.hung_after_seconds))
+        ),
         liveness=liveness,
         own_cluster=own,
         run_config=RayRunConfig(
@@ -149,8 +151,8 @@ def _trainer(
             logging_config=LoggingConfig(log_level="WARNING" if own else "INFO"),  # type: ignore[call-arg]
             callbacks=[
                 callbacks.WaitForNodeLiveness(liveness),  # type: ignore[list-item]
-                callbacks.StartTimeout(cluster.start_within_seconds),  # type: ignore[list-item]
-                callbacks.PauseBeforeResize(cluster.start_within_seconds),  # type: ignore[list-item]
+                callbacks.StartTimeout(cluster.start_seconds),  # type: ignore[list-item]
+                callbacks.PauseBeforeResize(cluster.start_seconds),  # type: ignore[list-item]
                 on_sigterm,  # type: ignore[list-item]
             ],
             worker_runtime_env={"env_vars": _environment(config)},  # type: ignore[call-arg]
@@ -160,7 +162,9 @@ def _trainer(
 
 def _environment(config: RunConfig) -> dict[str, str]:
     git = {COMMIT_VARIABLE: os.environ[COMMIT_VARIABLE]} if COMMIT_VARIABLE in os.environ else {}
-    return {**connection.thread_settings(config.cluster), **git}
+    # a run that loses workers has larger batches on the others: memory in fixed blocks would not be reused
+    memory = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if config.cluster.gpus_per_worker else {}
+    return {**memory, **connection.thread_settings(config.cluster), **git}
 
 
 def _work(settings: dict[str, Any]) -> str | None:

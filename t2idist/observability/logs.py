@@ -172,3 +172,18 @@ def _say_once(handler: logging.Handler) -> None:
         say_once = _SayOnce(handler)
         handler.addFilter(say_once)
         atexit.register(say_once.say_rest)
+
+
+class RecentWarnings(logging.Handler):
+    """Keeps the latest 20 different warnings for the progress messages."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+        self._repeats = Repeats()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = redact_secrets(f"{record.levelname.lower()}: {record.getMessage()}")
+        if count := self._repeats.count(record.name, text):
+            self.texts.append(with_count(text, count))
+            del self.texts[:-20]

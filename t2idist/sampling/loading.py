@@ -14,6 +14,7 @@ from t2idist.config.strict import from_dict
 from t2idist.contract import BuildInfo, System
 from t2idist.data.tokenizer import Vocabulary
 from t2idist.engine.checkpoint import export
+from t2idist.engine.kernels import allow_tf32
 from t2idist.nn.init import shapes_only
 from t2idist.systems import is_custom
 from t2idist.systems import load as load_system
@@ -84,6 +85,7 @@ def open_device(name: str) -> torch.device:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {name}: not available on this machine") from None
+    allow_tf32(False)
     return device
 
 

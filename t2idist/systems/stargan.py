@@ -80,7 +80,9 @@ class StarGan:
         self.config = config
         self.labels = tuple(domain.attributes for domain in domains)
         self.exclusive = tuple(domain.exclusive for domain in domains)
-        self._columns = [[n.index(a) for a in labels] for labels, n in zip(self.labels, names, strict=True)]
+        self._columns = [
+            torch.tensor([n.index(a) for a in labels]) for labels, n in zip(self.labels, names, strict=True)
+        ]
         counts = [len(names) for names in self.labels]
         self._slices = [slice(sum(counts[:d]), sum(counts[: d + 1])) for d in range(len(counts))]
         self._classes = sum(counts)
@@ -100,9 +102,15 @@ class StarGan:
         self.sizes = (config.image_size,)
         self.exports = ("generator", "discriminator")
 
+    def _columns_on(self, device: torch.device, domain: int) -> Tensor:
+        """Return the columns of a domain's labels on the device, copied there once."""
+        if self._columns[domain].device != device:
+            self._columns[domain] = self._columns[domain].to(device)
+        return self._columns[domain]
+
     def step(self, batch: Batch, train: Train) -> None:
         real, domain = batch.images[-1], batch.domain
-        own = batch.attributes[:, self._columns[domain]]
+        own = batch.attributes.index_select(1, self._columns_on(batch.attributes.device, domain))
         target = shuffled(own, train.noise(1).squeeze(1), batch.groups)
         target_condition, own_condition = self._condition(target, domain), self._condition(own, domain)
         mixing = torch.special.ndtr(train.noise(1).squeeze(1))  # uniform in [0, 1]

@@ -6,6 +6,7 @@ The same code runs in every Ray Train worker and, with ``--local``, in the proce
 from __future__ import annotations
 
 import contextlib
+import datetime
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,13 +25,15 @@ from t2idist.data.mixing import data_info, open_mixed_loader
 from t2idist.data.shards import Dataset
 from t2idist.data.tokenizer import recorded
 from t2idist.engine import loop
-from t2idist.engine.batches import TrackedBatches, write_ledger
+from t2idist.engine.batches import BatchSource, TrackedBatches, write_ledger
 from t2idist.engine.checkpoint import export, pretrained
 from t2idist.engine.checkpoint.manager import CheckpointManager, CommittedCheckpoint
 from t2idist.engine.checkpoint.replica_protocol import ReplicaStore
 from t2idist.engine.checkpoint.replicas import ReplicaManager
+from t2idist.engine.device_batches import DeviceBatches
 from t2idist.engine.guard import Diverged
 from t2idist.engine.hooks import StageState, stage_hooks
+from t2idist.engine.kernels import allow_tf32, use_deterministic_kernels
 from t2idist.engine.metrics import MetricLogger, append_lines, now
 from t2idist.engine.noise import derive_seed
 from t2idist.engine.preemption import Poll, PreemptionHandler
@@ -41,9 +44,9 @@ from t2idist.evaluate import best_weights
 from t2idist.evaluate.in_training import InTrainingEvaluator
 from t2idist.nn.fast.memory import keep_freed_memory
 from t2idist.observability.environment import environment_info
-from t2idist.observability.logs import LogContext, Repeats, redact_secrets, with_count
+from t2idist.observability.logs import LogContext, RecentWarnings
 from t2idist.report import report
-from t2idist.training import run_data
+from t2idist.training import accelerator, run_data
 from t2idist.training.lifecycle import OnProgress, read_fatal, write_fatal
 from t2idist.training.options import StopAfter
 from t2idist.training.stages import StageRun, open_unrecorded_data, run_url, stages_of
@@ -79,12 +82,15 @@ def main(config: RunConfig, device: torch.device, context: WorkerContext) -> Non
     Raises:
         StopRequested: The run was asked to stop; its state is saved.
     """
-    world = _open_world(device)
+    allow_tf32(config.tf32)
+    use_deterministic_kernels(config.deterministic)
+    world = _open_world(device, config.cluster.hung_after_seconds)
     keep_freed_memory()
     context.log_context.run, context.log_context.rank = config.name, world.rank
     if world.broadcast_object(read_fatal(config)) is not None:
         return
     try:
+        accelerator.check(config.cluster.gpus_per_worker)
         _RunWorker(config, world, context).run()
     except (ValueError, AssertionError, PermissionError) as error:
         message = f"a fault of the program: {error!r}" if isinstance(error, AssertionError) else str(error)
@@ -93,11 +99,11 @@ def main(config: RunConfig, device: torch.device, context: WorkerContext) -> Non
         raise
 
 
-def _open_world(device: torch.device) -> World:
+def _open_world(device: torch.device, timeout_seconds: float) -> World:
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index or 0)  # collectives of Python objects use the current device
     if dist.is_initialized() and dist.get_world_size() > 1:
-        side_group = dist.new_group(backend="gloo")
+        side_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_seconds))
         return World(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD, side_group)
     return World(device=device)
 
@@ -107,7 +113,7 @@ class _RunWorker:
 
     def __init__(self, config: RunConfig, world: World, context: WorkerContext) -> None:
         self.config, self.world, self.context = config, world, context
-        self.warnings = _RecentWarnings()
+        self.warnings = RecentWarnings()
         logging.getLogger("t2idist").addHandler(self.warnings)
         self.environment = environment_info(world.size, world.device)
         data = open_unrecorded_data(config)  # on all workers: one that draws data takes longer than others may wait
@@ -169,21 +175,6 @@ class _RunWorker:
         }
 
 
-class _RecentWarnings(logging.Handler):
-    """Keeps the latest 20 different warnings for the progress messages."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.texts: list[str] = []
-        self._repeats = Repeats()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = redact_secrets(f"{record.levelname.lower()}: {record.getMessage()}")
-        if count := self._repeats.count(record.name, text):
-            self.texts.append(with_count(text, count))
-            del self.texts[:-20]
-
-
 class _StageWorker:
     """One stage on one worker, up to its export or until it diverges."""
 
@@ -217,6 +208,10 @@ class _StageWorker:
         except Diverged:
             self._forget_replicas()
             raise
+        except torch.OutOfMemoryError as error:
+            if accelerator.is_shared(self._world.device):  # perhaps with a worker that is about to end
+                raise
+            raise ValueError(self._out_of_memory()) from error
         finally:
             batches.close()
             if log is not None:
@@ -228,6 +223,14 @@ class _StageWorker:
         elif log is not None:
             log.log_state("stopped")
         self._forget_replicas()
+
+    def _out_of_memory(self) -> str:
+        stage, groups = self._stage, len(self._trainer.share.lanes)
+        return (
+            f"stages.{stage.name}: out of memory on {accelerator.describe(self._world.device)} with "
+            f"{groups} x {stage.settings.group_size} images on a worker; use more workers (cluster.workers) or a "
+            f"smaller stages.{stage.name}.group_size; --plan shows what fits"
+        )
 
     def _build_system(self) -> System:
         """Build the system and load the weights of earlier exports, of files, and of the export that it fine-tunes."""
@@ -324,11 +327,14 @@ class _StageWorker:
             total_groups=trainer.share.groups,
             group_size=trainer.group_size,
             step0=trainer.step,
+            pinned=self._world.device.type != "cpu",
         )
         seeds = [derive_seed(stage.seed, stage.name, "data", *([domain] if domain else [])) for domain in domains]
-        loader = open_mixed_loader(self._datasets, spec, seeds)
+        source: BatchSource = open_mixed_loader(self._datasets, spec, seeds)
+        if spec.pinned:
+            source = DeviceBatches(source, self._world.device, trainer.precision.weights)
         return TrackedBatches(
-            loader,
+            source,
             self._world,
             trainer.share,
             stage.url,

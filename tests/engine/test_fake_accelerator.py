@@ -35,6 +35,17 @@ with fake_accelerator.FakeDevice() as device, fake_accelerator.DeviceKernels():
     x = torch.ones(3, device=fake_accelerator.DEVICE)
     assert float((x + 1).sum()) == 6.0 and device.syncs == ["_local_scalar_dense"]
     assert x.cpu().tolist() == [1, 1, 1] and device.syncs[1:] == ["_to_copy"]
+    del device.syncs[:]
+    large = torch.ones(100_000)
+    torch.ones(3).to(fake_accelerator.DEVICE, non_blocking=True)
+    large.to(fake_accelerator.DEVICE, non_blocking=True)
+    torch.ones(3).to(fake_accelerator.DEVICE)
+    x.view(1, 3)[:, [0, 2]]
+    assert device.syncs == [f"_to_copy from the host: {shape}" for shape in ("(100000,)", "(3,)", "(2,)")], device.syncs
+    device.pin(large)
+    large.to(fake_accelerator.DEVICE, non_blocking=True)
+    torch.ones(100_000, pin_memory=True).to(fake_accelerator.DEVICE, non_blocking=True)
+    assert len(device.syncs) == 3
     x + torch.ones(3)
 """
     process = subprocess.run(

@@ -3,8 +3,9 @@
     python -m tests.helpers.fake_accelerator attngan [stargan ...]
 
 Tensors on the device "fake" wrap tensors of the host. An operation that mixes tensors of both devices fails, as on an
-accelerator. Whatever would block the host until the device is done is counted as a sync: reading values or sizes, and
-copies to the host. Recurrent layers run on the host and are not counted: accelerators have kernels for them. Prints
+accelerator. Whatever would block the host until the device is done is counted as a sync: reading values or sizes,
+copies to the host, and copies from the host that are not marked as non-blocking or, above 64 KiB, are not from
+page-locked memory. Recurrent layers run on the host and are not counted: accelerators have kernels for them. Prints
 each system's reports of a step, and its syncs, as JSON. Runs in its own process: PyTorch cannot unregister a device.
 """
 
@@ -38,6 +39,8 @@ VALUE_DEPENDENT = (
 """Operations whose result or its size depends on values. So do boolean masks as indices."""
 HOST_LENGTHS = ("_pack_padded_sequence", "_pad_packed_sequence")
 """Operations that take lengths on the host together with tensors on the device."""
+_STAGED_BYTES = 64 * 1024
+"""CUDA copies at most this much to a buffer of its own and lets the host go on."""
 VOCABULARY = 50
 RECURRENT = ("lstm", "gru", "rnn_tanh")
 
@@ -74,6 +77,11 @@ class FakeDevice(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.syncs: list[str] = []
+        self._pinned: dict[int, Tensor] = {}
+
+    def pin(self, *tensors: Tensor) -> None:
+        """Let these tensors of the host stand for page-locked ones."""
+        self._pinned |= {tensor.data_ptr(): tensor for tensor in tensors}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -90,11 +98,17 @@ class FakeDevice(TorchDispatchMode):
         copied_to_host = not on_device or (name == "copy_" and not isinstance(args[0], FakeTensor))
         if fakes and (name in VALUE_DEPENDENT or masked or copied_to_host):
             self.syncs.append(name)
+        if on_device and name in ("_to_copy", "copy_"):
+            source = args[1] if name == "copy_" else args[0]
+            if not isinstance(source, FakeTensor) and not self._is_fast(name, source, args, kwargs):
+                self.syncs.append(f"{name} from the host: {tuple(source.shape)}")
         if requested is not None:
             kwargs["device"] = torch.device("cpu")
-        kwargs.pop("pin_memory", None)
+        page_locked = kwargs.pop("pin_memory", None)
         with _disable_current_modes():
             out = func(*(to_host(arg) for arg in args), **{key: to_host(arg) for key, arg in kwargs.items()})
+        if page_locked:
+            self.pin(out)
         if name == "copy_":
             return args[0]
         if not on_device:
@@ -103,6 +117,10 @@ class FakeDevice(TorchDispatchMode):
             return FakeTensor(out[0]), out[1]
         in_place = {id(tensor.host): tensor for tensor in fakes}
         return tree_map(lambda leaf: in_place[id(leaf)] if id(leaf) in in_place else to_fake(leaf), out)
+
+    def _is_fast(self, name: str, source: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        non_blocking = kwargs.get("non_blocking", args[2] if name == "copy_" and len(args) > 2 else False)
+        return bool(non_blocking) and (source.nbytes <= _STAGED_BYTES or source.data_ptr() in self._pinned)
 
 
 def to_host(tree: Any) -> Any:
@@ -150,7 +168,7 @@ class DeviceKernels(TorchFunctionMode):
             host_args = tree_map(lambda leaf: ToHost.apply(leaf) if isinstance(leaf, FakeTensor) else leaf, args)
             out = func(*host_args, **kwargs)
             return tree_map(lambda leaf: ToFake.apply(leaf) if isinstance(leaf, Tensor) else leaf, out)
-        if func is Tensor.__getitem__ and isinstance(args[1], tuple):
+        if func is Tensor.__getitem__ and isinstance(args[1], tuple):  # a list is copied to the device, blocking
             indices = (torch.tensor(i).to(DEVICE) if isinstance(i, list) else i for i in args[1])
             args = (args[0], tuple(indices))
         return func(*args, **kwargs)
@@ -170,17 +188,19 @@ class UntimedTrainer(bench_step.TimedTrainer):
         return 0.0
 
 
-def run_step(name: str, device: str, syncs: Sequence[str] = ()) -> tuple[dict[str, float], list[str]]:
-    """Run two steps of a system on synthetic data; return the second one's reports and its additions to `syncs`."""
+def run_step(name: str, device: str, fake: FakeDevice | None = None) -> tuple[dict[str, float], list[str]]:
+    """Run two steps of a system on synthetic data; return the second one's reports and its syncs."""
     arguments = bench_step.build_parser().parse_args([name, "--group-size", "4"])
     run, stage = bench_step.select_stage(arguments)
     system, build_info = bench_step.build_system(run, stage, VOCABULARY)
     trainer = bench_step.build_trainer(system, build_info, Precision("float64"), torch.device(device), UntimedTrainer)
     batch = bench_step.synthetic_batch(system.sizes, build_info)
+    if fake is not None:
+        fake.pin(*batch.images, batch.captions.tokens, batch.captions.vectors, batch.class_ids, batch.attributes)
     trainer.timed_steps(batch, 1)
-    first_report, first_sync = len(trainer._reports), len(syncs)
+    first_report, first_sync = len(trainer._reports), 0 if fake is None else len(fake.syncs)
     trainer.timed_steps(batch, 1)
-    step_syncs = list(syncs[first_sync:])  # before the next line reads values
+    step_syncs = [] if fake is None else fake.syncs[first_sync:]  # before the next line reads values
     return {name: float(value) for _, name, value in trainer._reports[first_report:]}, step_syncs
 
 
@@ -190,7 +210,7 @@ def main(names: Sequence[str]) -> None:
     results: dict[str, Any] = {name: {"host": run_step(name, "cpu")[0]} for name in names}
     for name in names:
         with FakeDevice() as device, DeviceKernels():
-            reports, syncs = run_step(name, DEVICE, device.syncs)
+            reports, syncs = run_step(name, DEVICE, device)
             results[name] |= {"device": reports, "syncs": syncs}
     print(json.dumps(results))
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from t2idist.observability import logs
+from t2idist.observability.logs import RecentWarnings
 from t2idist.observability.progress import ProgressPrinter
-from t2idist.training.worker import _RecentWarnings
 from tests.helpers.runs import (
     progress_message,
     run_command,
@@ -83,7 +83,7 @@ def test_handlers_that_collect_records_get_all_of_them(caplog: pytest.LogCapture
 
 
 def test_the_driver_prints_equal_warnings_of_the_workers_once() -> None:
-    recent = _RecentWarnings()
+    recent = RecentWarnings()
     for text in ("slow", "slow", "full", "slow"):
         recent.handle(logging.LogRecord("t2idist.x", logging.WARNING, "", 0, text, None, None))
     assert recent.texts == ["warning: slow", "warning: full"]

@@ -121,9 +121,9 @@ def _repeat_middle(sums: Tensor, dim: int, size: int) -> Tensor:
 def instance_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Instance normalisation of x (N, C, H, W), with weight and bias (C,) or (N, C).
 
-    Channels-last images are normalised one by one: torch's own layer would convert the layout twice.
+    On CPUs, channels-last images are normalised one by one: torch's own layer would convert the layout twice.
     """
-    if x.is_contiguous(memory_format=torch.channels_last):
+    if x.is_cpu and x.is_contiguous(memory_format=torch.channels_last):
         each = zip(x.split(1), weight.expand(len(x), -1), bias.expand(len(x), -1), strict=True)
         return torch.cat([F.batch_norm(image, None, None, w, b, True, 0.0, eps) for image, w, b in each])
     if weight.dim() == 1:

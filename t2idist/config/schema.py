@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -319,8 +319,12 @@ class RunConfig:
         if largest > stage.groups:
             raise ValueError(
                 f"cluster.workers: {largest} is more than the {stage.groups} groups of stage {name}; a worker runs at "
-                f"least one whole group: raise stages.{name}.groups or lower the workers"
+                f"least one whole group: lower the workers, or give {' '.join(self._enough_groups(largest))}"
             )
+
+    def _enough_groups(self, workers: int) -> Iterator[str]:
+        """Return the setting of every stage that has too few groups for the workers."""
+        return (f"stages.{name}.groups={workers}" for name, stage in self.stages.items() if workers > stage.groups)
 
     def stage_seed(self, stage: str) -> int:
         """Return the seed of a stage: its own, or the run's."""

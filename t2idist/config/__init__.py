@@ -1,5 +1,6 @@
 """The run's configuration: frozen dataclasses, and the strict loader that fills them."""
 
+from t2idist.config.loading import configs_folder, load, recipes
 from t2idist.config.schema import (
     DEEPSPEED,
     EXPORT_BY_SYSTEM,
@@ -14,9 +15,6 @@ from t2idist.config.schema import (
     RunConfig,
     ScoresConfig,
     StageConfig,
-    configs_folder,
-    load,
-    recipes,
 )
 
 __all__ = [

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from t2idist.config.ranges import RangeError, check_ranges
-from t2idist.config.strict import from_dict, parse_value, parse_yaml, to_dict, type_at, unknown_key
+from t2idist.config.strict import from_dict, to_dict
 
 EXPORT_BY_SYSTEM, EXPORT_R_PRECISION = "auto", "r_precision"
 _Precision = Literal["bfloat16", "float32", "float64"]
@@ -331,8 +330,12 @@ class RunConfig:
         if largest > stage.groups:
             raise ValueError(
                 f"cluster.workers: {largest} is more than the {stage.groups} groups of stage {name}; a worker runs at "
-                f"least one whole group: raise stages.{name}.groups or lower the workers"
+                f"least one whole group: lower the workers, or give {' '.join(self._enough_groups(largest))}"
             )
+
+    def _enough_groups(self, workers: int) -> Iterator[str]:
+        """Return the setting of every stage that has too few groups for the workers."""
+        return (f"stages.{name}.groups={workers}" for name, stage in self.stages.items() if workers > stage.groups)
 
     def stage_seed(self, stage: str) -> int:
         """Return the seed of a stage: its own, or the run's."""
@@ -343,78 +346,3 @@ class RunConfig:
         """Return the data settings of a stage: the run's, overridden by the stage's own."""
         data = from_dict(DataConfig, {**to_dict(self.data), **self.stages[stage].data}, f"stages.{stage}.data")
         return data if data.threads else replace(data, threads=max(2, int(self.cluster.cpus_per_worker) - 1))
-
-
-# ------------------------------------------------------------ recipes and overrides
-def configs_folder() -> Path:
-    """Return the folder of the recipes: `configs/` of the checkout or of the installed package."""
-    package = Path(__file__).parents[1]
-    return next(p for p in (package.parent / "configs", package / "configs") if p.is_dir())
-
-
-def recipes() -> dict[str, list[str]]:
-    """Return the names of the presets by recipe name."""
-    folder = configs_folder()
-    return {d.name: sorted(p.stem for p in d.glob("*.yaml")) for d in sorted(folder.iterdir()) if d.is_dir()}
-
-
-def load(recipe: str, overrides: Iterable[str] = ()) -> RunConfig:
-    """Load a recipe and apply overrides.
-
-    Args:
-        recipe: a name in configs/, or a .yaml file.
-        overrides: ``key.path=value``; ``preset=NAME`` selects configs/<recipe>/<NAME>.yaml, by default ``demo``.
-
-    Raises:
-        ValueError: in one sentence, the file or key, its value and what is allowed.
-    """
-    pairs = [_parse_override(override) for override in overrides]
-    presets = [value for path, value in pairs if path == ["preset"]]
-    values = _read_recipe(recipe, str(presets[-1]) if presets else None)
-    stages = values.get("stages")
-    known = list(stages) if isinstance(stages, dict) else []
-    for path, value in pairs:
-        if path != ["preset"]:
-            _set(values, path, value)
-    for name, stage in values["stages"].items() if known and isinstance(values["stages"], dict) else ():
-        if name not in known and isinstance(stage, dict) and "system" not in stage:
-            raise ValueError(unknown_key(f"stages.{name}", name, known).replace("unknown key", "no such stage"))
-    return from_dict(RunConfig, values)
-
-
-def _read_recipe(recipe: str, preset: str | None) -> dict[str, Any]:
-    if recipe.endswith((".yaml", ".yml")):
-        if preset:
-            raise ValueError(f"preset={preset}: a preset needs a recipe's name, not the file {recipe}")
-        file = Path(recipe)
-        if not file.is_file():
-            raise ValueError(f"{recipe}: no such file")
-    else:
-        known = recipes()
-        if recipe not in known:
-            raise ValueError(unknown_key(recipe, recipe, known).replace("unknown key", "no such recipe"))
-        preset = preset or "demo"
-        if preset not in known[recipe]:
-            raise ValueError(f"preset={preset}: {recipe} has {', '.join(known[recipe])}")
-        file = configs_folder() / recipe / f"{preset}.yaml"
-    values = parse_yaml(file.read_text(encoding="utf-8"), str(file))
-    if not isinstance(values, dict):
-        raise ValueError(f"{file}: expected a mapping of keys")
-    return values
-
-
-def _parse_override(override: str) -> tuple[list[str], Any]:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ValueError(f"{override!r}: expected key.path=value")
-    path = key.split(".")
-    return path, parse_value(text, type_at(RunConfig, path), override)
-
-
-def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
-    for i, key in enumerate(path[:-1]):
-        section = values.setdefault(key, {})
-        if not isinstance(section, dict):
-            raise ValueError(f"{'.'.join(path)}: '{'.'.join(path[: i + 1])}' is a value, not a section")
-        values = section
-    values[path[-1]] = value

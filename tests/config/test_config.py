@@ -64,6 +64,11 @@ def test_bad_values_raise_an_error_that_names_key_and_value(path: str, value: ob
         from_dict(RunConfig, changed(path, value))
 
 
+def test_too_few_groups_are_named_in_every_stage() -> None:
+    with pytest.raises(ValueError, match=r"give stages.damsm.groups=2 stages.attngan.groups=2$"):
+        load("attngan", ["cluster.workers=[1,2]", "stages.judge.groups=2"])
+
+
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from t2idist.nn.fast.convolution import gradient_of_images
 from t2idist.nn.precision import upcast
 
 
@@ -17,7 +18,8 @@ def unit_gradient_penalty(scores: Tensor, images: Tensor) -> Tensor:
         scores: (N, ...), computed from `images`.
         images: (N, ...), which require a gradient.
     """
-    (gradient,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
+    with gradient_of_images():
+        (gradient,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
     norms: Tensor = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
     return (norms - 1).square().mean()
 
@@ -33,4 +35,6 @@ def gradient_penalty(score: Callable[[Tensor], Tensor], real: Tensor, fake: Tens
     """
     share = upcast(mixing).view(-1, 1, 1, 1)
     mixed = (share * upcast(real) + (1 - share) * upcast(fake)).detach().requires_grad_()
-    return unit_gradient_penalty(upcast(score(mixed)), mixed)
+    with gradient_of_images():
+        scores = upcast(score(mixed))
+    return unit_gradient_penalty(scores, mixed)

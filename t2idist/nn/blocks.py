@@ -53,6 +53,8 @@ def joint_conv2d(
 class JointConv2d(nn.Conv2d):
     """`joint_conv2d` as a layer: features (N, channels, H, W) and conditions -> (N, channels_out, H, W) for each.
 
+    On CPUs the fast form saves work; on other devices the plain one saves launches, of which it has five times fewer.
+
     condition_first: whether the condition's channels come first in the weight.
     """
 
@@ -65,7 +67,8 @@ class JointConv2d(nn.Conv2d):
         return self.weight
 
     def forward(self, features: Tensor, *conditions: Tensor) -> list[Tensor]:  # type: ignore[override]
-        return fast.joint_conv2d(features, conditions, self.cast_weight(), condition_first=self.condition_first)
+        form = fast.joint_conv2d if features.is_cpu or features.is_meta else joint_conv2d
+        return form(features, conditions, self.cast_weight(), condition_first=self.condition_first)
 
 
 class JointSequential(nn.Sequential):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from t2idist.losses.penalties import gradient_penalty
 from t2idist.nn.blocks import GLU, JointConv2d
 from t2idist.nn.fast import layers
 from t2idist.nn.fast.blocks import LastDimGLU
-from t2idist.nn.fast.layers import CachedCast, FastConv2d, clear_cached_casts, use_fast_layers
+from t2idist.nn.fast.convolution import conv2d, gradient_of_images
+from t2idist.nn.fast.layers import AcceleratorConv2d, CachedCast, FastConv2d, clear_cached_casts, use_fast_layers
 from t2idist.nn.stargan import PatchDiscriminator
 
 
@@ -167,6 +169,114 @@ def test_gradient_penalty_matches_torch_with_fewer_operations(monkeypatch: pytes
         if theirs.grad is not None and bool(theirs.grad.any()):  # torch has zeros for biases
             torch.testing.assert_close(mine.grad, theirs.grad, msg=name)
     assert flops[1] < 0.7 * flops[0], "forward, backward to the images, and the gradients of both: four passes, not six"
+
+
+@pytest.mark.parametrize(
+    ("channels", "out", "side", "geometry"),
+    [
+        (3, 5, 4, ((2, 2), (1, 1), (1, 1), 1)),
+        (4, 6, 3, ((1, 1), (0, 0), (1, 1), 1)),
+        (4, 6, 3, ((2, 1), (1, 2), (2, 2), 2)),
+    ],
+)
+def test_accelerator_convolution_has_the_derivatives_of_torch(
+    channels: int, out: int, side: int, geometry: tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
+) -> None:
+    """First and second derivatives by images, weight and bias, in float64."""
+    torch.manual_seed(0)
+    shapes = [(2, channels, 9, 9), (out, channels // geometry[3], side, side), (out,)]
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    inputs[0] = inputs[0].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    results = []
+    for fn in (lambda: conv2d(*inputs, geometry), lambda: F.conv2d(*inputs, *geometry)):  # type: ignore[misc]
+        value = fn()
+        first = torch.autograd.grad(value.sin().sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs)  # type: ignore[arg-type]
+        results.append([value, *first, *second])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
+class _Kernels(TorchDispatchMode):
+    """Records the spatial size of the kernel of every convolution, and the passes of its gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.sides: set[int] = set()
+        self.passes: list[tuple[bool, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._overloadpacket is torch.ops.aten.convolution:
+            self.sides.add(args[1].shape[-1])
+        if func._overloadpacket is torch.ops.aten.convolution_backward:
+            self.passes.append(tuple(args[-1]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_gradient_penalty_on_accelerators_has_no_feature_map_as_kernel() -> None:
+    torch.manual_seed(0)
+    plain = PatchDiscriminator(4, 32, 3, 2).double()
+    quick = use_fast_layers(copy.deepcopy(plain))
+    for module in quick.modules():
+        if type(module) is FastConv2d:
+            module.__class__ = AcceleratorConv2d
+    real, fake = torch.randn(2, 2, 3, 32, 32, dtype=torch.float64)
+    kernels = []
+    for net in (plain, quick):
+        with _Kernels() as seen:
+            gradient_penalty(net.scores, real, fake, torch.tensor([0.2, 0.7])).backward()  # type: ignore[operator]
+        kernels.append(seen)
+    assert max(kernels[0].sides) > 4, "torch's own second derivative"
+    assert kernels[1].sides <= {3, 4}, "the sides of the network's kernels"
+    own = kernels[1].passes
+    assert all(sum(mask) == 1 for mask in own), "each pass computes one gradient"
+    assert len(own) == 3 + 3 + 2 * 2, (
+        "images' gradients; weights' by the penalty; both by the second pass, but the first"
+    )
+    for (name, mine), theirs in zip(quick.named_parameters(), plain.parameters(), strict=True):
+        if theirs.grad is not None and bool(theirs.grad.any()):  # torch has zeros for biases
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_gradient_of_images_leaves_out_those_of_weights() -> None:
+    images, weight = torch.randn(1, 2, 4, 4, requires_grad=True), torch.randn(3, 2, 3, 3, requires_grad=True)
+    for inside in (True, False):
+        out = conv2d(images, weight, None, ((1, 1), (0, 0), (1, 1), 1)).sum()
+        with gradient_of_images() if inside else contextlib.nullcontext():
+            gradients = torch.autograd.grad(out, [images, weight], allow_unused=True)
+        assert gradients[0] is not None and (gradients[1] is None) is inside
+
+
+def test_accelerator_convolution_equals_autocast_bitwise() -> None:
+    torch.manual_seed(0)
+    for plain in (nn.Conv2d(4, 8, 3, padding="same", padding_mode="reflect"), nn.Conv2d(4, 8, (1, 3), groups=2)):
+        quick = copy.deepcopy(plain)
+        quick.__class__ = AcceleratorConv2d
+        images = torch.randn(2, 4, 8, 8)
+        for net in (plain, quick):
+            with torch.autocast("cpu", torch.bfloat16):
+                net(images).float().square().mean().backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(quick(images), plain(images))
+            assert quick.cast_weight() is quick.cast_weight(), "cast once"
+        for mine, theirs in zip(quick.parameters(), plain.parameters(), strict=True):
+            assert mine.grad is not None and theirs.grad is not None and torch.equal(mine.grad, theirs.grad)
+        with gradient_of_images(), torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(quick(images), plain(images), rtol=1e-2, atol=1e-2)
+
+
+def test_devices_that_are_no_cpu_get_accelerator_convolutions() -> None:
+    source = """
+import torch
+from torch import nn
+from t2idist.nn.fast.layers import AcceleratorConv2d, use_fast_layers
+from tests.helpers import fake_accelerator
+fake_accelerator._setup_privateuseone_for_python_backend(fake_accelerator.DEVICE, fake_accelerator.BackendModule())
+with fake_accelerator.FakeDevice(), fake_accelerator.DeviceKernels():
+    net = use_fast_layers(nn.Sequential(nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, (1, 3))).to(fake_accelerator.DEVICE))
+    assert all(type(layer) is AcceleratorConv2d for layer in net)
+"""
+    subprocess.run([sys.executable, "-c", source], check=True)
 
 
 def test_leaky_relu_matches_torch() -> None:

@@ -2,7 +2,8 @@
 
 Networks become channels last, the layout that convolutions prefer in half precision on every device. On CPUs a
 convolution whose weight is larger than its input (the last ones of a discriminator: millions of weights for 8x8
-positions and fewer) runs as a matrix product: oneDNN's convolutions reorder the whole weight in every pass.
+positions and fewer) runs as a matrix product: oneDNN's convolutions reorder the whole weight in every pass. On other
+devices convolutions cast their weight once per update, and have a second derivative for gradient penalties.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from t2idist.nn.fast.convolution import conv2d, is_inside_penalty
+
 MIN_MATRIX_ELEMENTS = 1 << 20
 """Smallest weight, in elements, for which the matrix product is faster than oneDNN's convolution."""
 
@@ -26,8 +29,10 @@ def use_fast_layers(net: nn.Module) -> nn.Module:
     """Replace layers of the network by faster ones, in place; returns the network."""
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for module in net.modules():
-        if type(module) is nn.Conv2d and _is_plain(module) and module.weight.device.type == "cpu":
+        if type(module) is nn.Conv2d and module.weight.is_cpu and _is_plain(module):
             module.__class__ = FastConv2d
+        elif type(module) is nn.Conv2d and not (module.weight.is_cpu or module.weight.is_meta):
+            module.__class__ = AcceleratorConv2d
         elif type(module) is nn.LeakyReLU:
             module.__class__ = FastLeakyReLU
         elif hasattr(module, "cast_weight") and not isinstance(module, CachedCast) and not module.weight.is_meta:
@@ -84,6 +89,18 @@ class FastConv2d(CachedCast):
         patches: Tensor = Unfold.apply(input.to(weight.dtype), window)  # type: ignore[no-untyped-call]
         out = F.linear(patches.flatten(3), weight.permute(0, 2, 3, 1).flatten(1), self.bias)
         return out.permute(0, 3, 1, 2)
+
+
+class AcceleratorConv2d(CachedCast):
+    """A convolution with a cached cast; inside a gradient penalty, with a second derivative made for accelerators."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.cast_weight()
+        if is_inside_penalty() and self.padding_mode == "zeros" and not isinstance(self.padding, str):
+            bias = None if self.bias is None else self.bias.to(weight.dtype)
+            return conv2d(input.to(weight.dtype), weight, bias, (self.stride, self.padding, self.dilation, self.groups))
+        out: Tensor = self._conv_forward(input, weight, self.bias)
+        return out
 
 
 @dataclass

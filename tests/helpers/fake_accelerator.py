@@ -181,25 +181,18 @@ class BackendModule(_DummyBackendModule):  # type: ignore[misc]
         return [torch.bfloat16]
 
 
-class UntimedTrainer(bench_step.TimedTrainer):
-    """A trainer that does not sync to read the clock."""
-
-    def _now(self) -> float:
-        return 0.0
-
-
 def run_step(name: str, device: str, fake: FakeDevice | None = None) -> tuple[dict[str, float], list[str]]:
     """Run two steps of a system on synthetic data; return the second one's reports and its syncs."""
     arguments = bench_step.build_parser().parse_args([name, "--group-size", "4"])
     run, stage = bench_step.select_stage(arguments)
     system, build_info = bench_step.build_system(run, stage, VOCABULARY)
-    trainer = bench_step.build_trainer(system, build_info, Precision("float64"), torch.device(device), UntimedTrainer)
+    trainer = bench_step.build_trainer(system, build_info, Precision("float64"), torch.device(device))
     batch = bench_step.synthetic_batch(system.sizes, build_info)
     if fake is not None:
         fake.pin(*batch.images, batch.captions.tokens, batch.captions.vectors, batch.class_ids, batch.attributes)
-    trainer.timed_steps(batch, 1)
+    trainer.run_step(batch)
     first_report, first_sync = len(trainer._reports), 0 if fake is None else len(fake.syncs)
-    trainer.timed_steps(batch, 1)
+    trainer.run_step(batch)
     step_syncs = [] if fake is None else fake.syncs[first_sync:]  # before the next line reads values
     return {name: float(value) for _, name, value in trainer._reports[first_report:]}, step_syncs
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 
 import pytest
 import torch
@@ -120,3 +121,28 @@ def test_sampling_variants_generate_the_same_images() -> None:
     reference, ours, half = (sample().images[-1] for sample in samplers.values())
     torch.testing.assert_close(reference, ours, rtol=1e-3, atol=1e-4)
     assert 0 < (half - reference).abs().max() < 0.1
+
+
+class HostEvent:
+    """Stands for an event of an accelerator."""
+
+    def __init__(self, device: torch.device, *, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, end: HostEvent) -> float:
+        return 1e3 * (end.time - self.time)
+
+
+def test_phases_by_events_come_from_further_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "Event", HostEvent)
+    options = bench_step.build_parser().parse_args(["dcgan", "--group-size", "2"])
+    benchmark = bench_step.make_benchmark("best", options)
+    expected = benchmark.timed_steps(1).phases.keys()
+    benchmark.trainer.by_events = True
+    step = benchmark.trainer.step
+    times = benchmark.timed_steps(2)
+    assert benchmark.trainer.step == step + 4 and times.phases.keys() == expected
+    assert 0 < times.submit_seconds <= times.seconds == pytest.approx(sum(times.phases.values()))

@@ -7,7 +7,8 @@
 default both are measured, with their ratio. They run in turns, so that other load on the machine affects both, each in
 its own process, because ours changes how memory is kept. The best step of each counts, and phases are those of that
 step. Frozen networks have random weights. Operations are counted on meta tensors; the peak is measured as a product of
-two bfloat16 matrices on this machine.
+two bfloat16 matrices on this machine. On an accelerator the host only waits after all steps: "host" is the time until
+it has submitted them, which limits the step if both are about equal, and phases come from events of further steps.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,18 +48,29 @@ from tools.bench import reference_steps
 EPOCH_IMAGES = 10_000
 EMPTY_STORAGE = "storage=memory://bench"
 """A storage without exports of earlier runs."""
-MATRIX = 2048
-"""Rows and columns of the matrices whose product measures the peak of the machine."""
+MATRIX, PRODUCTS = 2048, 1
+"""Rows and columns of the matrices whose product measures the peak of a CPU, and products that are timed together."""
+DEVICE_MATRIX, DEVICE_PRODUCTS = 8192, 10
+"""The same on an accelerator, where a wait for the device takes as long as a small product."""
+
+
+class StepTimes(NamedTuple):
+    """Mean seconds of a step."""
+
+    seconds: float
+    submit_seconds: float
+    """Until the host has submitted the step."""
+    phases: dict[str, float]
 
 
 class TimedTrainer(Trainer):
     """A trainer that records the seconds of each phase and the roles that were updated."""
 
-    seconds: dict[str, float]
-
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.updated: set[str] = set()
+        self.by_events = self.world.device.type != "cpu"
+        self.marks: list[tuple[str, Any, Any]] | None = None
 
     def forward(self, role: str, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self._phase(f"{role} forward"):
@@ -76,23 +88,42 @@ class TimedTrainer(Trainer):
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        start = self._now()
+        if self.marks is None:
+            yield
+            return
+        start = self._mark()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
+        self.marks.append((name, start, self._mark()))
 
-    def _now(self) -> float:
+    def _mark(self) -> Any:
+        """Return the time on a CPU, else an event that the device reaches; the host does not wait for it."""
+        if not self.by_events:
+            return time.perf_counter()
+        event = torch.Event(self.world.device, enable_timing=True)
+        event.record()
+        return event
+
+    def timed_steps(self, batch: Batch, count: int) -> StepTimes:
+        """Run `count` steps; with events, as many again for the phases."""
+        self.marks = None if self.by_events else []
         synchronise(self.world.device)
-        return time.perf_counter()
-
-    def timed_steps(self, batch: Batch, count: int) -> tuple[float, dict[str, float]]:
-        """Run `count` steps. Returns the mean seconds of a step and of its phases."""
-        self.seconds = {}
-        start = self._now()
+        start = time.perf_counter()
         for _ in range(count):
             self.run_step(batch)
-        total = (self._now() - start) / count
-        phases = {name: seconds / count for name, seconds in self.seconds.items()}
-        return total, {**phases, "the rest": total - sum(phases.values())}
+        submitted = time.perf_counter()
+        synchronise(self.world.device)
+        total = (time.perf_counter() - start) / count
+        if self.marks is None:
+            self.marks = []
+            for _ in range(count):
+                self.run_step(batch)
+            synchronise(self.world.device)
+        phases: dict[str, float] = {}
+        for name, first, last in self.marks:
+            seconds = first.elapsed_time(last) / 1e3 if self.by_events else last - first
+            phases[name] = phases.get(name, 0.0) + seconds / count
+        self.marks = None
+        return StepTimes(total, (submitted - start) / count, {**phases, "the rest": total - sum(phases.values())})
 
 
 class TimedReferenceTrainer(TimedTrainer, reference_steps.ReferenceTrainer):
@@ -109,8 +140,8 @@ class StepBenchmark:
     def __init__(self, trainer: TimedTrainer, batch: Batch) -> None:
         self.trainer, self.batch = trainer, batch
 
-    def timed_steps(self, count: int) -> tuple[float, dict[str, float]]:
-        """Run `count` steps. Returns the mean seconds of a step and of its phases."""
+    def timed_steps(self, count: int) -> StepTimes:
+        """Run `count` steps."""
         return self.trainer.timed_steps(self.batch, count)
 
     def run_period(self) -> int:
@@ -153,8 +184,8 @@ class RemoteBenchmark:
         self._pipe = local
         self._receive()
 
-    def timed_steps(self, count: int) -> tuple[float, dict[str, float]]:
-        result: tuple[float, dict[str, float]] = self.call("timed_steps", count)
+    def timed_steps(self, count: int) -> StepTimes:
+        result: StepTimes = self.call("timed_steps", count)
         return result
 
     def run_period(self) -> int:
@@ -195,6 +226,8 @@ class Measurement:
 
     seconds: float = float("inf")
     """Of the best step."""
+    submit_seconds: float = 0.0
+    """Of the best step, until the host has submitted it."""
     phases: dict[str, float] = field(default_factory=dict)
     """Seconds of each phase of the best step."""
     memory: int = 0
@@ -275,13 +308,13 @@ def measure(benchmarks: Mapping[str, StepBenchmark | RemoteBenchmark], steps: in
     results = {name: Measurement() for name in benchmarks}
     period = 1
     for name, benchmark in benchmarks.items():
-        results[name].first_seconds, _ = benchmark.timed_steps(1)
+        results[name].first_seconds = benchmark.timed_steps(1).seconds
         period = max(period, 1 + benchmark.run_period())
     for _ in range(steps):
         for name, benchmark in benchmarks.items():
-            seconds, phases = benchmark.timed_steps(period)
-            if seconds < results[name].seconds:
-                results[name].seconds, results[name].phases = seconds, phases
+            times, result = benchmark.timed_steps(period), results[name]
+            if times.seconds < result.seconds:
+                result.seconds, result.submit_seconds, result.phases = times
     for name, benchmark in benchmarks.items():
         results[name].memory = benchmark.memory(period)
     return results
@@ -289,15 +322,17 @@ def measure(benchmarks: Mapping[str, StepBenchmark | RemoteBenchmark], steps: in
 
 def peak_flops(device: torch.device, seconds: float = 1.0) -> float:
     """Return the operations per second of the fastest product of two bfloat16 matrices within `seconds`."""
-    a, b = (torch.randn(MATRIX, MATRIX, device=device).bfloat16() for _ in range(2))
+    size, products = (MATRIX, PRODUCTS) if device.type == "cpu" else (DEVICE_MATRIX, DEVICE_PRODUCTS)
+    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         synchronise(device)
         start = time.perf_counter()
-        torch.mm(a, b)
+        for _ in range(products):
+            torch.mm(a, b)
         synchronise(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * MATRIX**3 / best
+        best = min(best, (time.perf_counter() - start) / products)
+    return 2 * size**3 / best
 
 
 def flops_per_image(system: System, info: BuildInfo) -> float:
@@ -320,6 +355,7 @@ def print_table(results: Mapping[str, Measurement], images: int, flops: float, p
         print(f"{phase:46}" + "".join(f"{1e3 * result.phases.get(phase, 0.0):16.1f}" for result in results.values()))
     rows: dict[str, Callable[[Measurement], float]] = {
         "step": lambda result: 1e3 * result.seconds,
+        "host": lambda result: 1e3 * result.submit_seconds,
         "first step": lambda result: 1e3 * result.first_seconds,
         "memory of a step, MiB": lambda result: result.memory / 2**20,
         "images/s": lambda result: images / result.seconds,

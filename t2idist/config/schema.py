@@ -279,6 +279,8 @@ class RunConfig:
     """either "ddp" (every worker has the whole optimizer) or "deepspeed"; may change when the run resumes"""
     zero: int = 0
     """what DeepSpeed partitions: 1 the optimizer state, 2 also the gradients; 0 with ddp; may change on resume"""
+    gradients: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 sends half the bytes between the workers, with ddp; may change on resume"""
     data: DataConfig = DataConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
@@ -306,6 +308,8 @@ class RunConfig:
             if self.zero != 0:
                 raise ValueError(f"zero: {self.zero}; it needs strategy: deepspeed, and the strategy is ddp")
             return
+        if self.gradients != "float32":
+            raise ValueError(f"gradients: {self.gradients}; DeepSpeed sends them in float32: use strategy: ddp")
         if self.zero == 3:
             raise ValueError(
                 "zero: 3; allowed are 1 and 2: with stage 3 no worker has a whole network, which gradient penalties, "

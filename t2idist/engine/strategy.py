@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.adam import adam
 
@@ -94,12 +95,15 @@ class Strategy(Protocol):
 class DDPStrategy:
     """Keeps the whole optimizer on every worker: DDP, or the bare network on a single worker."""
 
-    def __init__(self, name: str, role: Role, precision: Precision, world: World) -> None:
+    def __init__(
+        self, name: str, role: Role, precision: Precision, world: World, gradients: torch.dtype = torch.float32
+    ) -> None:
         self._name, self._role = name, role
         self._trained = trainable_parameters(role.net)
-        self._wrapped = wrap_module(role.net, precision, world)
+        self._wrapped = wrap_module(role.net, precision, world, gradients)
         self._optimizer = make_adam(self._trained.values(), role.optimizer)
         init_optimizer_state(self._optimizer)
+        self._adam = FusedAdam(self._optimizer)
 
     def run(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self._wrapped(fn, *args, **kwargs)
@@ -117,7 +121,7 @@ class DDPStrategy:
         if self._role.clip_norm is not None:
             clipped = [p for name, p in self._trained.items() if name.startswith(self._role.clip_prefix)]
             nn.utils.clip_grad_norm_(clipped, self._role.clip_norm)
-        adam_step(self._optimizer, lr, found_inf)
+        self._adam.step(lr, found_inf)
 
     def optimizer_state(self) -> dict[str, Tensor]:
         return {
@@ -156,50 +160,66 @@ def init_optimizer_state(optimizer: torch.optim.Adam) -> None:
             }
 
 
-def adam_step(optimizer: torch.optim.Adam, lr: float, found_inf: Tensor) -> None:
-    """Run a step of fused Adam on views in memory order: the kernel would copy channels-last tensors.
+class FusedAdam:
+    """Steps of fused Adam on views in memory order: the kernel would copy channels-last tensors.
 
-    Args:
-        found_inf: () float32. If it is 1, nothing changes.
+    Parameters and state must exist, and must then be written in place only: their views are made once.
     """
-    for group in optimizer.param_groups:
-        states = [optimizer.state[parameter] for parameter in group["params"]]
-        rows = [_contiguous(parameter, state) for parameter, state in zip(group["params"], states, strict=True)]
-        parameters, gradients, means, squares = (list(column) for column in zip(*rows, strict=True))
-        with torch.no_grad():
-            adam(
-                parameters,
-                gradients,
-                means,
-                squares,
-                [],
-                [state["step"] for state in states],
-                fused=True,
-                found_inf=found_inf,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=lr,
-                weight_decay=0.0,
-                eps=group["eps"],
-                maximize=False,
-            )
+
+    def __init__(self, optimizer: torch.optim.Adam) -> None:
+        self._groups: list[tuple[dict[str, Any], list[list[Tensor]]]] = []
+        for group in optimizer.param_groups:
+            rows = []
+            for parameter in group["params"]:
+                state = optimizer.state[parameter]
+                tensors = [parameter.detach(), state["exp_avg"], state["exp_avg_sq"]]
+                # with mixed layouts the fused CPU kernel silently computes wrong values
+                assert all(t.stride() == parameter.stride() for t in tensors), (
+                    "Adam's moments must have their parameter's layout"
+                )
+                rows.append([*(_in_memory_order(t, parameter) for t in tensors), state["step"]])
+            self._groups.append((group, [list(column) for column in zip(*rows, strict=True)]))
+
+    def step(self, lr: float, found_inf: Tensor) -> None:
+        """Update the parameters by their gradients.
+
+        Args:
+            found_inf: () float32. If it is 1, nothing changes.
+        """
+        for group, (parameters, means, squares, steps) in self._groups:
+            with torch.no_grad():
+                adam(
+                    parameters,
+                    [_gradient(parameter) for parameter in group["params"]],
+                    means,
+                    squares,
+                    [],
+                    steps,
+                    fused=True,
+                    found_inf=found_inf,
+                    amsgrad=False,
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    lr=lr,
+                    weight_decay=0.0,
+                    eps=group["eps"],
+                    maximize=False,
+                )
 
 
-def _contiguous(parameter: Tensor, state: Mapping[str, Tensor]) -> list[Tensor]:
-    """Return the parameter, its gradient and its two moments; channels-last tensors as contiguous views.
-
-    All have the parameter's layout: with mixed layouts the fused CPU kernel silently computes wrong values.
-    """
+def _gradient(parameter: Tensor) -> Tensor:
+    """Return the gradient of a parameter in its layout, as a contiguous view."""
     gradient = parameter.grad
     assert gradient is not None
     if gradient.stride() != parameter.stride():
         gradient = torch.empty_like(parameter).copy_(gradient)
-    tensors = [parameter.detach(), gradient, state["exp_avg"], state["exp_avg_sq"]]
-    assert all(t.stride() == parameter.stride() for t in tensors), "Adam's moments must have their parameter's layout"
+    return _in_memory_order(gradient, parameter)
+
+
+def _in_memory_order(tensor: Tensor, parameter: Tensor) -> Tensor:
     if parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last):
-        return [t.permute(0, 2, 3, 1) for t in tensors]
-    return tensors
+        return tensor.permute(0, 2, 3, 1)
+    return tensor
 
 
 def state_bytes(optimizer: torch.optim.Adam) -> int:
@@ -217,8 +237,14 @@ def set_up_step(optimizer: torch.optim.Adam, lr: float, found_inf: Tensor) -> No
         group["lr"] = lr
 
 
-def wrap_module(net: nn.Module, precision: Precision, world: World) -> nn.Module:
-    """Wrap a role's network for this world; call its forward once an update."""
+def wrap_module(
+    net: nn.Module, precision: Precision, world: World, gradients: torch.dtype = torch.float32
+) -> nn.Module:
+    """Wrap a role's network for this world; call its forward once an update.
+
+    Args:
+        gradients: dtype in which gradients travel between the workers, if it is less exact than they are.
+    """
     module = RoleModule(net, precision, world.device)
     if world.group is None:
         return module
@@ -229,8 +255,11 @@ def wrap_module(net: nn.Module, precision: Precision, world: World) -> nn.Module
         gradient_as_bucket_view=True,
         bucket_cap_mb=25,
     )
-    if world.device.type == "cpu" and world.size > 2:
-        wrapped.register_comm_hook(world, _average_in_rank_order)
+    half = gradients == torch.bfloat16
+    if world.device.type == "cpu" and (world.size > 2 or half):
+        wrapped.register_comm_hook(world, _average_half_in_rank_order if half else _average_in_rank_order)
+    elif half:
+        wrapped.register_comm_hook(world.group, bf16_compress_hook)
     return wrapped
 
 
@@ -241,15 +270,28 @@ def _average_in_rank_order(world: World, bucket: dist.GradBucket) -> torch.futur
     buckets after the first step, so a resumed run would round differently. This sends as many bytes as a ring.
     """
     gradient = bucket.buffer()
+    return _done(_rank_order_mean(world, gradient, gradient.dtype))
+
+
+def _average_half_in_rank_order(world: World, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+    """Do as `_average_in_rank_order`, with gradients that travel in bfloat16; they are added in their own dtype."""
+    return _done(_rank_order_mean(world, bucket.buffer(), torch.bfloat16))
+
+
+def _rank_order_mean(world: World, gradient: Tensor, sent: torch.dtype) -> Tensor:
     length = -(-gradient.numel() // world.size)
-    padded = torch.nn.functional.pad(gradient, (0, length * world.size - gradient.numel()))
+    padded = torch.nn.functional.pad(gradient.to(sent), (0, length * world.size - gradient.numel()))
     received = torch.empty_like(padded)
     dist.all_to_all_single(received, padded, group=world.group)
     parts = received.view(world.size, length).unbind()
-    total = parts[0].clone()
+    total = parts[0].to(gradient.dtype, copy=True)
     for part in parts[1:]:
         total += part
-    dist.all_gather_single(padded, total.div_(world.size), group=world.group)
+    dist.all_gather_single(padded, total.div_(world.size).to(sent), group=world.group)
+    return padded[: gradient.numel()].to(gradient.dtype)
+
+
+def _done(result: Tensor) -> torch.futures.Future[Tensor]:
     done: torch.futures.Future[Tensor] = torch.futures.Future()
-    done.set_result(padded[: gradient.numel()])
+    done.set_result(result)
     return done

@@ -38,6 +38,8 @@ class _RoleState:
     role: Role
     strategy: Strategy
     ema: nn.Module | None
+    average: _Average | None = None
+    """Made in the first update: the guard moves the buffers before."""
     in_update: bool = False
     """Whether `forward` was called and `apply` was not yet."""
     ema_forward: Callable[[nn.Module], Any] | None = None
@@ -60,6 +62,7 @@ class Trainer:
         group_size: samples in a group; the global batch is `share.groups` of them.
         share: the groups that this worker runs.
         zero: 0 for DDP; 1 or 2 for this ZeRO stage of DeepSpeed, if there are several workers.
+        gradients: dtype in which DDP sends gradients between the workers, if it is less exact than they are.
     """
 
     def __init__(
@@ -73,7 +76,9 @@ class Trainer:
         world: World,
         precision: Precision,
         zero: int = 0,
+        gradients: torch.dtype = torch.float32,
     ) -> None:
+        self._gradients = gradients
         self.system, self.world, self.share, self.precision, self.zero = system, world, share, precision, zero
         self.group_size = group_size
         self.step = 0
@@ -101,7 +106,7 @@ class Trainer:
     def _make_strategy(self, name: str, role: Role) -> Strategy:
         if self.zero and self.world.group is not None:
             return ZeroStrategy(name, role, self.precision, self.world, self.zero)
-        return DDPStrategy(name, role, self.precision, self.world)
+        return DDPStrategy(name, role, self.precision, self.world, self._gradients)
 
     # -------------------------------------------------------------------------------------------- contract.Train
     @property
@@ -136,7 +141,8 @@ class Trainer:
         if state.ema is not None:
             assert state.role.ema_half_life_images is not None
             decay = ema_decay(state.role.ema_half_life_images, self.group_size * self.share.groups)
-            _update_ema(state.ema, state.role.net, decay, with_statistics=not self._momentum)
+            state.average = state.average or _Average(state.ema, state.role.net)
+            state.average.update(decay, with_statistics=not self._momentum)
 
     def update(self, role: str, fn: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """`forward` of a function that returns the loss, then `apply` (`Train.update`); return the detached loss."""
@@ -193,7 +199,7 @@ class Trainer:
         left out; `first_nonfinite` names those of the first step that had any.
         """
         reports, self._reports = self._reports, []
-        values = torch.stack([value.double() for _, _, value in reports]).tolist() if reports else []
+        values = _values([value for _, _, value in reports])
         finite: dict[str, list[float]] = {}
         nonfinite: list[tuple[int, bool, str]] = []  # losses sort before gradients
         for (step, name, _), value in zip(reports, values, strict=True):
@@ -307,20 +313,48 @@ def frozen_parameters(nets: Sequence[nn.Module]) -> Iterator[None]:
             weight.requires_grad_(True)
 
 
+def _values(scalars: Sequence[Tensor]) -> list[float]:
+    """Return the values of scalars on one device, with a few launches for all."""
+    kinds = list({scalar.dtype for scalar in scalars})
+    order = sorted(range(len(scalars)), key=lambda i: kinds.index(scalars[i].dtype))
+    of_kinds = [torch.stack([scalar for scalar in scalars if scalar.dtype == kind]).double() for kind in kinds]
+    ordered = torch.cat(of_kinds).tolist() if of_kinds else []
+    values = dict(zip(order, ordered, strict=True))
+    return [values[i] for i in range(len(scalars))]
+
+
 def _mean(weighted: list[tuple[float, float]]) -> float:
     return math.fsum(weight * value for weight, value in weighted) / math.fsum(weight for weight, _ in weighted)
 
 
-def _update_ema(ema: nn.Module, net: nn.Module, decay: float, *, with_statistics: bool) -> None:
-    """ema <- decay * ema + (1 - decay) * net, for parameters and floating buffers; copy all other buffers.
+class _Average:
+    """ema <- decay * ema + (1 - decay) * net, for parameters and floating buffers; all other buffers are copied.
 
-    Args:
-        with_statistics: whether to average BatchNorm's running statistics too.
+    Tensors of both networks must then be written in place only: they are looked up once.
     """
-    with torch.no_grad():
+
+    def __init__(self, ema: nn.Module, net: nn.Module) -> None:
         averages, values = ema.state_dict(), net.state_dict()
-        left_out = set() if with_statistics else set(running_statistics(ema))
-        floating = [key for key, value in averages.items() if value.is_floating_point() and key not in left_out]
-        torch._foreach_lerp_([averages[k] for k in floating], [values[k] for k in floating], 1 - decay)
-        for key in averages.keys() - set(floating) - left_out:
-            averages[key].copy_(values[key])
+        statistics = set(running_statistics(ema))
+        floating = [name for name, value in averages.items() if value.is_floating_point()]
+        self._averaged = _pairs(averages, values, floating)
+        self._without_statistics = _pairs(averages, values, [name for name in floating if name not in statistics])
+        self._copied = _pairs(averages, values, [name for name in averages if name not in set(floating)])
+
+    def update(self, decay: float, *, with_statistics: bool) -> None:
+        """Move the average.
+
+        Args:
+            with_statistics: whether to average BatchNorm's running statistics too.
+        """
+        with torch.no_grad():
+            averages, values = self._averaged if with_statistics else self._without_statistics
+            torch._foreach_lerp_(averages, values, 1 - decay)
+            if self._copied[0]:
+                torch._foreach_copy_(*self._copied)
+
+
+def _pairs(
+    averages: Mapping[str, Tensor], values: Mapping[str, Tensor], names: Sequence[str]
+) -> tuple[list[Tensor], list[Tensor]]:
+    return [averages[name] for name in names], [values[name] for name in names]

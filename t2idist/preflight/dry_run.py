@@ -25,7 +25,7 @@ from t2idist.nn.init import shapes_only
 from t2idist.training import resume, run_data
 from t2idist.training.stages import StageRun, check_uses, run_url, stages_of
 
-ADJUSTABLE = ("about", "storage", "report", "checkpoint", "cluster", "guard", "strategy", "zero")
+ADJUSTABLE = ("about", "storage", "report", "checkpoint", "cluster", "guard", "strategy", "zero", "gradients")
 ADJUSTABLE_STAGE = (
     "images",
     "max_groups_per_worker",
@@ -278,7 +278,9 @@ def _check_same_run(config: RunConfig, opened: Mapping[str, Sequence[Dataset]]) 
     if not storage.exists(url):
         return
     stored = parse_yaml(storage.read_bytes(url).decode(), url)
-    stored["data"] = {**to_dict(DataConfig()), **stored["data"]}  # runs of older versions lack newer keys
+    newer = {f.name: f.default for f in fields(RunConfig) if isinstance(f.default, bool | int | str)}
+    stored = {**newer, **stored}  # runs of older versions lack newer keys
+    stored["data"] = {**to_dict(DataConfig()), **stored["data"]}
     for stage in stored["stages"].values():
         stage.update(
             {f.name: f.default for f in fields(StageConfig) if f.default is not MISSING and f.name not in stage}

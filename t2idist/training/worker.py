@@ -262,6 +262,7 @@ class _StageWorker:
             world=self._world,
             precision=Precision(self._config.precision),
             zero=self._config.zero,
+            gradients=getattr(torch, self._config.gradients),
         )
 
     def _open_checkpoints(self) -> CheckpointManager:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from t2idist import config as configuration
 from t2idist import run
@@ -211,11 +212,31 @@ def test_resume_rejects_settings_that_change_the_mathematics(tmp_path: Path) -> 
     folder.mkdir()
     (folder / "config.yaml").write_text(to_yaml(config))
     overrides = [f"storage={tmp_path}", "data.source=emoji"]
-    for same in ("cluster.workers=[1,1]", "stages.attngan.images=99", "data.threads=1", "checkpoint.keep=3"):
+    adjustable = ("cluster.workers=[1,1]", "stages.attngan.images=99", "data.threads=1", "checkpoint.keep=3")
+    for same in (*adjustable, "gradients=bfloat16"):
         dry_run.check(stages.with_absolute_paths(load("attngan", [*overrides, same])), None)
     for other in ("seed=9", "stages.attngan.group_size=9", "stages.attngan.model.z_dim=9", "data.max_words=9"):
         with pytest.raises(ValueError, match="was started with .*; give name=ANOTHER for a new run"):
             dry_run.check(stages.with_absolute_paths(load("attngan", [*overrides, other])), None)
+
+
+def test_run_of_an_older_version_lacks_newer_settings(tmp_path: Path) -> None:
+    overrides = [f"storage={tmp_path}", "data.source=emoji"]
+    config = stages.with_absolute_paths(load("attngan", overrides))
+    newer = ("tf32", "deterministic", "gradients")
+    stored = {key: value for key, value in to_dict(config).items() if key not in newer}
+    folder = tmp_path / config.name
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(stored))
+    dry_run.check(config, None)
+    with pytest.raises(ValueError, match="tf32: True, but the run .* was started with False"):
+        dry_run.check(stages.with_absolute_paths(load("attngan", [*overrides, "tf32=true"])), None)
+
+
+def test_gradients_in_bfloat16_need_ddp() -> None:
+    assert load("attngan", ["gradients=bfloat16"]).gradients == "bfloat16"
+    with pytest.raises(ValueError, match="^gradients: bfloat16; DeepSpeed sends them in float32: use strategy: ddp$"):
+        load("attngan", ["gradients=bfloat16", "strategy=deepspeed", "zero=1"])
 
 
 def test_check_rejects_storage_that_cannot_be_written(tmp_path: Path) -> None:

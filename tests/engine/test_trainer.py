@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +22,7 @@ from t2idist.engine.checkpoint.manager import CheckpointManager
 from t2idist.engine.groups import GroupedBatchNorm, convert_layers
 from t2idist.engine.noise import Noise
 from t2idist.engine.strategy import Precision
-from t2idist.engine.trainer import Trainer
+from t2idist.engine.trainer import Trainer, _Average, _values
 from t2idist.engine.world import Share, World
 from t2idist.storage import objects
 from tests.helpers import toy_gan
@@ -32,7 +33,9 @@ BUILD_INFO = BuildInfo(GROUP_SIZE, 5, toy_gan.DATA_INFO)
 SINGLE_WORKER = World()
 
 
-def make_trainer(world: World, precision: str = "float64", seed: int = 3) -> Trainer:
+def make_trainer(
+    world: World, precision: str = "float64", seed: int = 3, gradients: torch.dtype = torch.float32
+) -> Trainer:
     torch.manual_seed(seed)
     share = Share.of(world, GROUPS)
     return Trainer(
@@ -43,6 +46,7 @@ def make_trainer(world: World, precision: str = "float64", seed: int = 3) -> Tra
         share=share,
         world=world,
         precision=Precision(precision),
+        gradients=gradients,
     )
 
 
@@ -100,6 +104,23 @@ def test_any_number_of_workers_gives_the_same_state(workers: Workers, size: int)
 def test_float32_on_three_workers_equals_one_worker_to_rounding(workers: Workers) -> None:
     for state in workers.run(3, state_after, 6, "float32"):
         assert largest_difference(state, state_after(SINGLE_WORKER, 6, "float32")) < 1e-4
+
+
+def state_after_sending(world: World, count: int, gradients: torch.dtype) -> dict[str, Tensor]:
+    trainer = make_trainer(world, "float32", gradients=gradients)
+    train_steps(trainer, count)
+    return snapshot(trainer)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_gradients_sent_in_bfloat16_are_equal_on_all_workers_and_near_float32(workers: Workers, size: int) -> None:
+    (exact, *_) = workers.run(size, state_after_sending, 1, torch.float32)
+    states = workers.run(size, state_after_sending, 1, torch.bfloat16)
+    assert all(torch.equal(states[0][name], other[name]) for other in states[1:] for name in exact)
+    first = [name for name in exact if name.startswith("discriminator/") and name.endswith("exp_avg")]
+    sent, expected = (torch.cat([state[name].flatten() for name in first]) for state in (states[0], exact))
+    # each element is rounded twice to 8 bits: on its way to the worker that averages it, and as an average
+    assert 0 < (sent - expected).norm() < 2**-8 * expected.norm()
 
 
 def test_another_seed_gives_another_state() -> None:
@@ -287,6 +308,34 @@ def test_ema_has_its_half_life_and_averages_buffers() -> None:
     decay = 0.5 ** (GROUPS * GROUP_SIZE / 200)
     torch.testing.assert_close(ema, decay * before + (1 - decay) * net)
     torch.testing.assert_close(buffer, decay * buffer_before + (1 - decay) * state["generator/net/norm2.running_var"])
+
+
+@pytest.mark.parametrize("with_statistics", [True, False])
+def test_average_equals_the_formula_bitwise(with_statistics: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3))
+    ema = copy.deepcopy(net)
+    expected = {name: value.clone() for name, value in ema.state_dict().items()}
+    average = _Average(ema, net)
+    for step in range(3):
+        with torch.no_grad():
+            for value in net.state_dict().values():
+                value.copy_(step + torch.rand(value.shape) if value.is_floating_point() else value + 1)
+        average.update(0.9, with_statistics=with_statistics)
+        for name, value in net.state_dict().items():
+            if not value.is_floating_point():
+                expected[name] = value.clone()
+            elif with_statistics or "running" not in name:
+                expected[name] = expected[name].lerp(value, 1 - 0.9)
+    assert ema.state_dict().keys() == expected.keys() and expected["1.num_batches_tracked"] == 3
+    assert all(torch.equal(value, expected[name]) for name, value in ema.state_dict().items())
+
+
+def test_reports_keep_their_values_and_their_order() -> None:
+    given = [torch.tensor(0.1), torch.tensor(2, dtype=torch.int64), torch.tensor(0.3).bfloat16(),
+             torch.tensor(0.1, dtype=torch.float64), torch.tensor(float("nan")), torch.tensor(0.7)]  # fmt: skip
+    expected = [float(value) for value in given]
+    assert [f"{value}" for value in _values(given)] == [f"{value}" for value in expected] and _values([]) == []
 
 
 def test_export_round_trip_and_error_messages(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from t2idist.contract import Batch, Captions, System
 from t2idist.engine.trainer import frozen_parameters, select_networks
 from t2idist.nn.fast.layers import use_fast_layers
 
+UPDATE_LAUNCHES = 30
+"""Operations of Adam, clipping, the average and the check of an update of a role, each of which takes whole lists."""
 _MAX_STEPS = 50
 META = torch.device("meta")
 
@@ -32,6 +34,8 @@ class StepCost:
     """Elements that workers all-reduce."""
     activations: int
     """Peak number of floating-point elements kept for a backward pass, without weights."""
+    launches: float
+    """Operations that the host submits to an accelerator one by one."""
 
 
 def measure_step(
@@ -56,7 +60,10 @@ def measure_step(
         name: sum(p.numel() for p in role.net.parameters() if p.requires_grad) for name, role in system.roles.items()
     }
     gradients = sum(trained[name] * times for name, times in train.updated.items())
-    return StepCost(mode.flops / train.step, gradients / train.step, activations.peak)
+    updates = UPDATE_LAUNCHES * sum(train.updated.values())
+    return StepCost(
+        mode.flops / train.step, gradients / train.step, activations.peak, (mode.launches + updates) / train.step
+    )
 
 
 def _batch(
@@ -133,6 +140,20 @@ def _mask_to_indices(index: Tensor | None) -> Sequence[Tensor | None]:
     return index.nonzero(as_tuple=True)
 
 
+_NO_KERNELS = ("empty", "detach", "resize", "lift", "_unsafe_view")
+
+
+def _launches(func: Any, args: Sequence[Any]) -> int:
+    """Return the number of kernels that an operation starts, at least: 0 for views and allocations."""
+    if any(name in func.name() for name in _NO_KERNELS):
+        return 0
+    if func is torch.ops.aten.convolution_backward.default:  # by input, weight and bias
+        return sum(args[-1])
+    returned = func._schema.returns
+    is_view = bool(returned) and all(r.alias_info is not None and not r.alias_info.is_write for r in returned)
+    return 0 if is_view else 1
+
+
 class _MetaMode(TorchDispatchMode):
     """Lets integer tensors with data be used with meta tensors, and counts operations.
 
@@ -143,6 +164,7 @@ class _MetaMode(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
+        self.launches = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -162,6 +184,8 @@ class _MetaMode(TorchDispatchMode):
         output = func(*args, **kwargs)
         if func._overloadpacket in flop_registry:
             self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=output)
+        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves(output)):
+            self.launches += _launches(func, args)
         return output
 
 

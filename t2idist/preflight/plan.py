@@ -23,6 +23,8 @@ SLACK = 0.10
 """Share of the other memory that is added for workspaces and fragmentation."""
 BACKWARD_SHARE = 2 / 3
 """Share of a step's compute time that overlaps with DDP's gradient all-reduce."""
+LAUNCH_SECONDS = 7e-6
+"""Time in which the host submits an operation with its gradient's bookkeeping: a step cannot be faster than that."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class Estimate:
     activations_gib: float
     flops: float
     compute_seconds: float
+    launches: float
     sent_bytes: float
     network_seconds: float
     images_per_step: int
@@ -98,8 +101,22 @@ class Estimate:
     step_seconds: float = field(init=False)
 
     def __post_init__(self) -> None:
-        exposed = max(0.0, self.network_seconds - BACKWARD_SHARE * self.compute_seconds)
-        object.__setattr__(self, "step_seconds", self.compute_seconds + exposed)
+        object.__setattr__(self, "step_seconds", self.busy_seconds + self.exposed_seconds)
+
+    @property
+    def submit_seconds(self) -> float:
+        """Time in which the host submits a step."""
+        return self.launches * LAUNCH_SECONDS
+
+    @property
+    def busy_seconds(self) -> float:
+        """Time of a step without the network: what limits it, the GPU or the host that submits its work."""
+        return max(self.compute_seconds, self.submit_seconds)
+
+    @property
+    def exposed_seconds(self) -> float:
+        """Time of the network that is not hidden behind backward."""
+        return max(0.0, self.network_seconds - BACKWARD_SHARE * self.busy_seconds)
 
     @property
     def memory_gib(self) -> float:
@@ -154,7 +171,7 @@ def page(config: RunConfig, text: str) -> str:
         estimate, system = _estimate(stage, hardware, efficiency)
         lines += [*_stage_lines(stage, estimate, system, hardware), ""]
         hours += estimate.hours
-    lines += [f"{_hours(hours)} in all", "", *_assumptions(hardware, precision, efficiency)]
+    lines += [f"{_hours(hours)} in all", "", *_assumptions(hardware, config, efficiency)]
     return "\n".join(lines)
 
 
@@ -167,12 +184,13 @@ def _estimate(stage: StageRun, hardware: Hardware, efficiency: float) -> tuple[E
     groups = -(-settings.groups // hardware.gpus)
     element_bytes = 2 if config.precision == "bfloat16" else 4
     peak = hardware.model.tflops[config.precision] * 1e12
-    sent_bytes = 2 * (hardware.gpus - 1) / hardware.gpus * 4 * cost.gradients
+    sent_bytes = 2 * (hardware.gpus - 1) / hardware.gpus * (2 if config.gradients == "bfloat16" else 4) * cost.gradients
     estimate = Estimate(
         state_gib=dry_run.state_bytes(system, config.precision, shards) / 2**30,
         activations_gib=cost.activations * groups * element_bytes / 2**30,
         flops=cost.flops * groups,
         compute_seconds=cost.flops * groups / (peak * efficiency),
+        launches=cost.launches,
         sent_bytes=sent_bytes,
         network_seconds=sent_bytes / hardware.bytes_per_second,
         images_per_step=settings.images_per_step,
@@ -221,10 +239,15 @@ def _stage_lines(stage: StageRun, estimate: Estimate, system: System, hardware: 
     )
     gflop = estimate.flops / high / settings.group_size / 1e9
     yield f"  compute {gflop:,.1f} GFLOP an image, {estimate.compute_seconds * 1e3:,.1f} ms a step"
+    bound = ", which limits this step" if estimate.submit_seconds > estimate.compute_seconds else ""
+    yield (
+        f"  {estimate.launches:,.0f} operations a step, which the host submits in "
+        f"{estimate.submit_seconds * 1e3:,.1f} ms{bound}"
+    )
     where = "between nodes" if hardware.nodes > 1 else "inside the node"
     yield (
         f"  network {estimate.sent_bytes / 1e6:,.0f} MB sent a step and worker {where}: "
-        f"{estimate.network_seconds * 1e3:,.1f} ms, {(estimate.step_seconds - estimate.compute_seconds) * 1e3:,.1f} of "
+        f"{estimate.network_seconds * 1e3:,.1f} ms, {estimate.exposed_seconds * 1e3:,.1f} of "
         "them not hidden behind backward"
     )
     cpus = stage.config.cluster.cpus_per_worker
@@ -241,7 +264,8 @@ def _hours(hours: float) -> str:
     return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.1f} minutes"
 
 
-def _assumptions(hardware: Hardware, precision: str, efficiency: float) -> Iterator[str]:
+def _assumptions(hardware: Hardware, config: RunConfig, efficiency: float) -> Iterator[str]:
+    precision = config.precision
     yield "assumed, not measured:"
     peak = hardware.model.tflops[precision]
     yield f"  {efficiency:.0%} of {peak:g} TFLOP/s, the dense {precision} peak of the {hardware.name} (efficiency=)"
@@ -255,6 +279,8 @@ def _assumptions(hardware: Hardware, precision: str, efficiency: float) -> Itera
             f"  {hardware.nodes} nodes of {hardware.per_machine} GPUs (per_machine=) with {hardware.gbit:g} Gbit/s "
             "each (gbit=), which a ring all-reduce crosses once"
         )
-    yield f"  gradients in float32, reduced in parallel with backward, {BACKWARD_SHARE:.0%} of the compute time"
+    share = f"{BACKWARD_SHARE:.0%} of the compute time"
+    yield f"  gradients in {config.gradients}, reduced in parallel with backward, {share}"
+    yield f"  {LAUNCH_SECONDS * 1e6:g} us of the host for each operation; groups of a worker share operations"
     yield "  operations and activations of a step on tensors without data, activations in the run's precision"
     yield "  without start-up, images, scores, checkpoints and restarts; no waiting for data"

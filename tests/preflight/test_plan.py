@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from t2idist import config as configuration
 from t2idist import run
 from t2idist.config import load
+from t2idist.contract import Batch, Frozen, Role, Train
 from t2idist.engine.world import World
 from t2idist.preflight import plan
-from t2idist.preflight.cost import measure_step
+from t2idist.preflight.cost import UPDATE_LAUNCHES, measure_step
 from t2idist.training import stages
 from t2idist.training.stages import StageRun
 from tests.helpers import small_systems, toy_gan
@@ -55,6 +57,38 @@ def test_cost_counts_how_often_a_role_is_updated() -> None:
     sizes = {name: sum(p.numel() for p in role.net.parameters()) for name, role in system.roles.items()}
     steps = 3  # two data sets in turns, the generator at every second turn: steps 0, 1 and 2
     assert cost.gradients == pytest.approx(sizes["discriminator"] + sizes["generator"] / steps)
+
+
+class LinearSystem:
+    """A linear layer of sentence vectors."""
+
+    def __init__(self) -> None:
+        self.roles = {"net": Role(nn.Linear(3, 1))}
+        self.frozen: dict[str, Frozen] = {}
+        self.sizes = (4,)
+        self.exports = ("net",)
+
+    def step(self, batch: Batch, train: Train) -> None:
+        train.update("net", lambda net: net(batch.captions.vectors).view(-1).mean())
+
+
+def test_launches_are_the_operations_that_start_kernels() -> None:
+    with torch.device("meta"):
+        system = LinearSystem()
+    cost = measure_step(system, 2, 4, 3, ((),))
+    forward = ["addmm", "mean"]
+    backward = ["ones_like", "div", "sum of the bias", "mm of the weight"]  # views and allocations start none
+    assert cost.launches == len(forward) + len(backward) + UPDATE_LAUNCHES
+
+
+def test_a_step_takes_as_long_as_its_submission() -> None:
+    stage = plan.Estimate(
+        state_gib=1.0, activations_gib=1.0, flops=1.0, compute_seconds=1e-3, launches=2000, sent_bytes=0.0,
+        network_seconds=0.02, images_per_step=20, images=1000,
+    )  # fmt: skip
+    assert stage.submit_seconds == stage.busy_seconds == pytest.approx(2000 * plan.LAUNCH_SECONDS)
+    exposed = 0.02 - plan.BACKWARD_SHARE * stage.submit_seconds
+    assert stage.step_seconds == pytest.approx(stage.submit_seconds + exposed)
 
 
 def plan_page(text: str, *settings: str) -> str:

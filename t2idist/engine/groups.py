@@ -11,13 +11,13 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from t2idist.engine.noise import Noise
 from t2idist.nn.fast.batch_norm import batch_norm
+from t2idist.nn.fast.torch_internals import BatchNormBase, DropoutBase
 
 
-class GroupedBatchNorm(_BatchNorm):
+class GroupedBatchNorm(BatchNormBase):
     """BatchNorm that normalizes each group of `group_size` samples by its own statistics.
 
     Running statistics are updated with the mean over the groups. They are linear in the batch statistics, so their
@@ -54,7 +54,7 @@ class GroupedBatchNorm(_BatchNorm):
 @contextlib.contextmanager
 def track_statistics(net: nn.Module, momentum: float) -> Iterator[None]:
     """Within the context, run the BatchNorm layers of `net` in training mode, with this momentum."""
-    norms = [module for module in net.modules() if isinstance(module, _BatchNorm)]
+    norms = [module for module in net.modules() if isinstance(module, BatchNormBase)]
     before = [(norm.training, norm.momentum) for norm in norms]
     for norm in norms:
         norm.training, norm.momentum = True, momentum
@@ -70,7 +70,7 @@ def running_statistics(net: nn.Module) -> list[str]:
     return [
         f"{name}.{key}" if name else key
         for name, module in net.named_modules()
-        if isinstance(module, _BatchNorm)
+        if isinstance(module, BatchNormBase)
         for key in ("running_mean", "running_var")
     ]
 
@@ -94,15 +94,14 @@ def convert_layers(net: nn.Module, group_size: int, noise: Noise) -> None:
         ValueError: a layer couples samples or draws random values in a way that is not supported.
     """
     for name, module in net.named_modules():
-        if isinstance(
-            module, nn.SyncBatchNorm | nn.modules.dropout.AlphaDropout | nn.modules.dropout._DropoutNd
-        ) and not (isinstance(module, nn.Dropout)):
+        unsupported = nn.SyncBatchNorm | nn.AlphaDropout | DropoutBase
+        if isinstance(module, unsupported) and not isinstance(module, nn.Dropout):
             raise ValueError(f"{name}: {type(module).__name__} is not supported in groups; use BatchNorm or Dropout")
         if isinstance(module, nn.RNNBase) and module.dropout > 0:
             raise ValueError(
                 f"{name}: dropout inside a recurrent layer has its own random draws; use nn.Dropout around it"
             )
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, BatchNormBase):
             module.__class__ = GroupedBatchNorm
             module.group_size = group_size  # type: ignore[assignment]
         elif isinstance(module, nn.Dropout):

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from t2idist.nn.fast.torch_internals import foreach_norm
+
 
 class Diverged(Exception):
     """Too many steps in a row were skipped: the run must return to a checkpoint. The message names the first cause."""
@@ -46,7 +48,7 @@ class Guard:
             found_inf: () float32 on the gradients' device, 1 if one of them is not finite or their norm overflows.
             norm: () float64, the 2-norm of them all, not finite if found_inf is 1.
         """
-        norm = torch.stack(torch._foreach_norm(list(gradients))).double().norm()
+        norm = torch.stack(foreach_norm(list(gradients))).double().norm()
         found_inf = (~norm.isfinite()).float()
         self._found_inf = torch.maximum(self._found_inf, found_inf)
         return found_inf, norm

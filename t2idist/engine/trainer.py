@@ -24,6 +24,7 @@ from t2idist.engine.strategy import DDPStrategy, Precision, Strategy
 from t2idist.engine.world import Share, World, weighted_mean
 from t2idist.engine.zero import ZeroStrategy
 from t2idist.nn.fast.layers import clear_cached_casts, use_fast_layers
+from t2idist.nn.fast.torch_internals import foreach_copy_, foreach_lerp_
 
 GRADIENTS = "gradients of "
 """Prefix of a report of a role's gradient norm, as it is named if it is not finite."""
@@ -349,9 +350,9 @@ class _Average:
         """
         with torch.no_grad():
             averages, values = self._averaged if with_statistics else self._without_statistics
-            torch._foreach_lerp_(averages, values, 1 - decay)
+            foreach_lerp_(averages, values, 1 - decay)
             if self._copied[0]:
-                torch._foreach_copy_(*self._copied)
+                foreach_copy_(*self._copied)
 
 
 def _pairs(

@@ -36,6 +36,7 @@ from t2idist.engine.strategy import (
     trainable_parameters,
 )
 from t2idist.engine.world import World
+from t2idist.nn.fast.torch_internals import foreach_mul_, foreach_norm
 
 BUCKET_ELEMENTS = 25 * 2**20 // 4
 """Elements of a gradient bucket: 25 MiB, as under DDP."""
@@ -119,7 +120,7 @@ class ZeroStrategy:
         for key in self._trained:
             assert key in self._got_grad, f"{self._name}: {key} got no gradient"
         squares = [
-            torch.stack(torch._foreach_norm(self._gradients(group))).double().square().sum()
+            torch.stack(foreach_norm(self._gradients(group))).double().square().sum()
             for group in range(len(self._adam.param_groups))
         ]
         self._norms = self._world.sum(torch.stack(squares)).sqrt()
@@ -128,7 +129,7 @@ class ZeroStrategy:
     def step(self, lr: float, found_inf: Tensor) -> None:
         if self._clip_norm is not None:
             factor = (self._clip_norm / (self._norms[0] + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(self._gradients(0), factor.float())
+            foreach_mul_(self._gradients(0), factor.float())
         set_up_step(self._adam, lr, found_inf)
         self._engine.step()
 

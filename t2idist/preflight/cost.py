@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from t2idist.contract import Batch, Captions, System
 from t2idist.engine.trainer import frozen_parameters, select_networks
 from t2idist.nn.fast.layers import use_fast_layers
+from t2idist.nn.fast.torch_internals import TorchDispatchMode, tree_leaves, tree_map_only
 
 UPDATE_LAUNCHES = 30
 """Operations of Adam, clipping, the average and the check of an update of a role, each of which takes whole lists."""

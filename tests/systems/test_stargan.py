@@ -200,7 +200,7 @@ def two_domain_system(**settings: Any) -> StarGan:
 
 def test_condition_has_the_mask_of_known_labels() -> None:
     system = two_domain_system()
-    assert system._columns == [[3, 0], list(range(8))]
+    assert [columns.tolist() for columns in system._columns] == [[3, 0], list(range(8))]
     ones = system._condition(torch.ones(1, 2), 0), system._condition(torch.ones(1, 8), 1)
     assert ones[0].tolist() == [[1] * 2 + [0] * 8 + [1, 0]]
     assert ones[1].tolist() == [[0] * 2 + [1] * 8 + [0, 1]]

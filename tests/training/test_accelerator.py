@@ -23,6 +23,7 @@ def fatal(folder: Path) -> str:
 
 def test_a_gpu_that_torch_cannot_use_is_fatal_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
     config = load_config(tmp_path, "cluster.gpus_per_worker=1")
     with pytest.raises(ValueError, match="cluster.gpus_per_worker: 1, but this machine's PyTorch .* is built for CPUs"):
         worker.main(config, CPU, worker.WorkerContext())

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from t2idist import storage
 from t2idist.engine.checkpoint.pretrained import innermost_tensors
+from t2idist.nn.fast.torch_internals import InstanceNormBase
 
 Weights = dict[str, Tensor]
 
@@ -124,6 +124,6 @@ def adapt_weights(checkpoint: Checkpoint, net: nn.Module) -> Weights:
 
 def _is_instance_norm(net: nn.Module, key: str) -> bool:
     try:
-        return isinstance(net.get_submodule(key.rpartition(".")[0]), _InstanceNorm)
+        return isinstance(net.get_submodule(key.rpartition(".")[0]), InstanceNormBase)
     except AttributeError:
         return False

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from t2idist.nn.fast.torch_internals import softmax, softmax_backward
+
 MIN_NORM = 1e-8
 
 CaptionRuns = list[tuple[int, int]]
@@ -88,7 +90,7 @@ class RegionContext(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         over_words = torch.empty_like(scores)
         for run_scores, out in _by_caption(runs, scores, over_words):
-            torch._softmax(run_scores, 1, False, out=out)
+            softmax(run_scores, 1, False, out=out)
         weights = (gamma * over_words).softmax(dim=2)
         mixed = torch.bmm(weights.transpose(0, 1), gram).transpose(0, 1)
         ctx.save_for_backward(scores, over_words, weights, mixed)
@@ -104,10 +106,10 @@ class RegionContext(torch.autograd.Function):
         runs, gamma = ctx.runs, ctx.gamma  # type: ignore[attr-defined]
         product_grad, square_grad = product_grad.unsqueeze(2), square_grad.unsqueeze(2)
         weights_grad = (scores * (gamma * product_grad)).addcmul_(mixed, 2 * gamma * square_grad)
-        over_words_grad = torch._softmax_backward_data(weights_grad, weights, 2, weights.dtype)
+        over_words_grad = softmax_backward(weights_grad, weights, 2, weights.dtype)
         scores_grad = weights_grad  # reuses its memory
         for gradient, result, out in _by_caption(runs, over_words_grad, over_words, scores_grad):
-            torch._softmax_backward_data(gradient, result, 1, weights.dtype, grad_input=out)
+            softmax_backward(gradient, result, 1, weights.dtype, grad_input=out)
         scores_grad.addcmul_(weights, product_grad)
         gram_grad = None
         if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]

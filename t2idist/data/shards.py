@@ -13,56 +13,28 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from t2idist import storage
 from t2idist.contract import DataInfo
-from t2idist.data.sample_format import KEY_PATTERN, MAX_CAPTION_CHARACTERS, MAX_VECTOR_DIM, VECTOR_TYPES, npy_header
+from t2idist.data.manifest import Cells, Keys, Rows, read_manifest
+from t2idist.data.manifest_rows import COLUMNS as COLUMNS
+from t2idist.data.manifest_rows import DESCRIPTION as DESCRIPTION
+from t2idist.data.manifest_rows import MANIFEST as MANIFEST
+from t2idist.data.manifest_rows import Shard as Shard
+from t2idist.data.sample_format import MAX_VECTOR_DIM, VECTOR_TYPES, npy_header
 from t2idist.data.tokenizer import ASCII, END_TOKEN, TOKENIZER_KEY, Vocabulary
 
 SCHEMA_VERSION = 2
-DESCRIPTION = "dataset.json"
-MANIFEST = "manifest.parquet"
-COLUMNS = pa.schema(
-    [
-        ("split", pa.string()),
-        ("shard", pa.string()),
-        ("key", pa.string()),
-        ("offset", pa.int64()),
-        ("size", pa.int64()),
-        ("sha256", pa.binary(32)),
-        ("captions", pa.list_(pa.string())),
-        ("attributes", pa.list_(pa.string())),
-        ("class_id", pa.int64()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-    ]
-)
 
 _NAME_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,120}")
 _DESCRIPTION_MAX_BYTES = 256 << 20
-_MANIFEST_MAX_ROW_BYTES = 64 << 10
-_MANIFEST_SPARE_BYTES = 64 << 20
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar file."""
-
-    name: str
-    samples: int
-    bytes: int
-    """Size of the stored object."""
-    sha256: str
-    """Of the stored object."""
-    tar_bytes: int
-    """Size of the tar, which differs if the shard is compressed."""
 
 
 @dataclass(frozen=True)
@@ -109,20 +81,19 @@ class Split:
         class_ids: (n,); a sample without a class has its own index.
     """
 
-    def __init__(self, name: str, shards: tuple[Shard, ...], table: pa.Table) -> None:
+    def __init__(self, name: str, shards: tuple[Shard, ...], rows: Rows) -> None:
         self.name = name
         self.shards = shards
-        self.keys: list[str] = table["key"].to_pylist()
-        self.offsets: NDArray[np.int64] = table["offset"].to_numpy()
-        self.lengths: NDArray[np.int64] = table["size"].to_numpy()
-        self._hashes = table["sha256"].combine_chunks()
-        given: NDArray[np.int64] = table["class_id"].combine_chunks().fill_null(-1).to_numpy()
-        self._has_class = given >= 0
-        self.class_ids: NDArray[np.int64] = np.where(self._has_class, given, np.arange(len(table), dtype=np.int64))
-        self._widths = table["width"].to_numpy()
-        self._heights = table["height"].to_numpy()
-        self._captions = table["captions"].combine_chunks()
-        self._attributes = table["attributes"].combine_chunks()
+        self.keys = Keys(rows.texts["key"])
+        self.offsets: NDArray[np.int64] = rows.numbers["offsets"]
+        self.lengths: NDArray[np.int64] = rows.numbers["lengths"]
+        self.class_ids: NDArray[np.int64] = rows.numbers["class_ids"]
+        self._has_class = rows.numbers["has_class"]
+        self._widths = rows.numbers["widths"]
+        self._heights = rows.numbers["heights"]
+        self._hashes, self._captions, self._attributes = (
+            Cells(rows.texts[name]) for name in ("sha256", "captions", "attributes")
+        )
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -134,7 +105,7 @@ class Split:
 
     def sha256(self, index: int) -> bytes:
         """Return the hash of the sample's bytes in the tar, headers and padding included."""
-        digest: bytes = self._hashes[index].as_py()
+        digest: bytes = self._hashes.at(index)
         return digest
 
     def has_class(self, index: int) -> bool:
@@ -146,27 +117,44 @@ class Split:
         return int(self._widths[index]), int(self._heights[index])
 
     def captions(self, index: int) -> list[str]:
-        captions: list[str] = self._captions[index].as_py()
+        captions: list[str] = self._captions.at(index)
         return captions
 
     def attributes(self, index: int) -> list[str]:
-        names: list[str] = self._attributes[index].as_py()
+        names: list[str] = self._attributes.at(index)
         return names
 
     def attribute_counts(self) -> dict[str, int]:
         """Return the number of samples of each attribute that occurs."""
-        counted = pc.value_counts(self._attributes.flatten())
-        return {entry["values"].as_py(): entry["counts"].as_py() for entry in counted}
+        counts: Counter[str] = Counter()
+        for piece in self._attributes.pieces:
+            counted = pc.value_counts(piece.flatten())
+            counts.update({entry["values"].as_py(): entry["counts"].as_py() for entry in counted})
+        return dict(counts)
 
     def count_attributes(self, names: Sequence[str]) -> NDArray[np.int64]:
         """Return how many of the given attributes each sample has, (n,)."""
-        known = pc.is_in(self._attributes.flatten(), value_set=pa.array(names, pa.string()))
-        rows = pc.list_parent_indices(self._attributes).filter(known)
-        return np.bincount(rows.to_numpy(zero_copy_only=False), minlength=len(self)).astype(np.int64)
+        counts = [np.zeros(0, np.int64)]
+        for piece in self._attributes.pieces:
+            known = pc.is_in(piece.flatten(), value_set=pa.array(names, pa.string()))
+            rows = pc.list_parent_indices(piece).filter(known)
+            counts.append(np.bincount(rows.to_numpy(zero_copy_only=False), minlength=len(piece)).astype(np.int64))
+        return np.concatenate(counts)
 
-    def different_captions(self) -> int:
-        """Return the number of captions that differ from each other."""
-        return int(pc.count_distinct(self._captions.flatten()).as_py())
+    def has_captions(self) -> bool:
+        """Return whether any sample has a caption."""
+        return any(len(piece.flatten()) for piece in self._captions.pieces)
+
+    def only_caption(self) -> str | None:
+        """Return the caption that all samples have; None if there are different ones, or none."""
+        first: str | None = None
+        for piece in self._captions.pieces:
+            captions = piece.flatten()
+            if first is None and len(captions):
+                first = captions[0].as_py()
+            if not pc.all(pc.equal(captions, pa.scalar(first, pa.string())), min_count=0).as_py():
+                return None
+        return first
 
 
 @dataclass(frozen=True)
@@ -192,13 +180,16 @@ class Dataset:
     """SHA-256 of all that a run depends on: equal for a copy at another URL, another for any other content."""
 
     @classmethod
-    def open(cls, url: str, check_sizes: bool = True, endpoint_url: str | None = None) -> Dataset:
+    def open(
+        cls, url: str, check_sizes: bool = True, endpoint_url: str | None = None, cache: str | None = None
+    ) -> Dataset:
         """Open the shard set at `url`.
 
         Args:
             url: Folder of the shard set.
             check_sizes: Also check the size of every shard in storage.
             endpoint_url: Of the object store (None: the environment's).
+            cache: Folder for large manifests that are converted (None: ~/.cache/t2idist).
 
         Raises:
             ValueError: If the set is missing or unfinished, has another schema version, or its manifest or sizes do not
@@ -220,8 +211,9 @@ class Dataset:
             vocabulary = Vocabulary([END_TOKEN, *counts], description.get(TOKENIZER_KEY, ASCII))
         except ValueError as error:
             raise ValueError(f"{where}/{DESCRIPTION}: {error}") from None
-        table = _read_manifest(url, manifest_bytes, manifest_sha256, endpoint_url)
-        splits = _split_table(where, shards, table)
+        folder = cache_folder(cache) / "manifests"
+        rows = read_manifest(url, manifest_bytes, manifest_sha256, shards, endpoint_url=endpoint_url, cache=folder)
+        splits = _split_rows(shards, rows)
         if check_sizes:
             _check_sizes(url, [shard for of_split in shards.values() for shard in of_split], endpoint_url)
         return cls(
@@ -300,78 +292,19 @@ def _parse_shard(where: str, entry: Mapping[str, Any]) -> Shard:
     return shard
 
 
-def _read_manifest(url: str, size: int, sha256: str, endpoint_url: str | None) -> pa.Table:
-    where = f"{storage.redact(url)}/{MANIFEST}"
-    try:
-        data = storage.read_bytes(storage.join(url, MANIFEST), endpoint_url=endpoint_url)
-    except FileNotFoundError:
-        raise ValueError(f"{where}: missing, though {DESCRIPTION} names it") from None
-    if len(data) != size or storage.sha256(data) != sha256:
-        raise ValueError(
-            f"{where}: its {len(data)} bytes are not those that {DESCRIPTION} describes ({size} bytes, hash)"
-        )
-    try:
-        file = pq.ParquetFile(pa.BufferReader(data))
-        metadata = file.metadata
-        unpacked_bytes = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
-        if unpacked_bytes > _MANIFEST_SPARE_BYTES + metadata.num_rows * _MANIFEST_MAX_ROW_BYTES:
-            raise ValueError(f"{where}: unpacks to {unpacked_bytes} bytes, too many for {metadata.num_rows} samples")
-        table = file.read()
-        table.validate(full=True)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where}: not a parquet file: {str(error)[:300]}") from None
-    if not table.schema.equals(COLUMNS):
-        raise ValueError(f"{where}: columns {table.schema.names}; expected {COLUMNS.names} with their types")
-    table = table.combine_chunks()
-    _check_values(where, table)
-    return table
-
-
-def _check_values(where: str, table: pa.Table) -> None:
-    """Check for missing values, invalid keys, and captions that are too long."""
-    for name in COLUMNS.names:
-        column = table[name]
-        missing = column.null_count + (pc.list_flatten(column).null_count if name in ("captions", "attributes") else 0)
-        if missing and name != "class_id":
-            raise ValueError(f"{where}: column {name} has {missing} missing values")
-    good = pc.match_substring_regex(table["key"], f"^{KEY_PATTERN.pattern}$")
-    if not pc.all(good, min_count=0).as_py():
-        key = table["key"].filter(pc.invert(good))[0].as_py()
-        raise ValueError(f"{where}: sample key {key[:100]!r} is not allowed; allowed are letters, digits, '_' and '-'")
-    longest = pc.max(pc.utf8_length(pc.list_flatten(table["captions"]))).as_py() or 0
-    if longest > MAX_CAPTION_CHARACTERS:
-        raise ValueError(f"{where}: a caption has {longest} characters; at most {MAX_CAPTION_CHARACTERS} are allowed")
-
-
-def _split_table(where: str, shards: Mapping[str, tuple[Shard, ...]], table: pa.Table) -> dict[str, Split]:
-    """Split the manifest's rows, and check them against the list of shards."""
+def _split_rows(shards: Mapping[str, tuple[Shard, ...]], rows: Rows) -> dict[str, Split]:
     splits = {}
     start = 0
-    counted = sum(shard.samples for of_split in shards.values() for shard in of_split)
-    if counted != len(table):
-        raise ValueError(f"{where}/{MANIFEST}: {len(table)} rows; {DESCRIPTION} counts {counted} samples")
     for name, of_split in shards.items():
-        expected = [shard.name for shard in of_split for _ in range(shard.samples)]
-        rows = table.slice(start, len(expected))
-        start += len(expected)
-        if rows["shard"].to_pylist() != expected or set(rows["split"].to_pylist()) - {name}:
-            raise ValueError(f"{where}/{MANIFEST}: its rows of split '{name}' do not match the shards in {DESCRIPTION}")
-        splits[name] = Split(name, of_split, rows)
-        _check_offsets(where, splits[name])
-    duplicates = [key for key, count in Counter(table["key"].to_pylist()).items() if count > 1]
-    if duplicates:
-        raise ValueError(f"{where}/{MANIFEST}: sample key {duplicates[0]!r} occurs more than once")
+        samples = sum(shard.samples for shard in of_split)
+        splits[name] = Split(name, of_split, rows.slice(start, samples))
+        start += samples
     return splits
 
 
-def _check_offsets(where: str, split: Split) -> None:
-    first = 0
-    for shard in split.shards:
-        offsets, lengths = (values[first : first + shard.samples] for values in (split.offsets, split.lengths))
-        ends = np.concatenate([[0], offsets + lengths])
-        if (lengths <= 0).any() or not np.array_equal(offsets, ends[:-1]) or ends[-1] > shard.tar_bytes:
-            raise ValueError(f"{where}/{MANIFEST}: the offsets of the samples of {shard.name} do not match its size")
-        first += shard.samples
+def cache_folder(cache: str | None) -> Path:
+    """Return the folder of cached data, `DataConfig.cache`."""
+    return Path(cache).expanduser() if cache else Path("~/.cache/t2idist").expanduser()
 
 
 def inflate(data: bytes, shard: Shard) -> bytes:

@@ -90,4 +90,4 @@ def _open(config: DataConfig, source: str, key: str) -> Dataset:
         dataset = Dataset.open(EMBEDDED[source](config))
         return replace(dataset, fingerprint=_embedded_fingerprint(dataset)) if source == "avatars" else dataset
     _check_name(source, key)
-    return Dataset.open(source, endpoint_url=config.endpoint_url)
+    return Dataset.open(source, endpoint_url=config.endpoint_url, cache=config.cache)

@@ -141,13 +141,10 @@ def problems_of_domain(
 
 def problems_for_text(dataset: Dataset) -> list[Finding]:
     """Return what keeps a system that reads captions from learning from a data set."""
-    train = dataset.split("train")
-    if train.different_captions() == 1:
-        caption = f"{_some_caption(train)!r:.80}"
-        return [
-            Finding(f"all captions of split train are equal, {caption}; a model of text learns nothing", fatal=True)
-        ]
-    return []
+    only = dataset.split("train").only_caption()
+    if only is None:
+        return []
+    return [Finding(f"all captions of split train are equal, {only!r:.80}; a model of text learns nothing", fatal=True)]
 
 
 def _no_train(dataset: Dataset) -> Finding:
@@ -157,12 +154,8 @@ def _no_train(dataset: Dataset) -> Finding:
 
 def _about_captions(dataset: Dataset) -> Iterator[Finding]:
     for name, split in dataset.splits.items():
-        if len(split) > 1 and split.different_captions() == 1:
-            yield Finding(f"split {name}: all captions are equal: {_some_caption(split)!r:.80}")
-
-
-def _some_caption(split: Split) -> str:
-    return next((caption for i in range(len(split)) for caption in split.captions(i)), "")
+        if len(split) > 1 and (only := split.only_caption()) is not None:
+            yield Finding(f"split {name}: all captions are equal: {only!r:.80}")
 
 
 def _about_images(images: Mapping[str, Any]) -> Iterator[Finding]:

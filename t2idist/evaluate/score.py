@@ -321,7 +321,7 @@ def default_split(dataset: Dataset) -> str:
     test = dataset.splits.get("test")
     if (val := dataset.splits.get("val")) is None:
         return "test"
-    uncaptioned = test is not None and not test.different_captions() and val.different_captions()
+    uncaptioned = test is not None and not test.has_captions() and val.has_captions()
     return "val" if test is None or uncaptioned or dataset.source == COCO else "test"
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import secrets
 import signal
@@ -48,10 +49,28 @@ def join_workers(address: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def start_workers(workers: int, gpus: int) -> Iterator[None]:
-    """Start Ray on this machine for tasks that need no run, with `gpus` for each worker."""
-    with _authentication(required=False), _own_ray(workers, gpus * workers):
-        yield
+def start_workers(workers: int, gpus: int) -> Iterator[float]:
+    """Start Ray on this machine for tasks that need no run; yields the GPUs of each worker, at most `gpus`.
+
+    Raises:
+        ValueError: workers need a GPU, and Ray finds none on this machine.
+    """
+    with _authentication(required=False), _own_ray(workers, None if gpus else 0):
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        yield gpu_share(gpus, workers, int(resources.get("GPU", 0)))
+
+
+def gpu_share(gpus: int, workers: int, available: int) -> float:
+    """Return the GPUs of each worker: `gpus`, or, if there are too few, the fraction of one that it shares.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if gpus * workers <= available:
+        return gpus
+    if not available:
+        raise ValueError(f"{workers} workers on GPUs, but Ray finds no GPU on this machine; use the CPU")
+    return math.floor(1e4 / math.ceil(workers / available)) / 1e4  # Ray counts in 1/10,000
 
 
 @contextlib.contextmanager

@@ -17,10 +17,11 @@ def map_unordered(
     Args:
         workers: number of Ray workers; 0 calls `work` in this process, one task after the other.
         address: a Ray cluster's address ("auto": the cluster that this process belongs to); "" starts Ray here.
-        gpus: GPUs per worker.
+        gpus: GPUs per worker; workers that are started here share GPUs if there are fewer.
 
     Raises:
         ConnectionError: the cluster could not be joined.
+        ValueError: workers need GPUs, and there is none here.
         RuntimeError: a worker died again and again.
         Exception: the first error of a task.
     """
@@ -31,8 +32,8 @@ def map_unordered(
 
     from t2idist.launch import connection
 
-    with connection.join_workers(address) if address else connection.start_workers(workers, gpus):
-        remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)(work)
+    with connection.join_workers(address) if address else connection.start_workers(workers, gpus) as share:
+        remote = ray.remote(num_cpus=1, num_gpus=gpus if share is None else share, max_retries=3)(work)
         remaining = iter(tasks)
         pending = [remote.remote(task) for task in islice(remaining, 2 * workers)]
         while pending:

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from t2idist.launch import parallel
+from t2idist.launch import connection, parallel
 from t2idist.observability.command import describe_error
 
 
@@ -40,3 +41,19 @@ def test_error_of_a_worker_is_the_error_of_the_task(home: Path) -> None:
     with pytest.raises(ValueError, match="--n 1") as caught:
         list(parallel.map_unordered(_refuse, [1], 1))
     assert describe_error(caught.value) == "--n 1: give at least 2"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "workers", "available", "share"),
+    [(0, 4, 0, 0), (1, 4, 8, 1), (1, 4, 4, 1), (1, 4, 1, 0.25), (1, 3, 2, 0.5), (1, 3, 1, 0.3333), (1, 5, 2, 0.3333)],
+)
+def test_workers_share_gpus_if_there_are_fewer(gpus: int, workers: int, available: int, share: float) -> None:
+    assert connection.gpu_share(gpus, workers, available) == share
+    assert not share or int(1 / share) * available >= workers, "all workers run at once"
+
+
+@pytest.mark.whole
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has a GPU")
+def test_workers_that_need_a_gpu_are_refused_without_one(home: Path) -> None:
+    with pytest.raises(ValueError, match="^2 workers on GPUs, but Ray finds no GPU on this machine; use the CPU$"):
+        list(parallel.map_unordered(_square, range(3), 2, gpus=1))

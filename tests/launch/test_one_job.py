@@ -50,7 +50,7 @@ cluster.shutdown()
 """
 
 
-@pytest.mark.whole
+@pytest.mark.slow  # two Ray nodes
 def test_a_second_job_is_refused_while_the_first_one_lives(tmp_path: Path) -> None:
     command = [sys.executable, "-c", SECOND, str(tmp_path / "runs"), FIRST]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)

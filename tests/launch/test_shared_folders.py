@@ -57,7 +57,7 @@ def test_storage_in_the_uploaded_folder_is_a_warning(
     assert len([text for text in caplog.messages if "Ray's copy of the uploaded folder" in text]) == warnings
 
 
-@pytest.mark.whole
+@pytest.mark.slow  # two Ray nodes
 def test_a_folder_that_one_node_does_not_share_is_refused(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("shared", "own")]
     for folder in folders:

@@ -19,7 +19,8 @@ from t2idist import config
 from t2idist.launch import shared_folders, submit
 shared, own = sys.argv[1:]
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-start = f'mount -t tmpfs none {own} && exec {sys.executable} -m ray.scripts.scripts start --address={cluster.address} --num-cpus=1 --block'
+ray_start = f"{sys.executable} -m ray.scripts.scripts start --address={cluster.address} --num-cpus=1 --block"
+start = f"mount -t tmpfs none {own} && exec {ray_start}"
 other = subprocess.Popen(["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", start], stdout=sys.stderr)
 ray.init(address=cluster.address, logging_level="ERROR")
 for runs in (shared, own):

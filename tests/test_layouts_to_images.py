@@ -175,10 +175,10 @@ def pictures() -> list[Picture]:
     return result
 
 
-@pytest.fixture(scope="module", params=["disk", "bucket"])
-def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@pytest.fixture(params=["disk", "bucket"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "disk":
-        yield str(tmp_path_factory.mktemp("own"))
+        yield str(tmp_path / "results")
         return
     with seaweedfs() as environment, pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
@@ -214,12 +214,11 @@ def commands(layout: str, root: str, out: str, image: Path) -> list[list[str]]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_five_commands_lead_to_a_drawn_image(place: str, layout: str, pictures: list[Picture], tmp_path: Path) -> None:
-    number = list(LAYOUTS).index(layout)
-    local, out = tmp_path / "own", f"{place}/{number}"
+    local = tmp_path / "own"
     LAYOUTS[layout].write(local, pictures)
     root = str(local)
     if "://" in place:  # the user's files are in the bucket too
-        root = f"{out}/own"
+        root = f"{place}/own"
         for table in local.glob("*.csv"):
             table.write_bytes(table.read_bytes().replace(str(local).encode(), root.encode()))
         store(os.environ["AWS_ENDPOINT_URL"]).put(str(local), root.removeprefix("s3://"), recursive=True)
@@ -227,7 +226,7 @@ def test_five_commands_lead_to_a_drawn_image(place: str, layout: str, pictures: 
     drawn.mkdir()
     (drawn / "input.jpg").write_bytes(pictures[0].jpg)
     seconds = []
-    for command in commands(layout, root, out, drawn / "input.jpg"):
+    for command in commands(layout, root, place, drawn / "input.jpg"):
         started = time.monotonic()
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
         seconds.append(time.monotonic() - started)

@@ -96,7 +96,8 @@ def check_sample_counts(job: ScoreJob, options: MetricOptions, metrics: Sequence
         if available < CANDIDATES:
             raise ValueError(
                 f"--metrics {by_caption[0]}: every image needs {CANDIDATES} candidate captions, its own and others of "
-                f"other classes; one of the {kind} images has only {available}; give more"
+                f"other classes; one of the {kind} images has only {available}; leave it out of --metrics, or "
+                "give a larger --n or --split"
             )
 
 

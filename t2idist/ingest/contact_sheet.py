@@ -15,7 +15,7 @@ _GAP = 12
 _COLUMNS = 6
 _LINE = 13
 _TEXT_LINES = 8
-_CHARACTERS = 32
+_CHARACTERS = 28
 
 
 def choose_keys(dataset: Dataset, count: int = 24) -> list[str]:
@@ -66,7 +66,7 @@ def draw_sheet(dataset: Dataset, thumbnails: Mapping[str, bytes]) -> bytes:
 
 def _sample_lines(split: str, key: str, captions: Sequence[str], attributes: Sequence[str]) -> list[str]:
     texts = list(captions) or ([", ".join(attributes)] if attributes else ["(no caption)"])
-    lines = [f"{split} {key}"[: _CHARACTERS + 4]]
+    lines = [f"{split} {key}"[:_CHARACTERS]]
     for text in texts:
         lines += textwrap.wrap(text[:400], _CHARACTERS)
     return lines if len(lines) <= _TEXT_LINES else [*lines[: _TEXT_LINES - 1], "..."]

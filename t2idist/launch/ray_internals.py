@@ -17,7 +17,7 @@ MODULES = {
     "Config": "ray._raylet",  # Ray 2.60: initialize(), which reads RAY_AUTH_MODE again
     "GcsClient": "ray._raylet",  # Ray 2.60: drain_node(); there is no public call that drains a node
     "autoscaler_pb2": "ray.core.generated",  # Ray 2.60: DrainNodeReason, an argument of drain_node()
-    "state": "ray._private.state",  # Ray 2.60: get_draining_nodes(); ray.nodes() does not say which nodes drain
+    "state": "ray._private.state",  # Ray 2.60: get_draining_nodes(), job_table(); no public call without the dashboard
     "ControllerCallback": "ray.train.v2._internal.execution.callback",  # Ray 2.60: base class of callbacks.py
     "WorkerGroupCallback": "ray.train.v2._internal.execution.callback",  # Ray 2.60: base class of callbacks.py
     "DatasetsCallback": "ray.train.v2._internal.callbacks",  # Ray 2.60: left out, its actor has nothing to do

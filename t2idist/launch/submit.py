@@ -32,7 +32,7 @@ from t2idist.config import RunConfig
 from t2idist.config.strict import from_dict, to_dict
 from t2idist.engine.metrics import PROGRESS
 from t2idist.engine.preemption import PreemptionNotice, StopRequested
-from t2idist.launch import callbacks, connection, resources
+from t2idist.launch import callbacks, connection, one_job, resources, shared_folders
 from t2idist.launch.ray_trainer import NodeInterfaceConfig, RayTrainer
 from t2idist.launch.replica_store import RayReplicaStore
 from t2idist.observability import logs
@@ -59,21 +59,32 @@ def submit(config: RunConfig, stop: StopAfter | None, on_progress: OnProgress, o
             joins the cluster that its config or environment names.
 
     Raises:
-        ValueError: the cluster has no room for the smallest number of workers.
+        ValueError: the cluster has no room for the smallest number of workers, or its nodes do not share the folders of
+            the run.
+        RunIsTaken: another job of the cluster trains the run.
         RuntimeError: the run failed.
         StopRequested: the workers were asked to stop.
     """
-    clear_fatal(config)
-    joined = contextlib.nullcontext() if own else connection.join_cluster(config.cluster)
-    with joined, tempfile.TemporaryDirectory(prefix="t2idist-train-", ignore_cleanup_errors=True) as folder:
+    with contextlib.ExitStack() as stack:
+        if not own:
+            stack.enter_context(connection.join_cluster(config.cluster))
+            stack.enter_context(one_job.only_one(config))
+        folder = tempfile.TemporaryDirectory(prefix="t2idist-train-", ignore_cleanup_errors=True)
+        clear_fatal(config)
         _wait_for_resources(config, 0.0 if own else config.cluster.wait_seconds)
-        _fit(config, folder, own, stop, on_progress)
+        run_id = _run_id(config)
+        if not own:
+            shared_folders.warn_if_uploaded(config)
+            shared_folders.check(config)
+        _fit(config, run_id, stack.enter_context(folder), own, stop, on_progress)
 
 
-def _fit(config: RunConfig, folder: str, own: bool, stop: StopAfter | None, on_progress: OnProgress) -> None:
+def _fit(
+    config: RunConfig, run_id: str, folder: str, own: bool, stop: StopAfter | None, on_progress: OnProgress
+) -> None:
     """Run the trainer to its end, again if Ray's controller fails, which FailureConfig does not cover."""
     on_sigterm, stopped = callbacks.StopOnSigterm(), None
-    run_id, foreign_groups = _run_id(config), resources.own_placement_groups()
+    foreign_groups = resources.own_placement_groups()
     with _Progress(config, on_progress), resources.Reservation(run_url(config), config.cluster) as reservation:
         for retry in range(config.cluster.max_failures + 1):
             try:

@@ -140,7 +140,7 @@ def _facts(run: RunStatus, now: datetime.datetime) -> Iterator[tuple[str, str]]:
     if run.silent_seconds is not None:
         text = f"{_short_time(str(progress['time']))} ({format_duration(run.silent_seconds)} ago)"
         if run.state == "training":
-            text += f", {progress['images_per_second']:g} images/s on {progress['workers']} workers"
+            text += f", {progress['images_per_second']:g} images/s on {_count_workers(progress)}"
             left = progress.get("seconds_left")
             text += f", {format_duration(left)} left in the stage" if left is not None else ""
         yield "last report", text
@@ -158,13 +158,17 @@ def _facts(run: RunStatus, now: datetime.datetime) -> Iterator[tuple[str, str]]:
     yield "restarts", str(run.restarts)
     first = max(1, len(run.attempts) - _MAX_RESTARTS_SHOWN)
     for number, attempt in enumerate(run.attempts[first:], first):
-        yield "", f"{number}: {_short_time(attempt['time'])}, {attempt['workers']} workers{_format_resumed(attempt)}"
+        yield "", f"{number}: {_short_time(attempt['time'])}, {_count_workers(attempt)}{_format_resumed(attempt)}"
     for text in progress.get("messages") or []:
         yield "message", text
     versions = read_json_or(run.url, "versions.json", {})
     shown = [f"{name} {versions[name]}" for name in ("t2idist", "git", "torch", "ray") if name in versions]
     if shown:
         yield "versions", ", ".join(shown)
+
+
+def _count_workers(record: Mapping[str, Any]) -> str:
+    return f"{record['workers']} worker{'s' * (record['workers'] != 1)}"
 
 
 def _format_stage(run: RunStatus, stage: StageStatus, now: datetime.datetime) -> str:

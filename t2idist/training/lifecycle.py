@@ -21,6 +21,10 @@ FATAL = "fatal.json"
 _EVENT_KEYS = ("stage", "images", "budget_images", "images_per_second", "restarts", "workers", "losses")
 
 
+class RunIsTaken(ValueError):
+    """Another process or job trains the run; nothing of the run was changed."""
+
+
 class LifecycleNotifier:
     """Derives the hook's events from the progress messages of a submission."""
 
@@ -54,7 +58,7 @@ def run_lifecycle(config: RunConfig, hook: CommandHook, stops: bool) -> Iterator
     notifier = LifecycleNotifier(config, hook)
     storage.remove(url)
     notifier.notify("start")
-    state, message = "failed", None
+    state, message, taken = "failed", None, False
     try:
         yield notifier
         state = "stopped" if stops else "finished"
@@ -65,11 +69,12 @@ def run_lifecycle(config: RunConfig, hook: CommandHook, stops: bool) -> Iterator
         state = "interrupted"
         raise
     except BaseException as error:
-        message = redact_secrets(str(error) or type(error).__name__)
+        message, taken = redact_secrets(str(error) or type(error).__name__), isinstance(error, RunIsTaken)
         raise
     finally:
         with contextlib.suppress(OSError):  # if storage is not writable, the error itself reports it
-            storage.write_json(url, {"state": state, "error": message, "time": now()})
+            if not taken:  # the outcome is the other job's
+                storage.write_json(url, {"state": state, "error": message, "time": now()})
         notifier.notify("failure" if state == "failed" else "end", message)
         hook.close()
 

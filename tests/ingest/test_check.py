@@ -12,13 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 from t2idist import storage
 from t2idist.data import sample_format
 from t2idist.data.sample_format import SampleRecord
 from t2idist.data.shard_writer import write_shards
 from t2idist.data.shards import Dataset, Shard
+from t2idist.ingest import contact_sheet
 from t2idist.ingest.check import ExpectedSample, ShardReport, check_set, check_shard
 from t2idist.ingest.contact_sheet import choose_keys, draw_sheet
 from t2idist.ingest.duplicates import find_duplicates, fingerprint
@@ -281,6 +282,11 @@ def test_duplicates_are_found_after_resizing_and_compression():
     assert find_duplicates({**different, **others}) == [["d1", "d1b"]]
     flat = {f"f{n}": fingerprint(Image.new("RGB", (50, 50), (n, n, n))) for n in (0, 1, 200, 201)}
     assert find_duplicates(flat) == [["f0", "f1"], ["f200", "f201"]]
+
+
+def test_the_name_below_an_image_stays_in_its_column() -> None:
+    (name, *_) = contact_sheet._sample_lines("train", "album-3-face-126-e5ee14b783ab" * 2, ["a face"], [])
+    assert ImageFont.load_default(11).getlength(name) < contact_sheet._SIDE
 
 
 def test_contact_sheets_show_images_of_every_split(tmp_path: Path):

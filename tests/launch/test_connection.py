@@ -27,21 +27,19 @@ def joins(address: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.whole
 def test_own_cluster_has_a_token_of_its_own_that_ends_with_it(home: Path) -> None:
-    tokens: list[str] = []
-    for _ in range(2):
-        with connection.start_local_cluster(ClusterConfig(), lambda: "prepared") as prepared:
-            assert prepared == "prepared"
-            file = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
-            tokens.append(file.read_text())
-            assert file.stat().st_mode & 0o777 == 0o600 and file.parent.stat().st_mode & 0o777 == 0o700
-            address = ray.get_runtime_context().gcs_address
-            if len(tokens) == 1:
-                open_door = joins(address)
-                assert open_door.returncode != 0 and "AuthenticationError" in open_door.stderr, open_door.stderr
-            assert ray.get(ray.remote(lambda: 7).remote()) == 7
-        assert list(home.iterdir()) == [] and not file.parent.exists()
-        assert not {name for name in os.environ if name.startswith("RAY_AUTH_")}
-    assert len(set(tokens)) == 2 and all(len(token) == 64 for token in tokens)
+    with connection.start_local_cluster(ClusterConfig(), lambda: "prepared") as prepared:
+        assert prepared == "prepared"
+        file = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+        token = file.read_text()
+        assert file.stat().st_mode & 0o777 == 0o600 and file.parent.stat().st_mode & 0o777 == 0o700
+        open_door = joins(ray.get_runtime_context().gcs_address)
+        assert open_door.returncode != 0 and "AuthenticationError" in open_door.stderr, open_door.stderr
+        assert ray.get(ray.remote(lambda: 7).remote()) == 7
+    assert list(home.iterdir()) == [] and not file.parent.exists()
+    assert not {name for name in os.environ if name.startswith("RAY_AUTH_")}
+    with connection._authentication(required=False):  # the next cluster has another token
+        next_token = Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text()
+    assert len(token) == len(next_token) == 64 and token != next_token
 
 
 def test_the_users_own_token_is_used(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

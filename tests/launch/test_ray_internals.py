@@ -25,7 +25,7 @@ USED = {
     "Config": ["initialize"],
     "GcsClient": [],  # drain_node is its inner client's, see below
     "autoscaler_pb2": ["DrainNodeReason"],
-    "state": ["get_draining_nodes"],
+    "state": ["get_draining_nodes", "job_table"],
     "ControllerCallback": [
         "after_controller_start",
         "before_controller_execute_failure_decision",

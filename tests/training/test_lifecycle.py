@@ -53,3 +53,10 @@ def test_outcome_is_sent_to_the_hook_and_stored(
     assert outcome["state"] == state and received_events(hook_program)[-1]["event"] == last_event
     assert "a secret" not in json.dumps(received_events(hook_program)) + json.dumps(outcome)
     assert state != "failed" or outcome["error"] == "storage failed: ***"
+
+
+def test_a_refused_second_job_leaves_the_outcome_to_the_first_one(tmp_path: Path) -> None:
+    config = load_config(tmp_path)
+    with pytest.raises(lifecycle.RunIsTaken), lifecycle.run_lifecycle(config, hook.CommandHook([]), stops=False):
+        raise lifecycle.RunIsTaken("name: the Ray job 1 trains the run")
+    assert not storage.exists(storage.join(stages.run_url(config), lifecycle.OUTCOME))

@@ -45,6 +45,7 @@ from t2idist.engine.world import Share, World
 from t2idist.losses.penalties import gradient_penalty
 from t2idist.nn.fast import blocks as fast
 from t2idist.nn.fast.layers import use_fast_layers
+from t2idist.nn.fast.torch_internals import cuda_sleep
 from t2idist.nn.stargan import PatchDiscriminator
 from t2idist.observability.command import command
 from t2idist.training.stages import StageRun
@@ -206,7 +207,7 @@ def waits(options: argparse.Namespace) -> None:
     for name, source in {"pageable": images, **({"pinned": images.pin_memory()} if on_gpu else {})}.items():
         bench_step.synchronise(device)
         if on_gpu:
-            torch.cuda._sleep(50_000_000)
+            cuda_sleep(50_000_000)
         start = time.perf_counter()
         source.to(device, non_blocking=True)
         record(options, f"copy of {name} memory behind a busy device", host_ms=1e3 * (time.perf_counter() - start))

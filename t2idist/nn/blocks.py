@@ -53,7 +53,7 @@ def joint_conv2d(
 class JointConv2d(nn.Conv2d):
     """`joint_conv2d` as a layer: features (N, channels, H, W) and conditions -> (N, channels_out, H, W) for each.
 
-    On CPUs the fast form saves work; on other devices the plain one saves launches, of which it has five times fewer.
+    On CPUs the fast form saves work; on other devices the plain one has a quarter of the launches.
 
     condition_first: whether the condition's channels come first in the weight.
     """

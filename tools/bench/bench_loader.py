@@ -1,6 +1,7 @@
 """Measure the images per second of the loader on one core, next to Pillow alone and to other loaders.
 
     python tools/bench/bench_loader.py [--images FOLDER] [--samples 4096] [--rounds 2] [--store] [--step-seconds 1.0]
+    python tools/bench/bench_loader.py --open 1 3 12
 
 All do the same work on the same JPEGs (shorter side 304, quality 95): decode, random crop of 256, flip, the pyramid
 64/128/256 as uint8 planes, a caption as token ids, batches of 20. Each runs in its own process on one core, in turns.
@@ -8,6 +9,9 @@ All do the same work on the same JPEGs (shorter side 304, quality 95): decode, r
 documentation, without and with a worker process, and the better of the two counts; streaming is skipped if it is not
 installed. --store also reads from a SeaweedFS server (on the other cores). Then the time spent waiting for data is
 measured with steps of --step-seconds, and the memory after each of three epochs.
+
+--open measures instead how long sets of so many million made-up samples take to open and to be searched for what cannot
+teach, each time in a new process: the first time on a host, and later. Their shards are files of holes.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,8 +40,10 @@ from t2idist.data.loader import Loader, LoaderSpec, open_loader
 from t2idist.data.sample_format import SampleRecord
 from t2idist.data.shard_writer import write_shards
 from t2idist.data.shards import Dataset
+from t2idist.data.statistics import problems_of
 from t2idist.observability.command import command
 from tools.bench.bench_sharding import photograph
+from tools.bench.made_up_set import write_made_up_set
 
 SIDE, QUALITY, CROP, SIZES = 304, 95, 256, (64, 128, 256)
 BATCH, MAX_WORDS = 20, 18
@@ -250,6 +257,34 @@ def memory_by_epoch(url: str, samples: int) -> list[float]:
     return resident
 
 
+# ------------------------------------------------------------------------------------------------ openings
+def opening(url: str, cache: str) -> list[float]:
+    """Return the seconds of opening a set, and by how many MiB memory grew at most and for good."""
+
+    def resident(key: str) -> float:
+        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
+
+    before, start = resident("VmRSS"), time.perf_counter()
+    dataset = Dataset.open(url, cache=cache)
+    problems_of(dataset)
+    seconds = time.perf_counter() - start
+    return [seconds, resident("VmHWM") - before, resident("VmRSS") - before]
+
+
+def measure_openings(folder: Path, millions: list[float]) -> None:
+    core = max(os.sched_getaffinity(0))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    print(f"{'million samples':>16}{'opening':>9}{'seconds':>10}{'peak MiB':>10}{'kept MiB':>10}")
+    for count in millions:
+        write_made_up_set(folder / "set", round(count * 1e6))
+        for name in ("first", "later", "later"):
+            child = ["--child", "opening", "--folder", str(folder), "--url", str(folder / "set")]
+            seconds, peak, kept = run_child(child, core, env)
+            print(f"{count:16g}{name:>9}{seconds:10.2f}{peak:10.0f}{kept:10.0f}", flush=True)
+        shutil.rmtree(folder / "set")
+        shutil.rmtree(folder / "cache", ignore_errors=True)
+
+
 # ------------------------------------------------------------------------------------------------ table
 def run_child(arguments: list[str], core: int, env: dict[str, str]) -> Any:
     """Run this file in its own process on one core. Returns the JSON that it prints."""
@@ -270,6 +305,7 @@ def measure_one(variant: str, folder: Path, url: str, samples: int, step_seconds
         "streaming": lambda: time_streaming(folder, samples, int(workers)),
         "wait": lambda: wait_share(url, step_seconds),
         "memory": lambda: memory_by_epoch(url, samples),
+        "opening": lambda: opening(url, str(folder / "cache")),
     }
     return functions[name]()
 
@@ -327,6 +363,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--store", action="store_true", help="also measure from a SeaweedFS server")
     parser.add_argument("--step-seconds", type=float, default=1.0)
+    parser.add_argument("--open", type=float, nargs="+", metavar="MILLIONS", help="measure openings instead")
     for hidden in ("--folder", "--child", "--url"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -335,7 +372,10 @@ def main() -> int:
         print(json.dumps(measure_one(options.child, folder, options.url, options.samples, options.step_seconds)))
         return 0
     with tempfile.TemporaryDirectory(prefix="t2idist-bench-") as directory:
-        run(Path(directory), options)
+        if options.open:
+            measure_openings(Path(directory), options.open)
+        else:
+            run(Path(directory), options)
     return 0
 
 

@@ -89,7 +89,7 @@ def checked_parts(
         if not file.schema_arrow.equals(COLUMNS):
             raise ValueError(f"{where}: columns {file.schema_arrow.names}; expected {COLUMNS.names} with their types")
     expected = _ShardRows(where, shards, metadata.num_rows)
-    hashes = [np.zeros(0, np.uint64)]
+    hashes = bytearray()  # it grows in place
     for groups in _groups_at_once(metadata):
         with _parquet_errors(where):
             table = file.read_row_groups(groups)
@@ -97,7 +97,8 @@ def checked_parts(
             table = table.combine_chunks()
         _check_values(where, table)
         numbers = expected.check(table)
-        hashes += [_hash_keys(piece) for piece in table["key"].chunks]
+        for piece in table["key"].chunks:
+            hashes += _hash_keys(piece).data
         yield numbers, table.select(TEXTS)
     expected.check_end()
     _check_unique(where, file, hashes)
@@ -224,13 +225,11 @@ def _hash_keys(keys: pa.Array) -> NDArray[np.uint64]:
     return hashes
 
 
-def _check_unique(where: str, file: pq.ParquetFile, hashes: list[NDArray[np.uint64]]) -> None:
+def _check_unique(where: str, file: pq.ParquetFile, hashes: bytearray) -> None:
     """Check that no key occurs twice; the keys themselves are read again only where hashes are equal."""
-    ordered = np.concatenate(hashes)
-    hashes.clear()
+    ordered = np.frombuffer(hashes, np.uint64)
     ordered.sort()
     twice = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
-    del ordered
     if not len(twice):
         return
     seen: set[str] = set()

@@ -259,28 +259,28 @@ def memory_by_epoch(url: str, samples: int) -> list[float]:
 
 # ------------------------------------------------------------------------------------------------ openings
 def opening(url: str, cache: str) -> list[float]:
-    """Return the seconds of opening a set, and by how many MiB memory grew at most and for good."""
+    """Return the seconds of opening a set, those of the CPU, and by how many MiB memory grew at most and for good."""
 
     def resident(key: str) -> float:
         return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
 
-    before, start = resident("VmRSS"), time.perf_counter()
+    before, start, cpu = resident("VmRSS"), time.perf_counter(), time.process_time()
     dataset = Dataset.open(url, cache=cache)
     problems_of(dataset)
-    seconds = time.perf_counter() - start
-    return [seconds, resident("VmHWM") - before, resident("VmRSS") - before]
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    return [seconds, cpu, resident("VmHWM") - before, resident("VmRSS") - before]
 
 
 def measure_openings(folder: Path, millions: list[float]) -> None:
     core = max(os.sched_getaffinity(0))
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    print(f"{'million samples':>16}{'opening':>9}{'seconds':>10}{'peak MiB':>10}{'kept MiB':>10}")
+    print(f"{'million samples':>16}{'opening':>9}{'seconds':>10}{'CPU s':>10}{'peak MiB':>10}{'kept MiB':>10}")
     for count in millions:
         write_made_up_set(folder / "set", round(count * 1e6))
         for name in ("first", "later", "later"):
             child = ["--child", "opening", "--folder", str(folder), "--url", str(folder / "set")]
-            seconds, peak, kept = run_child(child, core, env)
-            print(f"{count:16g}{name:>9}{seconds:10.2f}{peak:10.0f}{kept:10.0f}", flush=True)
+            seconds, cpu, peak, kept = run_child(child, core, env)
+            print(f"{count:16g}{name:>9}{seconds:10.2f}{cpu:10.2f}{peak:10.0f}{kept:10.0f}", flush=True)
         shutil.rmtree(folder / "set")
         shutil.rmtree(folder / "cache", ignore_errors=True)
 

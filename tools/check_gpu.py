@@ -10,6 +10,7 @@ embedded emoji. ``--device cpu --tiny`` rehearses all parts on a CPU, with small
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import os
@@ -207,7 +208,7 @@ def waits(options: argparse.Namespace) -> None:
     for name, source in {"pageable": images, **({"pinned": images.pin_memory()} if on_gpu else {})}.items():
         bench_step.synchronise(device)
         if on_gpu:
-            cuda_sleep(50_000_000)
+            cuda_sleep(50_000_000)  # type: ignore[no-untyped-call]
         start = time.perf_counter()
         source.to(device, non_blocking=True)
         record(options, f"copy of {name} memory behind a busy device", host_ms=1e3 * (time.perf_counter() - start))
@@ -219,7 +220,7 @@ def stargan(options: argparse.Namespace) -> None:
     benchmark = make_benchmark("stargan", "demo" if options.tiny else "celeba128", 1, options)
     period = 1 + benchmark.run_period()
     phases = benchmark.timed_steps(period).phases
-    record(options, "phases", **{f"{name} ms": round(1e3 * value * period, 2) for name, value in phases.items()})
+    record(options, "phases", ms={name: round(1e3 * value * period, 2) for name, value in phases.items()})
     totals = {name: sum(times) for name, times in kernels(benchmark, device).items()}
     for name in sorted(totals, key=lambda name: -totals[name])[: 3 if options.tiny else 10]:
         record(options, f"kernel {name[:80]}", ms=round(totals[name] / 1e3, 3))
@@ -237,7 +238,8 @@ def stargan(options: argparse.Namespace) -> None:
     real, fake = (torch.rand(count, 3, 32 if options.tiny else 128, 32 if options.tiny else 128) for _ in range(2))
     for name, prepare in {"torch's": lambda net: net, "ours": use_fast_layers}.items():
         net = PatchDiscriminator(4 if options.tiny else 64, len(real[0, 0]), 5, 3 if options.tiny else 6).to(device)
-        net = prepare(net.to(memory_format=torch.channels_last))
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        prepare(net)
 
         def penalty(net: PatchDiscriminator = net) -> None:
             mixing = torch.rand(count, device=device)
@@ -261,7 +263,7 @@ def stargan(options: argparse.Namespace) -> None:
 def timings(options: argparse.Namespace) -> None:
     """Time steps without phases; weights are drawn by a normal, because QR of large matrices takes half a minute."""
     device = torch.device(options.device)
-    nn.init.orthogonal_ = lambda tensor, gain=1.0: nn.init.normal_(tensor, 0.0, 0.02)
+    setattr(nn.init, "orthogonal_", functools.partial(nn.init.normal_, std=0.02))  # noqa: B010 (mypy: other arguments)
     chosen = (("dcgan", "demo", 1), ("dcgan", "demo", 2)) if options.tiny else TIMINGS
     for system, preset, groups in chosen:
         for tuned in (False, True) if groups == 1 else (True,):

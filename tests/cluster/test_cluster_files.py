@@ -56,7 +56,7 @@ def test_ray_up_accepts_the_cluster_file(cloud: str) -> None:
     head, worker = types.pop(config["head_node_type"]), types.pop("gpu_worker")
     assert types == {} and head["resources"] == {"CPU": 0, "GPU": 0}
     assert 0 < worker["min_workers"] <= worker["max_workers"] <= config["max_workers"]
-    assert worker["resources"]["GPU"] == 1
+    assert worker["resources"]["GPU"] == 4
     spot = {"aws": ("InstanceMarketOptions", {"MarketType": "spot"}), "gcp": ("scheduling", None)}[cloud]
     assert spot[0] not in head["node_config"]
     market = worker["node_config"][spot[0]]
@@ -159,7 +159,7 @@ def test_kubernetes_pods_are_locked_down() -> None:
             assert not [v for v in container["env"] if re.search("KEY|SECRET|TOKEN|PASSWORD", v["name"])]
             assert {"name": "shared-memory", "mountPath": "/dev/shm"} in container["volumeMounts"]
         head, worker = (pod["spec"]["containers"][0]["resources"]["limits"] for pod in pods)
-        assert "nvidia.com/gpu" not in head and worker["nvidia.com/gpu"] == 1
+        assert "nvidia.com/gpu" not in head and worker["nvidia.com/gpu"] == 4
         assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     assert item["spec"]["headGroupSpec"]["rayStartParams"]["dashboard-host"] == "127.0.0.1"
     for policy in kinds("NetworkPolicy"):
@@ -175,9 +175,11 @@ def test_entrypoint_of_the_kubernetes_job_is_a_valid_run(monkeypatch: pytest.Mon
     assert command[:3] == ["python", "-m", "t2idist.run"] and job["spec"]["shutdownAfterJobFinishes"] is True
     config = configuration.load(command[3], command[4:])
     (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
-    assert config.cluster.workers == (group["minReplicas"], group["maxReplicas"])
-    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-    assert config.cluster.cpus_per_worker < float(limits["cpu"]) and config.cluster.gpus_per_worker == 1
+    (container,) = group["template"]["spec"]["containers"]
+    limits = container["resources"]["limits"]
+    gpus = int(limits["nvidia.com/gpu"])
+    assert config.cluster.workers == (gpus * group["minReplicas"], gpus * group["maxReplicas"])
+    assert gpus * config.cluster.cpus_per_worker <= float(limits["cpu"]) and config.cluster.gpus_per_worker == 1
     assert max(config.cluster.workers) <= min(stage.groups for stage in config.stages.values())
 
 
@@ -314,6 +316,25 @@ def test_setup_machine_installs_the_wheel_with_pinned_versions(tmp_path: Path) -
     assert f"--constraint {CLUSTER}/constraints.txt {tmp_path}/t2idist.whl\\[scores\\] boto3" in calls
     lines = (tmp_path / ".bashrc").read_text().splitlines()
     assert lines == ["export PATH=$HOME/t2idist-venv/bin:$PATH", "export RAY_AUTH_MODE=token"]
+
+
+def test_setup_machine_waits_for_the_driver_of_a_gpu(tmp_path: Path) -> None:
+    for folder in (".local/bin", "t2idist-venv/bin", "bin"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "t2idist.whl").touch()
+    stand_in(tmp_path / ".local/bin", "uv")
+    stand_in(tmp_path / "t2idist-venv/bin", "python", "[[ $* != *cuda* || ! -e $HOME/old_driver ]]")
+    stand_in(tmp_path / "bin", "lspci", "echo '00:1e.0 3D controller: NVIDIA Corporation GA102GL [A10G]'")
+    stand_in(tmp_path / "bin", "nvidia-smi", "[[ -e $HOME/driver ]]")
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    env = {"HOME": str(tmp_path), "PATH": path, "T2IDIST_DRIVER_SECONDS": "0"}
+    done = script("setup_machine.sh", str(tmp_path / "t2idist.whl"), env=env)
+    assert done.returncode == 1 and "has an NVIDIA GPU and no driver that works" in done.stderr
+    (tmp_path / "driver").touch()
+    assert script("setup_machine.sh", str(tmp_path / "t2idist.whl"), env=env).returncode == 0
+    assert "torch.cuda.is_available()" in (tmp_path / "t2idist-venv/bin/calls").read_text().replace("\\", "")
+    (tmp_path / "old_driver").touch()
+    assert script("setup_machine.sh", str(tmp_path / "t2idist.whl"), env=env).returncode == 1
 
 
 def slurm_environment(tmp_path: Path, step: str) -> dict[str, str]:

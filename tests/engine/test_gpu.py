@@ -115,5 +115,16 @@ def test_a_whole_run_with_a_gpu_and_scores_of_its_images(tmp_path: Path, local: 
     assert run_command(recipe, "precision=bfloat16", "--local").returncode == 0  # it is done: nothing to train
     if local:
         export = tmp_path / "runs/tiny/attngan/export"
-        arguments = ["--export", str(export), "--data", "emoji", "--metrics", "r_precision", "--n", "64"]
+        arguments = [
+            "--export",
+            str(export),
+            "--data",
+            "emoji",
+            "--metrics",
+            "r_precision",
+            "--n",
+            "200",
+            "--split",
+            "train",
+        ]
         assert score.main([*arguments, "--device", accelerator()]) == 0

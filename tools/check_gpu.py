@@ -46,7 +46,6 @@ from t2idist.engine.world import Share, World
 from t2idist.losses.penalties import gradient_penalty
 from t2idist.nn.fast import blocks as fast
 from t2idist.nn.fast.layers import use_fast_layers
-from t2idist.nn.fast.torch_internals import cuda_sleep
 from t2idist.nn.stargan import PatchDiscriminator
 from t2idist.observability.command import command
 from t2idist.training.stages import StageRun
@@ -205,10 +204,11 @@ def waits(options: argparse.Namespace) -> None:
                 lines[f"{warning.filename.removeprefix(f'{ROOT}/')}:{warning.lineno}"] += 1
         record(options, system, waits=sum(lines.values()), lines=dict(lines))
     images = torch.zeros(20, 3, 256, 256, dtype=torch.uint8)
+    busy = torch.zeros(4096, 4096, device=device if on_gpu else "meta")
     for name, source in {"pageable": images, **({"pinned": images.pin_memory()} if on_gpu else {})}.items():
         bench_step.synchronise(device)
-        if on_gpu:
-            cuda_sleep(50_000_000)  # type: ignore[no-untyped-call]
+        for _ in range(50 if on_gpu else 0):  # tens of milliseconds of work
+            busy = busy @ busy
         start = time.perf_counter()
         source.to(device, non_blocking=True)
         record(options, f"copy of {name} memory behind a busy device", host_ms=1e3 * (time.perf_counter() - start))

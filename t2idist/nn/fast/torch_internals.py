@@ -18,7 +18,6 @@ __all__ = [
     "DropoutBase",
     "InstanceNormBase",
     "TorchDispatchMode",
-    "cuda_sleep",
     "foreach_copy_",
     "foreach_lerp_",
     "foreach_mul_",
@@ -31,7 +30,6 @@ __all__ = [
 
 CHECKED_VERSIONS = ("2.13", "2.14")
 
-cuda_sleep = torch.cuda._sleep  # keeps the device busy for a number of its cycles
 # one operation for a list of tensors
 foreach_copy_ = torch._foreach_copy_
 foreach_lerp_ = torch._foreach_lerp_

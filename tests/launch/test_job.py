@@ -120,7 +120,7 @@ def test_an_installed_wheel_trains_on_a_cluster_with_a_token(head_with_token: He
     assert "the cluster could not be joined without a token; if it has one, set RAY_AUTH_MODE=token" in error
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_a_wrong_token_is_one_sentence(head_with_token: Head, tmp_path: Path) -> None:
     wrong = "1" * 64
     env = {**head_with_token.env, "RAY_ADDRESS": head_with_token.address, "RAY_AUTH_TOKEN": wrong}
@@ -133,7 +133,7 @@ def test_a_wrong_token_is_one_sentence(head_with_token: Head, tmp_path: Path) ->
     assert wrong not in refused.stderr and head_with_token.env["RAY_AUTH_TOKEN"] not in refused.stderr
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 def test_workers_of_score_join_a_cluster_as_a_run_does(head_with_token: Head, open_head: Head) -> None:
     for head, warnings in ((head_with_token, 0), (open_head, 1)):
         command = [sys.executable, "-c", MAP, head.address]

@@ -129,6 +129,7 @@ def evaluation(values: Iterable[float | None]) -> Callable[..., RPrecision]:
     return find
 
 
+@pytest.mark.whole
 def test_a_run_exports_and_uses_the_best_weights_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -31,6 +31,7 @@ def check_table(output: str) -> None:
     assert "GFLOP an image" in output and "times as fast as authors" in output
 
 
+@pytest.mark.whole
 def test_table_shows_the_phases_of_both_steps(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -55,6 +56,7 @@ def test_every_system_is_measured(capsys: pytest.CaptureFixture[str], system: st
     check_table(capsys.readouterr().out)
 
 
+@pytest.mark.whole
 def test_step_is_the_mean_over_a_period_if_roles_alternate() -> None:
     options = bench_step.build_parser().parse_args(["stargan", "--preset", "celeba128", "--group-size", "1"])
     benchmark = bench_step.make_benchmark("best", options)
@@ -63,6 +65,7 @@ def test_step_is_the_mean_over_a_period_if_roles_alternate() -> None:
     assert "generator backward, Adam, EMA" in result.phases
 
 
+@pytest.mark.whole
 def test_one_step_can_be_measured_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for flag, name in (("--best", "best"), ("--like=authors", "authors")):
         assert run_benchmark(monkeypatch, "dcgan", "--steps", "1", "--group-size", "2", flag) == 0
@@ -102,6 +105,7 @@ def test_floor_applies_to_the_ratio(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert bench_step.check_floor({"best": 1.0}, "best", None) == 0
 
 
+@pytest.mark.whole
 def test_sampling_benchmark_prints_every_variant(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

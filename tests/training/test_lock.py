@@ -111,6 +111,7 @@ for number in range(6):
 """Processes that start the same run at the same moment."""
 
 
+@pytest.mark.whole
 def test_of_processes_that_start_together_after_a_kill_one_takes_the_lock(tmp_path: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
@@ -123,6 +124,7 @@ def test_of_processes_that_start_together_after_a_kill_one_takes_the_lock(tmp_pa
         assert sorted(done.stdout.split()) == ["holds", *["refused"] * 5], done.stderr
 
 
+@pytest.mark.whole
 def test_fresh_report_of_a_living_process_refuses_a_run_in_a_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -10,9 +10,9 @@ from t2idist.engine.world import World
 class Cadence:
     """Chooses the steps after which an action is due, about every `seconds` of the first worker's clock.
 
-    Workers must agree without a collective after every step: they compare the clock only at steps that they have chosen
-    before, the first time as many steps after the last action as the steps of the last interval were, and then at most
-    at twice as many.
+    Workers must agree without a collective after every step. So they look at the clock only after steps that were
+    chosen before: the first look is where the speed of the last interval predicts the action, and each further one
+    comes after at most as many steps again.
 
     Args:
         seconds: between two actions; 0: due after every step.

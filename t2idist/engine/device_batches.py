@@ -13,7 +13,7 @@ class DeviceBatches:
     """A `BatchSource` that copies the batches of another one to a device.
 
     While a step computes, the next batch travels. That takes no time of the step if the source's tensors are in
-    page-locked memory. The counters are those of the source, which is one batch ahead.
+    page-locked memory. The source, and with it every counter, is one batch ahead.
 
     Args:
         dtype: of images, attributes and vectors on the device.

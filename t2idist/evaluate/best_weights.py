@@ -115,7 +115,7 @@ def export_best(folder: str, target: str, best: HeldOut, last: HeldOut) -> None:
 
 
 def remove(folder: str, kept: HeldOut | None = None) -> None:
-    """Remove the weights, but not the scores, of a stage, except those of `kept`."""
+    """Remove the weights of a stage, except the weights of `kept`. Its scores stay."""
     for name in storage.list_dir(storage.join(folder, FOLDER)):
         if name.isdigit() and (kept is None or int(name) != kept.images):
             storage.remove(storage.join(folder, FOLDER, name))

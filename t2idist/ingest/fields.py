@@ -45,7 +45,7 @@ class Fields:
     usual_captions: tuple[str, ...] = CAPTION_FIELDS
 
     def or_else(self, usual: Fields) -> Fields:
-        """Return these names, and those of `usual` where none is given."""
+        """Return these names; where none is given, the name in `usual`."""
         given = {kind: name for kind, name in vars(self).items() if kind != "usual_captions" and name is not None}
         return replace(usual, **given)
 

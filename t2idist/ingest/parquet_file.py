@@ -56,7 +56,7 @@ class ParquetFile:
 
     @contextlib.contextmanager
     def _damage_named(self) -> Iterator[None]:
-        """Turn errors about the content into ValueError. Arrow raises OSError for them too; that of the file stays."""
+        """Turn errors of the content into ValueError; Arrow raises OSError for them. Errors of reading it stay."""
         try:
             yield
         except (pa.ArrowException, EOFError, OSError) as error:

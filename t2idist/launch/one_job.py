@@ -17,7 +17,7 @@ import ray
 from t2idist import storage
 from t2idist.config import RunConfig
 from t2idist.launch import ray_internals
-from t2idist.training.lifecycle import RunIsTaken
+from t2idist.training.lifecycle import run_is_taken
 from t2idist.training.stages import run_url
 
 JOB = "job.json"
@@ -42,7 +42,7 @@ def only_one(config: RunConfig) -> Iterator[None]:
     deadline = time.monotonic() + _GRACE_SECONDS
     while _lives(holder, mine):
         if time.monotonic() > deadline:
-            raise RunIsTaken(_refusal(config, holder))
+            raise run_is_taken(config, _name(holder))
         time.sleep(_POLL_SECONDS)
     storage.write_json(url, mine)
     try:
@@ -64,10 +64,10 @@ def _submission() -> str:
     return str(settings.get("metadata", {}).get("job_submission_id", ""))
 
 
-def _refusal(config: RunConfig, holder: Mapping[str, Any]) -> str:
+def _name(holder: Mapping[str, Any]) -> str:
     name = holder.get("submission")
-    job = f"{name} (ray job logs --follow {name}; ray job stop {name})" if name else holder["job"]
     return (
-        f"name: the Ray job {job} trains the run {config.name} in {storage.redact(config.storage)}; wait for it or "
-        "stop it, or give name=ANOTHER for a new run"
+        f"the Ray job {name} (ray job logs --follow {name}; ray job stop {name})"
+        if name
+        else f"the Ray job {holder['job']}"
     )

@@ -242,7 +242,7 @@ def _rows(
 def _problems(
     loaded: LoadedExport, vectors: NDArray[np.float32] | None, sentences: Sequence[Sentence]
 ) -> dict[int, str]:
-    """Return why sentences cannot be drawn, by their number; `vectors` (n, D) are those of their encoder, if any."""
+    """Return why sentences cannot be drawn, by number; `vectors` (n, D): the sentences as `--encoder` gives them."""
     if vectors is None:
         found = [unknown_sentence(loaded.vocabulary, sentence) for sentence in sentences]
     else:

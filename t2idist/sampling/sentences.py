@@ -47,7 +47,7 @@ def unknown_sentence(vocabulary: Vocabulary, sentence: Sentence) -> str | None:
 def warnings_about(
     vocabulary: Vocabulary, sentence: Sentence, max_words: int, characters: int | None = None, reader: str = "export"
 ) -> list[str]:
-    """Name what is left out of a sentence: unknown words, those after the first `max_words`, and the end of the others.
+    """Name what is left out of a sentence: unknown words, words above `max_words`, and characters above the limit.
 
     Args:
         characters: that the text encoder reads (None: words as a whole).

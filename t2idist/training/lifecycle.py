@@ -25,6 +25,14 @@ class RunIsTaken(ValueError):
     """Another process or job trains the run; nothing of the run was changed."""
 
 
+def run_is_taken(config: RunConfig, holder: str, since: str = "") -> RunIsTaken:
+    """Return the error that `holder` trains the run, and what to do."""
+    return RunIsTaken(
+        f"name: {holder} trains the run {config.name} in {storage.redact(config.storage)}{since}; wait for it or stop "
+        "it, or give name=ANOTHER for a new run"
+    )
+
+
 class LifecycleNotifier:
     """Derives the hook's events from the progress messages of a submission."""
 

@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from t2idist import storage
 from t2idist.config import RunConfig
 from t2idist.engine.metrics import PROGRESS, now
+from t2idist.training.lifecycle import RunIsTaken, run_is_taken
 from t2idist.training.stages import run_url
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def _acquire(config: RunConfig, folder: Path) -> FileLock | None:
         with FileLock(folder / GUARD, timeout=GUARD_SECONDS):
             return _lock_and_sign(folder)
     except Timeout:
-        raise ValueError(_refusal(config, _read(folder / HOLDER))) from None
+        raise _taken(config, _read(folder / HOLDER)) from None
     except NotImplementedError:
         logger.warning("%s: the file system has no locks; start only one run of this name", folder)
         return None
@@ -99,16 +100,13 @@ def _check_heartbeat(config: RunConfig) -> None:
             config.name, process["pid"], process["host"], age,
         )  # fmt: skip
     elif process["pid"] != os.getpid() and not _is_dead(process):
-        raise ValueError(_refusal(config, {**process, "time": progress["time"]}))
+        raise _taken(config, {**process, "time": progress["time"]})
 
 
-def _refusal(config: RunConfig, holder: Mapping[str, Any]) -> str:
+def _taken(config: RunConfig, holder: Mapping[str, Any]) -> RunIsTaken:
     age = _age_seconds(holder)
     since = "" if age is None else f" since {_format_age(age)}"
-    return (
-        f"name: process {holder.get('pid', '?')} on {holder.get('host', '?')} trains the run {config.name} in "
-        f"{storage.redact(config.storage)}{since}; wait for it or stop it, or give name=ANOTHER for a new run"
-    )
+    return run_is_taken(config, f"process {holder.get('pid', '?')} on {holder.get('host', '?')}", since)
 
 
 def _read(file: Path) -> dict[str, Any]:

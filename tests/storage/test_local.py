@@ -1,4 +1,4 @@
-"""Local files: errors are those of the operating system, not of a store."""
+"""Local files: an error is the operating system's, not a store's."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ class ReplicaManager:
         """
         began = time.monotonic()
         self._join()
-        if self._copied_step is not None:
+        if self._copied_step is not None and not self._fixed_steps:
             self._choose_cadence()
         state = checkpoint_state(trainer)
         if self._plan is None or self._buffer is None:

@@ -35,9 +35,7 @@ def batch_norm(
     """
     weight = x.new_ones(x.shape[1], dtype=torch.float32) if weight is None else weight
     bias = torch.zeros_like(weight) if bias is None else bias
-    channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    summands = x.numel() // (groups * x.shape[1])
-    if x.is_cpu and channels_last and weight.dtype == torch.float32 and summands > MAX_SUMMANDS:
+    if needs_exact_sums(x, groups):
         exact: tuple[Tensor, Tensor, Tensor] = ExactBatchNorm.apply(x, weight, bias, groups, eps)  # type: ignore[no-untyped-call]
         return exact
     if x.is_cpu and groups > 1:
@@ -46,6 +44,13 @@ def batch_norm(
         return torch.cat(outs), torch.stack(mean_list), torch.stack(variance_list)
     out, mean, variance = _native(_groups_to_channels(x, groups), weight.repeat(groups), bias.repeat(groups), eps)
     return _channels_to_groups(out, groups), mean.view(groups, -1), variance.view(groups, -1)
+
+
+def needs_exact_sums(x: Tensor, groups: int) -> bool:
+    """Return whether torch's own sums over a group of x (N, C, ...) would lose digits."""
+    if not x.is_cpu or x.dtype == torch.float64 or x.numel() // (groups * x.shape[1]) <= MAX_SUMMANDS:
+        return False
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _native(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,7 +168,7 @@ def _scale(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tens
 def _backward(
     x: Tensor, gradient: Tensor, out: Tensor, weight: Tensor, mean: Tensor, variance: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Write the gradient of a group's x into out; return those of weight and bias."""
+    """Write the gradient of a group's x into out; return the gradients of weight and bias."""
     rows, gradient_rows, channels = _rows(x), _rows(gradient), x.shape[1]
     inverse = (variance.double() + eps).rsqrt()
     partial = []

@@ -25,7 +25,7 @@ _inside_penalty = False
 def gradient_of_images() -> Iterator[None]:
     """Within the context, layers prepare for a second derivative, and backward passes give no gradient of weights.
 
-    autograd would compute those of weights too, and drop them.
+    Without it, autograd would compute the gradients of weights as well, and drop them.
     """
     global _inside_penalty
     before, _inside_penalty = _inside_penalty, True

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from t2idist.engine.noise import Noise
-from t2idist.nn.fast.batch_norm import batch_norm, needs_exact_sums
+from t2idist.nn.fast.batch_norm import batch_norm
 from t2idist.nn.fast.torch_internals import BatchNormBase, DropoutBase
 
 
@@ -30,14 +30,13 @@ class GroupedBatchNorm(BatchNormBase):
         return
 
     def forward(self, input: Tensor) -> Tensor:
-        one_group = input.shape[0] == self.group_size
-        if not self.training or (one_group and not needs_exact_sums(input, 1)):
+        if not self.training:
             return super().forward(input)
         assert input.shape[0] % self.group_size == 0, (
             f"{input.shape[0]} samples are not a multiple of the group size {self.group_size}"
         )
         if self.running_mean is None or self.running_var is None or self.momentum is None:
-            if one_group:
+            if input.shape[0] == self.group_size:
                 return super().forward(input)
             raise ValueError(
                 "BatchNorm without running statistics, or with a cumulative average, is not supported in groups"

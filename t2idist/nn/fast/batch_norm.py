@@ -35,7 +35,7 @@ def batch_norm(
     """
     weight = x.new_ones(x.shape[1], dtype=torch.float32) if weight is None else weight
     bias = torch.zeros_like(weight) if bias is None else bias
-    if needs_exact_sums(x, groups):
+    if _needs_exact_sums(x, groups):
         exact: tuple[Tensor, Tensor, Tensor] = ExactBatchNorm.apply(x, weight, bias, groups, eps)  # type: ignore[no-untyped-call]
         return exact
     if x.is_cpu and groups > 1:
@@ -46,7 +46,7 @@ def batch_norm(
     return _channels_to_groups(out, groups), mean.view(groups, -1), variance.view(groups, -1)
 
 
-def needs_exact_sums(x: Tensor, groups: int) -> bool:
+def _needs_exact_sums(x: Tensor, groups: int) -> bool:
     """Return whether torch's own sums over a group of x (N, C, ...) would lose digits."""
     if not x.is_cpu or x.dtype == torch.float64 or x.numel() // (groups * x.shape[1]) <= MAX_SUMMANDS:
         return False

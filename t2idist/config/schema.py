@@ -61,9 +61,9 @@ class DataConfig:
     max_bad: float = 0.01
     """share of unreadable samples above which the run stops"""
     cache: str | None = None
-    """folder for avatars and cached shards; null is ~/.cache/t2idist"""
+    """folder for avatars, cached shards and decoded images; null is ~/.cache/t2idist"""
     cache_gib: float = 0.0
-    """disk space for shards of a remote data set; 0 reads byte ranges without a cache"""
+    """disk space on each host for shards of a remote data set and for decoded images; 0 caches neither"""
     endpoint_url: str | None = None
     """address of an S3 service (MinIO, Ceph, SeaweedFS) other than the one in the environment"""
 

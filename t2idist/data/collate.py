@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from t2idist.contract import Batch, Captions
-from t2idist.data.reader import BadSample, EncodedImage
+from t2idist.data.decoded_cache import DecodedCache
+from t2idist.data.samples import BadSample, EncodedImage, Sample
 from t2idist.data.shards import SentenceVectorInfo, Split
 from t2idist.data.tokenizer import Vocabulary
 from t2idist.data.transforms import CAPTION, WORD_SUBSET, crop_and_flip, decode, fill_pyramid, shorter_side
@@ -26,7 +27,7 @@ class RowTask:
     """Index of the sample in its split."""
     bits: NDArray[np.uint64] | None
     """(8,) random bits of the sample's position in the run; None: no augmentation (evaluation)."""
-    encoded: EncodedImage | BadSample
+    sample: Sample
 
 
 class BatchBuffer:
@@ -106,6 +107,8 @@ class SampleTransform:
     """As in DataConfig."""
     caption: int = 0
     """The caption to use if none is drawn."""
+    decoded_cache: DecodedCache | None = None
+    """Where decoded images are put."""
 
     @property
     def vector_dim(self) -> int:
@@ -118,7 +121,7 @@ class SampleTransform:
     def fill(self, buffer: BatchBuffer, tasks: Sequence[RowTask]) -> None:
         """Fill consecutive rows; record those that cannot be filled in `buffer.bad`."""
         size = buffer.images[-1].shape[-1]
-        images = np.zeros((len(tasks), size, size, 3), dtype=np.uint8)
+        images = np.zeros((len(tasks), size, size), dtype=np.uint32)
         for task, image in zip(tasks, images, strict=True):
             try:
                 self._fill_row(buffer, task, image)
@@ -127,17 +130,20 @@ class SampleTransform:
         rows = slice(tasks[0].row, tasks[-1].row + 1)
         fill_pyramid(images, [image[rows] for image in buffer.images])
 
-    def _fill_row(self, buffer: BatchBuffer, task: RowTask, image: NDArray[np.uint8]) -> None:
-        row = task.row
+    def _fill_row(self, buffer: BatchBuffer, task: RowTask, image: NDArray[np.uint32]) -> None:
+        row, sample = task.row, task.sample
         buffer.ids[row] = self.split.keys[task.index]
-        if isinstance(task.encoded, BadSample):
-            raise ValueError(task.encoded.reason)
+        if isinstance(sample, BadSample):
+            raise ValueError(sample.reason)
         tokens, length, caption = self.encode_caption(task.index, task.bits)
         if self.vector_info is not None:
-            buffer.vectors[row] = self._sentence_vector(self.vector_info, task, caption)
-        size = image.shape[0]
-        decoded = decode(task.encoded, shorter_side(size, self.crop))
-        image[...] = np.asarray(crop_and_flip(decoded, size, self.crop, self.flip, task.bits))
+            buffer.vectors[row] = self._sentence_vector(self.vector_info, task, sample.vectors, caption)
+        size = len(image)
+        if isinstance(sample, EncodedImage):
+            sample = decode(sample, shorter_side(size, self.crop))
+            if self.decoded_cache is not None:
+                self.decoded_cache.put(task.index, sample)
+        image[...] = crop_and_flip(sample, size, self.crop, self.flip, task.bits)
         buffer.tokens[row], buffer.lengths[row] = tokens, length
         buffer.class_ids[row] = self.split.class_ids[task.index]
         buffer.attributes[row, [self.attributes[name] for name in self.split.attributes(task.index)]] = 1.0
@@ -166,11 +172,12 @@ class SampleTransform:
                 continue
         raise ValueError("no caption of it has a word of the vocabulary")
 
-    def _sentence_vector(self, info: SentenceVectorInfo, task: RowTask, caption: int) -> NDArray[np.float32]:
+    def _sentence_vector(
+        self, info: SentenceVectorInfo, task: RowTask, stored: bytes, caption: int
+    ) -> NDArray[np.float32]:
         """Return the sentence vector (D,) of a caption; in training, averaged with other captions of the image."""
-        assert isinstance(task.encoded, EncodedImage)
         captions = len(self.split.captions(task.index))
-        vectors = info.decode(task.encoded.vectors, captions)
+        vectors = info.decode(stored, captions)
         if not captions:
             return np.zeros(info.dim, dtype=np.float32)
         chosen = [caption]

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from t2idist.data.order import Order, SampleRange, WindowSlice
-from t2idist.data.reader import BadSample, EncodedImage, ShardReader
+from t2idist.data.reader import ShardReader
+from t2idist.data.samples import Sample
 
 READ_SAMPLES = 128
 """The largest number of samples in one read request."""
@@ -31,13 +32,13 @@ class Lane:
         self._pool = pool
         self._ahead = ahead
         self._current: tuple[int, int] | None = None  # (epoch, window)
-        self._samples: dict[int, EncodedImage | BadSample] = {}
+        self._samples: dict[int, Sample] = {}
         self._next: tuple[int, int] | None = None
         self._unread: deque[SampleRange] = deque()
-        self._reads: deque[Future[list[EncodedImage | BadSample]]] = deque()
+        self._reads: deque[Future[list[Sample]]] = deque()
         self._requested = 0
 
-    def pop(self, part: WindowSlice) -> list[EncodedImage | BadSample]:
+    def pop(self, part: WindowSlice) -> list[Sample]:
         """Return the samples of a slice, in order, and drop them from memory. Slices must come in order."""
         window = (part.epoch, part.window)
         positions = self._order.window(part.epoch, self._lane, part.window).permutation
@@ -68,7 +69,7 @@ class Lane:
             self._requested += request.count
             self._reads.append(self._pool.submit(self._reader.read, request))
 
-    def _await_reads(self) -> Iterator[EncodedImage | BadSample]:
+    def _await_reads(self) -> Iterator[Sample]:
         while self._reads:
             yield from self._reads.popleft().result()
 

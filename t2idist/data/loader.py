@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,10 +22,12 @@ from t2idist.config import DataConfig
 from t2idist.contract import Batch
 from t2idist.data.cache import ShardCache
 from t2idist.data.collate import BatchBuffer, RowTask, SampleTransform
+from t2idist.data.decoded_cache import DecodedCache, open_decoded_cache
 from t2idist.data.lanes import READ_SAMPLES, Lane
 from t2idist.data.order import Order, SampleRange, permutation, random_bits
 from t2idist.data.reader import ShardReader
-from t2idist.data.shards import Dataset
+from t2idist.data.shards import Dataset, cache_folder
+from t2idist.data.transforms import shorter_side
 
 logger = logging.getLogger(__name__)
 
@@ -194,11 +195,11 @@ class Loader(Iterator[Batch]):
         for place, group in enumerate(self._groups):
             indices = self._order.sample_indices(step, group)
             bits = random_bits(self._order.seed, self._order.position(step, group), size)
-            encoded = [
+            samples = [
                 sample for part in self._order.window_slices(step, group) for sample in self._lanes[group].pop(part)
             ]
             tasks = [
-                RowTask(place * size + i, int(indices[i]), bits[i] if self._spec.training else None, encoded[i])
+                RowTask(place * size + i, int(indices[i]), bits[i] if self._spec.training else None, samples[i])
                 for i in range(size)
             ]
             for first in range(0, size, _DECODE_CHUNK):
@@ -211,20 +212,27 @@ def open_loader(dataset: Dataset, spec: LoaderSpec, seed: int) -> Loader:
     """Start loading batches of one data set, in the order that `seed` determines."""
     split, config = dataset.split(spec.split), spec.config
     order = Order(seed, split.shard_sizes, spec.total_groups, spec.group_size)
+    cache, decoded = _open_caches(dataset, spec)
     transform = SampleTransform(
         split, dataset.vocabulary, _index_by_name(dataset.attribute_names), config.max_words, config.crop, config.flip,
-        dataset.vector_info, config.vectors_mean_of,
+        dataset.vector_info, config.vectors_mean_of, decoded_cache=decoded,
     )  # fmt: skip
-    return Loader(spec, order, ShardReader(dataset, spec.split, _open_cache(dataset, config)), transform)
+    return Loader(spec, order, ShardReader(dataset, spec.split, cache, decoded), transform)
 
 
-def _open_cache(dataset: Dataset, config: DataConfig) -> ShardCache | None:
-    if not config.cache_gib or storage.is_local(dataset.url):
-        return None
-    folder = Path(config.cache).expanduser() if config.cache else Path.home() / ".cache" / "t2idist"
-    shards = [shard for split in dataset.splits.values() for shard in split.shards]
-    limit_bytes = int(config.cache_gib * 2**30)
-    return ShardCache(folder / "shards", limit_bytes, dataset.url, shards, endpoint_url=dataset.endpoint_url)
+def _open_caches(dataset: Dataset, spec: LoaderSpec) -> tuple[ShardCache | None, DecodedCache | None]:
+    """Open the cache of a remote set's shards, and that of decoded images, which has the rest of the space."""
+    config = spec.config
+    if not config.cache_gib:
+        return None, None
+    folder, limit_bytes = cache_folder(config.cache), int(config.cache_gib * 2**30)
+    cache, rest = None, limit_bytes
+    if not storage.is_local(dataset.url):
+        shards = [shard for split in dataset.splits.values() for shard in split.shards]
+        cache = ShardCache(folder / "shards", limit_bytes, dataset.url, shards, endpoint_url=dataset.endpoint_url)
+        rest -= sum(shard.bytes for shard in shards)
+    shorter = shorter_side(spec.sizes[-1], config.crop)
+    return cache, open_decoded_cache(folder / "decoded", rest, dataset, spec.split, shorter)
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ import os
 import tarfile
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
 
 from t2idist import storage
 from t2idist.data.cache import ShardCache
+from t2idist.data.decoded_cache import DecodedCache
 from t2idist.data.order import SampleRange
 from t2idist.data.sample_format import EXTENSIONS, VECTORS
+from t2idist.data.samples import BadSample, EncodedImage, Sample
 from t2idist.data.shards import Dataset, Shard, inflate
 
 os.environ["WDS_SECURE"] = "1"  # webdataset reads it on import: no pipe: URLs, whatever it is given
@@ -37,24 +38,6 @@ _KINDS = {
 }
 
 
-@dataclass(frozen=True)
-class EncodedImage:
-    """An image as stored."""
-
-    data: bytes
-    extension: str
-    """webp, png or jpg."""
-    vectors: bytes = b""
-    """The .npy file of its captions' sentence vectors (empty: none)."""
-
-
-@dataclass(frozen=True)
-class BadSample:
-    """Stands for a sample that is unusable."""
-
-    reason: str
-
-
 class ShardReader:
     """Read the samples of one split; thread-safe.
 
@@ -62,13 +45,17 @@ class ShardReader:
         dataset: The shard set.
         split: Name of the split.
         cache: Local cache of whole shards (None: every read goes to the store).
+        decoded: Cache of decoded images (None: every image is returned as it is stored).
     """
 
-    def __init__(self, dataset: Dataset, split: str, cache: ShardCache | None = None) -> None:
+    def __init__(
+        self, dataset: Dataset, split: str, cache: ShardCache | None = None, decoded: DecodedCache | None = None
+    ) -> None:
         self._url = dataset.url
         self._endpoint_url = dataset.endpoint_url
         self._split = dataset.split(split)
         self._cache = cache
+        self._decoded = decoded
         self._starts = [0]
         for shard in self._split.shards:
             self._starts.append(self._starts[-1] + shard.samples)
@@ -86,18 +73,32 @@ class ShardReader:
         self._stop.set()
         if self._cache is not None:
             self._cache.close()
+        if self._decoded is not None:
+            self._decoded.close()
 
-    def read(self, samples: SampleRange) -> list[EncodedImage | BadSample]:
-        """Read a range of samples, in order.
+    def read(self, samples: SampleRange) -> list[Sample]:
+        """Read a range of samples, in order; those in the cache of decoded images are not decoded again.
+
+        Raises:
+            ValueError: As `read_encoded`.
+        """
+        if self._decoded is None:
+            return [*self.read_encoded(samples)]
+        decoded = self._decoded.find(self._indices(samples))
+        found: list[Sample] = [image for image in decoded if image is not None]
+        if len(found) == len(decoded):
+            return found
+        return [image or sample for image, sample in zip(decoded, self.read_encoded(samples), strict=True)]
+
+    def read_encoded(self, samples: SampleRange) -> list[EncodedImage | BadSample]:
+        """Read a range of samples as they are stored, in order.
 
         If bytes differ from the hashes in the manifest, the range is read once more, from the store.
 
         Raises:
             ValueError: If the shard is missing, or shorter than the manifest says.
         """
-        shard = self._split.shards[samples.shard]
-        first = self._starts[samples.shard] + samples.first
-        indices = range(first, first + samples.count)
+        shard, indices = self._split.shards[samples.shard], self._indices(samples)
         keys = [self._split.keys[i] for i in indices]
         data, parts = self._read_parts(shard, indices, self._cache)
         corrupt = self._corrupt(indices, parts)
@@ -119,6 +120,10 @@ class ShardReader:
             BadSample("its bytes differ from the manifest's hash") if i in corrupt else _parse_sample(key, part)
             for i, key, part in zip(indices, keys, parts, strict=True)
         ]
+
+    def _indices(self, samples: SampleRange) -> range:
+        first = self._starts[samples.shard] + samples.first
+        return range(first, first + samples.count)
 
     def _read_parts(self, shard: Shard, indices: range, cache: ShardCache | None) -> tuple[bytes, list[memoryview]]:
         """Return the bytes of all samples together, and a view of each one's."""

@@ -116,6 +116,16 @@ class Split:
         """Return width and height in pixels."""
         return int(self._widths[index]), int(self._heights[index])
 
+    @property
+    def largest_shorter_side(self) -> int:
+        """Return the shorter side in pixels of the image in which it is largest."""
+        return int(np.minimum(self._widths, self._heights).max(initial=0))
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Size of all images in memory, four bytes a pixel."""
+        return 4 * int(np.dot(self._widths.astype(np.int64), self._heights.astype(np.int64)))
+
     def captions(self, index: int) -> list[str]:
         captions: list[str] = self._captions.at(index)
         return captions

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from t2idist import storage
 from t2idist.data.order import SampleRange
-from t2idist.data.reader import BadSample, ShardReader
+from t2idist.data.reader import ShardReader
 from t2idist.data.sample_format import SampleRecord, pack
+from t2idist.data.samples import BadSample
 from t2idist.data.shard_writer import Row, ShardBuilder, check_unfinished, write_index
 from t2idist.data.shards import DESCRIPTION, Dataset, SentenceVectorInfo, Shard, Split, stored_bytes
 from t2idist.ingest.files import PROGRESS
@@ -148,7 +149,7 @@ def _read_with_vectors(
     reader: ShardReader, split: Split, samples: SampleRange, first: int, encode: EncodeFn, info: SentenceVectorInfo
 ) -> Iterator[tuple[int, SampleRecord | None]]:
     """Yield the index in the split and the record of each sample; None for an excluded sample."""
-    images = reader.read(samples)
+    images = reader.read_encoded(samples)
     indices = range(first, first + samples.count)
     batch = encode([(split.keys[i], split.captions(i)) for i in indices])
     for i, image, vectors in zip(indices, images, batch, strict=True):

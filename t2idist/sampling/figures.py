@@ -13,7 +13,8 @@ from torch import Tensor
 from t2idist import storage
 from t2idist.contract import to_float, to_uint8
 from t2idist.data.image_file import UnusableImage, read_rgb
-from t2idist.data.transforms import DecodedImage, crop_and_flip
+from t2idist.data.samples import DecodedImage
+from t2idist.data.transforms import crop_and_flip, fill_pyramid, pixels_of
 from t2idist.observability.command import describe_error
 
 BACKGROUND = (255, 255, 255)
@@ -50,10 +51,13 @@ def read_image(url: str, size: int) -> Tensor:
     except OSError as error:
         raise ValueError(describe_error(error)) from None
     try:
-        image = crop_and_flip(DecodedImage(*read_rgb(data, size)), size, 1.0, False, None)
+        image, full_size = read_rgb(data, size)
     except UnusableImage as error:
         raise ValueError(f"{where}: does not decode: {error.detail}") from None
-    return to_float(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+    square = crop_and_flip(DecodedImage(pixels_of(image), full_size), size, 1.0, False, None)
+    planes = np.empty((1, 3, size, size), np.uint8)
+    fill_pyramid(square[None], [planes])
+    return to_float(torch.from_numpy(planes[0]))
 
 
 def png_bytes(image: Image.Image) -> bytes:

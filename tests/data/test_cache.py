@@ -16,7 +16,8 @@ from t2idist.data import cache as caching
 from t2idist.data.cache import ShardCache
 from t2idist.data.loader import LoaderSpec, open_loader
 from t2idist.data.order import SampleRange
-from t2idist.data.reader import BadSample, EncodedImage, ShardReader
+from t2idist.data.reader import ShardReader
+from t2idist.data.samples import BadSample, EncodedImage
 from t2idist.data.shards import Dataset, Shard
 from tests.helpers.shard_sets import make_sample, write_set
 
@@ -138,10 +139,10 @@ def test_full_disk_is_reported_once_and_the_loader_continues(
     assert cached_files(tmp_path / "shards") == set()
 
 
-def test_local_sets_are_not_cached(tmp_path: Path) -> None:
+def test_shards_of_local_sets_are_not_cached(tmp_path: Path) -> None:
     dataset = write_set(tmp_path / "set", [make_sample(n) for n in range(20)])
     config = DataConfig(max_words=5, cache=str(tmp_path / "cache"), cache_gib=1.0)
     loader = open_loader(dataset, LoaderSpec(config, sizes=(8,), groups=[0], total_groups=1, group_size=6), seed=0)
     with loader:
         next(loader)
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "cache" / "shards").exists()

@@ -13,7 +13,8 @@ from t2idist.data.embedded import avatar_cache
 from t2idist.data.embedded.avatars import face, face_renderer
 from t2idist.data.loader import load_split
 from t2idist.data.order import SampleRange
-from t2idist.data.reader import EncodedImage, ShardReader
+from t2idist.data.reader import ShardReader
+from t2idist.data.samples import EncodedImage
 from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_dataset
 from t2idist.data.tokenizer import tokenize

@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from t2idist import storage
-from t2idist.data.reader import BadSample, EncodedImage, _parse_sample
+from t2idist.data.reader import _parse_sample
+from t2idist.data.samples import BadSample, EncodedImage
 from t2idist.data.shards import Dataset
 from t2idist.data.tokenizer import Vocabulary, tokenize
 from t2idist.data.transforms import decode
@@ -87,7 +88,7 @@ def test_any_tar_header_parses_to_an_image_or_a_reason(folder: Path, changes: li
 @given(changes_of_bytes, st.sampled_from(["png", "jpg", "webp"]))
 def test_any_image_bytes_decode_or_raise_value_error(changes: list, extension: str) -> None:
     with contextlib.suppress(ValueError):
-        assert decode(EncodedImage(mutate(png_image(1), changes), extension), 16).image.mode == "RGB"
+        assert decode(EncodedImage(mutate(png_image(1), changes), extension), 16).pixels.ndim == 2
 
 
 @quick

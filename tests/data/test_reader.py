@@ -9,7 +9,8 @@ import pytest
 
 from t2idist.data import sample_format
 from t2idist.data.order import SampleRange
-from t2idist.data.reader import BadSample, ShardReader
+from t2idist.data.reader import ShardReader
+from t2idist.data.samples import BadSample
 from tests.helpers.shard_sets import make_sample, write_set
 
 

@@ -6,16 +6,22 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
+from t2idist.data import transforms
 from t2idist.data.order import random_bits
-from t2idist.data.reader import EncodedImage
-from t2idist.data.transforms import DecodedImage, crop_and_flip, decode, fill_pyramid, shorter_side
+from t2idist.data.samples import DecodedImage, EncodedImage
+from t2idist.data.transforms import crop_and_flip, decode, fill_pyramid, pixels_of, shorter_side
 from tests.helpers.shard_sets import png_image
 
 
 def undrafted(image: Image.Image) -> DecodedImage:
-    return DecodedImage(image, image.size)
+    return DecodedImage(pixels_of(image), image.size)
+
+
+def rgb(pixels: np.ndarray) -> np.ndarray:
+    """Return pixels (H, W) as (H, W, 3)."""
+    return np.ascontiguousarray(pixels)[..., None].view(np.uint8)[..., :3]
 
 
 def photo(width: int, height: int) -> Image.Image:
@@ -31,10 +37,10 @@ def test_large_jpegs_decode_at_a_fraction_with_the_same_crop(size: tuple[int, in
     whole = decode(EncodedImage(out.getvalue(), "jpg"))
     drafted = decode(EncodedImage(out.getvalue(), "jpg"), shorter_side(256, 304 / 256))
     assert drafted.size == whole.size == size
-    assert drafted.image.size == tuple(-(-side // factor) for side in size)
+    assert drafted.pixels.shape[::-1] == tuple(-(-side // factor) for side in size)
     for bits in [*random_bits(1, 0, 4), None]:
         one, other = (
-            np.asarray(crop_and_flip(decoded, 256, 304 / 256, True, bits)).astype(int) for decoded in (whole, drafted)
+            rgb(crop_and_flip(decoded, 256, 304 / 256, True, bits)).astype(int) for decoded in (whole, drafted)
         )
         assert np.abs(one - other).mean() < 0.6
 
@@ -46,12 +52,12 @@ def test_crop_equals_resize_then_crop_and_pyramid_equals_pillow():
     x, y = int(bits[0]) % (whole.width - 64 + 1), int(bits[1]) % (76 - 64 + 1)
     expected = np.asarray(whole.crop((x, y, x + 64, y + 64))).astype(int)
     cropped = crop_and_flip(undrafted(image), 64, 76 / 64, False, bits)
-    assert np.abs(np.asarray(cropped).astype(int) - expected).max() <= 2
-    images = (cropped, cropped.rotate(90))
-    pixels = np.stack([np.asarray(each) for each in images])
+    assert np.abs(rgb(cropped).astype(int) - expected).max() <= 2
+    pixels = np.stack([cropped, np.rot90(cropped)])
+    images = [Image.fromarray(rgb(each)) for each in pixels]
     high, *lower = [np.empty((2, 3, size, size), np.uint8) for size in (64, 16, 32)]
     fill_pyramid(pixels, [*lower, high])
-    assert np.array_equal(high, pixels.transpose(0, 3, 1, 2))
+    assert np.array_equal(high, np.stack([rgb(each) for each in pixels]).transpose(0, 3, 1, 2))
     for low in lower:
         size = low.shape[-1]
         for ours, each in zip(low, images, strict=True):
@@ -61,17 +67,17 @@ def test_crop_equals_resize_then_crop_and_pyramid_equals_pillow():
 
 def test_flips_are_random_in_training_only():
     image = Image.effect_noise((64, 64), 60).convert("RGB")
-    results = [np.asarray(crop_and_flip(undrafted(image), 64, 1.0, True, bits)) for bits in random_bits(1, 0, 40)]
+    results = [rgb(crop_and_flip(undrafted(image), 64, 1.0, True, bits)) for bits in random_bits(1, 0, 40)]
     mirrored = sum(np.array_equal(m, np.asarray(image)[:, ::-1]) for m in results)
     straight = sum(np.array_equal(m, np.asarray(image)) for m in results)
     assert mirrored + straight == 40 and 8 <= mirrored <= 32
-    assert np.array_equal(np.asarray(crop_and_flip(undrafted(image), 64, 1.0, True, None)), np.asarray(image))
+    assert np.array_equal(rgb(crop_and_flip(undrafted(image), 64, 1.0, True, None)), np.asarray(image))
 
 
 def test_decode_lays_transparency_on_white_and_reports_damage():
     out = io.BytesIO()
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(out, "PNG")
-    assert decode(EncodedImage(out.getvalue(), "png")).image.getpixel((1, 1)) == (255, 255, 255)
+    assert (rgb(decode(EncodedImage(out.getvalue(), "png")).pixels) == 255).all()
     with pytest.raises(ValueError, match="does not decode"):
         decode(EncodedImage(png_image(1)[:-400], "png"))
     with pytest.raises(ValueError, match="does not decode"):
@@ -80,3 +86,48 @@ def test_decode_lays_transparency_on_white_and_reports_damage():
     Image.new("1", (9000, 9000)).save(out, "PNG")
     with pytest.raises(ValueError, match="9000 x 9000 pixels"):
         decode(EncodedImage(out.getvalue(), "png"))
+
+
+def jpeg(number: int) -> bytes:
+    """Return one of the many forms of a JPEG: its size, structure, quality, chroma and order of the scans vary."""
+    rng = np.random.default_rng(number)
+    width, height = (int(side) for side in rng.integers(1, 300, 2))
+    image = photo(max(width, 64), max(height, 64)).crop((0, 0, width, height)) if number % 3 else noise(width, height)
+    out = io.BytesIO()
+    if number % 5 == 0:
+        image = image.convert("L")
+    chroma: dict[str, int | bool] = {"subsampling": number % 4 % 3} if image.mode == "RGB" else {}
+    if number % 11 == 0 and image.mode == "RGB":
+        chroma = {"keep_rgb": True}
+    image.save(
+        out, "JPEG", quality=int(rng.integers(2, 100)), progressive=number % 2 == 0, optimize=number % 7 == 0,
+        restart_marker_rows=number % 3, **chroma,
+    )  # fmt: skip
+    return out.getvalue()
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8))
+
+
+@pytest.mark.parametrize("shorter", [None, 8, 30])
+def test_jpegs_decode_to_the_same_pixels_as_by_pillow(shorter: int | None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ImageFile, "MAXBLOCK", 1 << 20)  # Pillow's own is too small to write some of these
+    for number in range(120):
+        encoded = EncodedImage(jpeg(number), "jpg", b"v")
+        ours, theirs = decode(encoded, shorter), transforms._decode_with_pillow(encoded, shorter)
+        assert ours.size == theirs.size and ours.vectors == theirs.vectors
+        assert np.array_equal(rgb(ours.pixels), rgb(theirs.pixels)), (number, ours.size)
+
+
+def test_other_jpegs_are_left_to_pillow():
+    out = io.BytesIO()
+    noise(90, 90).convert("CMYK").save(out, "JPEG")
+    several = io.BytesIO()
+    noise(90, 90).save(several, "MPO", save_all=True, append_images=[noise(90, 80)])
+    for data in (out.getvalue(), several.getvalue()):
+        ours, theirs = (each(EncodedImage(data, "jpg"), 8) for each in (decode, transforms._decode_with_pillow))
+        assert np.array_equal(rgb(ours.pixels), rgb(theirs.pixels))
+    for cut in (2, 10, 200, len(jpeg(1)) - 2):
+        with pytest.raises(ValueError, match="does not decode"):
+            decode(EncodedImage(jpeg(1)[:cut], "jpg"))

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from t2idist.data.image_file import UnusableImage
-from t2idist.data.reader import EncodedImage
+from t2idist.data.samples import EncodedImage
 from t2idist.data.transforms import decode
 from t2idist.ingest.image import ImageOptions, prepare_image, square_crop
 from t2idist.ingest.rejects import Reason

@@ -17,8 +17,9 @@ import pytest
 
 from t2idist import storage
 from t2idist.data.order import SampleRange
-from t2idist.data.reader import EncodedImage, ShardReader
+from t2idist.data.reader import ShardReader
 from t2idist.data.sample_format import PackedSample
+from t2idist.data.samples import EncodedImage
 from t2idist.data.shards import Dataset
 from t2idist.ingest.captions import CaptionOptions
 from t2idist.ingest.folder import FolderOptions, list_folder

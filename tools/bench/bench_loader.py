@@ -7,8 +7,9 @@ All do the same work on the same JPEGs (shorter side 304, quality 95): decode, r
 64/128/256 as uint8 planes, a caption as token ids, batches of 20. Each runs in its own process on one core, in turns.
 `bare` is the share of Pillow in this work, on bytes in memory. webdataset and MosaicML streaming are used as in their
 documentation, without and with a worker process, and the better of the two counts; streaming is skipped if it is not
-installed. --store also reads from a SeaweedFS server (on the other cores). Then the time spent waiting for data is
-measured with steps of --step-seconds, and the memory after each of three epochs.
+installed. "decoded cache" is an epoch after that in which the cache was filled. --store also reads from a SeaweedFS
+server (on the other cores). Then the time spent waiting for data is measured with steps of --step-seconds, and the
+memory after each of three epochs.
 
 --open measures instead how long sets of so many million made-up samples take to open and to be searched for what cannot
 teach, each time in a new process: the first time on a host, and later. Their shards are files of holes.
@@ -139,8 +140,11 @@ def rate(batches: Iterator[Any], count: int) -> float:
 
 
 # ------------------------------------------------------------------------------------------------ loaders
-def open_ours(url: str, step0: int = 0) -> Loader:
-    config = DataConfig(source=url, max_words=MAX_WORDS, threads=1, crop=SIDE / CROP)
+def open_ours(url: str, step0: int = 0, cache: str | None = None) -> Loader:
+    size_gib = 0.0 if cache is None else 64.0
+    config = DataConfig(
+        source=url, max_words=MAX_WORDS, threads=1, crop=SIDE / CROP, cache=cache, cache_gib=size_gib
+    )  # fmt: skip
     spec = LoaderSpec(config, SIZES, groups=[0], total_groups=1, group_size=BATCH, step0=step0)
     return open_loader(Dataset.open(url), spec, seed=1)
 
@@ -152,13 +156,25 @@ def time_ours(url: str, samples: int) -> float:
     return images_per_second
 
 
+def time_cached(url: str, samples: int, filled: bool) -> float:
+    """Return the images per second with a cache of decoded images, from which an epoch was read before or not."""
+    with tempfile.TemporaryDirectory(prefix="t2idist-bench-") as cache:
+        if filled:
+            with open_ours(url, cache=cache) as loader:
+                for _ in range(samples // BATCH + 1):
+                    next(loader)
+        with open_ours(url, cache=cache) as loader:
+            return rate(loader, samples // BATCH - (0 if filled else 2 * WARM_BATCHES))
+
+
 def time_bare(url: str, samples: int) -> float:
     from t2idist.data.order import SampleRange
-    from t2idist.data.reader import EncodedImage, ShardReader
+    from t2idist.data.reader import ShardReader
+    from t2idist.data.samples import EncodedImage
 
     dataset = Dataset.open(url)
     count = min(samples, 1024, dataset.split("train").shards[0].samples)
-    read = ShardReader(dataset, "train").read(SampleRange(0, 0, count))
+    read = ShardReader(dataset, "train").read_encoded(SampleRange(0, 0, count))
     jpegs = [sample.data for sample in read if isinstance(sample, EncodedImage)]
     rng = np.random.default_rng(0)
     best = 0.0
@@ -300,6 +316,8 @@ def measure_one(variant: str, folder: Path, url: str, samples: int, step_seconds
     name, _, workers = variant.partition(":")
     functions: dict[str, Any] = {
         "ours": lambda: time_ours(url, samples),
+        "decoded": lambda: time_cached(url, samples, filled=True),
+        "filling": lambda: time_cached(url, samples, filled=False),
         "bare": lambda: time_bare(str(folder / "shards"), samples),
         "webdataset": lambda: time_webdataset(folder, samples, int(workers)),
         "streaming": lambda: time_streaming(folder, samples, int(workers)),
@@ -322,7 +340,13 @@ def run(folder: Path, options: argparse.Namespace) -> None:
     core = max(os.sched_getaffinity(0))
     shards = str(folder / "shards")
     common = ["--folder", str(folder), "--samples", str(options.samples), "--step-seconds", str(options.step_seconds)]
-    entries = {"ours, local disk": ["ours"], "bare Pillow": ["bare"], "webdataset": ["webdataset:0", "webdataset:1"]}
+    entries = {
+        "ours, local disk": ["ours"],
+        "ours, filling the cache": ["filling"],
+        "ours, decoded cache": ["decoded"],
+        "bare Pillow": ["bare"],
+        "webdataset": ["webdataset:0", "webdataset:1"],
+    }
     if streaming_installed():
         entries["MosaicML streaming"] = ["streaming:0", "streaming:1"]
     best: dict[str, float] = {}

@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from t2idist.losses.matching import WrongPairs
+from t2idist.nn.blocks import couples_samples
 from t2idist.nn.precision import upcast
 
 
@@ -96,8 +98,7 @@ def joint_losses(
 
     One pass over the real images serves their own condition, the wrong one and the unconditional head.
     """
-    real_features = net.features(real)
-    fake_features = net.features(fake)
+    real_features, fake_features = _both_features(net, real, fake)
     return JointLosses(
         **vars(_pair_losses(net, real_features, fake_features, condition, pairs, groups)),
         real_alone=bce_real(net.unconditional(real_features)),
@@ -109,7 +110,14 @@ def matching_aware_losses(
     net: ConditionalDiscriminator, real: Tensor, fake: Tensor, condition: Tensor, pairs: WrongPairs, groups: int
 ) -> PairLosses:
     """Compute the losses of GAN-CLS (section 4.2, algorithm 1) on images (N, 3, S, S) with conditions (N, D)."""
-    return _pair_losses(net, net.features(real), net.features(fake), condition, pairs, groups)
+    return _pair_losses(net, *_both_features(net, real, fake), condition, pairs, groups)
+
+
+def _both_features(net: ConditionalDiscriminator, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the features of real and of generated images, in one pass unless BatchNorm would mix them."""
+    if couples_samples(net):
+        return net.features(real), net.features(fake)
+    return net.features(torch.cat([real, fake.to(real.dtype)])).tensor_split(2)  # type: ignore[return-value]
 
 
 def _pair_losses(
@@ -136,6 +144,22 @@ def _fraction(correct: Tensor, among: Tensor | None = None) -> Tensor:
     return (correct & among).sum() / among.sum().clamp(min=1)
 
 
+def joint_scores(net: JointDiscriminator, images: Tensor, condition: Tensor) -> Tensor:
+    """Sum of both heads' logits (N,) of images (N, 3, S, S) with conditions (N, D)."""
+    features = net.features(images)
+    return net.conditional(features, condition) + net.unconditional(features)
+
+
+def conditional_scores(net: ConditionalDiscriminator, images: Tensor, condition: Tensor) -> Tensor:
+    """Logits (N,) of images (N, 3, S, S) with conditions (N, D)."""
+    return net.conditional(net.features(images), condition)
+
+
+def unconditional_scores(net: JointDiscriminator, images: Tensor) -> Tensor:
+    """Logits (N,) of images (N, 3, S, S) without captions."""
+    return net.unconditional(net.features(images))
+
+
 def generator_loss(net: JointDiscriminator, fake: Tensor, condition: Tensor) -> Tensor:
     """The generator's counterpart of `joint_losses`: both heads should classify its images (N, 3, S, S) as real."""
     features = net.features(fake)
@@ -144,12 +168,12 @@ def generator_loss(net: JointDiscriminator, fake: Tensor, condition: Tensor) -> 
 
 def conditional_generator_loss(net: ConditionalDiscriminator, fake: Tensor, condition: Tensor) -> Tensor:
     """The generator's counterpart of `matching_aware_losses`."""
-    return bce_real(net.conditional(net.features(fake), condition))
+    return bce_real(conditional_scores(net, fake, condition))
 
 
 def unconditional_generator_loss(net: JointDiscriminator, fake: Tensor) -> Tensor:
     """The generator's counterpart of `unconditional_losses`."""
-    return bce_real(net.unconditional(net.features(fake)))
+    return bce_real(unconditional_scores(net, fake))
 
 
 def attngan_discriminator_loss(losses: JointLosses) -> Tensor:

@@ -24,6 +24,22 @@ def unit_gradient_penalty(scores: Tensor, images: Tensor) -> Tensor:
     return (norms - 1).square().mean()
 
 
+def r1_penalty(score: Callable[[Tensor], Tensor], real: Tensor) -> Tensor:
+    """R1: mean over real images of the squared norm of their score's gradient (Mescheder et al. 2018, eq. 9).
+
+    It is half as large there; the factor is part of the weight here.
+
+    Args:
+        score: (N, 3, S, S) -> (N, ...), the scores of each image.
+        real: (N, 3, S, S).
+    """
+    images = upcast(real).detach().requires_grad_()
+    with gradient_of_images():
+        scores = upcast(score(images))
+        (gradient,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
+    return gradient.square().sum() / len(images)
+
+
 def gradient_penalty(score: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, mixing: Tensor) -> Tensor:
     """Gradient penalty of WGAN-GP (Gulrajani et al. 2017, eq. 3), between real and generated images (N, 3, S, S).
 

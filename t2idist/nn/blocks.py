@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2idist.nn.fast import blocks as fast
+from t2idist.nn.fast.torch_internals import BatchNormBase
 
 LEAKY_SLOPE = 0.2
 """Negative slope of LeakyReLU in the discriminators of all systems but StarGAN."""
@@ -77,6 +78,11 @@ class JointSequential(nn.Sequential):
     def forward(self, features: Tensor, *conditions: Tensor) -> list[Tensor]:
         joint, *layers = self
         outputs: list[Tensor] = joint(features, *conditions)
+        if len(outputs) > 1 and not couples_samples(self):
+            whole = torch.cat(outputs)
+            for layer in layers:
+                whole = layer(whole)
+            return list(whole.tensor_split(len(outputs)))
         for layer in layers:
             outputs = [layer(x) for x in outputs]
         return outputs
@@ -122,6 +128,32 @@ def down_block(channels_in: int, channels_out: int, norm: bool = True) -> nn.Seq
     conv = nn.Conv2d(channels_in, channels_out, kernel_size=4, stride=2, padding=1, bias=False)
     activation = nn.LeakyReLU(LEAKY_SLOPE, inplace=True)
     return nn.Sequential(conv, nn.BatchNorm2d(channels_out), activation) if norm else nn.Sequential(conv, activation)
+
+
+NORMS = ("batch", "group", "none")
+"""Normalisations of a discriminator."""
+_CHANNELS_OF_GROUP = 8
+
+
+def couples_samples(net: object) -> bool:
+    """Return whether a network has BatchNorm, so that a sample's output depends on the others of its pass."""
+    return isinstance(net, nn.Module) and any(isinstance(module, BatchNormBase) for module in net.modules())
+
+
+def replace_batch_norm(net: nn.Module, norm: str) -> None:
+    """Replace every BatchNorm of a network, in place: by GroupNorm with 8 channels a group, or by none.
+
+    Args:
+        norm: One of `NORMS`; "batch" changes nothing.
+    """
+    if norm == "batch":
+        return
+    for parent in list(net.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+                channels = child.num_features
+                group = nn.GroupNorm(max(1, channels // _CHANNELS_OF_GROUP), channels)
+                setattr(parent, name, group if norm == "group" else nn.Identity())
 
 
 def tile(vector: Tensor, like: Tensor) -> Tensor:

@@ -9,26 +9,30 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from t2idist.contract import Adam, Batch, Captions, Frozen, NoiseFn, Role, Sample, Train, check_ranges
+from t2idist.contract import Batch, Captions, Frozen, NoiseFn, Role, Sample, Train, check_ranges
 from t2idist.losses.adversarial import (
     attngan_discriminator_loss,
     conditional_generator_loss,
+    conditional_scores,
     generator_loss,
     joint_losses,
+    joint_scores,
     matching_aware_loss,
     matching_aware_losses,
 )
 from t2idist.losses.image import kl_divergence
 from t2idist.losses.matching import Gammas, damsm_loss, wrong_pairs
 from t2idist.nn import tree
+from t2idist.nn.blocks import replace_batch_norm
 from t2idist.nn.discriminators import AttnDiscriminator
 from t2idist.nn.init import orthogonal_
 from t2idist.nn.text_encoders import padding_mask, unit_scale
 from t2idist.nn.tree import AttentionGenerator, GeneratorOutput, pyramid
+from t2idist.systems._options import GanOptions, penalised_losses
 
 
 @dataclass(frozen=True)
-class TreeConfig:
+class TreeConfig(GanOptions):
     """Settings of every tree; each system overrides the defaults that differ in its paper."""
 
     generator_width: int = 32
@@ -55,6 +59,7 @@ class TreeConfig:
     """"authors": as the released code, for its weights."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_ranges(
             self,
             at_least_1="generator_width discriminator_width branches z_dim condition_dim base_size",
@@ -74,12 +79,14 @@ class TreeGan:
         make_discriminator: Callable[[int], nn.Module],
     ) -> None:
         self.sizes = sizes
+        self.options: GanOptions = config
         orthogonal_(generator)
-        self.roles = {"generator": Role(generator, Adam(lr=config.generator_lr), config.ema_half_life_images)}
+        self.roles = {"generator": Role(generator, config.adam(config.generator_lr), config.ema_half_life_images)}
         for size in sizes:
             discriminator = make_discriminator(size)
+            replace_batch_norm(discriminator, config.discriminator_norm)
             orthogonal_(discriminator)
-            self.roles[f"discriminator_{size}"] = Role(discriminator, Adam(lr=config.discriminator_lr))
+            self.roles[f"discriminator_{size}"] = Role(discriminator, config.adam(config.discriminator_lr))
 
     def update_discriminators(
         self,
@@ -88,6 +95,7 @@ class TreeGan:
         fake: Sequence[Tensor],
         losses: Callable[..., Any],
         combine: Callable[[Any], Tensor],
+        score: Callable[..., Tensor],
         *args: Any,
         suffix: str = "",
     ) -> None:
@@ -96,12 +104,20 @@ class TreeGan:
         Args:
             real: Image pyramid, lowest size first.
             fake: Generated images of the same sizes.
+            score: As for `penalised_losses`.
             suffix: Appended to the reported names.
         """
+        weight = self.options.r1_weight_in(train.step)
         for size, real_images, fake_images in zip(self.sizes, real, fake, strict=True):
             name = f"discriminator_{size}"
-            parts = train.forward(name, losses, real_images, fake_images.detach(), *args)
-            train.apply(name, combine(parts))
+            parts, penalty = train.forward(
+                name, penalised_losses, weight > 0, losses, score, real_images, fake_images.detach(), *args
+            )
+            loss = combine(parts)
+            if penalty is not None:
+                train.report(f"{name}/r1{suffix}", penalty)
+                loss = loss + weight * penalty
+            train.apply(name, loss)
             for part, value in vars(parts).items():
                 train.report(f"{name}/{part}{suffix}", value)
 
@@ -199,11 +215,16 @@ class AttentionGan(TreeGan):
         losses: Callable[..., Any]
         combine: Callable[[Any], Tensor]
         adversarial: Callable[..., Tensor]
+        score: Callable[..., Tensor]
         if self.single_output:
             losses, combine, adversarial = matching_aware_losses, matching_aware_loss, conditional_generator_loss
+            score = conditional_scores
         else:
             losses, combine, adversarial = joint_losses, attngan_discriminator_loss, generator_loss
-        self.update_discriminators(train, batch.images, output.images, losses, combine, condition, pairs, batch.groups)
+            score = joint_scores
+        self.update_discriminators(
+            train, batch.images, output.images, losses, combine, score, condition, pairs, batch.groups
+        )
         loss = weighted_kl(self.config, output, train)
         loss = self.add_adversarial_losses(loss, train, output.images, adversarial, condition)
         for term in self.generator_terms(output.images[-1], words, sentence, batch, train):

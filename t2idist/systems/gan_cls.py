@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from t2idist.contract import (
-    Adam,
     Batch,
     BuildInfo,
     Captions,
@@ -24,16 +23,18 @@ from t2idist.contract import (
     Train,
     check_ranges,
 )
-from t2idist.losses.adversarial import bce_real, matching_aware_loss, matching_aware_losses
+from t2idist.losses.adversarial import bce_real, conditional_scores, matching_aware_loss, matching_aware_losses
 from t2idist.losses.matching import wrong_pairs
+from t2idist.nn.blocks import replace_batch_norm
 from t2idist.nn.dcgan import DcganDiscriminator, conditional_generator
 from t2idist.nn.init import normal_
 from t2idist.nn.text_encoders import sentence_encoder
 from t2idist.systems import _sentences
+from t2idist.systems._options import GanOptions, penalised_losses
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(GanOptions):
     """Defaults: GAN-INT-CLS with the paper's settings for CUB, else the released ones."""
 
     image_size: int = 64
@@ -72,6 +73,7 @@ class Config:
     discriminator never joins image and text."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_ranges(
             self,
             at_least_1="generator_width discriminator_width z_dim condition_dim image_size",
@@ -101,13 +103,14 @@ class GanCls:
             joins=config.residual or not released,
             second_last_activation=not (config.residual and config.interpolate and released),
         )
+        replace_batch_norm(discriminator, config.discriminator_norm)
         normal_(generator)
         normal_(discriminator)
         every_images = config.lr_every_epochs * info.data.epoch_images
         schedule = Schedule("exponential", factor=config.lr_factor, every_images=every_images)
         self.roles = {
-            "generator": Role(generator, Adam(config.generator_lr, schedule=schedule), config.ema_half_life_images),
-            "discriminator": Role(discriminator, Adam(config.discriminator_lr, schedule=schedule)),
+            "generator": Role(generator, config.adam(config.generator_lr, schedule), config.ema_half_life_images),
+            "discriminator": Role(discriminator, config.adam(config.discriminator_lr, schedule)),
         }
         self.exports = ("generator", *self.frozen)
 
@@ -120,11 +123,16 @@ class GanCls:
             noises.append(train.noise(self.config.z_dim))
         fakes = train.forward("generator", _generate, noises, texts)
         fake = fakes[0].detach()
-        losses = train.forward(
-            "discriminator", matching_aware_losses, batch.images[-1], fake, text, pairs, batch.groups
+        given = (batch.images[-1], fake, text, pairs, batch.groups)
+        weight = self.config.r1_weight_in(train.step)
+        losses, penalty = train.forward(
+            "discriminator", penalised_losses, weight > 0, matching_aware_losses, conditional_scores, *given
         )
-        matching_aware = self.config.matching_aware
-        train.apply("discriminator", matching_aware_loss(losses) if matching_aware else losses.real + losses.fake)
+        loss = matching_aware_loss(losses) if self.config.matching_aware else losses.real + losses.fake
+        if penalty is not None:
+            train.report("discriminator/r1", penalty)
+            loss = loss + weight * penalty
+        train.apply("discriminator", loss)
         for part, value in vars(losses).items():
             train.report(f"discriminator/{part}", value)
         with train.frozen("discriminator") as discriminator:

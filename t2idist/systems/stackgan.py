@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from t2idist.contract import (
-    Adam,
     Batch,
     BuildInfo,
     Captions,
@@ -25,24 +24,28 @@ from t2idist.contract import (
 from t2idist.losses.adversarial import (
     attngan_discriminator_loss,
     conditional_generator_loss,
+    conditional_scores,
     generator_loss,
     joint_losses,
+    joint_scores,
     matching_aware_loss,
     matching_aware_losses,
 )
 from t2idist.losses.image import kl_divergence
 from t2idist.losses.matching import wrong_pairs
 from t2idist.nn import tree
+from t2idist.nn.blocks import replace_batch_norm
 from t2idist.nn.discriminators import SIZES, StageDiscriminator
 from t2idist.nn.init import normal_
 from t2idist.nn.text_encoders import sentence_encoder
 from t2idist.nn.tree import GeneratorOutput
 from t2idist.nn.two_stage import StageOneGenerator, StageTwoGenerator, stage_one_generator, use_batch_statistics
 from t2idist.systems import _sentences
+from t2idist.systems._options import GanOptions, penalised_losses
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(GanOptions):
     """Defaults: the paper's settings for CUB (sections 3.2 to 3.4), widths as in the released code."""
 
     stage: int = 1
@@ -73,6 +76,7 @@ class Config:
     normalises by the batch statistics of each group (without the drift of its running statistics that they had)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_ranges(
             self,
             at_least_1="stage generator_width discriminator_width z_dim condition_dim image_size",
@@ -114,6 +118,7 @@ class StackGan:
         discriminator = StageDiscriminator(
             config.discriminator_width, config.image_size, config.condition_dim, unconditional=config.stage == 2
         )
+        replace_batch_norm(discriminator, config.discriminator_norm)
         normal_(generator)
         normal_(discriminator)
         halving = Schedule(
@@ -121,9 +126,9 @@ class StackGan:
         )
         self.roles = {
             "generator": Role(
-                generator, Adam(config.generator_lr, schedule=halving), config.ema_half_life_images or None
+                generator, config.adam(config.generator_lr, halving), config.ema_half_life_images or None
             ),
-            "discriminator": Role(discriminator, Adam(config.discriminator_lr, schedule=halving)),
+            "discriminator": Role(discriminator, config.adam(config.discriminator_lr, halving)),
         }
         self.exports = ("generator", *self.frozen)
 
@@ -152,14 +157,19 @@ class StackGan:
         assert output.mean is not None
         pairs = wrong_pairs(batch.class_ids, batch.groups)
         given = (batch.images[-1], output.images[0].detach(), output.mean.detach(), pairs, batch.groups)
+        losses: Callable[..., Any] = matching_aware_losses
+        combine: Callable[[Any], Tensor] = matching_aware_loss
+        score: Callable[..., Tensor] = conditional_scores
         if self.config.stage == 2:
-            joint = train.forward("discriminator", joint_losses, *given)
-            parts, loss = vars(joint), attngan_discriminator_loss(joint)
-        else:
-            pair = train.forward("discriminator", matching_aware_losses, *given)
-            parts, loss = vars(pair), matching_aware_loss(pair)
+            losses, combine, score = joint_losses, attngan_discriminator_loss, joint_scores
+        weight = self.config.r1_weight_in(train.step)
+        parts, penalty = train.forward("discriminator", penalised_losses, weight > 0, losses, score, *given)
+        loss = combine(parts)
+        if penalty is not None:
+            train.report("discriminator/r1", penalty)
+            loss = loss + weight * penalty
         train.apply("discriminator", loss)
-        for part, value in parts.items():
+        for part, value in vars(parts).items():
             train.report(f"discriminator/{part}", value)
 
     def _generator_loss(self, output: GeneratorOutput, train: Train) -> Tensor:

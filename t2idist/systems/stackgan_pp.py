@@ -13,10 +13,12 @@ from t2idist.losses.adversarial import (
     UnconditionalLosses,
     generator_loss,
     joint_losses,
+    joint_scores,
     stackgan_pp_discriminator_loss,
     stackgan_v2_released_loss,
     unconditional_generator_loss,
     unconditional_losses,
+    unconditional_scores,
 )
 from t2idist.losses.image import colour_consistency
 from t2idist.losses.matching import wrong_pairs
@@ -84,13 +86,14 @@ class StackGanPP(TreeGan):
             condition, pairs = output.mean.detach(), wrong_pairs(batch.class_ids, batch.groups)
             combine = stackgan_v2_released_loss if self.config.compat == "authors" else stackgan_pp_discriminator_loss
             self.update_discriminators(
-                train, batch.images, output.images, joint_losses, combine, condition, pairs, batch.groups
+                train, batch.images, output.images, joint_losses, combine, joint_scores, condition, pairs, batch.groups
             )
         else:
             output = train.forward("generator", tree.generate, z, None, None)
             self.update_discriminators(
-                train, batch.images, output.images, _image_losses, lambda x: x.real + x.fake, suffix="_alone"
-            )
+                train, batch.images, output.images, _image_losses, lambda x: x.real + x.fake, unconditional_scores,
+                suffix="_alone",
+            )  # fmt: skip
         train.apply("generator", self._generator_loss(output, train))
 
     def _generator_loss(self, output: GeneratorOutput, train: Train) -> Tensor:

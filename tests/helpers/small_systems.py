@@ -33,12 +33,27 @@ CHAR_TEXT = {
     "image_size": 32,
     "margin": 3e-4,  # as small as the scores: if every hinge is active, the gradients of biases are rounding noise
 }
+OPTIONS = {"r1_weight": 0.5, "r1_every": 2, "decay_start_images": 24, "decay_end_images": 90, "decay_floor": 0.2}
 TWO_STAGE = {"generator_width": 8, "discriminator_width": 4, "z_dim": 6, "condition_dim": 6}
 MODELS: dict[str, dict[str, Any]] = {
     "damsm": DAMSM,
     "char_text": CHAR_TEXT,
     "attngan": {**TREE, "generator_width": 8, "discriminator_width": 8},
+    "attngan-options": {
+        **TREE,
+        **OPTIONS,
+        "generator_width": 8,
+        "discriminator_width": 8,
+        "discriminator_norm": "group",
+    },
     "stackgan_pp": {**TREE, "generator_width": 8, "discriminator_width": 4, "colour_weight": 5.0},
+    "stackgan_pp-options": {
+        **TREE,
+        **OPTIONS,
+        "generator_width": 8,
+        "discriminator_width": 4,
+        "discriminator_norm": "none",
+    },
     "dcgan": {"image_size": 16, "generator_width": 4, "discriminator_width": 4, "z_dim": 6},
     "gan_cls": {
         "image_size": 16,
@@ -48,6 +63,15 @@ MODELS: dict[str, dict[str, Any]] = {
         "condition_dim": 5,
         "unit_text": True,
         "ema_half_life_images": 100,
+    },
+    "gan_cls-options": {
+        **OPTIONS,
+        "image_size": 16,
+        "generator_width": 8,
+        "discriminator_width": 4,
+        "z_dim": 6,
+        "condition_dim": 5,
+        "discriminator_norm": "group",
     },
     "style": {"width": 4},
     "stargan": {
@@ -63,6 +87,14 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "stackgan": {**TWO_STAGE, "generator_width": 16, "image_size": 16, "ema_half_life_images": 100},
     "stackgan-2": {**TWO_STAGE, "stage": 2, "image_size": 32, "residuals": 1, "compat": "authors"},
+    "stackgan-2-options": {
+        **TWO_STAGE,
+        **OPTIONS,
+        "stage": 2,
+        "image_size": 32,
+        "residuals": 1,
+        "discriminator_norm": "group",
+    },
     "captioner": {"trunk": "small", "trunk_width": 4, "image_size": 32, "word_dim": 8, "hidden_dim": 8},
     "mirrorgan": {**TREE, "generator_width": 8, "discriminator_width": 4, "damsm_weight": 1.0},
 }
@@ -71,11 +103,15 @@ QUICK = ("damsm", "attngan", "stackgan_pp")
 """Systems that are tested completely in every run; the others are too slow."""
 USES: dict[str, dict[str, str]] = {
     "attngan": {"damsm": "damsm"},
+    "attngan-options": {"damsm": "damsm"},
     "stackgan_pp": {"text": "damsm"},
+    "stackgan_pp-options": {"text": "damsm"},
     "gan_cls": {"text": "damsm"},
+    "gan_cls-options": {"text": "damsm"},
     "style": {"generator": "gan_cls"},
     "stackgan": {"text": "damsm"},
     "stackgan-2": {"stage1": "stackgan"},
+    "stackgan-2-options": {"stage1": "stackgan"},
     "mirrorgan": {"damsm": "damsm", "captioner": "captioner"},
 }
 """By label and slot, the label of the stage that the slot uses."""

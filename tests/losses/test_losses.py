@@ -25,6 +25,7 @@ from t2idist.losses.adversarial import (
 )
 from t2idist.losses.image import colour_consistency, kl_divergence
 from t2idist.losses.matching import Gammas, WrongPairs, sentence_losses, word_losses, word_similarity, wrong_pairs
+from t2idist.losses.penalties import r1_penalty
 from t2idist.nn.discriminators import PairDiscriminator
 from t2idist.nn.fast import word_attention as fast
 
@@ -231,3 +232,15 @@ def test_colour_consistency_matches_hand_computation() -> None:
     grown = F.interpolate(torch.randn(2, 3, 4, 4), scale_factor=2)
     assert colour_consistency(grown, grown[:, :, ::2, ::2]).item() == pytest.approx(0, abs=1e-9)
     assert colour_consistency(high, low).requires_grad and not colour_consistency(high, low, "authors").requires_grad
+
+
+def test_r1_is_the_mean_squared_norm_of_the_gradient_on_real_images() -> None:
+    torch.manual_seed(0)
+    weight, images = torch.randn(3, 4, 4, dtype=torch.float64, requires_grad=True), torch.randn(5, 3, 4, 4).double()
+    linear = r1_penalty(lambda x: (x * weight).flatten(1).sum(1), images)
+    assert torch.allclose(linear, weight.square().sum())
+    quadratic = r1_penalty(lambda x: (x.square() * weight).flatten(1).sum(1), images)
+    expected = (2 * images * weight).square().flatten(1).sum(1).mean()
+    assert torch.allclose(quadratic, expected)
+    ours, theirs = (torch.autograd.grad(value, weight)[0] for value in (quadratic, expected))
+    assert torch.allclose(ours, theirs)

@@ -35,7 +35,8 @@ def test_old_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
 
     result = export.read(str(tmp_path / "runs/tiny/attngan/export"))
     expected = export.read(str(DATA / "finished_export"))
-    assert (result.system, result.config, result.plan) == (expected.system, expected.config, expected.plan)
+    assert (result.system, result.plan) == (expected.system, expected.plan)
+    assert {key: result.config[key] for key in expected.config} == expected.config  # there may be new keys
     assert (result.vocabulary, result.images) == (expected.vocabulary, expected.images)
     assert result.weights.keys() == expected.weights.keys()
     for network, weights in expected.weights.items():

@@ -1,6 +1,5 @@
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
-PROCESSES ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
@@ -15,10 +14,10 @@ demo-long: $(INSTALLED)
 	$(BIN)/python -m t2idist.run attngan preset=demo-long storage=runs
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q -n $(PROCESSES) --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow"
 
 test-quick: $(INSTALLED)
-	$(BIN)/python -m pytest -q -n $(PROCESSES) --dist loadfile -m "not slow and not whole"
+	$(BIN)/python -m pytest -q -m "not slow and not whole"
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable '.[test,text]'

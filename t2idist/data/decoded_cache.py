@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from t2idist.data.samples import DecodedImage
 from t2idist.data.shards import Dataset
-from t2idist.data.transforms import DRAFT_FACTOR
+from t2idist.data.transforms import draft_fraction
 from t2idist.storage import sha256
 
 logger = logging.getLogger(__name__)
@@ -68,25 +68,22 @@ class DecodedCache:
         self._writer = threading.Thread(target=self._write, name="decoded", daemon=True)
         self._writer.start()
 
-    def get(self, index: int) -> DecodedImage | None:
-        """Return a sample; None if it is not cached. Its pixels are a view of the file."""
-        offset, shape, full_shape, vector_bytes = self._entries[index].tolist()
+    def find(self, indices: range) -> list[DecodedImage | None]:
+        """Return consecutive samples, and have the disk read them ahead; None stands for one that is not cached.
+
+        Their pixels are views of the file.
+        """
+        return [self._view(*entry) for entry in self._entries[indices.start : indices.stop].tolist()]
+
+    def _view(self, offset: int, shape: int, full_shape: int, vector_bytes: int) -> DecodedImage | None:
         if not offset or not shape:
             return None
         height, width = divmod(shape, 1 << 32)
         full_height, full_width = divmod(full_shape, 1 << 32)
         pixels = np.frombuffer(self._map, np.uint32, height * width, offset).reshape(height, width)
-        end = offset + pixels.nbytes
+        start, end = offset // mmap.PAGESIZE * mmap.PAGESIZE, offset + pixels.nbytes
+        self._map.madvise(mmap.MADV_WILLNEED, start, end - start)
         return DecodedImage(pixels, (full_width, full_height), self._map[end : end + vector_bytes])
-
-    def find(self, indices: range) -> list[DecodedImage | None]:
-        """Return consecutive samples, and have the disk read them ahead; None stands for one that is not cached."""
-        for offset, shape, *_ in self._entries[indices.start : indices.stop].tolist():
-            if offset:
-                height, width = divmod(shape, 1 << 32)
-                start = offset // mmap.PAGESIZE * mmap.PAGESIZE
-                self._map.madvise(mmap.MADV_WILLNEED, start, offset - start + 4 * height * width)
-        return [self.get(index) for index in indices]
 
     def put(self, index: int, image: DecodedImage) -> None:
         """Have a sample written in the background; it is left out if the disk does not keep up."""
@@ -133,16 +130,16 @@ class DecodedCache:
                 self._full = True
                 return
             self._put_bytes(np.array([used + needed], np.int64), 8)
-        offset = _HEADER + self._entries.nbytes + used
-        self._put_bytes(data, offset)
-        if image.vectors:
-            self._put_bytes(np.frombuffer(image.vectors, np.uint8), offset + data.nbytes)
-        height, width = data.shape
-        full_width, full_height = image.size
-        shapes = [(height << 32) + width, (full_height << 32) + full_width, len(image.vectors)]
-        entry = _HEADER + index * _ENTRY
-        self._put_bytes(np.array(shapes, np.int64), entry + 8)
-        self._put_bytes(np.array([offset], np.int64), entry)  # last: from now on others read it
+            offset = _HEADER + self._entries.nbytes + used
+            self._put_bytes(data, offset)
+            if image.vectors:
+                self._put_bytes(np.frombuffer(image.vectors, np.uint8), offset + data.nbytes)
+            height, width = data.shape
+            full_width, full_height = image.size
+            shapes = [(height << 32) + width, (full_height << 32) + full_width, len(image.vectors)]
+            entry = _HEADER + index * _ENTRY
+            self._put_bytes(np.array(shapes, np.int64), entry + 8)
+            self._put_bytes(np.array([offset], np.int64), entry)  # last: from now on others read it
 
     def _put_bytes(self, data: NDArray[Any], offset: int) -> None:
         written = os.pwrite(self._file, data.data, offset)
@@ -166,7 +163,7 @@ def open_decoded_cache(
         The cache; None if there is no room, or if the disk fails, which is logged.
     """
     samples = dataset.split(split)
-    drafted = samples.largest_shorter_side >= 2 * DRAFT_FACTOR * shorter
+    drafted = draft_fraction(samples.largest_shorter_side, shorter) > 1
     identity = f"{dataset.fingerprint} {split} {shorter if drafted else 'full'}"
     try:
         boot = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else f"{os.uname().nodename}-{os.getpid()}"
@@ -185,7 +182,7 @@ def open_decoded_cache(
 def _create(path: Path, limit_bytes: int, needed: int, samples: int) -> bool:
     """Create a file of holes for `needed` bytes, or as many as the limit and the disk allow. Returns whether it did."""
     _remove_unused(path, limit_bytes - needed)
-    others = sum(_capacity(file) for file in path.parent.iterdir() if file.suffix != ".lock")
+    others = sum(file.stat().st_size for file in _cache_files(path.parent))
     capacity = min(needed, limit_bytes - others, shutil.disk_usage(path.parent).free // 2)
     if capacity < needed / max(samples, 1):
         return False
@@ -198,19 +195,24 @@ def _create(path: Path, limit_bytes: int, needed: int, samples: int) -> bool:
 
 
 def _remove_unused(path: Path, limit_bytes: int) -> None:
-    """Remove files that no process uses: those of an earlier start of the host, and idle ones above the limit."""
+    """Remove files that no process uses.
+
+    These are all files from before the host's last start, and idle files until the others have at most `limit_bytes`.
+    """
     boot = path.name.partition("-")[2]
-    files = [file for file in path.parent.iterdir() if file.suffix != ".lock"]
-    for file in sorted(files, key=lambda file: file.stat().st_mtime):
+    files = sorted(_cache_files(path.parent), key=lambda file: file.stat().st_mtime)
+    total_bytes = sum(file.stat().st_size for file in files)
+    for file in files:
+        status = file.stat()
         current = file.name.partition("-")[2] == boot
-        recent = time.time() - file.stat().st_mtime < IDLE_SECONDS
-        if current and (recent or sum(_capacity(each) for each in files if each.exists()) <= limit_bytes):
+        if current and (time.time() - status.st_mtime < IDLE_SECONDS or total_bytes <= limit_bytes):
             continue
         with contextlib.suppress(OSError), open(file, "rb") as opened:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if it is in use
             file.unlink()
+            total_bytes -= status.st_size
             file.with_name(file.name + ".lock").unlink(missing_ok=True)
 
 
-def _capacity(file: Path) -> int:
-    return file.stat().st_size
+def _cache_files(folder: Path) -> list[Path]:
+    return [file for file in folder.iterdir() if file.suffix != ".lock"]

@@ -19,7 +19,7 @@ _FORMATS = {"webp": "WEBP", "png": "PNG", "jpg": "JPEG"}
 CROP_X, CROP_Y, FLIP, CAPTION, WORD_SUBSET = range(5)
 """Columns of `order.random_bits` and the choices that they decide."""
 
-DRAFT_FACTOR = 2
+_DRAFT_FACTOR = 2
 """A JPEG that is decoded at a fraction keeps at least so many times the pixels that are needed."""
 
 
@@ -45,10 +45,7 @@ def _decode_jpeg(encoded: EncodedImage, shorter: int | None) -> DecodedImage | N
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         if colours not in ("YCbCr", "Gray") or height * width > MAX_PIXELS:
             return None
-        fraction = 1
-        if shorter is not None:
-            most = min(width, height) // (DRAFT_FACTOR * shorter)
-            fraction = next(each for each in (8, 4, 2, 1) if each <= max(most, 1))
+        fraction = 1 if shorter is None else draft_fraction(min(width, height), shorter)
         if fraction > 1 and b"MPF\0" in data:
             return None  # Pillow decodes a file of several pictures at full size
         sides = -(-height // fraction), -(-width // fraction)
@@ -58,6 +55,16 @@ def _decode_jpeg(encoded: EncodedImage, shorter: int | None) -> DecodedImage | N
     return DecodedImage(pixels.view(np.uint32)[..., 0], (width, height), encoded.vectors)
 
 
+def draft_fraction(shorter: int, needed: int) -> int:
+    """Return the fraction of its size at which a JPEG is decoded, as Pillow's `draft` chooses it: 1, 2, 4 or 8.
+
+    Args:
+        shorter: Pixels of the image's shorter side.
+        needed: Pixels of the shorter side that are needed.
+    """
+    return next((each for each in (8, 4, 2) if each * _DRAFT_FACTOR * needed <= shorter), 1)
+
+
 def _decode_with_pillow(encoded: EncodedImage, shorter: int | None) -> DecodedImage:
     try:
         image: Image.Image = Image.open(io.BytesIO(encoded.data), formats=[_FORMATS[encoded.extension]])
@@ -65,7 +72,7 @@ def _decode_with_pillow(encoded: EncodedImage, shorter: int | None) -> DecodedIm
             raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
         size = image.size
         if shorter is not None and image.format == "JPEG":
-            image.draft(None, (DRAFT_FACTOR * shorter,) * 2)
+            image.draft(None, (_DRAFT_FACTOR * shorter,) * 2)
         image.load()
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
@@ -127,7 +134,7 @@ def crop_and_flip(
 def fill_pyramid(images: NDArray[np.uint32], outputs: Sequence[NDArray[np.uint8]]) -> None:
     """Resize images to every size of the pyramid, bilinear and antialiased.
 
-    The values are those of Pillow's resize, in a fraction of its time.
+    The values are those of Pillow's resize, which takes four times as long.
 
     Args:
         images: (N, S, S), as `DecodedImage.pixels`, at the largest size; contiguous.

@@ -145,21 +145,20 @@ def test_processes_of_a_host_share_the_file(dataset: Dataset, tmp_path: Path) ->
     assert len(files(tmp_path)) == 1
 
 
+def fill_slowly(url: str, folder: str) -> None:
+    """Put all samples one by one, after a line on stdout; never ends."""
+    dataset = Dataset.open(url)
+    images = [decode(image, 22) for image in encoded(dataset)]
+    cache = open_cache(dataset, Path(folder))
+    print("ready", flush=True)
+    for index, image in enumerate(images):
+        cache.put(index, image)
+        time.sleep(0.002)
+    threading.Event().wait()
+
+
 def test_a_process_that_is_killed_leaves_whole_images(dataset: Dataset, tmp_path: Path) -> None:
-    script = (
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from t2idist.data.shards import Dataset\n"
-        "from tests.data import test_decoded_cache as tests\n"
-        "data = Dataset.open(sys.argv[1])\n"
-        "images = [tests.decode(image, 22) for image in tests.encoded(data)]\n"
-        "cache = tests.open_cache(data, Path(sys.argv[2]))\n"
-        "print('ready', flush=True)\n"
-        "for index, image in enumerate(images):\n"
-        "    cache.put(index, image)\n"
-        "    tests.time.sleep(0.002)\n"
-        "tests.time.sleep(60)\n"
-    )
+    script = "import sys; from tests.data.test_decoded_cache import fill_slowly; fill_slowly(*sys.argv[1:])"
     command = [sys.executable, "-c", script, dataset.url, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as process:
         assert process.stdout is not None

@@ -117,7 +117,8 @@ def _both_features(net: ConditionalDiscriminator, real: Tensor, fake: Tensor) ->
     """Compute the features of real and of generated images, in one pass unless BatchNorm would mix them."""
     if couples_samples(net):
         return net.features(real), net.features(fake)
-    return net.features(torch.cat([real, fake.to(real.dtype)])).tensor_split(2)  # type: ignore[return-value]
+    features = net.features(torch.cat([real, fake]))
+    return features[: len(real)], features[len(real) :]
 
 
 def _pair_losses(

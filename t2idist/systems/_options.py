@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from t2idist.contract import Adam, Schedule, check_ranges
+from t2idist.contract import Adam, Schedule, Train, check_ranges
 from t2idist.losses.penalties import r1_penalty
 
 CONSTANT = Schedule()
@@ -49,8 +49,39 @@ class GanOptions:
         """Return the weight of the R1 penalty in this step; 0: none."""
         return self.r1_weight * self.r1_every if step % self.r1_every == 0 else 0.0
 
+    def update_discriminator(
+        self,
+        train: Train,
+        role: str,
+        losses: Callable[..., Any],
+        combine: Callable[[Any], Tensor],
+        score: Callable[..., Tensor],
+        real: Tensor,
+        fake: Tensor,
+        *args: Any,
+        suffix: str = "",
+    ) -> None:
+        """Update a discriminator with ``combine(losses(net, real, fake, *args))``, and R1 where it is due.
 
-def penalised_losses(
+        Reports the penalty and the fields of the losses.
+
+        Args:
+            score: ``score(net, images, *args[:1])``, the logits of images (N,) that the penalty is of.
+            real: (N, 3, S, S), as `fake`, which gets no gradient.
+            suffix: Appended to the reported names.
+        """
+        weight = self.r1_weight_in(train.step)
+        parts, penalty = train.forward(role, _penalised_losses, weight > 0, losses, score, real, fake.detach(), *args)
+        loss = combine(parts)
+        if penalty is not None:
+            train.report(f"{role}/r1{suffix}", penalty)
+            loss = loss + weight * penalty
+        train.apply(role, loss)
+        for part, value in vars(parts).items():
+            train.report(f"{role}/{part}{suffix}", value)
+
+
+def _penalised_losses(
     net: nn.Module,
     penalise: bool,
     losses: Callable[..., Any],
@@ -59,10 +90,6 @@ def penalised_losses(
     fake: Tensor,
     *args: Any,
 ) -> tuple[Any, Tensor | None]:
-    """Compute ``losses(net, real, fake, *args)`` and, if wanted, the R1 penalty of the real images.
-
-    Args:
-        score: ``score(net, images, *args[:1])``, the logits of images (N,) that the penalty is of.
-    """
+    """Compute ``losses(net, real, fake, *args)`` and, if wanted, the R1 penalty of the real images."""
     parts = losses(net, real, fake, *args)
     return parts, r1_penalty(lambda images: score(net, images, *args[:1]), real) if penalise else None

@@ -28,7 +28,7 @@ from t2idist.nn.discriminators import AttnDiscriminator
 from t2idist.nn.init import orthogonal_
 from t2idist.nn.text_encoders import padding_mask, unit_scale
 from t2idist.nn.tree import AttentionGenerator, GeneratorOutput, pyramid
-from t2idist.systems._options import GanOptions, penalised_losses
+from t2idist.systems._options import GanOptions
 
 
 @dataclass(frozen=True)
@@ -99,27 +99,17 @@ class TreeGan:
         *args: Any,
         suffix: str = "",
     ) -> None:
-        """Update every discriminator with ``combine(losses(net, real, fake, *args))`` and report the losses' fields.
+        """Call `GanOptions.update_discriminator` for every image size.
 
         Args:
             real: Image pyramid, lowest size first.
             fake: Generated images of the same sizes.
-            score: As for `penalised_losses`.
-            suffix: Appended to the reported names.
         """
-        weight = self.options.r1_weight_in(train.step)
         for size, real_images, fake_images in zip(self.sizes, real, fake, strict=True):
-            name = f"discriminator_{size}"
-            parts, penalty = train.forward(
-                name, penalised_losses, weight > 0, losses, score, real_images, fake_images.detach(), *args
+            role = f"discriminator_{size}"
+            self.options.update_discriminator(
+                train, role, losses, combine, score, real_images, fake_images, *args, suffix=suffix
             )
-            loss = combine(parts)
-            if penalty is not None:
-                train.report(f"{name}/r1{suffix}", penalty)
-                loss = loss + weight * penalty
-            train.apply(name, loss)
-            for part, value in vars(parts).items():
-                train.report(f"{name}/{part}{suffix}", value)
 
     def add_adversarial_losses(
         self, total: Tensor, train: Train, fake: Sequence[Tensor], loss: Callable[..., Tensor], *args: Any

@@ -23,14 +23,20 @@ from t2idist.contract import (
     Train,
     check_ranges,
 )
-from t2idist.losses.adversarial import bce_real, conditional_scores, matching_aware_loss, matching_aware_losses
+from t2idist.losses.adversarial import (
+    PairLosses,
+    bce_real,
+    conditional_scores,
+    matching_aware_loss,
+    matching_aware_losses,
+)
 from t2idist.losses.matching import wrong_pairs
 from t2idist.nn.blocks import replace_batch_norm
 from t2idist.nn.dcgan import DcganDiscriminator, conditional_generator
 from t2idist.nn.init import normal_
 from t2idist.nn.text_encoders import sentence_encoder
 from t2idist.systems import _sentences
-from t2idist.systems._options import GanOptions, penalised_losses
+from t2idist.systems._options import GanOptions
 
 
 @dataclass(frozen=True)
@@ -122,24 +128,18 @@ class GanCls:
             texts.append(torch.lerp(text[pairs.caption], text, self.config.beta))
             noises.append(train.noise(self.config.z_dim))
         fakes = train.forward("generator", _generate, noises, texts)
-        fake = fakes[0].detach()
-        given = (batch.images[-1], fake, text, pairs, batch.groups)
-        weight = self.config.r1_weight_in(train.step)
-        losses, penalty = train.forward(
-            "discriminator", penalised_losses, weight > 0, matching_aware_losses, conditional_scores, *given
-        )
-        loss = matching_aware_loss(losses) if self.config.matching_aware else losses.real + losses.fake
-        if penalty is not None:
-            train.report("discriminator/r1", penalty)
-            loss = loss + weight * penalty
-        train.apply("discriminator", loss)
-        for part, value in vars(losses).items():
-            train.report(f"discriminator/{part}", value)
+        self.config.update_discriminator(
+            train, "discriminator", matching_aware_losses, self._discriminator_loss, conditional_scores,
+            batch.images[-1], fakes[0], text, pairs, batch.groups,
+        )  # fmt: skip
         with train.frozen("discriminator") as discriminator:
             adversarial = [bce_real(discriminator(images, c)) for images, c in zip(fakes, texts, strict=True)]
         for name, loss in zip(("adversarial", "interpolated"), adversarial, strict=False):
             train.report(f"generator/{name}", loss)
         train.apply("generator", self._generator_loss(adversarial))
+
+    def _discriminator_loss(self, losses: PairLosses) -> Tensor:
+        return matching_aware_loss(losses) if self.config.matching_aware else losses.real + losses.fake
 
     def _generator_loss(self, losses: Sequence[Tensor]) -> Tensor:
         """Combine the losses for captions and, with `interpolate`, for interpolated text (section 4.3, eq. 5)."""

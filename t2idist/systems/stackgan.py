@@ -41,7 +41,7 @@ from t2idist.nn.text_encoders import sentence_encoder
 from t2idist.nn.tree import GeneratorOutput
 from t2idist.nn.two_stage import StageOneGenerator, StageTwoGenerator, stage_one_generator, use_batch_statistics
 from t2idist.systems import _sentences
-from t2idist.systems._options import GanOptions, penalised_losses
+from t2idist.systems._options import GanOptions
 
 
 @dataclass(frozen=True)
@@ -156,21 +156,13 @@ class StackGan:
         """
         assert output.mean is not None
         pairs = wrong_pairs(batch.class_ids, batch.groups)
-        given = (batch.images[-1], output.images[0].detach(), output.mean.detach(), pairs, batch.groups)
+        given = (batch.images[-1], output.images[0], output.mean.detach(), pairs, batch.groups)
         losses: Callable[..., Any] = matching_aware_losses
         combine: Callable[[Any], Tensor] = matching_aware_loss
         score: Callable[..., Tensor] = conditional_scores
         if self.config.stage == 2:
             losses, combine, score = joint_losses, attngan_discriminator_loss, joint_scores
-        weight = self.config.r1_weight_in(train.step)
-        parts, penalty = train.forward("discriminator", penalised_losses, weight > 0, losses, score, *given)
-        loss = combine(parts)
-        if penalty is not None:
-            train.report("discriminator/r1", penalty)
-            loss = loss + weight * penalty
-        train.apply("discriminator", loss)
-        for part, value in vars(parts).items():
-            train.report(f"discriminator/{part}", value)
+        self.config.update_discriminator(train, "discriminator", losses, combine, score, *given)
 
     def _generator_loss(self, output: GeneratorOutput, train: Train) -> Tensor:
         """Adversarial loss and weighted KL divergence (section 3.3, eq. 4; section 3.4, eq. 6)."""

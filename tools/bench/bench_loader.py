@@ -141,10 +141,8 @@ def rate(batches: Iterator[Any], count: int) -> float:
 
 # ------------------------------------------------------------------------------------------------ loaders
 def open_ours(url: str, step0: int = 0, cache: str | None = None) -> Loader:
-    size_gib = 0.0 if cache is None else 64.0
-    config = DataConfig(
-        source=url, max_words=MAX_WORDS, threads=1, crop=SIDE / CROP, cache=cache, cache_gib=size_gib
-    )  # fmt: skip
+    gib = 64.0 if cache else 0.0
+    config = DataConfig(source=url, max_words=MAX_WORDS, threads=1, crop=SIDE / CROP, cache=cache, cache_gib=gib)
     spec = LoaderSpec(config, SIZES, groups=[0], total_groups=1, group_size=BATCH, step0=step0)
     return open_loader(Dataset.open(url), spec, seed=1)
 

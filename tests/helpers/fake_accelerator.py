@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
@@ -113,6 +114,9 @@ class FakeDevice(TorchDispatchMode):
             return args[0]
         if not on_device:
             return out
+        if torch.Tag.inplace_view in func.tags:  # such as unsqueeze_: the wrapper has the new shape, too
+            with _disable_current_modes(), no_dispatch():
+                return func(*args, **kwargs)
         if name == "_pack_padded_sequence":
             return FakeTensor(out[0]), out[1]
         in_place = {id(tensor.host): tensor for tensor in fakes}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import stat
 import sys
 import types
@@ -12,6 +13,9 @@ import pytest
 import torch
 
 from tests.helpers.worker_processes import Workers
+
+# a shell starts background jobs with SIGINT ignored, and so would be the processes of the tests
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -96,6 +96,9 @@ class StageConfig:
     model: dict[str, Any] = field(default_factory=dict)
     """the system's own settings (``Config`` in systems/<system>.py)"""
     max_groups_per_worker: int = 64
+    micro_batch_groups: int | None = None
+    """groups that a worker computes at once; more take turns, with the same result; null is all, with GPUs as many as a
+    worker has when the run has its largest number of workers"""
     data: dict[str, Any] = field(default_factory=dict)
     """overrides of the run's data settings"""
     seed: int | None = None
@@ -113,7 +116,8 @@ class StageConfig:
     def __post_init__(self) -> None:
         check_ranges(
             self,
-            above_0="group_size groups images max_groups_per_worker checkpoint_every_images pictures_every_images",
+            above_0="group_size groups images max_groups_per_worker micro_batch_groups checkpoint_every_images "
+            "pictures_every_images",
             at_least_0="scores_every_images",
         )
 
@@ -302,6 +306,11 @@ class RunConfig:
                 raise ValueError(f"stages.{name}: allowed in a stage's name are a-z, 0-9, '_' and '-'")
             _check_seed(f"stages.{name}.seed", stage.seed or 0)
             self._check_scale(name, stage)
+
+    def groups_at_once(self, stage: StageConfig) -> int:
+        """Return the most groups of a stage that a worker computes at once."""
+        most = -(-stage.groups // self.cluster.workers[self.cluster.gpus_per_worker > 0])
+        return min(stage.micro_batch_groups or most, most)
 
     def _check_strategy(self) -> None:
         if self.strategy == "ddp":

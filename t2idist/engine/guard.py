@@ -27,14 +27,15 @@ class Guard:
     """
 
     def __init__(self, nets: Iterable[nn.Module], device: torch.device) -> None:
-        self._buffers = _flatten_buffers(nets, device)
-        self._saved = torch.empty_like(self._buffers)
+        self.buffers = _flatten_buffers(nets, device)
+        """The floating buffers of all networks, flat."""
+        self._saved = torch.empty_like(self.buffers)
         self._found_inf = torch.zeros((), device=device)
         self._skipped_steps = torch.zeros((), device=device)
         self._skips_in_a_row = torch.zeros((), device=device)
 
     def start_step(self) -> None:
-        self._saved.copy_(self._buffers)
+        self._saved.copy_(self.buffers)
         self._found_inf = torch.zeros_like(self._found_inf)
 
     def scale_loss(self, loss: Tensor, weight: float) -> Tensor:
@@ -55,7 +56,7 @@ class Guard:
 
     def end_step(self) -> None:
         """Restore the buffers if an update of this step was skipped, and count."""
-        torch.where(self._found_inf > 0, self._saved, self._buffers, out=self._buffers)
+        torch.where(self._found_inf > 0, self._saved, self.buffers, out=self.buffers)
         self._skipped_steps += self._found_inf
         self._skips_in_a_row = (self._skips_in_a_row + self._found_inf) * self._found_inf
 

@@ -142,6 +142,25 @@ def trainable_parameters(net: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
 
 
+class _GivenGradients(torch.autograd.Function):
+    """Zero, with given gradients for its inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: Iterable[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return None, *ctx.gradients
+
+
+def loss_with_gradients(net: nn.Module, gradients: Iterable[Tensor]) -> Tensor:
+    """Return a loss whose gradients of the trainable parameters are the given ones."""
+    loss: Tensor = _GivenGradients.apply(gradients, *trainable_parameters(net).values())  # type: ignore[no-untyped-call]
+    return loss
+
+
 def make_adam(parameters: Iterable[Any], settings: Adam) -> torch.optim.Adam:
     """Create fused Adam over parameters or parameter groups, without state."""
     return torch.optim.Adam(

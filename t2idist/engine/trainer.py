@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from t2idist.contract import Role, System
 from t2idist.engine.groups import convert_layers, running_statistics, track_statistics
 from t2idist.engine.guard import Guard
+from t2idist.engine.micro_batches import MicroBatches
 from t2idist.engine.noise import Noise
 from t2idist.engine.schedule import ema_decay, lr_factor
-from t2idist.engine.strategy import DDPStrategy, Precision, Strategy
+from t2idist.engine.strategy import DDPStrategy, Precision, Strategy, loss_with_gradients
 from t2idist.engine.world import Share, World, weighted_mean
 from t2idist.engine.zero import ZeroStrategy
 from t2idist.nn.fast.layers import clear_cached_casts, use_fast_layers
@@ -64,6 +65,7 @@ class Trainer:
         share: the groups that this worker runs.
         zero: 0 for DDP; 1 or 2 for this ZeRO stage of DeepSpeed, if there are several workers.
         gradients: dtype in which DDP sends gradients between the workers, if it is less exact than they are.
+        micro_batch_groups: groups that a worker computes at once (None: all).
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Trainer:
         precision: Precision,
         zero: int = 0,
         gradients: torch.dtype = torch.float32,
+        micro_batch_groups: int | None = None,
     ) -> None:
         self._gradients = gradients
         self.system, self.world, self.share, self.precision, self.zero = system, world, share, precision, zero
@@ -89,6 +92,9 @@ class Trainer:
         self._role_states = {name: self._start_role(name, role) for name, role in system.roles.items()}
         nets = [net for state in self._role_states.values() for net in (state.role.net, state.ema) if net is not None]
         self.guard = Guard(nets, world.device)
+        self._micro_batches: MicroBatches | None = None
+        if micro_batch_groups is not None and micro_batch_groups < share.largest:  # on all workers alike
+            self._micro_batches = MicroBatches(self, micro_batch_groups, nets)
         self._reports: list[tuple[int, str, Tensor]] = []
         self.first_nonfinite = ""
 
@@ -131,9 +137,11 @@ class Trainer:
         """
         state = self._role_states[role]
         assert state.in_update, f"{role}: apply without forward"
-        assert loss.dim() == 0, f"{role}: the loss has shape {tuple(loss.shape)}; it must be a scalar"
         state.in_update = False
-        scaled = self.guard.scale_loss(loss, self.share.weight)
+        self._apply(role, self.scale_loss(role, loss))
+
+    def _apply(self, role: str, scaled: Tensor) -> None:
+        state = self._role_states[role]
         found_inf, norm = self.guard.check(state.strategy.backward(scaled))
         self._reports.append((self.step, f"{GRADIENTS}{role}", norm))
         optimizer = state.role.optimizer
@@ -170,6 +178,36 @@ class Trainer:
         """Log a scalar; `reduce_reports` averages it (`Train.report`)."""
         self._reports.append((self.step, name, value.detach()))
 
+    # -------------------------------------------------------------------------------------------- for micro-batches
+    def role_network(self, role: str) -> nn.Module:
+        """Return the network of a role."""
+        return self._role_states[role].role.net
+
+    def run_unwrapped(self, role: str, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run ``fn(net, *args, **kwargs)`` as `forward` does, but outside the role's distributed wrapper."""
+        with self.precision.autocast(self.world.device):
+            return fn(self.role_network(role), *args, **kwargs)
+
+    def scale_loss(self, role: str, loss: Tensor, fraction: float = 1.0) -> Tensor:
+        """Return the loss to differentiate: weighted by this worker's share, and by a fraction of its groups."""
+        assert loss.dim() == 0, f"{role}: the loss has shape {tuple(loss.shape)}; it must be a scalar"
+        return self.guard.scale_loss(loss, self.share.weight * fraction)
+
+    def apply_gradients(self, role: str, gradients: Sequence[Tensor]) -> None:
+        """Update a role as `apply` does, by this worker's gradients of its trainable parameters."""
+        self._apply(role, self._role_states[role].strategy.run(loss_with_gradients, gradients))
+
+    def has_ema(self, role: str) -> bool:
+        return self._role_states[role].ema is not None
+
+    @contextlib.contextmanager
+    def ema_network(self, role: str, momentum: float) -> Iterator[nn.Module]:
+        """Yield a role's EMA network, to repeat a forward that moves its BatchNorm statistics."""
+        ema = self._role_states[role].ema
+        assert ema is not None
+        with torch.no_grad(), self.precision.autocast(self.world.device), track_statistics(ema, momentum):
+            yield ema
+
     # -------------------------------------------------------------------------------------------- for the loop
     def run_step(self, batch: Any, momentum: float = 0.0) -> None:
         """Run one step of the system on a host batch.
@@ -181,17 +219,23 @@ class Trainer:
         self._momentum = momentum
         self.noise_source.start(self.step)
         self.guard.start_step()
-        self.system.step(batch.to(self.world.device, self.precision.weights), self)
-        pending = [name for name, state in self._role_states.items() if state.in_update]
-        assert not pending, f"{pending}: forward without apply"
-        for state in self._role_states.values():
-            if state.ema is not None and state.ema_forward is not None:
-                autocast = self.precision.autocast(self.world.device)
-                with torch.no_grad(), autocast, track_statistics(state.ema, momentum):
-                    state.ema_forward(state.ema)
-                state.ema_forward = None
+        on_device = batch.to(self.world.device, self.precision.weights)
+        if self._micro_batches is not None:
+            self._micro_batches.run_step(on_device, momentum)
+        else:
+            self._run_at_once(on_device, momentum)
         self.guard.end_step()
         self.step += 1
+
+    def _run_at_once(self, batch: Any, momentum: float) -> None:
+        self.system.step(batch, self)
+        pending = [name for name, state in self._role_states.items() if state.in_update]
+        assert not pending, f"{pending}: forward without apply"
+        for name, state in self._role_states.items():
+            if state.ema_forward is not None:
+                with self.ema_network(name, momentum) as ema:
+                    state.ema_forward(ema)
+                state.ema_forward = None
 
     def reduce_reports(self) -> dict[str, float]:
         """Average the reports since the last call, over steps and, weighted by share, over workers. A collective.

@@ -77,6 +77,11 @@ class Share:
         return Share(range(start, start + each + (world.rank < extra)), groups, world.size)
 
     @property
+    def largest(self) -> int:
+        """Groups of the worker that runs most."""
+        return -(-self.groups // self.workers)
+
+    @property
     def fraction(self) -> float:
         """This worker's fraction of the global batch."""
         return len(self.lanes) / self.groups

@@ -29,6 +29,7 @@ ADJUSTABLE = ("about", "storage", "report", "checkpoint", "cluster", "guard", "s
 ADJUSTABLE_STAGE = (
     "images",
     "max_groups_per_worker",
+    "micro_batch_groups",
     "checkpoint_every_images",
     "pictures_every_images",
     "export_best",
@@ -181,12 +182,11 @@ def _stage_lines(run: StageRun, system: System, datasets: Sequence[Dataset]) -> 
         f"{stage.images_per_step:,} images a step, {stage.steps:,} steps, {stage.images:,} images"
     )
     yield from _network_lines(system)
-    smallest, largest = config.cluster.workers
-    shards = smallest if config.strategy == "deepspeed" else 1
+    shards = config.cluster.workers[0] if config.strategy == "deepspeed" else 1
     memory = state_bytes(system, config.precision, shards)
     yield (
         f"  memory per worker {memory / 2**30:.2f} GiB for weights, gradients, Adam and EMA; activations come on top, "
-        f"for {format_groups(-(-stage.groups // smallest), -(-stage.groups // largest))} of {stage.group_size}"
+        f"for {format_groups(config.groups_at_once(stage))} of {stage.group_size} at once"
     )
     if not datasets:
         yield "  data.source is not given; the run needs it: images per epoch and the vocabulary are unknown"
@@ -201,10 +201,8 @@ def _stage_lines(run: StageRun, system: System, datasets: Sequence[Dataset]) -> 
             yield f"  stages.{run.name}.model.{role.pretrained.key} is not given; the run needs it"
 
 
-def format_groups(most: int, fewest: int | None = None) -> str:
-    """Format a number of groups, or a range of them."""
-    numbers = f"{most}" if fewest in (None, most) else f"{fewest} to {most}"
-    return f"{numbers} group{'s' * (most != 1)}"
+def format_groups(groups: int) -> str:
+    return f"{groups} group{'s' * (groups != 1)}"
 
 
 def _network_lines(system: System) -> Iterator[str]:

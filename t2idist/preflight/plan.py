@@ -182,12 +182,13 @@ def _estimate(stage: StageRun, hardware: Hardware, efficiency: float) -> tuple[E
     shards = hardware.gpus if config.strategy == "deepspeed" else 1
     cost = _measure_step(stage, system, data)
     groups = -(-settings.groups // hardware.gpus)
+    at_once = min(settings.micro_batch_groups or groups, groups)
     element_bytes = 2 if config.precision == "bfloat16" else 4
     peak = hardware.model.tflops[config.precision] * 1e12
     sent_bytes = 2 * (hardware.gpus - 1) / hardware.gpus * (2 if config.gradients == "bfloat16" else 4) * cost.gradients
     estimate = Estimate(
         state_gib=dry_run.state_bytes(system, config.precision, shards) / 2**30,
-        activations_gib=cost.activations * groups * element_bytes / 2**30,
+        activations_gib=cost.activations * at_once * element_bytes / 2**30,
         flops=cost.flops * groups,
         compute_seconds=cost.flops * groups / (peak * efficiency),
         launches=cost.launches,
@@ -199,9 +200,9 @@ def _estimate(stage: StageRun, hardware: Hardware, efficiency: float) -> tuple[E
     if estimate.memory_gib > hardware.model.memory_gib:
         raise ValueError(
             f"--plan: stage {stage.name} needs {estimate.memory_gib:.1f} GiB a worker ({estimate.state_gib:.1f} of "
-            f"weights, gradients, Adam and EMA, {estimate.activations_gib:.1f} of activations of {groups} groups of "
+            f"weights, gradients, Adam and EMA, {estimate.activations_gib:.1f} of activations of {at_once} groups of "
             f"{settings.group_size}), and the {hardware.name} has {hardware.model.memory_gib:g}; "
-            f"{_advice(groups, estimate, config)}"
+            f"{_advice(at_once, stage.name, estimate, config)}"
         )
     return estimate, system
 
@@ -216,9 +217,9 @@ def _measure_step(stage: StageRun, system: System, data: DataInfo) -> StepCost:
         ) from None
 
 
-def _advice(groups: int, estimate: Estimate, config: RunConfig) -> str:
+def _advice(groups: int, stage: str, estimate: Estimate, config: RunConfig) -> str:
     if groups > 1:
-        return "give more GPUs or fewer groups"
+        return f"give more GPUs or stages.{stage}.micro_batch_groups={groups // 2}"
     if config.strategy == "ddp" and estimate.state_gib > estimate.activations_gib:
         return "give a larger kind, or strategy=deepspeed zero=1 on more GPUs"
     return "give a larger kind: a group is the recipe's batch and is not divided"

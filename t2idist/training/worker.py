@@ -225,11 +225,12 @@ class _StageWorker:
         self._forget_replicas()
 
     def _out_of_memory(self) -> str:
-        stage, groups = self._stage, len(self._trainer.share.lanes)
+        stage = self._stage
+        groups = min(self._config.groups_at_once(stage.settings), len(self._trainer.share.lanes))
         return (
             f"stages.{stage.name}: out of memory on {accelerator.describe(self._world.device)} with "
-            f"{groups} x {stage.settings.group_size} images on a worker; use more workers (cluster.workers) or a "
-            f"smaller stages.{stage.name}.group_size; --plan shows what fits"
+            f"{groups} x {stage.settings.group_size} images at once; lower stages.{stage.name}."
+            f"{'micro_batch_groups' if groups > 1 else 'group_size'}; --plan shows what fits"
         )
 
     def _build_system(self) -> System:
@@ -263,6 +264,7 @@ class _StageWorker:
             precision=Precision(self._config.precision),
             zero=self._config.zero,
             gradients=getattr(torch, self._config.gradients),
+            micro_batch_groups=self._config.groups_at_once(stage.settings),
         )
 
     def _open_checkpoints(self) -> CheckpointManager:

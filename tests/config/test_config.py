@@ -65,6 +65,14 @@ def test_bad_values_raise_an_error_that_names_key_and_value(path: str, value: ob
         from_dict(RunConfig, changed(path, value))
 
 
+@pytest.mark.parametrize(("gpus", "groups", "expected"), [(0, None, 4), (1, None, 1), (1, 3, 1), (0, 3, 3), (0, 9, 4)])
+def test_groups_at_once(gpus: int, groups: int | None, expected: int) -> None:
+    values = changed("cluster", {"workers": [2, 8], "gpus_per_worker": gpus})
+    values["stages"] = {"a": values["stages"]["a"] | {"groups": 8, "micro_batch_groups": groups}}
+    config = from_dict(RunConfig, values)
+    assert config.groups_at_once(config.stages["a"]) == expected
+
+
 def test_too_few_groups_are_named_in_every_stage() -> None:
     with pytest.raises(ValueError, match=r"give stages.damsm.groups=2 stages.attngan.groups=2$"):
         load("attngan", ["cluster.workers=[1,2]", "stages.judge.groups=2"])

@@ -196,7 +196,14 @@ def write_export(system: str, url: str, words: Sequence[str], data: DataInfo = D
     export.write(url, {dotted.rpartition(".")[2]: exported_network(built, dotted) for dotted in built.exports}, index)
 
 
-def trainer(world: World, system: str, precision: str, groups: int = GROUPS) -> Trainer:
+def trainer(
+    world: World,
+    system: str,
+    precision: str,
+    groups: int = GROUPS,
+    micro_batch_groups: int | None = None,
+    zero: int = 0,
+) -> Trainer:
     """Build a trainer: of the system itself in float64, else of `build_smooth`."""
     share = Share.of(world, groups)
     return Trainer(
@@ -207,6 +214,8 @@ def trainer(world: World, system: str, precision: str, groups: int = GROUPS) -> 
         share=share,
         world=world,
         precision=Precision(precision),
+        zero=zero,
+        micro_batch_groups=micro_batch_groups,
     )
 
 

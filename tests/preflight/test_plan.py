@@ -106,7 +106,7 @@ def test_plan_of_the_paper_run_on_eight_gpus() -> None:
     assert "assumed, not measured" in page
     slow = plan_page("16xa100-80,gbit=25", *(setting.replace("8", "16") for setting in SCALE))
     assert "sent a step and worker between nodes: 553.7 ms, 498.1 of them not hidden" in slow
-    message = r"stage attngan needs .* GiB a worker .* and the a10g has 22; give more GPUs or fewer groups"
+    message = r"stage attngan needs .* and the a10g has 22; give more GPUs or stages.attngan.micro_batch_groups=4"
     with pytest.raises(ValueError, match=message):
         plan_page("1xa10g", *SCALE)
 

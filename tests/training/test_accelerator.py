@@ -40,7 +40,7 @@ def test_out_of_memory_is_fatal_and_says_what_to_change(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(Trainer, "run_step", run_step)
     config = load_config(tmp_path)
-    expected = r"stages.damsm: out of memory on cpu with 2 x 4 images on a worker; use more workers"
+    expected = r"stages.damsm: out of memory on cpu with 2 x 4 images at once; lower stages.damsm.micro_batch_groups"
     with pytest.raises(ValueError, match=expected):
         worker.main(config, CPU, worker.WorkerContext())
     assert "stages.damsm.group_size; --plan shows what fits" in fatal(tmp_path)

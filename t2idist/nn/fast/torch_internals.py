@@ -18,6 +18,7 @@ __all__ = [
     "DropoutBase",
     "InstanceNormBase",
     "TorchDispatchMode",
+    "foreach_add",
     "foreach_copy_",
     "foreach_lerp_",
     "foreach_mul_",
@@ -31,6 +32,7 @@ __all__ = [
 CHECKED_VERSIONS = ("2.13", "2.14")
 
 # one operation for a list of tensors
+foreach_add = torch._foreach_add
 foreach_copy_ = torch._foreach_copy_
 foreach_lerp_ = torch._foreach_lerp_
 foreach_mul_ = torch._foreach_mul_

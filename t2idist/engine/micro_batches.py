@@ -15,27 +15,48 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from greenlet import greenlet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from t2idist.contract import Batch
+from t2idist.contract import Batch, System, Train
+from t2idist.engine.guard import Guard
+from t2idist.engine.noise import Noise
 from t2idist.engine.strategy import trainable_parameters
+from t2idist.engine.world import Share
 from t2idist.nn.fast.torch_internals import foreach_add
 
-if TYPE_CHECKING:
-    from t2idist.engine.trainer import Trainer
-
 T = TypeVar("T")
+
+
+class WholeTrainer(Train, Protocol):
+    """What the parts need of the trainer of all of a worker's groups (engine/trainer.py)."""
+
+    system: System
+    share: Share
+    noise_source: Noise
+    guard: Guard
+
+    def role_network(self, role: str) -> nn.Module: ...
+
+    def run_unwrapped(self, role: str, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any: ...
+
+    def scale_loss(self, role: str, loss: Tensor, fraction: float = 1.0) -> Tensor: ...
+
+    def apply_gradients(self, role: str, gradients: Sequence[Tensor]) -> None: ...
+
+    def has_ema(self, role: str) -> bool: ...
+
+    def ema_network(self, role: str, momentum: float) -> contextlib.AbstractContextManager[nn.Module]: ...
 
 
 class MicroBatches:
     """Runs the steps of a trainer's system in parts of at most `groups` groups."""
 
-    def __init__(self, trainer: Trainer, groups: int, nets: Sequence[nn.Module]) -> None:
+    def __init__(self, trainer: WholeTrainer, groups: int, nets: Sequence[nn.Module]) -> None:
         lanes = trainer.share.lanes
         self.trainer = trainer
         self.gradients: list[Tensor] = []

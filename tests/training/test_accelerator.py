@@ -43,7 +43,7 @@ def test_out_of_memory_is_fatal_and_says_what_to_change(tmp_path: Path, monkeypa
     expected = r"stages.damsm: out of memory on cpu with 2 x 4 images at once; lower stages.damsm.micro_batch_groups"
     with pytest.raises(ValueError, match=expected):
         worker.main(config, CPU, worker.WorkerContext())
-    assert "stages.damsm.group_size; --plan shows what fits" in fatal(tmp_path)
+    assert "stages.damsm.micro_batch_groups; --plan shows what fits" in fatal(tmp_path)
 
 
 def test_out_of_memory_beside_another_process_is_no_fault_of_the_run(

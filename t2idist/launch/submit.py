@@ -32,7 +32,7 @@ from t2idist.config import RunConfig
 from t2idist.config.strict import from_dict, to_dict
 from t2idist.engine.metrics import PROGRESS
 from t2idist.engine.preemption import PreemptionNotice, StopRequested
-from t2idist.launch import callbacks, connection, one_job, resources, shared_folders
+from t2idist.launch import callbacks, connection, gpu_failures, one_job, resources, shared_folders
 from t2idist.launch.ray_trainer import NodeInterfaceConfig, RayTrainer
 from t2idist.launch.replica_store import RayReplicaStore
 from t2idist.observability import logs
@@ -40,6 +40,7 @@ from t2idist.observability.environment import COMMIT_VARIABLE
 from t2idist.observability.logs import LogContext
 from t2idist.observability.progress import ProgressPrinter
 from t2idist.observability.prometheus import Gauges
+from t2idist.training import accelerator
 from t2idist.training.lifecycle import OnProgress, clear_fatal, read_fatal
 from t2idist.training.options import StopAfter
 from t2idist.training.stages import RUN_ID, run_url
@@ -173,8 +174,7 @@ def _trainer(
 
 def _environment(config: RunConfig) -> dict[str, str]:
     git = {COMMIT_VARIABLE: os.environ[COMMIT_VARIABLE]} if COMMIT_VARIABLE in os.environ else {}
-    # a run that loses workers has larger batches on the others: memory in fixed blocks would not be reused
-    memory = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if config.cluster.gpus_per_worker else {}
+    memory = accelerator.allocator_settings() if config.cluster.gpus_per_worker else {}
     return {**memory, **connection.thread_settings(config.cluster), **git}
 
 
@@ -198,6 +198,9 @@ def _work(settings: dict[str, Any]) -> str | None:
         )
         try:
             worker.main(config, get_device(), context)
+        except torch.AcceleratorError as error:
+            gpu_failures.handle(error, config.cluster.workers[0])
+            raise
         except StopRequested as stopped:
             return str(stopped)
     return None

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
+_ALLOCATOR = "PYTORCH_ALLOC_CONF"
 _OWN_SHARE = 0.9
 """Share of the memory that a process has at least if no other process uses the device."""
 
 
-def check(gpus: int) -> None:
-    """Raise ValueError if a worker has been given a GPU and torch cannot use it; the sentence says why."""
-    if gpus and not torch.accelerator.is_available():
+def prepare(gpus: int) -> None:
+    """Set torch up for a worker's GPU; raises ValueError, which says why, if it cannot use the GPU."""
+    if not gpus:
+        return
+    os.environ.update(allocator_settings())
+    if not torch.accelerator.is_available():
         raise ValueError(f"cluster.gpus_per_worker: {gpus}, but {_reason()}")
+
+
+def allocator_settings() -> dict[str, str]:
+    """Return the environment variable that sets torch's allocators; a value that the user set stays.
+
+    Device memory is not in fixed blocks: a run that loses workers needs larger ones. Page-locked memory above 64 MiB is
+    not rounded up to a power of two: the copies of the state would take up to twice their size.
+    """
+    return {_ALLOCATOR: os.environ.get(_ALLOCATOR, "expandable_segments:True,pinned_max_round_threshold_mb:64")}
 
 
 def is_usable() -> bool:

@@ -90,7 +90,7 @@ def main(config: RunConfig, device: torch.device, context: WorkerContext) -> Non
     if world.broadcast_object(read_fatal(config)) is not None:
         return
     try:
-        accelerator.check(config.cluster.gpus_per_worker)
+        accelerator.prepare(config.cluster.gpus_per_worker)
         _RunWorker(config, world, context).run()
     except (ValueError, AssertionError, PermissionError) as error:
         message = f"a fault of the program: {error!r}" if isinstance(error, AssertionError) else str(error)

@@ -126,6 +126,13 @@ def test_weight_is_cast_once_per_update_and_never_stale() -> None:
     torch.testing.assert_close(run(), expected())
 
 
+def test_cast_is_channels_last_whatever_the_layout_of_the_weight() -> None:
+    conv = use_fast_layers(nn.Conv2d(8, 8, 3)).to(memory_format=torch.contiguous_format)  # as under DeepSpeed
+    assert isinstance(conv, CachedCast) and not conv.weight.is_contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert conv.cast_weight().is_contiguous(memory_format=torch.channels_last)
+
+
 def test_gradients_of_two_passes_match_autocast() -> None:
     torch.manual_seed(0)
     plain = nn.Conv2d(8, 16, 3)

@@ -68,3 +68,11 @@ def test_precision_of_cuda_kernels_follows_the_config() -> None:
     finally:
         kernels.use_deterministic_kernels(False)
     assert torch.backends.cudnn.benchmark and not torch.are_deterministic_algorithms_enabled()
+
+
+def test_memory_settings_of_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    ours = accelerator.allocator_settings()["PYTORCH_ALLOC_CONF"]
+    assert "expandable_segments:True" in ours and "pinned_max_round_threshold_mb:64" in ours
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:False")
+    assert accelerator.allocator_settings() == {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}

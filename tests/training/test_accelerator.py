@@ -22,6 +22,7 @@ def fatal(folder: Path) -> str:
 
 
 def test_a_gpu_that_torch_cannot_use_is_fatal_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")  # restored after the test
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
     config = load_config(tmp_path, "cluster.gpus_per_worker=1")
@@ -30,8 +31,8 @@ def test_a_gpu_that_torch_cannot_use_is_fatal_and_named(tmp_path: Path, monkeypa
     assert "install the build for its GPU" in fatal(tmp_path)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(ValueError, match="it needs a driver for CUDA 13.0"):
-        accelerator.check(1)
-    accelerator.check(0)
+        accelerator.prepare(1)
+    accelerator.prepare(0)
 
 
 def test_out_of_memory_is_fatal_and_says_what_to_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,6 +151,8 @@ class Role:
     """Largest 2-norm of the gradients of the parameters whose name starts with `clip_prefix`; None: no clipping."""
     clip_prefix: str = ""
     pretrained: Pretrained | None = None
+    ema_rampup: float = 0.0
+    """Largest half-life of the EMA as a share of the images seen; 0: no limit."""
 
 
 @dataclass

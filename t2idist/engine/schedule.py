@@ -19,6 +19,13 @@ def lr_factor(schedule: Schedule, images: int) -> float:
     raise ValueError(f"schedule kind {schedule.kind!r}; allowed are constant, exponential, linear")
 
 
-def ema_decay(half_life_images: float, images_per_step: int) -> float:
-    """Return the weight of the old average in a step, so that it is halved every `half_life_images`."""
+def ema_decay(half_life_images: float, images_per_step: int, images: int = 0, rampup: float = 0.0) -> float:
+    """Return the weight of the old average in a step, so that it is halved every `half_life_images`.
+
+    Args:
+        images: Images seen before the step.
+        rampup: The half-life is at most this times the images seen (Karras et al. 2020, StyleGAN2-ADA); 0: no limit.
+    """
+    if rampup:
+        half_life_images = min(half_life_images, rampup * (images + images_per_step))
     return float(0.5 ** (images_per_step / half_life_images))

@@ -148,8 +148,9 @@ class Trainer:
         state.strategy.step(optimizer.lr * lr_factor(optimizer.schedule, self.images), found_inf)
         clear_cached_casts(state.role.net)
         if state.ema is not None:
-            assert state.role.ema_half_life_images is not None
-            decay = ema_decay(state.role.ema_half_life_images, self.group_size * self.share.groups)
+            half_life, images_per_step = state.role.ema_half_life_images, self.group_size * self.share.groups
+            assert half_life is not None
+            decay = ema_decay(half_life, images_per_step, self.images, state.role.ema_rampup)
             state.average = state.average or _Average(state.ema, state.role.net)
             state.average.update(decay, with_statistics=not self._momentum)
 

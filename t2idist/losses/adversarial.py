@@ -1,4 +1,4 @@
-"""Adversarial losses on logits: binary cross-entropy, as published, in float32 at least.
+"""Adversarial losses on logits, in float32 at least: binary cross-entropy, as published, or another `LogitLoss`.
 
 ``real`` is a real image with its own caption, ``wrong`` a real image with a mismatched caption, ``fake`` a generated
 image with its caption. ``_alone`` marks the terms of the unconditional head, which sees images only.
@@ -6,6 +6,7 @@ image with its caption. ``_alone`` marks the terms of the unconditional head, wh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,29 +19,56 @@ from t2idist.nn.blocks import couples_samples
 from t2idist.nn.precision import upcast
 
 
-def bce_real(logits: Tensor) -> Tensor:
-    """Mean cross-entropy of logits (N,) against target 1."""
-    return F.softplus(-upcast(logits)).mean()
+@dataclass(frozen=True)
+class LogitLoss:
+    """The losses of single logits, as functions of tensors of any shape."""
+
+    real: Callable[[Tensor], Tensor]
+    """Of the discriminator, for what it should accept."""
+    fake: Callable[[Tensor], Tensor]
+    """Of the discriminator, for what it should reject."""
+    generator: Callable[[Tensor], Tensor]
+    """Of the generator, for its images."""
 
 
-def bce_fake(logits: Tensor) -> Tensor:
-    """Mean cross-entropy of logits (N,) against target 0."""
-    return F.softplus(upcast(logits)).mean()
+def _softplus_of_minus(logits: Tensor) -> Tensor:
+    return F.softplus(-logits)
 
 
-def masked_bce_fake(logits: Tensor, keep: Tensor, groups: int) -> Tensor:
-    """Cross-entropy against target 0 over the kept samples of each group, mean over groups.
+BCE = LogitLoss(_softplus_of_minus, F.softplus, _softplus_of_minus)
+"""Cross-entropy against targets 1 and 0; the generator has the loss that does not saturate (Goodfellow et al. 2014)."""
+HINGE = LogitLoss(lambda logits: F.relu(1 - logits), lambda logits: F.relu(1 + logits), torch.neg)
+"""Hinge loss (Lim and Ye 2017; Miyato et al. 2018)."""
+
+
+def loss_real(logits: Tensor, kind: LogitLoss = BCE) -> Tensor:
+    """Mean loss of the discriminator's logits (N,) of real pairs."""
+    return kind.real(upcast(logits)).mean()
+
+
+def loss_fake(logits: Tensor, kind: LogitLoss = BCE) -> Tensor:
+    """Mean loss of the discriminator's logits (N,) of generated images."""
+    return kind.fake(upcast(logits)).mean()
+
+
+def loss_generated(logits: Tensor, kind: LogitLoss = BCE) -> Tensor:
+    """Mean loss of the generator, from the logits (N,) of its images."""
+    return kind.generator(upcast(logits)).mean()
+
+
+def masked_loss_fake(logits: Tensor, keep: Tensor, groups: int, kind: LogitLoss = BCE) -> Tensor:
+    """Mean over groups of the mean loss of the kept samples of each, as pairs to reject.
 
     logits and keep are (N,). A group that keeps no sample contributes 0.
     """
-    terms = F.softplus(upcast(logits)).view(groups, -1)
+    terms = kind.fake(upcast(logits)).view(groups, -1)
     kept = keep.view(groups, -1).to(terms.dtype)
     return ((terms * kept).sum(1) / kept.sum(1).clamp(min=1)).mean()
 
 
 @dataclass(frozen=True)
 class UnconditionalLosses:
-    """A discriminator's mean cross-entropies on images without captions, and its accuracies (without gradient)."""
+    """A discriminator's mean losses on images without captions, and its accuracies (without gradient)."""
 
     real: Tensor
     fake: Tensor
@@ -48,14 +76,14 @@ class UnconditionalLosses:
     accuracy_fake: Tensor
 
 
-def unconditional_losses(real: Tensor, fake: Tensor) -> UnconditionalLosses:
+def unconditional_losses(real: Tensor, fake: Tensor, kind: LogitLoss = BCE) -> UnconditionalLosses:
     """Losses from the logits (N,) of real and of generated images."""
-    return UnconditionalLosses(bce_real(real), bce_fake(fake), _fraction(real > 0), _fraction(fake < 0))
+    return UnconditionalLosses(loss_real(real, kind), loss_fake(fake, kind), _fraction(real > 0), _fraction(fake < 0))
 
 
 @dataclass(frozen=True)
 class PairLosses:
-    """A discriminator's mean cross-entropies on the three kinds of pairs, and its accuracies (without gradient)."""
+    """A discriminator's mean losses on the three kinds of pairs, and its accuracies (without gradient)."""
 
     real: Tensor
     wrong: Tensor
@@ -69,7 +97,7 @@ class PairLosses:
 
 @dataclass(frozen=True)
 class JointLosses(PairLosses):
-    """`PairLosses`, and the mean cross-entropies of the unconditional head."""
+    """`PairLosses`, and the mean losses of the unconditional head."""
 
     real_alone: Tensor
     fake_alone: Tensor
@@ -92,7 +120,13 @@ class JointDiscriminator(ConditionalDiscriminator, Protocol):
 
 
 def joint_losses(
-    net: JointDiscriminator, real: Tensor, fake: Tensor, condition: Tensor, pairs: WrongPairs, groups: int
+    net: JointDiscriminator,
+    real: Tensor,
+    fake: Tensor,
+    condition: Tensor,
+    pairs: WrongPairs,
+    groups: int,
+    kind: LogitLoss = BCE,
 ) -> JointLosses:
     """Compute the discriminator's losses of both heads on images (N, 3, S, S) with conditions (N, D).
 
@@ -100,17 +134,23 @@ def joint_losses(
     """
     real_features, fake_features = _both_features(net, real, fake)
     return JointLosses(
-        **vars(_pair_losses(net, real_features, fake_features, condition, pairs, groups)),
-        real_alone=bce_real(net.unconditional(real_features)),
-        fake_alone=bce_fake(net.unconditional(fake_features)),
+        **vars(_pair_losses(net, real_features, fake_features, condition, pairs, groups, kind)),
+        real_alone=loss_real(net.unconditional(real_features), kind),
+        fake_alone=loss_fake(net.unconditional(fake_features), kind),
     )
 
 
 def matching_aware_losses(
-    net: ConditionalDiscriminator, real: Tensor, fake: Tensor, condition: Tensor, pairs: WrongPairs, groups: int
+    net: ConditionalDiscriminator,
+    real: Tensor,
+    fake: Tensor,
+    condition: Tensor,
+    pairs: WrongPairs,
+    groups: int,
+    kind: LogitLoss = BCE,
 ) -> PairLosses:
     """Compute the losses of GAN-CLS (section 4.2, algorithm 1) on images (N, 3, S, S) with conditions (N, D)."""
-    return _pair_losses(net, *_both_features(net, real, fake), condition, pairs, groups)
+    return _pair_losses(net, *_both_features(net, real, fake), condition, pairs, groups, kind)
 
 
 def _both_features(net: ConditionalDiscriminator, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,15 +162,21 @@ def _both_features(net: ConditionalDiscriminator, real: Tensor, fake: Tensor) ->
 
 
 def _pair_losses(
-    net: ConditionalDiscriminator, real: Tensor, fake: Tensor, condition: Tensor, pairs: WrongPairs, groups: int
+    net: ConditionalDiscriminator,
+    real: Tensor,
+    fake: Tensor,
+    condition: Tensor,
+    pairs: WrongPairs,
+    groups: int,
+    kind: LogitLoss,
 ) -> PairLosses:
     """Compute the pair losses from the features of real and generated images."""
     own, other = net.conditionals(real, condition, condition[pairs.caption])
     generated = net.conditional(fake, condition)
     return PairLosses(
-        real=bce_real(own),
-        wrong=masked_bce_fake(other, pairs.keep, groups),
-        fake=bce_fake(generated),
+        real=loss_real(own, kind),
+        wrong=masked_loss_fake(other, pairs.keep, groups, kind),
+        fake=loss_fake(generated, kind),
         accuracy_real=_fraction(own > 0),
         accuracy_wrong=_fraction(other < 0, pairs.keep),
         accuracy_fake=_fraction(generated < 0),
@@ -161,20 +207,23 @@ def unconditional_scores(net: JointDiscriminator, images: Tensor) -> Tensor:
     return net.unconditional(net.features(images))
 
 
-def generator_loss(net: JointDiscriminator, fake: Tensor, condition: Tensor) -> Tensor:
+def generator_loss(net: JointDiscriminator, fake: Tensor, condition: Tensor, kind: LogitLoss = BCE) -> Tensor:
     """The generator's counterpart of `joint_losses`: both heads should classify its images (N, 3, S, S) as real."""
     features = net.features(fake)
-    return bce_real(net.conditional(features, condition)) + bce_real(net.unconditional(features))
+    conditional, alone = net.conditional(features, condition), net.unconditional(features)
+    return loss_generated(conditional, kind) + loss_generated(alone, kind)
 
 
-def conditional_generator_loss(net: ConditionalDiscriminator, fake: Tensor, condition: Tensor) -> Tensor:
+def conditional_generator_loss(
+    net: ConditionalDiscriminator, fake: Tensor, condition: Tensor, kind: LogitLoss = BCE
+) -> Tensor:
     """The generator's counterpart of `matching_aware_losses`."""
-    return bce_real(conditional_scores(net, fake, condition))
+    return loss_generated(conditional_scores(net, fake, condition), kind)
 
 
-def unconditional_generator_loss(net: JointDiscriminator, fake: Tensor) -> Tensor:
+def unconditional_generator_loss(net: JointDiscriminator, fake: Tensor, kind: LogitLoss = BCE) -> Tensor:
     """The generator's counterpart of `unconditional_losses`."""
-    return bce_real(unconditional_scores(net, fake))
+    return loss_generated(unconditional_scores(net, fake), kind)
 
 
 def attngan_discriminator_loss(losses: JointLosses) -> Tensor:

@@ -40,6 +40,25 @@ def r1_penalty(score: Callable[[Tensor], Tensor], real: Tensor) -> Tensor:
     return gradient.square().sum() / len(images)
 
 
+def matching_aware_penalty(score: Callable[..., Tensor], real: Tensor, *conditions: Tensor) -> Tensor:
+    """MA-GP: mean over real pairs of the score's gradient norm to the power 6 (Tao et al. 2022, DF-GAN, eq. 2).
+
+    The norm is that of the gradients to image and condition together, as released. It is twice as large there; the
+    factor is part of the weight here.
+
+    Args:
+        score: ``score(real, *conditions)`` -> (N, ...), the scores of each pair.
+        real: (N, 3, S, S).
+        conditions: (N, D) each; none for scores of images alone.
+    """
+    inputs = [upcast(each).detach().requires_grad_() for each in (real, *conditions)]
+    with gradient_of_images():
+        scores = upcast(score(*inputs))
+        gradients = torch.autograd.grad(scores.sum(), inputs, create_graph=True)
+    squares = torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients]).sum(0)
+    return squares.pow(3).mean()
+
+
 def gradient_penalty(score: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, mixing: Tensor) -> Tensor:
     """Gradient penalty of WGAN-GP (Gulrajani et al. 2017, eq. 3), between real and generated images (N, 3, S, S).
 

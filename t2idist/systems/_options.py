@@ -1,29 +1,41 @@
-"""Options of GAN training that are in no paper's preset: other norms, the R1 penalty, learning rates that fall."""
+"""Options of GAN training that are in no paper's preset: losses, norms, penalties, augmentation, falling rates."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from t2idist.contract import Adam, Schedule, Train, check_ranges
-from t2idist.losses.penalties import r1_penalty
+from t2idist.losses import augmentation
+from t2idist.losses.adversarial import BCE, HINGE, LogitLoss
+from t2idist.losses.penalties import matching_aware_penalty, r1_penalty
 
 CONSTANT = Schedule()
+_LOSSES = {"bce": BCE, "hinge": HINGE}
 
 
 @dataclass(frozen=True)
 class GanOptions:
     """Settings that the configs of systems inherit; the defaults are as published."""
 
+    adversarial_loss: Literal["bce", "hinge"] = "bce"
+    """Loss of the logits: binary cross-entropy, or hinge."""
+    augment: tuple[str, ...] = ()
+    """Differentiable augmentation of all images that discriminators see (DiffAugment): color, translation, cutout."""
     discriminator_norm: Literal["batch", "group", "none"] = "batch"
     """Normalisation of the discriminators; "group": GroupNorm with 8 channels a group."""
     r1_weight: float = 0.0
     """Weight of the R1 penalty of the discriminators on real images; 0: none."""
     r1_every: int = 4
     """Steps from one R1 penalty to the next; it has this times its weight."""
+    ma_gp_weight: float = 0.0
+    """Weight of the matching-aware gradient penalty of the discriminators on real pairs, in every step; 0: none."""
+    ema_rampup: float = 0.0
+    """Largest half-life of the generator's EMA as a share of the images seen, so that it forgets its start; 0: none."""
     decay_start_images: float = 0.0
     """From here on the learning rates fall linearly."""
     decay_end_images: float = 0.0
@@ -34,9 +46,21 @@ class GanOptions:
         check_ranges(
             self,
             at_least_1="r1_every",
-            at_least_0="r1_weight decay_start_images decay_end_images",
+            at_least_0="r1_weight ma_gp_weight ema_rampup decay_start_images decay_end_images",
             share="decay_floor",
         )
+        if unknown := [kind for kind in self.augment if kind not in augmentation.KINDS]:
+            raise ValueError(f"augment: '{unknown[0]}'; there are {', '.join(augmentation.KINDS)}")
+
+    @property
+    def logit_loss(self) -> LogitLoss:
+        return _LOSSES[self.adversarial_loss]
+
+    def augmented(self, train: Train, images: Tensor) -> Tensor:
+        """Augment images (N, 3, S, S) for a discriminator."""
+        if not self.augment:
+            return images
+        return augmentation.augment(images, train.noise(augmentation.DRAWS), self.augment)
 
     def adam(self, lr: float, published: Schedule = CONSTANT) -> Adam:
         """Return the settings of an optimizer with this learning rate and published schedule."""
@@ -61,21 +85,24 @@ class GanOptions:
         *args: Any,
         suffix: str = "",
     ) -> None:
-        """Update a discriminator with ``combine(losses(net, real, fake, *args))``, and R1 where it is due.
+        """Update a discriminator with ``combine(losses(net, real, fake, *args, kind=...))`` and what penalties are due.
 
-        Reports the penalty and the fields of the losses.
+        Reports the penalties and the fields of the losses.
 
         Args:
             score: ``score(net, images, *args[:1])``, the logits of images (N,) that the penalty is of.
             real: (N, 3, S, S), as `fake`, which gets no gradient.
             suffix: Appended to the reported names.
         """
-        weight = self.r1_weight_in(train.step)
-        parts, penalty = train.forward(role, _penalised_losses, weight > 0, losses, score, real, fake.detach(), *args)
+        weights = {"r1": self.r1_weight_in(train.step), "ma_gp": self.ma_gp_weight}
+        due = [name for name, weight in weights.items() if weight]
+        losses = functools.partial(losses, kind=self.logit_loss)
+        real, fake = self.augmented(train, real), self.augmented(train, fake.detach())
+        parts, penalties = train.forward(role, _penalised_losses, due, losses, score, real, fake, *args)
         loss = combine(parts)
-        if penalty is not None:
-            train.report(f"{role}/r1{suffix}", penalty)
-            loss = loss + weight * penalty
+        for name, penalty in penalties.items():
+            train.report(f"{role}/{name}{suffix}", penalty)
+            loss = loss + weights[name] * penalty
         train.apply(role, loss)
         for part, value in vars(parts).items():
             train.report(f"{role}/{part}{suffix}", value)
@@ -83,13 +110,17 @@ class GanOptions:
 
 def _penalised_losses(
     net: nn.Module,
-    penalise: bool,
+    due: Sequence[str],
     losses: Callable[..., Any],
     score: Callable[..., Tensor],
     real: Tensor,
     fake: Tensor,
     *args: Any,
-) -> tuple[Any, Tensor | None]:
-    """Compute ``losses(net, real, fake, *args)`` and, if wanted, the R1 penalty of the real images."""
-    parts = losses(net, real, fake, *args)
-    return parts, r1_penalty(lambda images: score(net, images, *args[:1]), real) if penalise else None
+) -> tuple[Any, dict[str, Tensor]]:
+    """Compute ``losses(net, real, fake, *args)`` and the penalties of the real images that are due."""
+    parts, penalties = losses(net, real, fake, *args), {}
+    if "r1" in due:
+        penalties["r1"] = r1_penalty(lambda images: score(net, images, *args[:1]), real)
+    if "ma_gp" in due:
+        penalties["ma_gp"] = matching_aware_penalty(functools.partial(score, net), real, *args[:1])
+    return parts, penalties

@@ -81,7 +81,11 @@ class TreeGan:
         self.sizes = sizes
         self.options: GanOptions = config
         orthogonal_(generator)
-        self.roles = {"generator": Role(generator, config.adam(config.generator_lr), config.ema_half_life_images)}
+        self.roles = {
+            "generator": Role(
+                generator, config.adam(config.generator_lr), config.ema_half_life_images, ema_rampup=config.ema_rampup
+            )
+        }
         for size in sizes:
             discriminator = make_discriminator(size)
             replace_batch_norm(discriminator, config.discriminator_norm)
@@ -114,10 +118,11 @@ class TreeGan:
     def add_adversarial_losses(
         self, total: Tensor, train: Train, fake: Sequence[Tensor], loss: Callable[..., Tensor], *args: Any
     ) -> Tensor:
-        """Add ``loss(discriminator, images, *args)`` of every size to `total`, and report each."""
+        """Add ``loss(discriminator, images, *args, kind=...)`` of every size to `total`, and report each."""
         for size, images in zip(self.sizes, fake, strict=True):
+            seen = self.options.augmented(train, images)
             with train.frozen(f"discriminator_{size}") as discriminator:
-                adversarial = loss(discriminator, images, *args)
+                adversarial = loss(discriminator, seen, *args, kind=self.options.logit_loss)
             train.report(f"generator/adversarial_{size}", adversarial)
             total = total + adversarial
         return total

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from torch import Tensor, nn
 
 from t2idist.contract import Adam, Batch, BuildInfo, Captions, Frozen, NoiseFn, Role, Sample, Train, check_ranges
-from t2idist.losses.adversarial import UnconditionalLosses, bce_real, unconditional_losses
+from t2idist.losses.adversarial import UnconditionalLosses, loss_generated, unconditional_losses
 from t2idist.nn.dcgan import DcganDiscriminator, DcganGenerator, conditional_generator
 from t2idist.nn.init import normal_
 from t2idist.nn.text_encoders import sentence_encoder
@@ -85,7 +85,7 @@ class Dcgan:
         for part, value in vars(losses).items():
             train.report(f"discriminator/{part}", value)
         with train.frozen("discriminator") as discriminator:
-            loss = bce_real(discriminator(fake, text))
+            loss = loss_generated(discriminator(fake, text))
         train.report("generator/adversarial", loss)
         train.apply("generator", loss)
 

@@ -25,8 +25,8 @@ from t2idist.contract import (
 )
 from t2idist.losses.adversarial import (
     PairLosses,
-    bce_real,
     conditional_scores,
+    loss_generated,
     matching_aware_loss,
     matching_aware_losses,
 )
@@ -115,7 +115,12 @@ class GanCls:
         every_images = config.lr_every_epochs * info.data.epoch_images
         schedule = Schedule("exponential", factor=config.lr_factor, every_images=every_images)
         self.roles = {
-            "generator": Role(generator, config.adam(config.generator_lr, schedule), config.ema_half_life_images),
+            "generator": Role(
+                generator,
+                config.adam(config.generator_lr, schedule),
+                config.ema_half_life_images,
+                ema_rampup=config.ema_rampup,
+            ),
             "discriminator": Role(discriminator, config.adam(config.discriminator_lr, schedule)),
         }
         self.exports = ("generator", *self.frozen)
@@ -132,8 +137,9 @@ class GanCls:
             train, "discriminator", matching_aware_losses, self._discriminator_loss, conditional_scores,
             batch.images[-1], fakes[0], text, pairs, batch.groups,
         )  # fmt: skip
+        kind, seen = self.config.logit_loss, [self.config.augmented(train, images) for images in fakes]
         with train.frozen("discriminator") as discriminator:
-            adversarial = [bce_real(discriminator(images, c)) for images, c in zip(fakes, texts, strict=True)]
+            adversarial = [loss_generated(discriminator(x, text), kind) for x, text in zip(seen, texts, strict=True)]
         for name, loss in zip(("adversarial", "interpolated"), adversarial, strict=False):
             train.report(f"generator/{name}", loss)
         train.apply("generator", self._generator_loss(adversarial))

@@ -126,7 +126,10 @@ class StackGan:
         )
         self.roles = {
             "generator": Role(
-                generator, config.adam(config.generator_lr, halving), config.ema_half_life_images or None
+                generator,
+                config.adam(config.generator_lr, halving),
+                config.ema_half_life_images or None,
+                ema_rampup=config.ema_rampup,
             ),
             "discriminator": Role(discriminator, config.adam(config.discriminator_lr, halving)),
         }
@@ -168,8 +171,9 @@ class StackGan:
         """Adversarial loss and weighted KL divergence (section 3.3, eq. 4; section 3.4, eq. 6)."""
         assert output.mean is not None and output.log_variance is not None
         adversarial_loss = generator_loss if self.config.stage == 2 else conditional_generator_loss
+        seen = self.config.augmented(train, output.images[0])
         with train.frozen("discriminator") as discriminator:
-            adversarial = adversarial_loss(discriminator, output.images[0], output.mean.detach())
+            adversarial = adversarial_loss(discriminator, seen, output.mean.detach(), kind=self.config.logit_loss)
         kl = kl_divergence(output.mean, output.log_variance)
         train.report("generator/adversarial", adversarial)
         train.report("generator/kl", kl)

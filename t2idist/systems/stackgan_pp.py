@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from t2idist.contract import Batch, BuildInfo, Captions, Frozen, NoiseFn, Sample, Train, check_ranges
 from t2idist.losses.adversarial import (
+    LogitLoss,
     UnconditionalLosses,
     generator_loss,
     joint_losses,
@@ -120,8 +121,8 @@ class StackGanPP(TreeGan):
         return Sample(tree.generate(nets["generator"], z, noise(self.config.condition_dim), sentence).images)
 
 
-def _image_losses(net: StackDiscriminator, real: Tensor, fake: Tensor) -> UnconditionalLosses:
-    return unconditional_losses(net.unconditional(net.features(real)), net.unconditional(net.features(fake)))
+def _image_losses(net: StackDiscriminator, real: Tensor, fake: Tensor, kind: LogitLoss) -> UnconditionalLosses:
+    return unconditional_losses(net.unconditional(net.features(real)), net.unconditional(net.features(fake)), kind)
 
 
 def build(config: Config, info: BuildInfo) -> StackGanPP:

@@ -33,7 +33,16 @@ CHAR_TEXT = {
     "image_size": 32,
     "margin": 3e-4,  # as small as the scores: if every hinge is active, the gradients of biases are rounding noise
 }
-OPTIONS = {"r1_weight": 0.5, "r1_every": 2, "decay_start_images": 24, "decay_end_images": 90, "decay_floor": 0.2}
+OPTIONS = {
+    "r1_weight": 0.5,
+    "r1_every": 2,
+    "ma_gp_weight": 0.3,
+    "ema_rampup": 0.5,
+    "augment": ["color", "translation", "cutout"],
+    "decay_start_images": 24,
+    "decay_end_images": 90,
+    "decay_floor": 0.2,
+}
 TWO_STAGE = {"generator_width": 8, "discriminator_width": 4, "z_dim": 6, "condition_dim": 6}
 MODELS: dict[str, dict[str, Any]] = {
     "damsm": DAMSM,
@@ -53,6 +62,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "generator_width": 8,
         "discriminator_width": 4,
         "discriminator_norm": "none",
+        "adversarial_loss": "hinge",
     },
     "dcgan": {"image_size": 16, "generator_width": 4, "discriminator_width": 4, "z_dim": 6},
     "gan_cls": {
@@ -72,6 +82,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "z_dim": 6,
         "condition_dim": 5,
         "discriminator_norm": "group",
+        "adversarial_loss": "hinge",
     },
     "style": {"width": 4},
     "stargan": {

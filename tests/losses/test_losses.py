@@ -13,10 +13,10 @@ from torch import Tensor
 from t2idist.losses.adversarial import (
     JointLosses,
     attngan_discriminator_loss,
-    bce_fake,
-    bce_real,
     joint_losses,
-    masked_bce_fake,
+    loss_fake,
+    loss_real,
+    masked_loss_fake,
     matching_aware_loss,
     matching_aware_losses,
     stackgan_pp_discriminator_loss,
@@ -145,13 +145,13 @@ def test_wrong_pairs_stay_in_their_group_and_drop_pairs_of_one_class() -> None:
         wrong_pairs(torch.arange(3), groups=3)
 
 
-def test_masked_bce_fake_averages_within_each_group() -> None:
+def test_masked_loss_fake_averages_within_each_group() -> None:
     logits = torch.tensor([0.0, 5.0, 1.0, 2.0, 9.0, 9.0])
     keep = torch.tensor([True, False, True, True, False, False])
     terms = F.softplus(logits)
     expected = ((terms[0]) + (terms[2] + terms[3]) / 2 + 0) / 3
-    torch.testing.assert_close(masked_bce_fake(logits, keep, groups=3), expected)
-    torch.testing.assert_close(masked_bce_fake(logits, torch.ones(6, dtype=torch.bool), 2), bce_fake(logits))
+    torch.testing.assert_close(masked_loss_fake(logits, keep, groups=3), expected)
+    torch.testing.assert_close(masked_loss_fake(logits, torch.ones(6, dtype=torch.bool), 2), loss_fake(logits))
 
 
 ACCURACIES = ("accuracy_real", "accuracy_wrong", "accuracy_fake", "accuracy_matching")
@@ -192,11 +192,11 @@ def test_discriminator_losses_have_the_published_values() -> None:
     torch.manual_seed(0)
     real, fake, wrong, real_alone, fake_alone = torch.randn(5, 4)
     losses = JointLosses(
-        real=bce_real(real),
-        wrong=bce_fake(wrong[:3]),
-        fake=bce_fake(fake),
-        real_alone=bce_real(real_alone),
-        fake_alone=bce_fake(fake_alone),
+        real=loss_real(real),
+        wrong=loss_fake(wrong[:3]),
+        fake=loss_fake(fake),
+        real_alone=loss_real(real_alone),
+        fake_alone=loss_fake(fake_alone),
         **dict.fromkeys(ACCURACIES, torch.ones(())),
     )
     assert attngan_discriminator_loss(losses).item() == pytest.approx(1.9574025, abs=1e-6)
@@ -212,9 +212,9 @@ def test_stackgan_losses_weight_their_terms() -> None:
 
 
 def test_bce_is_full_precision_and_stable() -> None:
-    assert bce_real(torch.tensor([-200.0])).item() == pytest.approx(200.0)
-    assert bce_fake(torch.tensor([-200.0])).item() == pytest.approx(0.0)
-    assert bce_real(torch.zeros(3, dtype=torch.bfloat16)).item() == pytest.approx(math.log(2), abs=1e-7)
+    assert loss_real(torch.tensor([-200.0])).item() == pytest.approx(200.0)
+    assert loss_fake(torch.tensor([-200.0])).item() == pytest.approx(0.0)
+    assert loss_real(torch.zeros(3, dtype=torch.bfloat16)).item() == pytest.approx(math.log(2), abs=1e-7)
 
 
 def test_kl_divergence_has_the_published_value() -> None:

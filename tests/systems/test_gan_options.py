@@ -1,16 +1,25 @@
-"""Options that are in no paper's preset: norms of the discriminator, R1 and learning rates that fall."""
+"""Options that are in no paper's preset: losses, norms, penalties, augmentation, and rates that fall."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from t2idist.contract import Schedule
-from t2idist.engine.schedule import lr_factor
+from t2idist.engine.schedule import ema_decay, lr_factor
 from t2idist.engine.world import World
-from t2idist.losses.adversarial import joint_losses
+from t2idist.losses import augmentation
+from t2idist.losses.adversarial import (
+    HINGE,
+    joint_losses,
+    loss_fake,
+    loss_generated,
+    loss_real,
+    masked_loss_fake,
+)
 from t2idist.losses.matching import wrong_pairs
+from t2idist.losses.penalties import matching_aware_penalty
 from t2idist.nn.blocks import couples_samples, replace_batch_norm
 from t2idist.nn.discriminators import AttnDiscriminator
 from t2idist.systems._options import GanOptions
@@ -62,3 +71,85 @@ def test_norms_of_the_discriminator_are_replaced_and_it_runs_once_for_both_kinds
     torch.testing.assert_close((losses.real, losses.wrong), expected, rtol=1e-12, atol=0)
     generated = net.conditional(net.features(fake), condition)
     torch.testing.assert_close(losses.fake, nn.functional.softplus(generated).mean(), rtol=1e-12, atol=0)
+
+
+def test_hinge_loss_and_what_it_rejects() -> None:
+    logits = torch.tensor([-2.0, 0.0, 0.5, 3.0])
+    assert loss_real(logits, HINGE) == pytest.approx((3 + 1 + 0.5 + 0) / 4)
+    assert loss_fake(logits, HINGE) == pytest.approx((0 + 1 + 1.5 + 4) / 4)
+    assert loss_generated(logits, HINGE) == pytest.approx(-logits.mean().item())
+    keep = torch.tensor([True, True, False, False])
+    assert masked_loss_fake(logits, keep, 2, HINGE) == pytest.approx(0.5 * (0 + 1) / 2)
+    with pytest.raises(ValueError, match="augment: 'blur'; there are color, translation, cutout"):
+        GanOptions(augment=("blur",))
+
+
+def test_matching_aware_penalty_is_the_published_one() -> None:
+    """DF-GAN's `MA_GP`: 2 (|d score / d (image, condition)|)^6, with the weight 2 left out; and its gradient."""
+    torch.manual_seed(0)
+    net = AttnDiscriminator(8, 16, 6)
+    replace_batch_norm(net, "group")
+    net.double()
+    real, condition = torch.randn(3, 3, 16, 16, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+
+    def score(images: Tensor, vectors: Tensor) -> Tensor:
+        return net.conditional(net.features(images), vectors)
+
+    image, vector = real.clone().requires_grad_(), condition.clone().requires_grad_()
+    gradients = torch.autograd.grad(score(image, vector).sum(), (image, vector), create_graph=True)
+    expected = torch.cat([gradient.flatten(1) for gradient in gradients], 1).norm(dim=1).pow(6).mean()
+    ours = matching_aware_penalty(score, real, condition)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
+    weights = [weight for weight in net.parameters() if weight.dim() > 1]
+    for own, plain in zip(*(torch.autograd.grad(x, weights, allow_unused=True) for x in (ours, expected)), strict=True):
+        assert (own is None) == (plain is None)
+        if own is not None:
+            torch.testing.assert_close(own, plain, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("images", "half_life"), [(0, 4), (100, 54), (392, 200), (10_000, 200)])
+def test_ema_half_life_grows_with_the_images_seen(images: int, half_life: float) -> None:
+    assert ema_decay(200.0, 8, images, rampup=0.5) == 0.5 ** (8 / half_life)
+    assert ema_decay(200.0, 8, images) == 0.5 ** (8 / 200)
+
+
+# ------------------------------------------------------------ augmentation
+def test_each_augmentation_does_what_its_name_says() -> None:
+    torch.manual_seed(0)
+    images = torch.rand(40, 3, 32, 32, dtype=torch.float64) - 0.5
+    draws = torch.randn(40, augmentation.DRAWS, dtype=torch.float64)
+    assert augmentation.augment(images, draws, ()) is images
+
+    colored = augmentation.augment(images, draws, ["color"])
+    for image, new in zip(images, colored, strict=True):  # each channel changes linearly with brightness and grey
+        assert float(torch.corrcoef(torch.stack([image.mean(0).flatten(), new.mean(0).flatten()]))[0, 1]) > 0.999
+    assert float((colored - images).abs().mean()) > 0.1
+
+    shifts = set()
+    for image, new in zip(images, augmentation.augment(images, draws, ["translation"]), strict=True):
+        found = [
+            (dy, dx)
+            for dy in range(-4, 5)
+            for dx in range(-4, 5)
+            if torch.equal(new[:, 4 + dy : 28 + dy, 4 + dx : 28 + dx], image[:, 4:28, 4:28])
+        ]
+        assert len(found) == 1
+        shifts.add(found[0])
+    assert len(shifts) > 20 and {-4, 4} <= {number for pair in shifts for number in pair}
+
+    for image, new in zip(images, augmentation.augment(images, draws, ["cutout"]), strict=True):
+        cut = (new == 0).all(0)
+        assert torch.equal(new[:, ~cut], image[:, ~cut])
+        rows, columns = cut.any(1).sum(), cut.any(0).sum()
+        assert cut.sum() == rows * columns and 0 < rows <= 16 and 0 < columns <= 16
+
+
+def test_gradients_pass_through_augmentation_twice() -> None:
+    torch.manual_seed(0)
+    draws = torch.randn(2, augmentation.DRAWS, dtype=torch.float64)
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+
+    def augmented(x: Tensor) -> Tensor:
+        return augmentation.augment(x, draws, augmentation.KINDS).square()
+
+    assert torch.autograd.gradcheck(augmented, (images,)) and torch.autograd.gradgradcheck(augmented, (images,))

@@ -24,7 +24,7 @@ from t2idist.engine.strategy import DDPStrategy, Precision, state_bytes
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import World
 from t2idist.losses import adversarial
-from t2idist.losses.adversarial import ConditionalDiscriminator, JointDiscriminator, JointLosses, PairLosses
+from t2idist.losses.adversarial import ConditionalDiscriminator, JointDiscriminator, JointLosses, LogitLoss, PairLosses
 from t2idist.losses.matching import WrongPairs
 from t2idist.losses.penalties import gradient_penalty
 from t2idist.nn import blocks, text_encoders
@@ -125,23 +125,35 @@ def word_similarity(
 
 
 def joint_losses(
-    net: JointDiscriminator, real: Tensor, fake: Tensor, condition: Tensor, pairs: WrongPairs, groups: int
+    net: JointDiscriminator,
+    real: Tensor,
+    fake: Tensor,
+    condition: Tensor,
+    pairs: WrongPairs,
+    groups: int,
+    kind: LogitLoss,
 ) -> JointLosses:
     """Compute `adversarial.joint_losses` with a pass of the trunk for each pair, without accuracies."""
     right, wrong, generated = net.features(real), net.features(real), net.features(fake)
     return JointLosses(
-        **vars(_pair_losses(net, right, wrong, generated, condition, pairs, groups)),
-        real_alone=adversarial.bce_real(net.unconditional(right)),
-        fake_alone=adversarial.bce_fake(net.unconditional(generated)),
+        **vars(_pair_losses(net, right, wrong, generated, condition, pairs, groups, kind)),
+        real_alone=adversarial.loss_real(net.unconditional(right), kind),
+        fake_alone=adversarial.loss_fake(net.unconditional(generated), kind),
     )
 
 
 def matching_aware_losses(
-    net: ConditionalDiscriminator, real: Tensor, fake: Tensor, condition: Tensor, pairs: WrongPairs, groups: int
+    net: ConditionalDiscriminator,
+    real: Tensor,
+    fake: Tensor,
+    condition: Tensor,
+    pairs: WrongPairs,
+    groups: int,
+    kind: LogitLoss,
 ) -> PairLosses:
     """Compute `adversarial.matching_aware_losses` with a pass of the trunk for each pair, without accuracies."""
     right, wrong, generated = net.features(real), net.features(real), net.features(fake)
-    return _pair_losses(net, right, wrong, generated, condition, pairs, groups)
+    return _pair_losses(net, right, wrong, generated, condition, pairs, groups, kind)
 
 
 def stargan_discriminator_losses(
@@ -167,12 +179,13 @@ def _pair_losses(
     condition: Tensor,
     pairs: WrongPairs,
     groups: int,
+    kind: LogitLoss,
 ) -> PairLosses:
     zero = condition.new_zeros(())
     return PairLosses(
-        real=adversarial.bce_real(net.conditional(right, condition)),
-        wrong=adversarial.masked_bce_fake(net.conditional(wrong, condition[pairs.caption]), pairs.keep, groups),
-        fake=adversarial.bce_fake(net.conditional(generated, condition)),
+        real=adversarial.loss_real(net.conditional(right, condition), kind),
+        wrong=adversarial.masked_loss_fake(net.conditional(wrong, condition[pairs.caption]), pairs.keep, groups, kind),
+        fake=adversarial.loss_fake(net.conditional(generated, condition), kind),
         accuracy_real=zero,
         accuracy_wrong=zero,
         accuracy_fake=zero,

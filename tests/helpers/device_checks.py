@@ -106,6 +106,16 @@ def four_groups_equal_those_of_the_cpu(device: torch.device) -> None:
         assert_close(states[1], states[0], 1e-6)
 
 
+def micro_batches_equal_all_groups_at_once(device: torch.device) -> None:
+    """Steps in float64; the generator's forward is computed twice, and its second one must be the first."""
+    states = []
+    for groups in (None, 1):
+        trainer = small_systems.trainer(World(device=device), "attngan", "float64", micro_batch_groups=groups)
+        small_systems.run_steps(trainer, 3)
+        states.append(snapshot(trainer))
+    assert_close(states[1], states[0], 1e-6)
+
+
 def bfloat16_is_close_to_float64(device: torch.device) -> None:
     """The losses of a step: bfloat16 has 8 bits, and the losses are means."""
     for label in ("damsm", "attngan", "stargan"):
@@ -296,6 +306,7 @@ CHECKS: dict[str, Callable[[torch.device], None]] = {
         penalties_have_the_gradients_of_the_cpu,
         device_batches_equal_host_batches,
         four_groups_equal_those_of_the_cpu,
+        micro_batches_equal_all_groups_at_once,
         bfloat16_is_close_to_float64,
         the_host_never_waits,
     )

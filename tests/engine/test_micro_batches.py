@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -102,6 +103,21 @@ def peak_bytes_of_a_step(make_trainer: Callable[[], Trainer]) -> int:
     with PeakBytes() as measured:
         small_systems.run_steps(trainer, 1)
     return measured.peak
+
+
+def test_a_step_leaves_nothing_to_the_garbage_collector() -> None:
+    trainer = small_systems.trainer(SINGLE, "attngan", "float32", micro_batch_groups=1)
+    small_systems.run_steps(trainer, 3)
+    gc.collect()
+    gc.disable()
+    try:
+        with PeakBytes() as measured:
+            small_systems.run_steps(trainer, 2)
+            after_two = measured.now
+            small_systems.run_steps(trainer, 2)
+        assert measured.now < after_two + 1000, "reports only"
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("system", ["attngan", "stackgan"])

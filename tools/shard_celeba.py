@@ -12,7 +12,7 @@ from t2idist.ingest.listing import Listing
 
 
 def list_images(options: argparse.Namespace, listing: Listing) -> None:
-    list_celeba(options.celeba, listing, options.captions)
+    list_celeba(options.celeba, listing, options.captions, from_attributes=options.captions_from_attributes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,7 +21,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--celeba", required=True, metavar="FOLDER",
         help="contains img_align_celeba, list_attr_celeba and list_eval_partition, .txt or .csv",
     )  # fmt: skip
-    parser.add_argument("--captions", metavar="URL", help="a captions.jsonl with captions (default: none)")
+    captions = parser.add_mutually_exclusive_group()
+    captions.add_argument("--captions", metavar="URL", help="a captions.jsonl with captions (default: none)")
+    captions.add_argument(
+        "--captions-from-attributes", action="store_true", help="make captions from the attributes of each image"
+    )
     return cli.main(parser, "celeba", list_images, arguments)
 
 

@@ -51,7 +51,9 @@ class DataConfig:
     vectors_mean_of: int = 1
     """in training, average this many random sentence vectors of an image (Reed et al. 2016: 4 for CUB, 3 for COCO)"""
     crop: float = 76 / 64
-    """resize the shorter side to crop * size, then crop at random; 1 is no crop"""
+    """resize the shorter side to crop * size, then crop a square of `size`; with 1 only the longer side is cropped"""
+    random_crop: bool = True
+    """crop at a random place in training; false: the centre, as in scores"""
     flip: bool = True
     """mirror half of the training images"""
     threads: int | None = None

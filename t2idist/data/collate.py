@@ -101,6 +101,7 @@ class SampleTransform:
     crop: float
     """As in DataConfig."""
     flip: bool
+    random_crop: bool
     vector_info: SentenceVectorInfo | None
     """The data set's sentence vectors (None: it has none)."""
     vectors_mean_of: int = 1
@@ -143,7 +144,7 @@ class SampleTransform:
             sample = decode(sample, shorter_side(size, self.crop))
             if self.decoded_cache is not None:
                 self.decoded_cache.put(task.index, sample)
-        image[...] = crop_and_flip(sample, size, self.crop, self.flip, task.bits)
+        image[...] = crop_and_flip(sample, size, self.crop, self.flip, task.bits, self.random_crop)
         buffer.tokens[row], buffer.lengths[row] = tokens, length
         buffer.class_ids[row] = self.split.class_ids[task.index]
         buffer.attributes[row, [self.attributes[name] for name in self.split.attributes(task.index)]] = 1.0

@@ -215,7 +215,7 @@ def open_loader(dataset: Dataset, spec: LoaderSpec, seed: int) -> Loader:
     cache, decoded = _open_caches(dataset, spec)
     transform = SampleTransform(
         split, dataset.vocabulary, _index_by_name(dataset.attribute_names), config.max_words, config.crop, config.flip,
-        dataset.vector_info, config.vectors_mean_of, decoded_cache=decoded,
+        config.random_crop, dataset.vector_info, config.vectors_mean_of, decoded_cache=decoded,
     )  # fmt: skip
     return Loader(spec, order, ShardReader(dataset, spec.split, cache, decoded), transform)
 
@@ -282,7 +282,7 @@ def load_split(
         chosen = np.sort(permutation(len(samples), "limit", seed)[:limit])
     transform = SampleTransform(
         samples, dataset.vocabulary, _index_by_name(dataset.attribute_names), max_words, crop, flip=False,
-        vector_info=dataset.vector_info, caption=caption,
+        random_crop=False, vector_info=dataset.vector_info, caption=caption,
     )  # fmt: skip
     reader = ShardReader(dataset, split)
     buffer = transform.new_buffer(len(chosen), sizes)

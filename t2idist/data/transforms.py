@@ -93,7 +93,12 @@ def shorter_side(size: int, crop: float) -> int:
 
 
 def crop_and_flip(
-    decoded: DecodedImage, size: int, crop: float, flip: bool, bits: NDArray[np.uint64] | None
+    decoded: DecodedImage,
+    size: int,
+    crop: float,
+    flip: bool,
+    bits: NDArray[np.uint64] | None,
+    random_crop: bool = True,
 ) -> NDArray[np.uint32]:
     """Resize the shorter side to round(crop * size), then crop to (size, size) and flip.
 
@@ -103,6 +108,7 @@ def crop_and_flip(
         crop: Shorter side of the resized image, as a multiple of `size`.
         flip: Whether to mirror half of the images.
         bits: (8,) random bits for the position of the crop and the flip; None: centre crop, no flip.
+        random_crop: Whether to draw the position of the crop; else the centre.
 
     Returns:
         (size, size), as `DecodedImage.pixels`; never a view of them.
@@ -111,7 +117,7 @@ def crop_and_flip(
     width, height = decoded.size
     scale = shorter_side(size, crop) / min(width, height)
     scaled_width, scaled_height = max(size, round(width * scale)), max(size, round(height * scale))
-    if bits is None:
+    if bits is None or not random_crop:
         x, y = (scaled_width - size) // 2, (scaled_height - size) // 2
     else:
         x, y = int(bits[CROP_X]) % (scaled_width - size + 1), int(bits[CROP_Y]) % (scaled_height - size + 1)

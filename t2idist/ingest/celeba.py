@@ -1,4 +1,4 @@
-"""Reader for CelebA: img_align_celeba/, list_attr_celeba and list_eval_partition; optional captions.
+"""Reader for CelebA: img_align_celeba/, list_attr_celeba and list_eval_partition; captions are optional.
 
 The lists are .txt, as the authors publish them, or .csv, as Kaggle has them.
 """
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from t2idist import storage
 from t2idist.ingest.annotations import captions_by_image
+from t2idist.ingest.attribute_captions import captions_from_attributes
 from t2idist.ingest.files import (
     UndecodableText,
     first_existing,
@@ -32,11 +33,12 @@ _PARTITION = "list_eval_partition"
 _DELIMITERS = (",", ";", "\t")
 
 
-def list_celeba(root: str, listing: Listing, captions_url: str | None = None) -> None:
+def list_celeba(root: str, listing: Listing, captions_url: str | None = None, *, from_attributes: bool = False) -> None:
     """List all images with their attributes.
 
     Args:
         captions_url: a captions.jsonl file. Default: the images have no captions.
+        from_attributes: make captions from the attributes of each image.
 
     Raises:
         ValueError: a file is missing, or the list of attributes has no names.
@@ -65,8 +67,9 @@ def list_celeba(root: str, listing: Listing, captions_url: str | None = None) ->
                 listing.mark_annotated(_image_url(images, name))
             continue
         present = attributes_present(zip(names, values, strict=True), listing.attributes)
+        made = captions_from_attributes(name, names, present) if from_attributes else captions.pop(name, ())
         listing.add(
-            split, name, _image_url(images, name), attributes=present, captions=captions.pop(name, ()),
+            split, name, _image_url(images, name), attributes=present, captions=made,
             needs_captions=captions_url is not None,
         )  # fmt: skip
     if stated_count is not None and count != stated_count:

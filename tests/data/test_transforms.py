@@ -74,6 +74,17 @@ def test_flips_are_random_in_training_only():
     assert np.array_equal(rgb(crop_and_flip(undrafted(image), 64, 1.0, True, None)), np.asarray(image))
 
 
+def test_the_centre_is_cropped_where_no_crop_is_drawn():
+    image = Image.effect_noise((64, 80), 60).convert("RGB")
+    centre = np.asarray(image)[8:72]
+    crops = [rgb(crop_and_flip(undrafted(image), 64, 1.0, False, bits, False)) for bits in random_bits(1, 0, 8)]
+    assert all(np.array_equal(crop, centre) for crop in crops)
+    assert not all(
+        np.array_equal(rgb(crop_and_flip(undrafted(image), 64, 1.0, False, bits)), centre)
+        for bits in random_bits(1, 0, 8)
+    )
+
+
 def test_decode_lays_transparency_on_white_and_reports_damage():
     out = io.BytesIO()
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(out, "PNG")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from t2idist.data.shards import Dataset
+from t2idist.ingest.attribute_captions import captions_from_attributes
 from t2idist.ingest.celeba import list_celeba
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.rejects import Reason
@@ -112,3 +113,62 @@ def test_the_lossless_edition_of_the_authors(tmp_path: Path):
         list_celeba(str(tmp_path), listing)
         assert sorted(Path(image.url).name for image in listing.images("val")) == ["000001.png", "000004.png"]
         assert [reject.name for reject in listing.rejects()] == ["000003.jpg", "000005.png"]
+
+
+CELEBA_NAMES = [
+    "5_o_Clock_Shadow", "Arched_Eyebrows", "Attractive", "Bags_Under_Eyes", "Bald", "Bangs", "Big_Lips", "Big_Nose",
+    "Black_Hair", "Blond_Hair", "Blurry", "Brown_Hair", "Bushy_Eyebrows", "Chubby", "Double_Chin", "Eyeglasses",
+    "Goatee", "Gray_Hair", "Heavy_Makeup", "High_Cheekbones", "Male", "Mouth_Slightly_Open", "Mustache",
+    "Narrow_Eyes", "No_Beard", "Oval_Face", "Pale_Skin", "Pointy_Nose", "Receding_Hairline", "Rosy_Cheeks",
+    "Sideburns", "Smiling", "Straight_Hair", "Wavy_Hair", "Wearing_Earrings", "Wearing_Hat", "Wearing_Lipstick",
+    "Wearing_Necklace", "Wearing_Necktie", "Young",
+]  # fmt: skip
+
+
+def test_captions_say_what_is_present_and_nothing_else():
+    present = {"Young", "Male", "Black_Hair", "Wavy_Hair", "Eyeglasses", "Smiling"}
+    captions = captions_from_attributes("000001.jpg", CELEBA_NAMES, present)
+    assert captions == captions_from_attributes("000001.jpg", CELEBA_NAMES, present)
+    assert captions != captions_from_attributes("000002.jpg", CELEBA_NAMES, present)
+    words = {word for caption in captions for word in caption.split()}
+    assert all("young man" in caption and "wavy black hair" in caption for caption in captions)
+    grammar = {"a", "the", "has", "with", "and", "wears", "wearing"}
+    assert words <= grammar | {"smiling", "young", "man", "wavy", "black", "hair", "glasses"}
+    assert {"glasses", "smiling"} <= words
+
+
+def test_each_attribute_of_celeba_but_two_is_said_in_some_caption():
+    nothing = {caption for key in range(40) for caption in captions_from_attributes(str(key), CELEBA_NAMES, ())}
+    for name in CELEBA_NAMES:
+        present = {name, "Male"} if name == "No_Beard" else {name}
+        said = {caption for key in range(40) for caption in captions_from_attributes(str(key), CELEBA_NAMES, present)}
+        assert (said == nothing) == (name in ("Attractive", "Blurry")), name
+        assert not any("_" in caption for caption in said)
+
+
+def test_other_attributes_are_said_as_they_are_named():
+    captions = captions_from_attributes("x", ("Red_Hat",), {"Red_Hat"})
+    assert {"a person", "a person with red hat"} >= {
+        caption.replace("the", "a", 1) for caption in captions if "has" not in caption
+    }
+    assert captions_from_attributes("x", (), ()) == ("a person",) * 5
+
+
+def test_the_tool_makes_captions_from_attributes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    write_kaggle(tmp_path / "celeba")
+    arguments = [
+        "--celeba",
+        str(tmp_path / "celeba"),
+        "--out",
+        str(tmp_path / "set"),
+        "--processes",
+        "1",
+        "--size",
+        "16",
+    ]
+    assert shard_celeba.main([*arguments, "--captions-from-attributes"]) == 0
+    dataset = Dataset.open(str(tmp_path / "set"))
+    assert set(dataset.split("val").captions(0)) <= {"a person", "a smiling person"}
+    with pytest.raises(SystemExit):
+        shard_celeba.main([*arguments, "--captions-from-attributes", "--captions", "c.jsonl"])
+    assert "not allowed with argument" in capsys.readouterr().err

@@ -1,6 +1,8 @@
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
+# Two processes run the tests of one file each; every test has its own folders and ports.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo demo-long test test-quick test-slow bench lint clean
@@ -14,10 +16,10 @@ demo-long: $(INSTALLED)
 	$(BIN)/python -m t2idist.run attngan preset=demo-long storage=runs
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-quick: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m "not slow and not whole"
+	$(PYTEST) -m "not slow and not whole"
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable '.[test,text]'

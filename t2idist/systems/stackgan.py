@@ -71,6 +71,9 @@ class Config(GanOptions):
     """Half-life of the generator's EMA; 0: no EMA, as published."""
     unit_text: bool = False
     """Scale sentence vectors by `unit_scale`, for a DAMSM's, whose length is arbitrary; in stage 2 as its stage 1."""
+    condition_on_text: bool = False
+    """Give the discriminator the sentence vector; as published, it gets the mean of the conditioning Gaussian, which
+    the KL divergence pulls to 0."""
     compat: Literal["", "authors"] = ""
     """"authors": a ReLU on the conditioning statistics, for the released weights; while stage 2 is trained, stage 1
     normalises by the batch statistics of each group (without the drift of its running statistics that they had)."""
@@ -116,7 +119,10 @@ class StackGan:
         if encoder is not None:
             self.frozen["text"] = Frozen(encoder, "text" if stage1 is None else "stage1", "text")
         discriminator = StageDiscriminator(
-            config.discriminator_width, config.image_size, config.condition_dim, unconditional=config.stage == 2
+            config.discriminator_width,
+            config.image_size,
+            text_dim if config.condition_on_text else config.condition_dim,
+            unconditional=config.stage == 2,
         )
         replace_batch_norm(discriminator, config.discriminator_norm)
         normal_(generator)
@@ -141,8 +147,10 @@ class StackGan:
         if self.config.stage == 2:
             inputs = self._stage1_images(inputs, train.noise(self.low_condition_dim), sentence, batch.groups, train)
         output = train.forward("generator", tree.generate, inputs, train.noise(self.config.condition_dim), sentence)
-        self._update_discriminator(output, batch, train)
-        train.apply("generator", self._generator_loss(output, train))
+        assert output.mean is not None
+        condition = (sentence if self.config.condition_on_text else output.mean).detach()
+        self._update_discriminator(output, condition, batch, train)
+        train.apply("generator", self._generator_loss(output, condition, train))
 
     def _stage1_images(self, z: Tensor, normal: Tensor, sentence: Tensor, groups: int, train: Train) -> Tensor:
         with torch.no_grad(), train.frozen("stage1") as net:
@@ -152,14 +160,13 @@ class StackGan:
             with use_batch_statistics(net):
                 return torch.cat([tree.generate(net, *part).images[0] for part in parts])
 
-    def _update_discriminator(self, output: GeneratorOutput, batch: Batch, train: Train) -> None:
-        """Update the discriminator, conditioned on the mean of the conditioning Gaussian.
+    def _update_discriminator(self, output: GeneratorOutput, condition: Tensor, batch: Batch, train: Train) -> None:
+        """Update the discriminator of images with a condition (N, D).
 
         As released, that of stage 2 has an unconditional head too.
         """
-        assert output.mean is not None
         pairs = wrong_pairs(batch.class_ids, batch.groups)
-        given = (batch.images[-1], output.images[0], output.mean.detach(), pairs, batch.groups)
+        given = (batch.images[-1], output.images[0], condition, pairs, batch.groups)
         losses: Callable[..., Any] = matching_aware_losses
         combine: Callable[[Any], Tensor] = matching_aware_loss
         score: Callable[..., Tensor] = conditional_scores
@@ -167,13 +174,13 @@ class StackGan:
             losses, combine, score = joint_losses, attngan_discriminator_loss, joint_scores
         self.config.update_discriminator(train, "discriminator", losses, combine, score, *given)
 
-    def _generator_loss(self, output: GeneratorOutput, train: Train) -> Tensor:
+    def _generator_loss(self, output: GeneratorOutput, condition: Tensor, train: Train) -> Tensor:
         """Adversarial loss and weighted KL divergence (section 3.3, eq. 4; section 3.4, eq. 6)."""
         assert output.mean is not None and output.log_variance is not None
         adversarial_loss = generator_loss if self.config.stage == 2 else conditional_generator_loss
         seen = self.config.augmented(train, output.images[0])
         with train.frozen("discriminator") as discriminator:
-            adversarial = adversarial_loss(discriminator, seen, output.mean.detach(), kind=self.config.logit_loss)
+            adversarial = adversarial_loss(discriminator, seen, condition, kind=self.config.logit_loss)
         kl = kl_divergence(output.mean, output.log_variance)
         train.report("generator/adversarial", adversarial)
         train.report("generator/kl", kl)

@@ -47,10 +47,15 @@ class Config(TreeConfig):
     """Released code: 0.999 for each step of 24 images."""
     unit_text: bool = True
     """Scale sentence vectors by `unit_scale`; false for the released weights."""
+    condition_on_text: bool = False
+    """Give the discriminators the sentence vector; as published, they get the mean of the conditioning Gaussian, which
+    the KL divergence pulls to 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranges(self, at_least_0="colour_weight")
+        if self.condition_on_text and not self.conditional:
+            raise ValueError("condition_on_text: there is no text with conditional=false")
 
 
 class StackGanPP(TreeGan):
@@ -71,7 +76,7 @@ class StackGanPP(TreeGan):
             text_dim=text_dim,
             condition_dim=config.condition_dim,
         )
-        condition_dim = config.condition_dim if config.conditional else None
+        condition_dim = text_dim if config.condition_on_text else config.condition_dim if config.conditional else None
         super().__init__(
             config, sizes, generator, lambda size: StackDiscriminator(config.discriminator_width, size, condition_dim)
         )
@@ -84,27 +89,34 @@ class StackGanPP(TreeGan):
             sentence = _sentences.for_step(batch.captions, train, self.frozen, self.config.unit_text)
             output = train.forward("generator", tree.generate, z, train.noise(self.config.condition_dim), sentence)
             assert output.mean is not None
-            condition, pairs = output.mean.detach(), wrong_pairs(batch.class_ids, batch.groups)
+            condition = sentence if self.config.condition_on_text else output.mean
+            pairs = wrong_pairs(batch.class_ids, batch.groups)
             combine = stackgan_v2_released_loss if self.config.compat == "authors" else stackgan_pp_discriminator_loss
             self.update_discriminators(
-                train, batch.images, output.images, joint_losses, combine, joint_scores, condition, pairs, batch.groups
-            )
+                train, batch.images, output.images, joint_losses, combine, joint_scores, condition.detach(), pairs,
+                batch.groups,
+            )  # fmt: skip
         else:
+            condition = None
             output = train.forward("generator", tree.generate, z, None, None)
             self.update_discriminators(
                 train, batch.images, output.images, _image_losses, lambda x: x.real + x.fake, unconditional_scores,
                 suffix="_alone",
             )  # fmt: skip
-        train.apply("generator", self._generator_loss(output, train))
+        train.apply("generator", self._generator_loss(output, condition, train))
 
-    def _generator_loss(self, output: GeneratorOutput, train: Train) -> Tensor:
-        """Sum the adversarial losses, the KL divergence and the colour consistency (section 4.3, eq. 7)."""
+    def _generator_loss(self, output: GeneratorOutput, condition: Tensor | None, train: Train) -> Tensor:
+        """Sum the adversarial losses, the KL divergence and the colour consistency (section 4.3, eq. 7).
+
+        Args:
+            condition: (N, D), what the discriminators get with the images; None without captions.
+        """
         images = output.images
         loss = images[0].new_zeros(())
-        if output.mean is None:
+        if condition is None:
             loss = self.add_adversarial_losses(loss, train, images, unconditional_generator_loss)
         else:
-            loss = self.add_adversarial_losses(loss, train, images, generator_loss, output.mean)
+            loss = self.add_adversarial_losses(loss, train, images, generator_loss, condition)
             loss = loss + weighted_kl(self.config, output, train)
         if self.config.colour_weight:
             for low, high in pairwise(images):

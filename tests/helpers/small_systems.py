@@ -63,6 +63,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "discriminator_width": 4,
         "discriminator_norm": "none",
         "adversarial_loss": "hinge",
+        "condition_on_text": True,
     },
     "dcgan": {"image_size": 16, "generator_width": 4, "discriminator_width": 4, "z_dim": 6},
     "gan_cls": {
@@ -105,6 +106,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "image_size": 32,
         "residuals": 1,
         "discriminator_norm": "group",
+        "condition_on_text": True,
     },
     "captioner": {"trunk": "small", "trunk_width": 4, "image_size": 32, "word_dim": 8, "hidden_dim": 8},
     "mirrorgan": {**TREE, "generator_width": 8, "discriminator_width": 4, "damsm_weight": 1.0},

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2idist.engine.noise import Noise
@@ -35,19 +37,22 @@ class GroupedBatchNorm(BatchNormBase):
             f"{input.shape[0]} samples are not a multiple of the group size {self.group_size}"
         )
         groups = input.shape[0] // self.group_size
-        no_statistics = self.running_mean is None or self.running_var is None or self.momentum is None
-        if groups == 1 and (no_statistics or not needs_exact_sums(input, groups)):
-            return super().forward(input)
         if self.running_mean is None or self.running_var is None or self.momentum is None:
+            if groups == 1:
+                return super().forward(input)
             raise ValueError(
                 "BatchNorm without running statistics, or with a cumulative average, is not supported in groups"
             )
-        out, means, variances = batch_norm(input, self.weight, self.bias, groups, self.eps)
-        # .data: torch's own operation saves the statistics for its backward, which in training does not read them
-        self.running_mean.data.lerp_(means.mean(0), self.momentum)
-        self.running_var.data.lerp_(variances.mean(0), self.momentum)
         if self.num_batches_tracked is not None:
-            self.num_batches_tracked.data.add_(1)
+            self.num_batches_tracked.add_(1)
+        if groups == 1 and not needs_exact_sums(input, groups):
+            # .data: torch keeps the statistics for a backward, which in training does not read them
+            mean, variance = self.running_mean.data, self.running_var.data
+            return F.batch_norm(input, mean, variance, self.weight, self.bias, True, self.momentum, self.eps)
+        out, means, variances = batch_norm(input, self.weight, self.bias, groups, self.eps)
+        with torch.no_grad():
+            self.running_mean.lerp_(means.mean(0), self.momentum)
+            self.running_var.lerp_(variances.mean(0), self.momentum)
         return out
 
 

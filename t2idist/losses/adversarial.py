@@ -6,7 +6,8 @@ image with its caption. ``_alone`` marks the terms of the unconditional head, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,6 +30,17 @@ class LogitLoss:
     """Of the discriminator, for what it should reject."""
     generator: Callable[[Tensor], Tensor]
     """Of the generator, for its images."""
+    relativistic: bool = False
+    """Take the difference of the logits of two images with one caption, a real and a generated one, in place of each
+    (RSGAN: Jolicoeur-Martineau 2018)."""
+    kept: float = 1.0
+    """Share of each group's images that the generator learns from, those with the largest logits (top-k: Sinha et al.
+    2020)."""
+
+    def compared(self, logits: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the losses take for the logits (N,) of two images with one caption."""
+        logits, other = upcast(logits), upcast(other)
+        return (logits - other, other - logits) if self.relativistic else (logits, other)
 
 
 def _softplus_of_minus(logits: Tensor) -> Tensor:
@@ -51,9 +63,12 @@ def loss_fake(logits: Tensor, kind: LogitLoss = BCE) -> Tensor:
     return kind.fake(upcast(logits)).mean()
 
 
-def loss_generated(logits: Tensor, kind: LogitLoss = BCE) -> Tensor:
+def loss_generated(logits: Tensor, kind: LogitLoss = BCE, groups: int = 1) -> Tensor:
     """Mean loss of the generator, from the logits (N,) of its images."""
-    return kind.generator(upcast(logits)).mean()
+    of_groups = upcast(logits).reshape(groups, -1)
+    if kind.kept < 1:
+        of_groups = of_groups.topk(math.ceil(kind.kept * of_groups.shape[1]), sorted=False).values
+    return kind.generator(of_groups).mean()
 
 
 def masked_loss_fake(logits: Tensor, keep: Tensor, groups: int, kind: LogitLoss = BCE) -> Tensor:
@@ -78,7 +93,9 @@ class UnconditionalLosses:
 
 def unconditional_losses(real: Tensor, fake: Tensor, kind: LogitLoss = BCE) -> UnconditionalLosses:
     """Losses from the logits (N,) of real and of generated images."""
-    return UnconditionalLosses(loss_real(real, kind), loss_fake(fake, kind), _fraction(real > 0), _fraction(fake < 0))
+    accuracies = _fraction(real > 0), _fraction(fake < 0)
+    real, fake = kind.compared(real, fake)
+    return UnconditionalLosses(loss_real(real, kind), loss_fake(fake, kind), *accuracies)
 
 
 @dataclass(frozen=True)
@@ -133,10 +150,11 @@ def joint_losses(
     One pass over the real images serves their own condition, the wrong one and the unconditional head.
     """
     real_features, fake_features = _both_features(net, real, fake)
+    real_alone, fake_alone = kind.compared(net.unconditional(real_features), net.unconditional(fake_features))
     return JointLosses(
         **vars(_pair_losses(net, real_features, fake_features, condition, pairs, groups, kind)),
-        real_alone=loss_real(net.unconditional(real_features), kind),
-        fake_alone=loss_fake(net.unconditional(fake_features), kind),
+        real_alone=loss_real(real_alone, kind),
+        fake_alone=loss_fake(fake_alone, kind),
     )
 
 
@@ -173,10 +191,12 @@ def _pair_losses(
     """Compute the pair losses from the features of real and generated images."""
     own, other = net.conditionals(real, condition, condition[pairs.caption])
     generated = net.conditional(fake, condition)
+    as_real, as_fake = kind.compared(own, generated)
+    _, as_wrong = kind.compared(own, other)
     return PairLosses(
-        real=loss_real(own, kind),
-        wrong=masked_loss_fake(other, pairs.keep, groups, kind),
-        fake=loss_fake(generated, kind),
+        real=loss_real(as_real, kind),
+        wrong=masked_loss_fake(as_wrong, pairs.keep, groups, kind),
+        fake=loss_fake(as_fake, kind),
         accuracy_real=_fraction(own > 0),
         accuracy_wrong=_fraction(other < 0, pairs.keep),
         accuracy_fake=_fraction(generated < 0),
@@ -207,23 +227,64 @@ def unconditional_scores(net: JointDiscriminator, images: Tensor) -> Tensor:
     return net.unconditional(net.features(images))
 
 
-def generator_loss(net: JointDiscriminator, fake: Tensor, condition: Tensor, kind: LogitLoss = BCE) -> Tensor:
-    """The generator's counterpart of `joint_losses`: both heads should classify its images (N, 3, S, S) as real."""
-    features = net.features(fake)
-    conditional, alone = net.conditional(features, condition), net.unconditional(features)
-    return loss_generated(conditional, kind) + loss_generated(alone, kind)
+def generator_loss(
+    net: JointDiscriminator,
+    fake: Tensor,
+    condition: Tensor,
+    *,
+    kind: LogitLoss = BCE,
+    real: Tensor | None = None,
+    groups: int = 1,
+) -> Tensor:
+    """The generator's counterpart of `joint_losses`: both heads should classify its images (N, 3, S, S) as real.
+
+    Args:
+        real: (N, 3, S, S), the real images with the same captions; needed by a relativistic loss only.
+    """
+
+    def score(images: Tensor) -> Sequence[Tensor]:
+        features = net.features(images)
+        return net.conditional(features, condition), net.unconditional(features)
+
+    return _generator_loss(score, fake, kind, real, groups)
 
 
 def conditional_generator_loss(
-    net: ConditionalDiscriminator, fake: Tensor, condition: Tensor, kind: LogitLoss = BCE
+    net: ConditionalDiscriminator,
+    fake: Tensor,
+    condition: Tensor,
+    *,
+    kind: LogitLoss = BCE,
+    real: Tensor | None = None,
+    groups: int = 1,
 ) -> Tensor:
-    """The generator's counterpart of `matching_aware_losses`."""
-    return loss_generated(conditional_scores(net, fake, condition), kind)
+    """The generator's counterpart of `matching_aware_losses`; arguments as of `generator_loss`."""
+    return _generator_loss(lambda images: [conditional_scores(net, images, condition)], fake, kind, real, groups)
 
 
-def unconditional_generator_loss(net: JointDiscriminator, fake: Tensor, kind: LogitLoss = BCE) -> Tensor:
-    """The generator's counterpart of `unconditional_losses`."""
-    return loss_generated(unconditional_scores(net, fake), kind)
+def unconditional_generator_loss(
+    net: JointDiscriminator,
+    fake: Tensor,
+    *,
+    kind: LogitLoss = BCE,
+    real: Tensor | None = None,
+    groups: int = 1,
+) -> Tensor:
+    """The generator's counterpart of `unconditional_losses`; arguments as of `generator_loss`."""
+    return _generator_loss(lambda images: [unconditional_scores(net, images)], fake, kind, real, groups)
+
+
+def _generator_loss(
+    score: Callable[[Tensor], Sequence[Tensor]], fake: Tensor, kind: LogitLoss, real: Tensor | None, groups: int
+) -> Tensor:
+    """Sum the losses of the logits (N,) of every head that `score` returns."""
+    logits = score(fake)
+    if kind.relativistic:
+        assert real is not None, "a relativistic loss needs the real images"
+        with torch.no_grad():
+            references = score(real)
+        logits = [kind.compared(own, other)[0] for own, other in zip(logits, references, strict=True)]
+    return torch.stack([loss_generated(each, kind, groups) for each in logits]).sum()
 
 
 def attngan_discriminator_loss(losses: JointLosses) -> Tensor:

@@ -130,8 +130,6 @@ def down_block(channels_in: int, channels_out: int, norm: bool = True) -> nn.Seq
     return nn.Sequential(conv, nn.BatchNorm2d(channels_out), activation) if norm else nn.Sequential(conv, activation)
 
 
-NORMS = ("batch", "group", "none")
-"""Normalisations of a discriminator."""
 _CHANNELS_OF_GROUP = 8
 
 
@@ -141,10 +139,10 @@ def couples_samples(net: object) -> bool:
 
 
 def replace_batch_norm(net: nn.Module, norm: str) -> None:
-    """Replace every BatchNorm of a network, in place: by GroupNorm with 8 channels a group, or by none.
+    """Replace every BatchNorm of a network, in place.
 
     Args:
-        norm: One of `NORMS`; "batch" changes nothing.
+        norm: "batch" changes nothing; "group" puts GroupNorm with 8 channels a group in its place; others nothing.
     """
     if norm == "batch":
         return

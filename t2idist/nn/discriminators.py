@@ -25,6 +25,13 @@ class LogitConv2d(nn.Conv2d):
         return F.linear(rows, weight, self.bias).squeeze(1)
 
 
+def remove_logit_biases(net: nn.Module) -> None:
+    """Remove the biases of all logits, in place: differences of logits do not depend on them."""
+    for module in net.modules():
+        if isinstance(module, LogitConv2d):
+            module.bias = None
+
+
 def logit_head(channels: int) -> nn.Sequential:
     """(N, channels, 4, 4) -> (N,) logits."""
     return nn.Sequential(LogitConv2d(channels))

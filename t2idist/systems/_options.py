@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from t2idist.contract import Adam, Schedule, Train, check_ranges
 from t2idist.losses import augmentation
 from t2idist.losses.adversarial import BCE, HINGE, LogitLoss
 from t2idist.losses.penalties import matching_aware_penalty, r1_penalty
+from t2idist.nn.blocks import replace_batch_norm
+from t2idist.nn.discriminators import remove_logit_biases
+from t2idist.nn.spectral_norm import add_spectral_norm
 
 CONSTANT = Schedule()
 _LOSSES = {"bce": BCE, "hinge": HINGE}
@@ -24,10 +27,16 @@ class GanOptions:
 
     adversarial_loss: Literal["bce", "hinge"] = "bce"
     """Loss of the logits: binary cross-entropy, or hinge."""
+    relativistic: bool = False
+    """Compare the logits of a real and a generated image of each caption (relativistic GAN)."""
+    top_k: float = 1.0
+    """Share of a group's images that the generator learns from, those with the largest logits; 1: all."""
+    top_k_start_images: float = 0.0
+    """Images seen from which on `top_k` holds."""
     augment: tuple[str, ...] = ()
     """Differentiable augmentation of all images that discriminators see (DiffAugment): color, translation, cutout."""
-    discriminator_norm: Literal["batch", "group", "none"] = "batch"
-    """Normalisation of the discriminators; "group": GroupNorm with 8 channels a group."""
+    discriminator_norm: Literal["batch", "group", "spectral", "none"] = "batch"
+    """Normalisation of the discriminators; "group": GroupNorm with 8 channels a group; "spectral": of the weights."""
     r1_weight: float = 0.0
     """Weight of the R1 penalty of the discriminators on real images; 0: none."""
     r1_every: int = 4
@@ -46,21 +55,46 @@ class GanOptions:
         check_ranges(
             self,
             at_least_1="r1_every",
-            at_least_0="r1_weight ma_gp_weight ema_rampup decay_start_images decay_end_images",
-            share="decay_floor",
+            at_least_0="r1_weight ma_gp_weight ema_rampup decay_start_images decay_end_images top_k_start_images",
+            share="decay_floor top_k",
         )
         if unknown := [kind for kind in self.augment if kind not in augmentation.KINDS]:
             raise ValueError(f"augment: '{unknown[0]}'; there are {', '.join(augmentation.KINDS)}")
 
     @property
     def logit_loss(self) -> LogitLoss:
-        return _LOSSES[self.adversarial_loss]
+        return replace(_LOSSES[self.adversarial_loss], relativistic=self.relativistic)
+
+    def finish_discriminator(self, net: nn.Module, init: Callable[[nn.Module], None]) -> None:
+        """Replace the norms of a new discriminator and initialise it, in place."""
+        replace_batch_norm(net, self.discriminator_norm)
+        if self.relativistic:
+            remove_logit_biases(net)
+        init(net)
+        if self.discriminator_norm == "spectral":
+            add_spectral_norm(net)
 
     def augmented(self, train: Train, images: Tensor) -> Tensor:
         """Augment images (N, 3, S, S) for a discriminator."""
         if not self.augment:
             return images
         return augmentation.augment(images, train.noise(augmentation.DRAWS), self.augment)
+
+    def adversarial_loss_of(
+        self, train: Train, role: str, loss: Callable[..., Tensor], fake: Tensor, real: Tensor, groups: int, *args: Any
+    ) -> Tensor:
+        """Return ``loss(discriminator, fake, *args, kind=..., real=..., groups=groups)``, the generator's.
+
+        Args:
+            real: (N, 3, S, S), the real images of the batch, as `fake`.
+        """
+        seen = self.augmented(train, fake)
+        reference = self.augmented(train, real) if self.relativistic else None
+        kept = self.top_k if train.images >= self.top_k_start_images else 1.0
+        with train.frozen(role) as discriminator:
+            return loss(
+                discriminator, seen, *args, kind=replace(self.logit_loss, kept=kept), real=reference, groups=groups
+            )
 
     def adam(self, lr: float, published: Schedule = CONSTANT) -> Adam:
         """Return the settings of an optimizer with this learning rate and published schedule."""

@@ -23,7 +23,6 @@ from t2idist.losses.adversarial import (
 from t2idist.losses.image import kl_divergence
 from t2idist.losses.matching import Gammas, damsm_loss, wrong_pairs
 from t2idist.nn import tree
-from t2idist.nn.blocks import replace_batch_norm
 from t2idist.nn.discriminators import AttnDiscriminator
 from t2idist.nn.init import orthogonal_
 from t2idist.nn.text_encoders import padding_mask, unit_scale
@@ -88,8 +87,7 @@ class TreeGan:
         }
         for size in sizes:
             discriminator = make_discriminator(size)
-            replace_batch_norm(discriminator, config.discriminator_norm)
-            orthogonal_(discriminator)
+            config.finish_discriminator(discriminator, orthogonal_)
             self.roles[f"discriminator_{size}"] = Role(discriminator, config.adam(config.discriminator_lr))
 
     def update_discriminators(
@@ -116,13 +114,13 @@ class TreeGan:
             )
 
     def add_adversarial_losses(
-        self, total: Tensor, train: Train, fake: Sequence[Tensor], loss: Callable[..., Tensor], *args: Any
+        self, total: Tensor, train: Train, batch: Batch, fake: Sequence[Tensor], loss: Callable[..., Tensor], *args: Any
     ) -> Tensor:
-        """Add ``loss(discriminator, images, *args, kind=...)`` of every size to `total`, and report each."""
-        for size, images in zip(self.sizes, fake, strict=True):
-            seen = self.options.augmented(train, images)
-            with train.frozen(f"discriminator_{size}") as discriminator:
-                adversarial = loss(discriminator, seen, *args, kind=self.options.logit_loss)
+        """Add `GanOptions.adversarial_loss_of` every size to `total`, and report each."""
+        for size, images, real in zip(self.sizes, fake, batch.images, strict=True):
+            adversarial = self.options.adversarial_loss_of(
+                train, f"discriminator_{size}", loss, images, real, batch.groups, *args
+            )
             train.report(f"generator/adversarial_{size}", adversarial)
             total = total + adversarial
         return total
@@ -221,7 +219,7 @@ class AttentionGan(TreeGan):
             train, batch.images, output.images, losses, combine, score, condition, pairs, batch.groups
         )
         loss = weighted_kl(self.config, output, train)
-        loss = self.add_adversarial_losses(loss, train, output.images, adversarial, condition)
+        loss = self.add_adversarial_losses(loss, train, batch, output.images, adversarial, condition)
         for term in self.generator_terms(output.images[-1], words, sentence, batch, train):
             loss = loss + term
         train.apply("generator", loss)

@@ -25,13 +25,12 @@ from t2idist.contract import (
 )
 from t2idist.losses.adversarial import (
     PairLosses,
+    conditional_generator_loss,
     conditional_scores,
-    loss_generated,
     matching_aware_loss,
     matching_aware_losses,
 )
 from t2idist.losses.matching import wrong_pairs
-from t2idist.nn.blocks import replace_batch_norm
 from t2idist.nn.dcgan import DcganDiscriminator, conditional_generator
 from t2idist.nn.init import normal_
 from t2idist.nn.text_encoders import sentence_encoder
@@ -109,9 +108,8 @@ class GanCls:
             joins=config.residual or not released,
             second_last_activation=not (config.residual and config.interpolate and released),
         )
-        replace_batch_norm(discriminator, config.discriminator_norm)
         normal_(generator)
-        normal_(discriminator)
+        config.finish_discriminator(discriminator, normal_)
         every_images = config.lr_every_epochs * info.data.epoch_images
         schedule = Schedule("exponential", factor=config.lr_factor, every_images=every_images)
         self.roles = {
@@ -137,9 +135,12 @@ class GanCls:
             train, "discriminator", matching_aware_losses, self._discriminator_loss, conditional_scores,
             batch.images[-1], fakes[0], text, pairs, batch.groups,
         )  # fmt: skip
-        kind, seen = self.config.logit_loss, [self.config.augmented(train, images) for images in fakes]
-        with train.frozen("discriminator") as discriminator:
-            adversarial = [loss_generated(discriminator(x, text), kind) for x, text in zip(seen, texts, strict=True)]
+        adversarial = [
+            self.config.adversarial_loss_of(
+                train, "discriminator", conditional_generator_loss, images, batch.images[-1], batch.groups, text
+            )
+            for images, text in zip(fakes, texts, strict=True)
+        ]
         for name, loss in zip(("adversarial", "interpolated"), adversarial, strict=False):
             train.report(f"generator/{name}", loss)
         train.apply("generator", self._generator_loss(adversarial))

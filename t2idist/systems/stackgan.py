@@ -34,7 +34,6 @@ from t2idist.losses.adversarial import (
 from t2idist.losses.image import kl_divergence
 from t2idist.losses.matching import wrong_pairs
 from t2idist.nn import tree
-from t2idist.nn.blocks import replace_batch_norm
 from t2idist.nn.discriminators import SIZES, StageDiscriminator
 from t2idist.nn.init import normal_
 from t2idist.nn.text_encoders import sentence_encoder
@@ -124,9 +123,8 @@ class StackGan:
             text_dim if config.condition_on_text else config.condition_dim,
             unconditional=config.stage == 2,
         )
-        replace_batch_norm(discriminator, config.discriminator_norm)
         normal_(generator)
-        normal_(discriminator)
+        config.finish_discriminator(discriminator, normal_)
         halving = Schedule(
             "exponential", factor=0.5, every_images=config.lr_halved_every_epochs * info.data.epoch_images
         )
@@ -150,7 +148,7 @@ class StackGan:
         assert output.mean is not None
         condition = (sentence if self.config.condition_on_text else output.mean).detach()
         self._update_discriminator(output, condition, batch, train)
-        train.apply("generator", self._generator_loss(output, condition, train))
+        train.apply("generator", self._generator_loss(output, condition, batch, train))
 
     def _stage1_images(self, z: Tensor, normal: Tensor, sentence: Tensor, groups: int, train: Train) -> Tensor:
         with torch.no_grad(), train.frozen("stage1") as net:
@@ -174,13 +172,13 @@ class StackGan:
             losses, combine, score = joint_losses, attngan_discriminator_loss, joint_scores
         self.config.update_discriminator(train, "discriminator", losses, combine, score, *given)
 
-    def _generator_loss(self, output: GeneratorOutput, condition: Tensor, train: Train) -> Tensor:
+    def _generator_loss(self, output: GeneratorOutput, condition: Tensor, batch: Batch, train: Train) -> Tensor:
         """Adversarial loss and weighted KL divergence (section 3.3, eq. 4; section 3.4, eq. 6)."""
         assert output.mean is not None and output.log_variance is not None
         adversarial_loss = generator_loss if self.config.stage == 2 else conditional_generator_loss
-        seen = self.config.augmented(train, output.images[0])
-        with train.frozen("discriminator") as discriminator:
-            adversarial = adversarial_loss(discriminator, seen, condition, kind=self.config.logit_loss)
+        adversarial = self.config.adversarial_loss_of(
+            train, "discriminator", adversarial_loss, output.images[0], batch.images[-1], batch.groups, condition
+        )
         kl = kl_divergence(output.mean, output.log_variance)
         train.report("generator/adversarial", adversarial)
         train.report("generator/kl", kl)

@@ -103,9 +103,9 @@ class StackGanPP(TreeGan):
                 train, batch.images, output.images, _image_losses, lambda x: x.real + x.fake, unconditional_scores,
                 suffix="_alone",
             )  # fmt: skip
-        train.apply("generator", self._generator_loss(output, condition, train))
+        train.apply("generator", self._generator_loss(output, condition, batch, train))
 
-    def _generator_loss(self, output: GeneratorOutput, condition: Tensor | None, train: Train) -> Tensor:
+    def _generator_loss(self, output: GeneratorOutput, condition: Tensor | None, batch: Batch, train: Train) -> Tensor:
         """Sum the adversarial losses, the KL divergence and the colour consistency (section 4.3, eq. 7).
 
         Args:
@@ -114,9 +114,9 @@ class StackGanPP(TreeGan):
         images = output.images
         loss = images[0].new_zeros(())
         if condition is None:
-            loss = self.add_adversarial_losses(loss, train, images, unconditional_generator_loss)
+            loss = self.add_adversarial_losses(loss, train, batch, images, unconditional_generator_loss)
         else:
-            loss = self.add_adversarial_losses(loss, train, images, generator_loss, condition)
+            loss = self.add_adversarial_losses(loss, train, batch, images, generator_loss, condition)
             loss = loss + weighted_kl(self.config, output, train)
         if self.config.colour_weight:
             for low, high in pairwise(images):

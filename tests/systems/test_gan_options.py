@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,9 @@ from t2idist.engine.schedule import ema_decay, lr_factor
 from t2idist.engine.world import World
 from t2idist.losses import augmentation
 from t2idist.losses.adversarial import (
+    BCE,
     HINGE,
+    generator_loss,
     joint_losses,
     loss_fake,
     loss_generated,
@@ -22,6 +26,9 @@ from t2idist.losses.matching import wrong_pairs
 from t2idist.losses.penalties import matching_aware_penalty
 from t2idist.nn.blocks import couples_samples, replace_batch_norm
 from t2idist.nn.discriminators import AttnDiscriminator
+from t2idist.nn.fast.layers import use_fast_layers
+from t2idist.nn.init import orthogonal_
+from t2idist.nn.spectral_norm import add_spectral_norm
 from t2idist.systems._options import GanOptions
 from tests.helpers import small_systems
 
@@ -73,6 +80,30 @@ def test_norms_of_the_discriminator_are_replaced_and_it_runs_once_for_both_kinds
     torch.testing.assert_close(losses.fake, nn.functional.softplus(generated).mean(), rtol=1e-12, atol=0)
 
 
+def test_spectral_norm_scales_every_weight_and_is_learnt_through() -> None:
+    torch.manual_seed(0)
+    net = AttnDiscriminator(8, 16, 6)
+    replace_batch_norm(net, "spectral")
+    orthogonal_(net)
+    for weight in net.parameters():
+        weight.data += 0.1 * torch.randn_like(weight)
+    add_spectral_norm(net)
+    use_fast_layers(net)
+    weights = [module.weight for module in net.modules() if isinstance(module, nn.Conv2d)]
+    assert len(weights) == 5
+    for weight in weights:
+        largest = float(torch.linalg.matrix_norm(weight.detach().flatten(1), 2))
+        assert 0.999 < largest < 1.1  # power iterations approach it from below
+    images, condition = torch.randn(4, 3, 16, 16), torch.randn(4, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        net.conditional(net.features(images), condition).float().sum().backward()
+    assert all(
+        weight.grad is not None and weight.grad.abs().sum() > 0
+        for name, weight in net.named_parameters()
+        if "UNCOND" not in name
+    )
+
+
 def test_hinge_loss_and_what_it_rejects() -> None:
     logits = torch.tensor([-2.0, 0.0, 0.5, 3.0])
     assert loss_real(logits, HINGE) == pytest.approx((3 + 1 + 0.5 + 0) / 4)
@@ -82,6 +113,37 @@ def test_hinge_loss_and_what_it_rejects() -> None:
     assert masked_loss_fake(logits, keep, 2, HINGE) == pytest.approx(0.5 * (0 + 1) / 2)
     with pytest.raises(ValueError, match="augment: 'blur'; there are color, translation, cutout"):
         GanOptions(augment=("blur",))
+
+
+def test_top_k_keeps_the_largest_logits_of_each_group() -> None:
+    logits = torch.tensor([1.0, 3.0, 2.0, -1.0, -3.0, -2.0], requires_grad=True)
+    loss = loss_generated(logits, replace(HINGE, kept=0.5), groups=2)
+    assert loss.item() == -((3 + 2) + (-1 - 2)) / 4
+    loss.backward()
+    assert logits.grad is not None and logits.grad.tolist() == [0, -0.25, -0.25, -0.25, 0, -0.25]
+    assert loss_generated(logits, replace(HINGE, kept=0.01), groups=2).item() == -(3 - 1) / 2
+
+
+def test_relativistic_losses_take_differences_of_logits() -> None:
+    torch.manual_seed(0)
+    net = AttnDiscriminator(8, 16, 6)
+    replace_batch_norm(net, "none")
+    net.double()
+    kind = replace(BCE, relativistic=True)
+    real, fake = torch.randn(2, 6, 3, 16, 16, dtype=torch.float64)
+    condition, pairs = torch.randn(6, 6, dtype=torch.float64), wrong_pairs(torch.arange(6), 2)
+    losses = joint_losses(net, real, fake, condition, pairs, 2, kind)
+    own, other = net.conditionals(net.features(real), condition, condition[pairs.caption])
+    generated = net.conditional(net.features(fake), condition)
+    alone_real, alone_fake = (net.unconditional(net.features(images)) for images in (real, fake))
+    for loss, difference in (
+        (losses.real, own - generated), (losses.fake, own - generated), (losses.wrong, own - other),
+        (losses.real_alone, alone_real - alone_fake), (losses.fake_alone, alone_real - alone_fake),
+    ):  # fmt: skip
+        torch.testing.assert_close(loss, nn.functional.softplus(-difference).mean(), rtol=1e-12, atol=0)
+    ours = generator_loss(net, fake, condition, kind=kind, real=real, groups=2)
+    expected = nn.functional.softplus(own - generated).mean() + nn.functional.softplus(alone_real - alone_fake).mean()
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
 
 
 def test_matching_aware_penalty_is_the_published_one() -> None:

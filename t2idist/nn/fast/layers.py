@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torch.nn.utils import parametrize
 
 from t2idist.nn.fast.convolution import conv2d, is_inside_penalty
 
@@ -29,6 +30,8 @@ def use_fast_layers(net: nn.Module) -> nn.Module:
     """Replace layers of the network by faster ones, in place; returns the network."""
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for module in net.modules():
+        if parametrize.is_parametrized(module):
+            continue  # the weight is another one in each pass
         if type(module) is nn.Conv2d and module.weight.is_cpu and _is_plain(module):
             module.__class__ = FastConv2d
         elif type(module) is nn.Conv2d and not (module.weight.is_cpu or module.weight.is_meta):

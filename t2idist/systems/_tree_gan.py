@@ -116,7 +116,7 @@ class TreeGan:
     def add_adversarial_losses(
         self, total: Tensor, train: Train, batch: Batch, fake: Sequence[Tensor], loss: Callable[..., Tensor], *args: Any
     ) -> Tensor:
-        """Add `GanOptions.adversarial_loss_of` every size to `total`, and report each."""
+        """Add the loss of every size (`GanOptions.adversarial_loss_of`) to `total`, and report each."""
         for size, images, real in zip(self.sizes, fake, batch.images, strict=True):
             adversarial = self.options.adversarial_loss_of(
                 train, f"discriminator_{size}", loss, images, real, batch.groups, *args

@@ -50,23 +50,48 @@ def pyramid(base_size: int, branches: int) -> tuple[int, ...]:
 
 
 class InitStage(nn.Module):
-    """Noise and condition to the features of the first branch: (N, input_dim) -> (N, width, base_size, base_size)."""
+    """Noise and condition to the features of the first branch: (N, input_dim) -> (N, width, base_size, base_size).
+
+    `start` gives the first map, (N, channels, 4, 4), and `grow` the rest of the way.
+    """
 
     def __init__(self, input_dim: int, width: int, base_size: int) -> None:
         super().__init__()
         self.ups = (base_size // INIT_SIZE).bit_length() - 1
-        channels = width * 2**self.ups
+        self.channels = channels = width * 2**self.ups
         units = channels * INIT_SIZE * INIT_SIZE
         self.fc = nn.Sequential(nn.Linear(input_dim, 2 * units, bias=False), nn.BatchNorm1d(2 * units), GLU())
         for i in range(self.ups):
             setattr(self, f"upsample{i + 1}", up_block(channels >> i, channels >> (i + 1)))
 
-    def forward(self, vector: Tensor) -> Tensor:
-        x: Tensor = self.fc(vector)
-        x = x.view(x.shape[0], -1, INIT_SIZE, INIT_SIZE)
+    def start(self, vector: Tensor) -> Tensor:
+        out: Tensor = self.fc(vector)
+        return out.view(len(vector), -1, INIT_SIZE, INIT_SIZE)
+
+    def grow(self, x: Tensor) -> Tensor:
         for i in range(self.ups):
             x = self.get_submodule(f"upsample{i + 1}")(x)
         return x
+
+    def forward(self, vector: Tensor) -> Tensor:
+        return self.grow(self.start(vector))
+
+
+class SkipExcitation(nn.Module):
+    """Scale channels by the first map: (N, first_channels, 4, 4), (N, C, H, W) -> (N, C, H, W).
+
+    Skip-layer excitation (FastGAN: Liu et al. 2021, section 3.1).
+    """
+
+    def __init__(self, first_channels: int, channels: int) -> None:
+        super().__init__()
+        self.scale = nn.Sequential(
+            nn.Conv2d(first_channels, channels, INIT_SIZE), nn.SiLU(), nn.Conv2d(channels, channels, 1), nn.Sigmoid()
+        )
+
+    def forward(self, first: Tensor, features: Tensor) -> Tensor:
+        out: Tensor = features * self.scale(first)
+        return out
 
 
 class JointStage(nn.Module):
@@ -147,9 +172,10 @@ class StackGenerator(nn.Module):
         residuals: int,
         text_dim: int | None,
         condition_dim: int,
+        skip_excitation: bool = False,
     ) -> None:
         super().__init__()
-        self.branches = branches
+        self.branches, self.skip_excitation = branches, skip_excitation
         joint_dim = z_dim if text_dim is None else condition_dim
         self.ca_net = None if text_dim is None else ConditioningAugmentation(text_dim, condition_dim)
         self.h_net1 = InitStage(z_dim if text_dim is None else condition_dim + z_dim, width, base_size)
@@ -157,17 +183,22 @@ class StackGenerator(nn.Module):
         for i in range(1, branches):
             setattr(self, f"h_net{i + 1}", JointStage(width >> (i - 1), joint_dim, residuals))
             setattr(self, f"img_net{i + 1}", ImageHead(width >> i))
+            if skip_excitation:
+                setattr(self, f"excite{i + 1}", SkipExcitation(self.h_net1.channels, width >> i))
 
     def forward(self, z: Tensor, normal: Tensor | None = None, text: Tensor | None = None) -> GeneratorOutput:
         if self.ca_net is None:
             condition, mean, log_variance = z, None, None
-            features = self.h_net1(z)
+            first = self.h_net1.start(z)
         else:
             condition, mean, log_variance = self.ca_net(text, normal)
-            features = self.h_net1(torch.cat([condition, z], dim=1))
+            first = self.h_net1.start(torch.cat([condition, z], dim=1))
+        features = self.h_net1.grow(first)
         images = [self.img_net1(features)]
         for i in range(1, self.branches):
             features = self.get_submodule(f"h_net{i + 1}")(features, condition)
+            if self.skip_excitation:
+                features = self.get_submodule(f"excite{i + 1}")(first, features)
             images.append(self.get_submodule(f"img_net{i + 1}")(features))
         return GeneratorOutput(tuple(images), mean, log_variance)
 
@@ -182,6 +213,7 @@ class AttentionGenerator(nn.Module):
         compat: See `WordAttention`.
         global_attention: Use the stages of MirrorGAN.
         single_output: Generate only the image at the end of the tree (AttnDCGAN; AttnGAN, section 4.2).
+        skip_excitation: Scale the features of the later branches by `SkipExcitation`.
     """
 
     def __init__(
@@ -197,9 +229,10 @@ class AttentionGenerator(nn.Module):
         compat: str = "",
         global_attention: bool = False,
         single_output: bool = False,
+        skip_excitation: bool = False,
     ) -> None:
         super().__init__()
-        self.branches = branches
+        self.branches, self.skip_excitation = branches, skip_excitation
         self.heads = ("img_net",) if single_output else tuple(f"img_net{i + 1}" for i in range(branches))
         self.ca_net = ConditioningAugmentation(text_dim, condition_dim)
         self.h_net1 = InitStage(condition_dim + z_dim, width, base_size)
@@ -211,6 +244,8 @@ class AttentionGenerator(nn.Module):
                 else AttentionStage(width, text_dim, residuals, compat)
             )
             setattr(self, f"h_net{i + 1}", stage)
+            if skip_excitation:
+                setattr(self, f"excite{i + 1}", SkipExcitation(self.h_net1.channels, width))
             if not single_output:
                 setattr(self, self.heads[i], ImageHead(width))
 
@@ -218,11 +253,14 @@ class AttentionGenerator(nn.Module):
         self, z: Tensor, normal: Tensor, sentence: Tensor, words: Tensor, padding: Tensor, groups: int = 1
     ) -> GeneratorOutput:
         condition, mean, log_variance = self.ca_net(sentence, normal)
-        features = self.h_net1(torch.cat([condition, z], dim=1))
+        first = self.h_net1.start(torch.cat([condition, z], dim=1))
+        features = self.h_net1.grow(first)
         maps = [features]
         attention = []
         for i in range(1, self.branches):
             features, weights = self.get_submodule(f"h_net{i + 1}")(features, condition, words, padding, groups)
+            if self.skip_excitation:
+                features = self.get_submodule(f"excite{i + 1}")(first, features)
             maps.append(features)
             attention.append(weights)
         maps = maps[-len(self.heads) :]

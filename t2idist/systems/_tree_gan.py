@@ -54,6 +54,8 @@ class TreeConfig(GanOptions):
     """Half-life of the generator's EMA; 13856: 0.999 for each step of 20 images."""
     unit_text: bool = False
     """Scale text vectors by `unit_scale`; not published."""
+    skip_excitation: bool = False
+    """Let the first map of the generator scale the features of its later branches (FastGAN)."""
     compat: Literal["", "authors"] = ""
     """"authors": as the released code, for its weights."""
 
@@ -178,6 +180,7 @@ class AttentionGan(TreeGan):
             compat=config.compat,
             global_attention=global_attention,
             single_output=single_output,
+            skip_excitation=config.skip_excitation,
         )
 
         def make_discriminator(size: int) -> AttnDiscriminator:

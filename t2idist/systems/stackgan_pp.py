@@ -75,6 +75,7 @@ class StackGanPP(TreeGan):
             residuals=config.residuals,
             text_dim=text_dim,
             condition_dim=config.condition_dim,
+            skip_excitation=config.skip_excitation,
         )
         condition_dim = text_dim if config.condition_on_text else config.condition_dim if config.conditional else None
         super().__init__(

@@ -57,6 +57,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "relativistic": True,
         "top_k": 0.5,
         "top_k_start_images": 12,
+        "skip_excitation": True,
     },
     "stackgan_pp": {**TREE, "generator_width": 8, "discriminator_width": 4, "colour_weight": 5.0},
     "stackgan_pp-options": {
@@ -67,6 +68,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "discriminator_norm": "none",
         "adversarial_loss": "hinge",
         "top_k": 0.5,
+        "skip_excitation": True,
         "condition_on_text": True,
     },
     "dcgan": {"image_size": 16, "generator_width": 4, "discriminator_width": 4, "z_dim": 6},

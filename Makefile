@@ -1,7 +1,7 @@
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
-# Two processes run the tests of one file each; every test has its own folders and ports.
+# Two processes; all tests of a file run in one of them. Every test has its own folders and ports.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 INSTALLED := $(VENV)/.installed
 

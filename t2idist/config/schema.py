@@ -78,7 +78,7 @@ class DataConfig:
         if not 0.0 <= self.cache_gib <= 1e6:
             raise RangeError(f"cache_gib: {self.cache_gib}; allowed are 0 (no cache) and more")
         if not 1.0 <= self.crop <= 4.0:
-            raise RangeError(f"crop: {self.crop}; allowed are 1 (no crop) to 4")
+            raise RangeError(f"crop: {self.crop}; allowed are 1 to 4")
 
 
 @dataclass(frozen=True)

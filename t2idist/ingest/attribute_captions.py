@@ -12,6 +12,7 @@ _COLORS = {"Black_Hair": "black", "Blond_Hair": "blond", "Brown_Hair": "brown", 
 _TEXTURES = {"Straight_Hair": "straight", "Wavy_Hair": "wavy"}
 _STRIKING = ("Bald", "Bangs", "Eyeglasses", "Goatee", "Mustache", "Smiling", "Wearing_Hat", "Wearing_Necktie")
 """Attributes that most captions mention."""
+_BEARDS = ("5_o_Clock_Shadow", "Goatee", "Mustache", "Sideburns")
 _ADJECTIVES = {"Bald": "bald", "Chubby": "chubby", "Smiling": "smiling"}
 _CLOTHES = {
     "Eyeglasses": "glasses",
@@ -42,8 +43,8 @@ _OFTEN, _SOMETIMES = 0.85, 0.25
 def captions_from_attributes(key: str, names: Sequence[str], present: Container[str]) -> tuple[str, ...]:
     """Return `CAPTIONS` captions of an image; always the same ones for a key.
 
-    Every caption says the person's sex and age and the hair, if the set has such attributes, and a random part of the
-    rest. Only what is present is said.
+    Every caption says sex and age, if the set has the attributes Male and Young, and the hair. A random part of the
+    other attributes that are present follows; what they exclude (the hair of a bald person) is left out.
 
     Args:
         names: All attributes of the set, as CelebA names them; others are used as they are named.
@@ -53,7 +54,7 @@ def captions_from_attributes(key: str, names: Sequence[str], present: Container[
 
 
 def _caption(rng: random.Random, names: Sequence[str], present: Container[str]) -> str:
-    said = [name for name in names if name in present and _is_said(rng, name, present)]
+    said = [name for name in names if name in present and _is_said(rng, name, names, present)]
     rng.shuffle(said)
     adjectives = [_ADJECTIVES[name] for name in said if name in _ADJECTIVES]
     if "Young" in names:
@@ -72,16 +73,20 @@ def _caption(rng: random.Random, names: Sequence[str], present: Container[str]) 
     return f"{article} {person}{with_features}{wearing}"
 
 
-def _is_said(rng: random.Random, name: str, present: Container[str]) -> bool:
+def _is_said(rng: random.Random, name: str, names: Sequence[str], present: Container[str]) -> bool:
     if name in _NOT_DESCRIBED or name in _COLORS or name in _TEXTURES or name in ("Male", "Young"):
         return False
-    if name == "No_Beard" and "Male" not in present:
+    if name == "No_Beard" and (
+        any(beard in present for beard in _BEARDS) or ("Male" in names and "Male" not in present)
+    ):
         return False
     return rng.random() < (_OFTEN if name in _STRIKING else _SOMETIMES)
 
 
 def _hair(names: Sequence[str], present: Container[str]) -> list[str]:
-    textures = [_TEXTURES[name] for name in names if name in _TEXTURES and name in present]
+    if "Bald" in present:
+        return []
+    textures = [_TEXTURES[name] for name in names if name in _TEXTURES and name in present][:1]
     colors = [_COLORS[name] for name in names if name in _COLORS and name in present]
     words = [*textures, *([" and ".join(colors)] if colors else [])]
     return [" ".join([*words, "hair"])] if words else []

@@ -31,14 +31,13 @@ class LogitLoss:
     generator: Callable[[Tensor], Tensor]
     """Of the generator, for its images."""
     relativistic: bool = False
-    """Take the difference of the logits of two images with one caption, a real and a generated one, in place of each
-    (RSGAN: Jolicoeur-Martineau 2018)."""
+    """Take the difference of two logits in place of each: of a real and a generated image with the same caption
+    (RSGAN: Jolicoeur-Martineau 2018), and of a real image with its own and with the wrong caption."""
     kept: float = 1.0
-    """Share of each group's images that the generator learns from, those with the largest logits (top-k: Sinha et al.
-    2020)."""
+    """Share of each group's logits, the largest, that the generator learns from (top-k: Sinha et al. 2020)."""
 
     def compared(self, logits: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the losses take for the logits (N,) of two images with one caption."""
+        """Return what the losses take for logits (N,) of pairs to accept and of pairs to reject."""
         logits, other = upcast(logits), upcast(other)
         return (logits - other, other - logits) if self.relativistic else (logits, other)
 
@@ -67,7 +66,7 @@ def loss_generated(logits: Tensor, kind: LogitLoss = BCE, groups: int = 1) -> Te
     """Mean loss of the generator, from the logits (N,) of its images."""
     of_groups = upcast(logits).reshape(groups, -1)
     if kind.kept < 1:
-        of_groups = of_groups.topk(math.ceil(kind.kept * of_groups.shape[1]), sorted=False).values
+        of_groups = of_groups.topk(math.ceil(kind.kept * of_groups.shape[1] - 1e-9), sorted=False).values
     return kind.generator(of_groups).mean()
 
 
@@ -93,9 +92,8 @@ class UnconditionalLosses:
 
 def unconditional_losses(real: Tensor, fake: Tensor, kind: LogitLoss = BCE) -> UnconditionalLosses:
     """Losses from the logits (N,) of real and of generated images."""
-    accuracies = _fraction(real > 0), _fraction(fake < 0)
     real, fake = kind.compared(real, fake)
-    return UnconditionalLosses(loss_real(real, kind), loss_fake(fake, kind), *accuracies)
+    return UnconditionalLosses(loss_real(real, kind), loss_fake(fake, kind), _fraction(real > 0), _fraction(fake < 0))
 
 
 @dataclass(frozen=True)
@@ -197,9 +195,9 @@ def _pair_losses(
         real=loss_real(as_real, kind),
         wrong=masked_loss_fake(as_wrong, pairs.keep, groups, kind),
         fake=loss_fake(as_fake, kind),
-        accuracy_real=_fraction(own > 0),
-        accuracy_wrong=_fraction(other < 0, pairs.keep),
-        accuracy_fake=_fraction(generated < 0),
+        accuracy_real=_fraction(as_real > 0),
+        accuracy_wrong=_fraction(as_wrong < 0, pairs.keep),
+        accuracy_fake=_fraction(as_fake < 0),
         accuracy_matching=_fraction(own > other, pairs.keep),
     )
 

@@ -142,7 +142,7 @@ def replace_batch_norm(net: nn.Module, norm: str) -> None:
     """Replace every BatchNorm of a network, in place.
 
     Args:
-        norm: "batch" changes nothing; "group" puts GroupNorm with 8 channels a group in its place; others nothing.
+        norm: "batch": unchanged; "group": GroupNorm with 8 channels a group; any other: removed.
     """
     if norm == "batch":
         return

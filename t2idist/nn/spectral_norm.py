@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from t2idist.nn.precision import no_autocast
+
 ITERATIONS = 10
 
 
@@ -14,11 +16,11 @@ class SpectralNorm(nn.Module):
     """Divide a weight (O, ...), as a matrix (O, I), by its largest singular value.
 
     The value comes from `ITERATIONS` power iterations that start from a fixed vector: it depends on the weight alone,
-    not on how often a network has run, and so not on the number of workers.
+    not on how often a network has run, and so not on the number of workers. It is computed at every use of the weight.
     """
 
     def forward(self, weight: Tensor) -> Tensor:
-        with torch.autocast(weight.device.type, enabled=False):
+        with no_autocast(weight):
             matrix = weight.flatten(1)
             with torch.no_grad():
                 left = torch.arange(1, len(matrix) + 1, device=weight.device, dtype=weight.dtype).cos()

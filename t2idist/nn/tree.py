@@ -66,7 +66,7 @@ class InitStage(nn.Module):
 
     def start(self, vector: Tensor) -> Tensor:
         out: Tensor = self.fc(vector)
-        return out.view(len(vector), -1, INIT_SIZE, INIT_SIZE)
+        return out.view(vector.shape[0], -1, INIT_SIZE, INIT_SIZE)
 
     def grow(self, x: Tensor) -> Tensor:
         for i in range(self.ups):

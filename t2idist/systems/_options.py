@@ -28,11 +28,12 @@ class GanOptions:
     adversarial_loss: Literal["bce", "hinge"] = "bce"
     """Loss of the logits: binary cross-entropy, or hinge."""
     relativistic: bool = False
-    """Compare the logits of a real and a generated image of each caption (relativistic GAN)."""
+    """Take differences of logits: of a real and a generated image with the same caption, and of the own and the wrong
+    caption of a real image (relativistic GAN)."""
     top_k: float = 1.0
-    """Share of a group's images that the generator learns from, those with the largest logits; 1: all."""
+    """Share of a group's images that the generator learns from: those that a discriminator takes for real most."""
     top_k_start_images: float = 0.0
-    """Images seen from which on `top_k` holds."""
+    """`top_k` applies after this many images."""
     augment: tuple[str, ...] = ()
     """Differentiable augmentation of all images that discriminators see (DiffAugment): color, translation, cutout."""
     discriminator_norm: Literal["batch", "group", "spectral", "none"] = "batch"
@@ -57,6 +58,7 @@ class GanOptions:
             at_least_1="r1_every",
             at_least_0="r1_weight ma_gp_weight ema_rampup decay_start_images decay_end_images top_k_start_images",
             share="decay_floor top_k",
+            above_0="top_k",
         )
         if unknown := [kind for kind in self.augment if kind not in augmentation.KINDS]:
             raise ValueError(f"augment: '{unknown[0]}'; there are {', '.join(augmentation.KINDS)}")

@@ -67,6 +67,8 @@ class TreeConfig(GanOptions):
             at_least_0="residuals kl_weight",
             above_0="generator_lr discriminator_lr ema_half_life_images",
         )
+        if self.skip_excitation and self.branches == 1:
+            raise ValueError("skip_excitation: it scales later branches, and there is one branch")
 
 
 class TreeGan:

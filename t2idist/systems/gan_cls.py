@@ -86,6 +86,8 @@ class Config(GanOptions):
             share="beta",
             above_0="generator_lr discriminator_lr lr_factor lr_every_epochs ema_half_life_images",
         )
+        if self.relativistic and self.compat == "authors" and not self.residual:
+            raise ValueError("relativistic: the text of the port's discriminator cancels out of differences of logits")
 
 
 class GanCls:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,19 @@ def test_each_attribute_of_celeba_but_two_is_said_in_some_caption():
         said = {caption for key in range(40) for caption in captions_from_attributes(str(key), CELEBA_NAMES, present)}
         assert (said == nothing) == (name in ("Attractive", "Blurry")), name
         assert not any("_" in caption for caption in said)
+
+
+def test_captions_do_not_contradict_themselves():
+    captions = [
+        caption for key in range(40) for caption in captions_from_attributes(str(key), CELEBA_NAMES, CELEBA_NAMES)
+    ]
+    assert not any(re.search(r"\bhair\b|no beard", caption) for caption in captions)
+    assert any("bald" in caption for caption in captions) and any("goatee" in caption for caption in captions)
+    hair = {"Straight_Hair", "Wavy_Hair", "Brown_Hair"}
+    assert all("straight brown hair" in caption for caption in captions_from_attributes("x", CELEBA_NAMES, hair))
+    assert "no beard" in " ".join(
+        caption for key in range(40) for caption in captions_from_attributes(str(key), ("No_Beard",), {"No_Beard"})
+    )
 
 
 def test_other_attributes_are_said_as_they_are_named():

@@ -16,12 +16,20 @@ from t2idist.contract import Batch, Frozen, Role, Train
 from t2idist.engine.world import World
 from t2idist.preflight import plan
 from t2idist.preflight.cost import UPDATE_LAUNCHES, measure_step
+from t2idist.preflight.dry_run import build_on_meta
 from t2idist.training import stages
 from t2idist.training.stages import StageRun
 from tests.helpers import small_systems, toy_gan
 
 # PyTorch's counter fails on gradient penalties
 SYSTEMS = [label for label, model in small_systems.MODELS.items() if label != "stargan" and not model.get("r1_weight")]
+
+
+@pytest.mark.parametrize("system", small_systems.MODELS)
+def test_every_system_builds_on_the_meta_device(system: str) -> None:
+    data = small_systems.DATA_INFOS.get(system, toy_gan.DATA_INFO)
+    built = build_on_meta(StageRun(small_systems.config(system), system), data)
+    assert all(weight.is_meta for role in built.roles.values() for weight in role.net.parameters())
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

@@ -29,7 +29,7 @@ def test_one_part_is_recorded_and_shown(tmp_path: Path) -> None:
     assert "environment  peak" in done.stdout and "bfloat16_tflops" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 @pytest.mark.timeout(900)
 def test_all_parts_are_rehearsed_on_the_cpu(tmp_path: Path) -> None:
     done, results = check(tmp_path)

@@ -48,7 +48,7 @@ def captions_from_attributes(key: str, names: Sequence[str], present: Container[
 
     Args:
         names: All attributes of the set, as CelebA names them; others are used as they are named.
-        present: Those of this image.
+        present: The attributes of this image.
     """
     return tuple(_caption(random.Random(f"{key} {number}"), names, present) for number in range(CAPTIONS))
 

@@ -7,13 +7,13 @@ image with its caption. ``_alone`` marks the terms of the unconditional head, wh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from t2idist.losses.matching import WrongPairs
 from t2idist.nn.blocks import couples_samples
@@ -209,78 +209,45 @@ def _fraction(correct: Tensor, among: Tensor | None = None) -> Tensor:
     return (correct & among).sum() / among.sum().clamp(min=1)
 
 
-def joint_scores(net: JointDiscriminator, images: Tensor, condition: Tensor) -> Tensor:
-    """Sum of both heads' logits (N,) of images (N, 3, S, S) with conditions (N, D)."""
+def joint_logits(net: JointDiscriminator, images: Tensor, condition: Tensor) -> list[Tensor]:
+    """Logits (N,) of the conditional and the unconditional head, of images (N, 3, S, S) with conditions (N, D)."""
     features = net.features(images)
-    return net.conditional(features, condition) + net.unconditional(features)
+    return [net.conditional(features, condition), net.unconditional(features)]
 
 
-def conditional_scores(net: ConditionalDiscriminator, images: Tensor, condition: Tensor) -> Tensor:
-    """Logits (N,) of images (N, 3, S, S) with conditions (N, D)."""
-    return net.conditional(net.features(images), condition)
+def conditional_logits(net: ConditionalDiscriminator, images: Tensor, condition: Tensor) -> list[Tensor]:
+    """Logits (N,) of the conditional head, of images (N, 3, S, S) with conditions (N, D)."""
+    return [net.conditional(net.features(images), condition)]
 
 
-def unconditional_scores(net: JointDiscriminator, images: Tensor) -> Tensor:
-    """Logits (N,) of images (N, 3, S, S) without captions."""
-    return net.unconditional(net.features(images))
+def unconditional_logits(net: JointDiscriminator, images: Tensor) -> list[Tensor]:
+    """Logits (N,) of the unconditional head, of images (N, 3, S, S)."""
+    return [net.unconditional(net.features(images))]
+
+
+LogitsOf = Callable[..., list[Tensor]]
+"""``logits_of(net, images, *condition)``: the logits (N,) of every head that a loss is of."""
 
 
 def generator_loss(
-    net: JointDiscriminator,
+    logits_of: LogitsOf,
+    net: nn.Module,
     fake: Tensor,
-    condition: Tensor,
-    *,
+    *condition: Tensor,
     kind: LogitLoss = BCE,
     real: Tensor | None = None,
     groups: int = 1,
 ) -> Tensor:
-    """The generator's counterpart of `joint_losses`: both heads should classify its images (N, 3, S, S) as real.
+    """The generator's counterpart of the discriminator's losses: every head should accept its images (N, 3, S, S).
 
     Args:
         real: (N, 3, S, S), the real images with the same captions; needed by a relativistic loss only.
     """
-
-    def score(images: Tensor) -> Sequence[Tensor]:
-        features = net.features(images)
-        return net.conditional(features, condition), net.unconditional(features)
-
-    return _generator_loss(score, fake, kind, real, groups)
-
-
-def conditional_generator_loss(
-    net: ConditionalDiscriminator,
-    fake: Tensor,
-    condition: Tensor,
-    *,
-    kind: LogitLoss = BCE,
-    real: Tensor | None = None,
-    groups: int = 1,
-) -> Tensor:
-    """The generator's counterpart of `matching_aware_losses`; arguments as of `generator_loss`."""
-    return _generator_loss(lambda images: [conditional_scores(net, images, condition)], fake, kind, real, groups)
-
-
-def unconditional_generator_loss(
-    net: JointDiscriminator,
-    fake: Tensor,
-    *,
-    kind: LogitLoss = BCE,
-    real: Tensor | None = None,
-    groups: int = 1,
-) -> Tensor:
-    """The generator's counterpart of `unconditional_losses`; arguments as of `generator_loss`."""
-    return _generator_loss(lambda images: [unconditional_scores(net, images)], fake, kind, real, groups)
-
-
-def _generator_loss(
-    score: Callable[[Tensor], Sequence[Tensor]], fake: Tensor, kind: LogitLoss, real: Tensor | None, groups: int
-) -> Tensor:
-    """Sum the losses of the logits (N,) of every head that `score` returns."""
-    logits = score(fake)
+    logits = logits_of(net, fake, *condition)
     if kind.relativistic:
         assert real is not None, "a relativistic loss needs the real images"
         with torch.no_grad():
-            references = score(real)
+            references = logits_of(net, real, *condition)
         logits = [kind.compared(own, other)[0] for own, other in zip(logits, references, strict=True)]
     return torch.stack([loss_generated(each, kind, groups) for each in logits]).sum()
 

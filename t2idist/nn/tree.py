@@ -52,7 +52,7 @@ def pyramid(base_size: int, branches: int) -> tuple[int, ...]:
 class InitStage(nn.Module):
     """Noise and condition to the features of the first branch: (N, input_dim) -> (N, width, base_size, base_size).
 
-    `start` gives the first map, (N, channels, 4, 4), and `grow` the rest of the way.
+    `start` computes the first feature map, (N, channels, 4, 4); `grow` upsamples it to the base size.
     """
 
     def __init__(self, input_dim: int, width: int, base_size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from t2idist.contract import Adam, Schedule, Train, check_ranges
 from t2idist.losses import augmentation
-from t2idist.losses.adversarial import BCE, HINGE, LogitLoss
+from t2idist.losses.adversarial import BCE, HINGE, LogitLoss, LogitsOf, generator_loss
 from t2idist.losses.penalties import matching_aware_penalty, r1_penalty
 from t2idist.nn.blocks import replace_batch_norm
 from t2idist.nn.discriminators import remove_logit_biases
@@ -83,20 +84,19 @@ class GanOptions:
         return augmentation.augment(images, train.noise(augmentation.DRAWS), self.augment)
 
     def adversarial_loss_of(
-        self, train: Train, role: str, loss: Callable[..., Tensor], fake: Tensor, real: Tensor, groups: int, *args: Any
+        self, train: Train, role: str, logits_of: LogitsOf, fake: Tensor, real: Tensor, groups: int, *condition: Tensor
     ) -> Tensor:
-        """Return ``loss(discriminator, fake, *args, kind=..., real=..., groups=groups)``, the generator's.
+        """Return the generator's loss on the images `fake` (N, 3, S, S) with conditions (N, D).
 
         Args:
-            real: (N, 3, S, S), the real images of the batch, as `fake`.
+            real: (N, 3, S, S), the real images of the batch.
         """
         seen = self.augmented(train, fake)
         reference = self.augmented(train, real) if self.relativistic else None
         kept = self.top_k if train.images >= self.top_k_start_images else 1.0
         with train.frozen(role) as discriminator:
-            return loss(
-                discriminator, seen, *args, kind=replace(self.logit_loss, kept=kept), real=reference, groups=groups
-            )
+            kind = replace(self.logit_loss, kept=kept)
+            return generator_loss(logits_of, discriminator, seen, *condition, kind=kind, real=reference, groups=groups)
 
     def adam(self, lr: float, published: Schedule = CONSTANT) -> Adam:
         """Return the settings of an optimizer with this learning rate and published schedule."""
@@ -115,7 +115,7 @@ class GanOptions:
         role: str,
         losses: Callable[..., Any],
         combine: Callable[[Any], Tensor],
-        score: Callable[..., Tensor],
+        logits_of: LogitsOf,
         real: Tensor,
         fake: Tensor,
         *args: Any,
@@ -126,7 +126,7 @@ class GanOptions:
         Reports the penalties and the fields of the losses.
 
         Args:
-            score: ``score(net, images, *args[:1])``, the logits of images (N,) that the penalty is of.
+            logits_of: Called with the discriminator, images and ``args[:1]``; the penalties are of the sum.
             real: (N, 3, S, S), as `fake`, which gets no gradient.
             suffix: Appended to the reported names.
         """
@@ -134,7 +134,7 @@ class GanOptions:
         due = [name for name, weight in weights.items() if weight]
         losses = functools.partial(losses, kind=self.logit_loss)
         real, fake = self.augmented(train, real), self.augmented(train, fake.detach())
-        parts, penalties = train.forward(role, _penalised_losses, due, losses, score, real, fake, *args)
+        parts, penalties = train.forward(role, _penalised_losses, due, losses, logits_of, real, fake, *args)
         loss = combine(parts)
         for name, penalty in penalties.items():
             train.report(f"{role}/{name}{suffix}", penalty)
@@ -148,15 +148,19 @@ def _penalised_losses(
     net: nn.Module,
     due: Sequence[str],
     losses: Callable[..., Any],
-    score: Callable[..., Tensor],
+    logits_of: LogitsOf,
     real: Tensor,
     fake: Tensor,
     *args: Any,
 ) -> tuple[Any, dict[str, Tensor]]:
     """Compute ``losses(net, real, fake, *args)`` and the penalties of the real images that are due."""
+
+    def score(images: Tensor, *condition: Tensor) -> Tensor:
+        return functools.reduce(operator.add, logits_of(net, images, *condition))
+
     parts, penalties = losses(net, real, fake, *args), {}
     if "r1" in due:
-        penalties["r1"] = r1_penalty(lambda images: score(net, images, *args[:1]), real)
+        penalties["r1"] = r1_penalty(lambda images: score(images, *args[:1]), real)
     if "ma_gp" in due:
-        penalties["ma_gp"] = matching_aware_penalty(functools.partial(score, net), real, *args[:1])
+        penalties["ma_gp"] = matching_aware_penalty(score, real, *args[:1])
     return parts, penalties

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from t2idist.contract import Batch, Captions, Frozen, NoiseFn, Role, Sample, Train, check_ranges
 from t2idist.losses.adversarial import (
+    LogitsOf,
     attngan_discriminator_loss,
-    conditional_generator_loss,
-    conditional_scores,
-    generator_loss,
+    conditional_logits,
+    joint_logits,
     joint_losses,
-    joint_scores,
     matching_aware_loss,
     matching_aware_losses,
 )
@@ -101,7 +100,7 @@ class TreeGan:
         fake: Sequence[Tensor],
         losses: Callable[..., Any],
         combine: Callable[[Any], Tensor],
-        score: Callable[..., Tensor],
+        logits_of: LogitsOf,
         *args: Any,
         suffix: str = "",
     ) -> None:
@@ -114,16 +113,16 @@ class TreeGan:
         for size, real_images, fake_images in zip(self.sizes, real, fake, strict=True):
             role = f"discriminator_{size}"
             self.options.update_discriminator(
-                train, role, losses, combine, score, real_images, fake_images, *args, suffix=suffix
+                train, role, losses, combine, logits_of, real_images, fake_images, *args, suffix=suffix
             )
 
     def add_adversarial_losses(
-        self, total: Tensor, train: Train, batch: Batch, fake: Sequence[Tensor], loss: Callable[..., Tensor], *args: Any
+        self, total: Tensor, train: Train, batch: Batch, fake: Sequence[Tensor], logits_of: LogitsOf, *condition: Tensor
     ) -> Tensor:
         """Add the loss of every size (`GanOptions.adversarial_loss_of`) to `total`, and report each."""
         for size, images, real in zip(self.sizes, fake, batch.images, strict=True):
             adversarial = self.options.adversarial_loss_of(
-                train, f"discriminator_{size}", loss, images, real, batch.groups, *args
+                train, f"discriminator_{size}", logits_of, images, real, batch.groups, *condition
             )
             train.report(f"generator/adversarial_{size}", adversarial)
             total = total + adversarial
@@ -212,19 +211,16 @@ class AttentionGan(TreeGan):
         pairs = wrong_pairs(batch.class_ids, batch.groups)
         losses: Callable[..., Any]
         combine: Callable[[Any], Tensor]
-        adversarial: Callable[..., Tensor]
-        score: Callable[..., Tensor]
+        logits_of: LogitsOf
         if self.single_output:
-            losses, combine, adversarial = matching_aware_losses, matching_aware_loss, conditional_generator_loss
-            score = conditional_scores
+            losses, combine, logits_of = matching_aware_losses, matching_aware_loss, conditional_logits
         else:
-            losses, combine, adversarial = joint_losses, attngan_discriminator_loss, generator_loss
-            score = joint_scores
+            losses, combine, logits_of = joint_losses, attngan_discriminator_loss, joint_logits
         self.update_discriminators(
-            train, batch.images, output.images, losses, combine, score, condition, pairs, batch.groups
+            train, batch.images, output.images, losses, combine, logits_of, condition, pairs, batch.groups
         )
         loss = weighted_kl(self.config, output, train)
-        loss = self.add_adversarial_losses(loss, train, batch, output.images, adversarial, condition)
+        loss = self.add_adversarial_losses(loss, train, batch, output.images, logits_of, condition)
         for term in self.generator_terms(output.images[-1], words, sentence, batch, train):
             loss = loss + term
         train.apply("generator", loss)

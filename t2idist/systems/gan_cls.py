@@ -25,8 +25,7 @@ from t2idist.contract import (
 )
 from t2idist.losses.adversarial import (
     PairLosses,
-    conditional_generator_loss,
-    conditional_scores,
+    conditional_logits,
     matching_aware_loss,
     matching_aware_losses,
 )
@@ -134,12 +133,12 @@ class GanCls:
             noises.append(train.noise(self.config.z_dim))
         fakes = train.forward("generator", _generate, noises, texts)
         self.config.update_discriminator(
-            train, "discriminator", matching_aware_losses, self._discriminator_loss, conditional_scores,
+            train, "discriminator", matching_aware_losses, self._discriminator_loss, conditional_logits,
             batch.images[-1], fakes[0], text, pairs, batch.groups,
         )  # fmt: skip
         adversarial = [
             self.config.adversarial_loss_of(
-                train, "discriminator", conditional_generator_loss, images, batch.images[-1], batch.groups, text
+                train, "discriminator", conditional_logits, images, batch.images[-1], batch.groups, text
             )
             for images, text in zip(fakes, texts, strict=True)
         ]

@@ -22,12 +22,11 @@ from t2idist.contract import (
     check_ranges,
 )
 from t2idist.losses.adversarial import (
+    LogitsOf,
     attngan_discriminator_loss,
-    conditional_generator_loss,
-    conditional_scores,
-    generator_loss,
+    conditional_logits,
+    joint_logits,
     joint_losses,
-    joint_scores,
     matching_aware_loss,
     matching_aware_losses,
 )
@@ -167,17 +166,19 @@ class StackGan:
         given = (batch.images[-1], output.images[0], condition, pairs, batch.groups)
         losses: Callable[..., Any] = matching_aware_losses
         combine: Callable[[Any], Tensor] = matching_aware_loss
-        score: Callable[..., Tensor] = conditional_scores
         if self.config.stage == 2:
-            losses, combine, score = joint_losses, attngan_discriminator_loss, joint_scores
-        self.config.update_discriminator(train, "discriminator", losses, combine, score, *given)
+            losses, combine = joint_losses, attngan_discriminator_loss
+        self.config.update_discriminator(train, "discriminator", losses, combine, self._logits_of, *given)
+
+    @property
+    def _logits_of(self) -> LogitsOf:
+        return joint_logits if self.config.stage == 2 else conditional_logits
 
     def _generator_loss(self, output: GeneratorOutput, condition: Tensor, batch: Batch, train: Train) -> Tensor:
         """Adversarial loss and weighted KL divergence (section 3.3, eq. 4; section 3.4, eq. 6)."""
         assert output.mean is not None and output.log_variance is not None
-        adversarial_loss = generator_loss if self.config.stage == 2 else conditional_generator_loss
         adversarial = self.config.adversarial_loss_of(
-            train, "discriminator", adversarial_loss, output.images[0], batch.images[-1], batch.groups, condition
+            train, "discriminator", self._logits_of, output.images[0], batch.images[-1], batch.groups, condition
         )
         kl = kl_divergence(output.mean, output.log_variance)
         train.report("generator/adversarial", adversarial)

@@ -12,14 +12,12 @@ from t2idist.contract import Batch, BuildInfo, Captions, Frozen, NoiseFn, Sample
 from t2idist.losses.adversarial import (
     LogitLoss,
     UnconditionalLosses,
-    generator_loss,
+    joint_logits,
     joint_losses,
-    joint_scores,
     stackgan_pp_discriminator_loss,
     stackgan_v2_released_loss,
-    unconditional_generator_loss,
+    unconditional_logits,
     unconditional_losses,
-    unconditional_scores,
 )
 from t2idist.losses.image import colour_consistency
 from t2idist.losses.matching import wrong_pairs
@@ -94,14 +92,14 @@ class StackGanPP(TreeGan):
             pairs = wrong_pairs(batch.class_ids, batch.groups)
             combine = stackgan_v2_released_loss if self.config.compat == "authors" else stackgan_pp_discriminator_loss
             self.update_discriminators(
-                train, batch.images, output.images, joint_losses, combine, joint_scores, condition.detach(), pairs,
+                train, batch.images, output.images, joint_losses, combine, joint_logits, condition.detach(), pairs,
                 batch.groups,
             )  # fmt: skip
         else:
             condition = None
             output = train.forward("generator", tree.generate, z, None, None)
             self.update_discriminators(
-                train, batch.images, output.images, _image_losses, lambda x: x.real + x.fake, unconditional_scores,
+                train, batch.images, output.images, _image_losses, lambda x: x.real + x.fake, unconditional_logits,
                 suffix="_alone",
             )  # fmt: skip
         train.apply("generator", self._generator_loss(output, condition, batch, train))
@@ -115,9 +113,9 @@ class StackGanPP(TreeGan):
         images = output.images
         loss = images[0].new_zeros(())
         if condition is None:
-            loss = self.add_adversarial_losses(loss, train, batch, images, unconditional_generator_loss)
+            loss = self.add_adversarial_losses(loss, train, batch, images, unconditional_logits)
         else:
-            loss = self.add_adversarial_losses(loss, train, batch, images, generator_loss, condition)
+            loss = self.add_adversarial_losses(loss, train, batch, images, joint_logits, condition)
             loss = loss + weighted_kl(self.config, output, train)
         if self.config.colour_weight:
             for low, high in pairwise(images):

@@ -16,6 +16,7 @@ from t2idist.losses.adversarial import (
     BCE,
     HINGE,
     generator_loss,
+    joint_logits,
     joint_losses,
     loss_fake,
     loss_generated,
@@ -141,7 +142,7 @@ def test_relativistic_losses_take_differences_of_logits() -> None:
         (losses.real_alone, alone_real - alone_fake), (losses.fake_alone, alone_real - alone_fake),
     ):  # fmt: skip
         torch.testing.assert_close(loss, nn.functional.softplus(-difference).mean(), rtol=1e-12, atol=0)
-    ours = generator_loss(net, fake, condition, kind=kind, real=real, groups=2)
+    ours = generator_loss(joint_logits, net, fake, condition, kind=kind, real=real, groups=2)
     expected = nn.functional.softplus(own - generated).mean() + nn.functional.softplus(alone_real - alone_fake).mean()
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
 

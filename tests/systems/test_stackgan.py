@@ -16,7 +16,7 @@ from t2idist.contract import Batch, BuildInfo, DataInfo, System
 from t2idist.engine.strategy import Precision
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import Share, World
-from t2idist.losses.adversarial import generator_loss, joint_losses, loss_real, matching_aware_losses
+from t2idist.losses.adversarial import generator_loss, joint_logits, joint_losses, loss_real, matching_aware_losses
 from t2idist.losses.matching import wrong_pairs
 from t2idist.nn.conditioning import LinearConditioning
 from t2idist.nn.discriminators import StageDiscriminator
@@ -112,7 +112,7 @@ def test_matching_aware_losses_equal_the_pair_terms_of_joint_losses() -> None:
         torch.testing.assert_close(getattr(ours, name), getattr(losses, name))
     features = net.features(fake)
     both = loss_real(net.conditional(features, condition)) + loss_real(net.unconditional(features))
-    torch.testing.assert_close(generator_loss(net, fake, condition), both)
+    torch.testing.assert_close(generator_loss(joint_logits, net, fake, condition), both)
 
 
 def test_use_batch_statistics_equals_train_mode_and_changes_no_state() -> None:

@@ -231,6 +231,8 @@ class ClusterConfig:
     """a collective that takes longer counts as a failure"""
     start_within_seconds: float | None = None
     """if some workers have not started by then, request as many as the cluster then has; null is 60, with GPUs 180"""
+    spares: int | None = None
+    """processes of every node that are ready to replace a lost worker; null is 1, on a cluster of the run's own 0"""
     grow_after_seconds: float = 30.0
     """how often to check whether the cluster has room for more workers"""
     wait_seconds: float = 600.0
@@ -251,12 +253,15 @@ class ClusterConfig:
         check_ranges(
             self,
             above_0="cpus_per_worker dead_after_seconds hung_after_seconds start_within_seconds grow_after_seconds",
-            at_least_0="max_failures wait_seconds",
+            at_least_0="max_failures wait_seconds spares",
         )
 
     @property
     def dead_seconds(self) -> float:
         return self.dead_after_seconds or (30.0 if self.gpus_per_worker else 10.0)
+
+    def spare_processes(self, own_cluster: bool) -> int:
+        return self.spares if self.spares is not None else 0 if own_cluster else 1
 
     @property
     def start_seconds(self) -> float:  # a GPU worker reads gigabytes of libraries first

@@ -27,7 +27,8 @@ _RESPONSE_SECONDS = 10.0
 _SHUTDOWN_SECONDS = "5"
 
 # set in a worker's process by its controller or driver, read by its training loop
-_stop_requested, _pause_requested, _paused = threading.Event(), threading.Event(), threading.Event()
+_stop_requested, _pause_requested, _released = threading.Event(), threading.Event(), threading.Event()
+_paused = threading.Event()
 
 
 # ------------------------------------------------------------ in a worker's process
@@ -41,12 +42,32 @@ def pause_requested() -> bool:
     return _pause_requested.is_set()
 
 
+class GroupEnded(Exception):
+    """The worker group has ended; the process serves another one."""
+
+
 def pause() -> None:
-    """Report that this worker is paused, and wait for the end of its process, at most a minute."""
+    """Report that this worker is paused, and wait for the end of its group, at most a minute.
+
+    Raises:
+        GroupEnded: the group has ended.
+    """
     _paused.set()
-    time.sleep(_PAUSE_SECONDS)
+    if _released.wait(_PAUSE_SECONDS):
+        raise GroupEnded
     _pause_requested.clear()
     _paused.clear()
+
+
+def release() -> None:
+    """End the pause of this worker: its group has ended. Called in parallel to its training."""
+    _released.set()
+
+
+def forget_requests() -> None:
+    """Forget what this worker was asked for as a member of an earlier group."""
+    for event in (_stop_requested, _pause_requested, _released, _paused):
+        event.clear()
 
 
 @contextlib.contextmanager

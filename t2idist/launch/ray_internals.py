@@ -25,7 +25,12 @@ MODULES = {
     "TrainController": "ray.train.v2._internal.execution.controller",  # Ray 2.60: worker_group_cls, run(), get_result()
     "ElasticScalingPolicy": "ray.train.v2._internal.execution.scaling_policy",  # Ray 2.60: _get_reserved_resources()
     "FixedScalingPolicy": "ray.train.v2._internal.execution.scaling_policy",  # Ray 2.60: _maybe_send_resource_request()
-    "WorkerGroup": "ray.train.v2._internal.execution.worker_group",  # Ray 2.60: _init_train_context_on_workers()
+    "RayTrainWorker": "ray.train.v2._internal.execution.worker_group.worker",  # Ray 2.60: get_metadata()
+    "Worker": "ray.train.v2._internal.execution.worker_group",  # Ray 2.60: Worker(actor, metadata, resources)
+    "WorkerGroup": "ray.train.v2._internal.execution.worker_group",  # Ray 2.60: _create_workers()
+    "WorkerGroupStartupFailedError": "ray.train.v2._internal.exceptions",  # Ray 2.60: the controller then tries again
+    "get_env_vars_to_propagate": "ray.train.v2._internal.constants",  # Ray 2.60: Ray Train's own, for its controller
+    "get_train_context": "ray.train.v2._internal.execution.context",  # Ray 2.60: execution_context
 }
 """Module of each name."""
 

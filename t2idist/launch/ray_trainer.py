@@ -12,6 +12,7 @@ from ray.exceptions import RayError
 from ray.train import ScalingConfig
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from t2idist.launch import interfaces
 from t2idist.launch.ray_internals import (
@@ -20,9 +21,13 @@ from t2idist.launch.ray_internals import (
     FixedScalingPolicy,
     PlacementGroupCleanerCallback,
     TrainController,
+    Worker,
     WorkerGroup,
+    WorkerGroupStartupFailedError,
+    get_env_vars_to_propagate,
 )
 from t2idist.launch.resources import NodeLiveness, schedulable_nodes
+from t2idist.launch.worker_pool import WorkerPool
 from t2idist.training import accelerator
 
 
@@ -34,6 +39,9 @@ class NodeInterfaceBackend(TorchConfig().backend_cls):  # type: ignore[misc]
         # without a usable GPU there is no process group; the worker says so in a sentence and ends the run
         if not backend_config.gpus or all(worker_group.execute(accelerator.is_usable)):
             super().on_start(worker_group, backend_config)
+
+    def on_shutdown(self, worker_group: Any, backend_config: NodeInterfaceConfig) -> None:
+        """Do nothing: a worker leaves its process group itself, when its training ends."""
 
 
 @dataclass
@@ -57,13 +65,14 @@ class SkipDrainingNodes(ElasticScalingPolicy):  # type: ignore[misc]
     """Ray Train's elastic policy, restricted to nodes that are alive and not draining.
 
     The answer of Ray's coordinator may be seconds old, and it counts draining nodes. Workers that already run on a
-    draining node stay there as long as it lives.
+    draining node stay there as long as it lives. While a group trains, a new node counts once a process there is ready.
     """
 
     def __init__(self, scaling_config: ScalingConfig, liveness: NodeLiveness) -> None:
         super().__init__(scaling_config)
         self._liveness = liveness
         self._in_use: set[str] = set()
+        self.pool: WorkerPool | None = None
 
     def make_decision_for_non_running_worker_group(self) -> Any:
         self._in_use = set()
@@ -80,6 +89,8 @@ class SkipDrainingNodes(ElasticScalingPolicy):  # type: ignore[misc]
             usable = schedulable_nodes().keys() | self._in_use
         except RayError:  # the next poll may succeed
             return None
+        if self._in_use and self.pool is not None:  # training goes on while processes on new nodes get ready
+            usable -= self.pool.unprepared(usable - self._in_use)
         return None if reserved is None else {node: has for node, has in reserved.items() if node in usable}
 
 
@@ -93,13 +104,35 @@ class FixedLocalScaling(FixedScalingPolicy):  # type: ignore[misc]
         pass
 
 
-class InProcessWorkerGroup(WorkerGroup):  # type: ignore[misc]
-    """Worker group of a controller in this process; workers use the environment that their cluster was started with."""
+class PooledWorkerGroup(WorkerGroup):  # type: ignore[misc]
+    """Worker group whose processes come from the `WorkerPool` among its callbacks."""
 
-    @staticmethod
-    def _get_worker_runtime_env(custom_runtime_env: Any) -> dict[str, Any]:
-        """Return an empty environment, so that a worker may run in any process that Ray has ready."""
-        return {}
+    def _create_workers(
+        self,
+        num_workers: int,
+        placement_group: Any,
+        resources_per_worker: dict[str, float],
+        placement_group_bundle_indices: list[int] | None = None,
+        starting_world_rank: int = 0,
+        world_size: int | None = None,
+        replica_group_size: int | None = None,
+    ) -> list[Any]:
+        pool = next(callback for callback in self._callbacks if isinstance(callback, WorkerPool))
+        indices = placement_group_bundle_indices or list(range(num_workers))
+        try:
+            processes, metadata = pool.take(placement_group, indices, resources_per_worker.get("GPU", 0))
+        except RayError as error:
+            raise WorkerGroupStartupFailedError(f"a worker process has ended at its start: {error}") from error
+        workers = [
+            Worker(process, facts, resources_per_worker, placement_group_bundle_index=index)
+            for process, facts, index in zip(processes, metadata, indices, strict=True)
+        ]
+        ranked: list[Any] = self._assign_worker_ranks(workers, starting_world_rank, world_size, replica_group_size)
+        return ranked
+
+
+class InProcessWorkerGroup(PooledWorkerGroup):
+    """Worker group of a controller in this process; workers use the environment that their cluster was started with."""
 
     def _init_train_context_on_workers(
         self, workers: list[Any], sync_actor: Any, train_context_args: dict[str, list[Any]]
@@ -120,7 +153,18 @@ class InProcessWorkerGroup(WorkerGroup):  # type: ignore[misc]
         ray.get(calls)
 
 
-class InProcessController(TrainController):  # type: ignore[misc]
+class PooledController(TrainController):  # type: ignore[misc]
+    """Controller whose groups and scaling policy share the `WorkerPool` among its callbacks."""
+
+    worker_group_cls = PooledWorkerGroup
+
+    def __init__(self, *args: Any, scaling_policy: Any, callbacks: list[Any], **settings: Any) -> None:
+        if isinstance(scaling_policy, SkipDrainingNodes):
+            scaling_policy.pool = next(callback for callback in callbacks if isinstance(callback, WorkerPool))
+        super().__init__(*args, scaling_policy=scaling_policy, callbacks=callbacks, **settings)
+
+
+class InProcessController(PooledController):
     """Controller in the driver's process, with which its workers and their cluster end in any case."""
 
     worker_group_cls = InProcessWorkerGroup
@@ -148,10 +192,12 @@ class RayTrainer(TorchTrainer):
             controller = InProcessController(**settings)
             asyncio.run(controller.run())
             return controller.get_result()
-        return super()._initialize_and_run_controller(**settings)  # type: ignore[misc]
-
-    def _register_sigint_handler(self, controller: Any) -> None:
-        """Register none: Ctrl-C ends this process and its controller; Ray Train's handler reports it as a failure."""
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        environment = {"env_vars": get_env_vars_to_propagate() | {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"}}
+        actor = ray.remote(num_cpus=0)(PooledController).options(scheduling_strategy=here, runtime_env=environment)
+        remote = actor.remote(**settings)
+        ray.get(remote.run.remote())
+        return ray.get(remote.get_result.remote())
 
     def _create_default_callbacks(self) -> list[Any]:
         idle = (DatasetsCallback, PlacementGroupCleanerCallback) if self._own_cluster else (DatasetsCallback,)

@@ -24,17 +24,17 @@ from ray.train import (
     get_preemption_info,
 )
 from ray.train import RunConfig as RayRunConfig
-from ray.train.torch import get_device
 from ray.util.metrics import Gauge
 
 from t2idist import storage
-from t2idist.config import RunConfig
+from t2idist.config import ClusterConfig, RunConfig
 from t2idist.config.strict import from_dict, to_dict
 from t2idist.engine.metrics import PROGRESS
 from t2idist.engine.preemption import PreemptionNotice, StopRequested
 from t2idist.launch import callbacks, connection, gpu_failures, one_job, resources, shared_folders
 from t2idist.launch.ray_trainer import NodeInterfaceConfig, RayTrainer
 from t2idist.launch.replica_store import RayReplicaStore
+from t2idist.launch.worker_pool import WorkerPool, own_accelerator_ids, train_in_group
 from t2idist.observability import logs
 from t2idist.observability.environment import COMMIT_VARIABLE
 from t2idist.observability.logs import LogContext
@@ -166,8 +166,8 @@ def _trainer(
                 callbacks.StartTimeout(cluster.start_seconds),  # type: ignore[list-item]
                 callbacks.PauseBeforeResize(cluster.start_seconds),  # type: ignore[list-item]
                 on_sigterm,  # type: ignore[list-item]
+                WorkerPool(_environment(config), cluster.spare_processes(own), cluster.start_seconds),  # type: ignore[list-item]
             ],
-            worker_runtime_env={"env_vars": _environment(config)},  # type: ignore[call-arg]
         ),
     )
 
@@ -187,7 +187,7 @@ def _work(settings: dict[str, Any]) -> str | None:
     stop = from_dict(StopAfter, settings["stop"]) if settings["stop"] else None
     if not config.cluster.gpus_per_worker:
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-    with callbacks.pause_at_exit():
+    with train_in_group(), callbacks.pause_at_exit():
         context = worker.WorkerContext(
             replica_store=RayReplicaStore(settings["run_id"]),
             poll_preemption=_poll,
@@ -197,13 +197,23 @@ def _work(settings: dict[str, Any]) -> str | None:
             log_context=log_context,
         )
         try:
-            worker.main(config, get_device(), context)
+            worker.main(config, _device(config.cluster), context)
         except torch.AcceleratorError as error:
             gpu_failures.handle(error, config.cluster.workers[0])
             raise
         except StopRequested as stopped:
             return str(stopped)
+        except callbacks.GroupEnded:
+            return None
     return None
+
+
+def _device(cluster: ClusterConfig) -> torch.device:
+    """Return the device of this worker. CUDA_VISIBLE_DEVICES names those of all workers on this node."""
+    if not cluster.gpus_per_worker:
+        return torch.device("cpu")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return torch.device("cuda", visible.index(own_accelerator_ids()[0]))
 
 
 def _poll() -> PreemptionNotice | None:

@@ -175,12 +175,19 @@ def _say_once(handler: logging.Handler) -> None:
 
 
 class RecentWarnings(logging.Handler):
-    """Keeps the latest 20 different warnings for the progress messages."""
+    """Keeps the latest 20 different warnings of the package while its block runs, for the progress messages."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.texts: list[str] = []
         self._repeats = Repeats()
+
+    def __enter__(self) -> RecentWarnings:
+        logging.getLogger("t2idist").addHandler(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        logging.getLogger("t2idist").removeHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
         text = redact_secrets(f"{record.levelname.lower()}: {record.getMessage()}")

@@ -91,7 +91,8 @@ def main(config: RunConfig, device: torch.device, context: WorkerContext) -> Non
         return
     try:
         accelerator.prepare(config.cluster.gpus_per_worker)
-        _RunWorker(config, world, context).run()
+        with RecentWarnings() as warnings:
+            _RunWorker(config, world, context, warnings).run()
     except (ValueError, AssertionError, PermissionError) as error:
         message = f"a fault of the program: {error!r}" if isinstance(error, AssertionError) else str(error)
         with contextlib.suppress(OSError):  # if storage is not writable, the worker's own error reports it
@@ -111,10 +112,8 @@ def _open_world(device: torch.device, timeout_seconds: float) -> World:
 class _RunWorker:
     """A run on one worker."""
 
-    def __init__(self, config: RunConfig, world: World, context: WorkerContext) -> None:
-        self.config, self.world, self.context = config, world, context
-        self.warnings = RecentWarnings()
-        logging.getLogger("t2idist").addHandler(self.warnings)
+    def __init__(self, config: RunConfig, world: World, context: WorkerContext, warnings: RecentWarnings) -> None:
+        self.config, self.world, self.context, self.warnings = config, world, context, warnings
         self.environment = environment_info(world.size, world.device)
         data = open_unrecorded_data(config)  # on all workers: one that draws data takes longer than others may wait
         self.restarts = world.broadcast_object(self._record_attempt(data) if world.is_main else 0)

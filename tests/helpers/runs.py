@@ -20,6 +20,7 @@ from t2idist.engine.checkpoint import export
 from t2idist.engine.metrics import MetricLogger
 from t2idist.training.stages import with_absolute_paths
 from tests.helpers import small_systems
+from tools.chaos.hosts import trains
 
 ROOT = Path(__file__).parents[2]
 
@@ -131,9 +132,8 @@ def processes_with_mark(mark: str) -> dict[int, str]:
 
 
 def train_worker_pids(mark: str) -> list[int]:
-    return sorted(
-        process for process, title in processes_with_mark(mark).items() if title.startswith("ray::RayTrainWorker")
-    )
+    titles = processes_with_mark(mark)
+    return sorted(pid for pid, title in titles.items() if title.startswith("ray::PooledWorker") and trains(pid))
 
 
 def train_with_killed_worker(folder: Path, *settings: str, **top: Any) -> tuple[str, int, dict[str, Any]]:

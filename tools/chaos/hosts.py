@@ -18,6 +18,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from t2idist.observability.process import TRAINING_THREAD
+
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).parent / "ray")
 GCS_PORT = 6379
@@ -218,7 +220,7 @@ class Cluster:
 
     def workers(self, host: int) -> list[int]:
         """Return the process ids of the training workers on a host."""
-        return self.pids(host, b"ray::RayTrainWorker")
+        return [pid for pid in self.pids(host, b"ray::PooledWorker") if trains(pid)]
 
     def kill_worker(self, host: int) -> list[int]:
         return _kill(self.workers(host), signal.SIGKILL)
@@ -335,6 +337,15 @@ def free_subnet() -> ipaddress.IPv4Network:
         subnet = ipaddress.ip_network(f"10.{generator.randrange(64, 250)}.{generator.randrange(256)}.0/24")
         if not any(subnet.overlaps(other) for other in used if other.version == 4):
             return subnet  # type: ignore[return-value]
+
+
+def trains(pid: int) -> bool:
+    """Return whether a process is a worker that trains, not a spare one."""
+    for thread in Path(f"/proc/{pid}/task").glob("*"):
+        with contextlib.suppress(OSError):
+            if (thread / "comm").read_text().strip() == TRAINING_THREAD:
+                return True
+    return False
 
 
 def _ip(*arguments: str) -> None:

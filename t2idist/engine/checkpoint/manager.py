@@ -23,6 +23,7 @@ from t2idist.engine.checkpoint.format import (
     milestones_of,
     read_marker,
 )
+from t2idist.engine.checkpoint.replica_protocol import CHECKPOINT_THREAD
 from t2idist.engine.metrics import now
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import World
@@ -79,7 +80,7 @@ class CheckpointManager:
         meta = {"time": now(), **marker_fields(trainer), **self.meta}
         stall_seconds = round(time.monotonic() - began, 4)
         arguments = (folder, meta, stall_seconds)
-        self._writing = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
+        self._writing = threading.Thread(target=self._write, args=arguments, name=CHECKPOINT_THREAD, daemon=True)
         self._writing.start()
         return folder
 

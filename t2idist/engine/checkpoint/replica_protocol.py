@@ -22,6 +22,10 @@ class ReplicaInfo:
     """"notes": the worker's unwritten records. "marker", only with part 0: as a commit marker, of all parts."""
 
 
+CHECKPOINT_THREAD, REPLICA_THREAD = "checkpoint", "replica"
+"""Names of the threads that write a state while training goes on."""
+
+
 class ReplicaStore(Protocol):
     """Processes on the nodes that store replicas by key. All methods raise OSError if they cannot be reached."""
 

@@ -22,7 +22,7 @@ from t2idist.engine.checkpoint.manager import (
     load_checkpoint,
     marker_fields,
 )
-from t2idist.engine.checkpoint.replica_protocol import ReplicaInfo, ReplicaStore
+from t2idist.engine.checkpoint.replica_protocol import REPLICA_THREAD, ReplicaInfo, ReplicaStore
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import World
 
@@ -104,7 +104,7 @@ class ReplicaManager:
             metadata["marker"] = {**marker_fields(trainer), "tensors": tensors}
         rank, workers = self._world.rank, self._world.size
         info = ReplicaInfo(self._attempt, trainer.step, trainer.images, rank, workers, metadata)
-        self._sending = threading.Thread(target=self._send, args=(info, self._buffer), name="memory", daemon=True)
+        self._sending = threading.Thread(target=self._send, args=(info, self._buffer), name=REPLICA_THREAD, daemon=True)
         self._sending.start()
         self._copied_step = trainer.step
         self._cost_seconds = time.monotonic() - began

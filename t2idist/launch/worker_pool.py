@@ -1,0 +1,289 @@
+"""Worker processes that outlive their worker group.
+
+Ray Train ends all processes of a group when one worker is lost or the number of workers changes, and starts new ones,
+which import and build what the old ones had in memory. Here a group's placement group only reserves its resources; the
+processes are actors without resources of their own, on the same nodes. Those that are still well serve the next group,
+and every node has a spare one that has imported what training needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import threading
+import time
+import traceback
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.placement_group import PlacementGroup, placement_group_table
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from t2idist.engine.checkpoint.replica_protocol import CHECKPOINT_THREAD, REPLICA_THREAD
+from t2idist.launch import callbacks
+from t2idist.launch.ray_internals import ControllerCallback, RayTrainWorker, WorkerGroupCallback, get_train_context
+from t2idist.launch.resources import alive_nodes
+from t2idist.observability import process
+
+logger = logging.getLogger(__name__)
+
+_RECYCLE_SECONDS = 3.0
+_POLL_SECONDS = 0.05
+_RESPONSE_SECONDS = 2.0
+_MEMORY_SHARE = 0.1
+"""Of the machine's memory: with less available, no spare process is prepared."""
+
+_accelerator_ids: list[str] = []
+"""Of this worker process: the ids of its GPUs, as Ray counts them."""
+
+
+# ------------------------------------------------------------ in a worker's process
+class PooledWorker(RayTrainWorker):  # type: ignore[misc]
+    """Ray Train's worker, which can serve several groups one after the other.
+
+    Args:
+        environment: Set before torch is imported.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        os.environ.update(environment)
+        super().__init__()
+
+    def prepare(self) -> bool:
+        """Load what training needs, at the lowest priority. Returns False, and loads nothing, if memory is short."""
+        if process.available_memory_share() < _MEMORY_SHARE:
+            return False
+        thread = threading.Thread(target=_load_quietly, name="prepare")
+        thread.start()
+        thread.join()
+        return True
+
+    def assign(self, accelerator_ids: Sequence[str]) -> Any:
+        """Use these GPUs; return Ray's metadata of this worker."""
+        _accelerator_ids[:] = accelerator_ids
+        return replace(self.get_metadata(), accelerator_ids={"GPU": list(accelerator_ids)} if accelerator_ids else {})
+
+    def recycle(self, seconds: float) -> bool:
+        """Wait at most `seconds` for the end of the training; return whether this process can serve another group.
+
+        The training ends by itself once a peer closes its connections. Ours are closed when nothing refers to them.
+        """
+        runner = get_train_context().execution_context.training_thread_runner
+        deadline = time.monotonic() + seconds
+        callbacks.release()
+        while runner.is_running() or _is_writing():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_POLL_SECONDS)
+            gc.collect()
+        callbacks.forget_requests()
+        return _is_reusable_after(runner.get_error())
+
+
+def own_accelerator_ids() -> list[str]:
+    """Return the ids of the GPUs that are assigned to this worker process."""
+    return _accelerator_ids
+
+
+@contextlib.contextmanager
+def train_in_group() -> Iterator[None]:
+    """Train as a member of the process group; then leave it, so that peers that wait for this worker go on."""
+    import torch.distributed as dist
+
+    process.name_this_thread(process.TRAINING_THREAD)
+    try:
+        yield
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # they refer to networks, which refer to the group
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        gc.collect()
+
+
+def _is_writing() -> bool:
+    """Return whether a checkpoint or a replica of the group that has ended is still being written."""
+    return any(thread.name in (CHECKPOINT_THREAD, REPLICA_THREAD) for thread in threading.enumerate())
+
+
+def _is_reusable_after(error: BaseException | None) -> bool:
+    """Return whether a process can train after this error. An error of the device may have broken its context."""
+    import torch
+
+    cause = getattr(error, "_base_exc", error)
+    return not isinstance(cause, torch.AcceleratorError | MemoryError)
+
+
+def _load_quietly() -> None:
+    process.lower_priority_of_this_thread()
+    from t2idist.training.warm_up import warm_up
+
+    warm_up()
+
+
+# ------------------------------------------------------------ in the driver or controller
+@dataclass(frozen=True)
+class _Process:
+    """A process of the pool that serves no group."""
+
+    actor: Any
+    node: str
+    accelerator_ids: tuple[str, ...] | None
+    """None: it has not used any device."""
+    prepared: Any
+    """Result of `PooledWorker.prepare`; None: it has trained."""
+
+    def is_prepared(self) -> bool:
+        return self.prepared is None or bool(ray.wait([self.prepared], timeout=0)[0])
+
+
+class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
+    """The processes of a run that serve no group at present. Lives with Ray Train's controller.
+
+    Args:
+        environment: Of the worker processes.
+        spares: Prepared processes that every node is to have beside those of the group.
+        start_seconds: How long a process may take to start.
+    """
+
+    def __init__(self, environment: Mapping[str, str], spares: int, start_seconds: float) -> None:
+        self._environment, self._spares, self._start_seconds = dict(environment), spares, start_seconds
+        self._free: list[_Process] = []
+
+    def take(self, group: PlacementGroup, indices: Sequence[int], gpus: float) -> tuple[list[Any], list[Any]]:
+        """Return a process for each of these bundles of a placement group, and Ray's metadata of each.
+
+        Raises:
+            RayError: a process has ended meanwhile, or does not respond.
+        """
+        nodes = placement_group_table(group)["bundles_to_node_id"]
+        accelerators = _accelerators(group, indices, gpus)
+        self._drop_unresponsive()
+        processes = [self._pop(nodes[index], ids) for index, ids in zip(indices, accelerators, strict=True)]
+        assigned = [each.assign.remote(ids) for each, ids in zip(processes, accelerators, strict=True)]
+        try:
+            return processes, ray.get(assigned, timeout=self._start_seconds)
+        except RayError:
+            _kill(processes)
+            raise
+
+    def prepare(self, nodes: Iterable[str]) -> None:
+        """Start spare processes on these nodes, as many as are missing."""
+        for node in nodes:
+            for _ in range(self._spares - sum(each.node == node for each in self._free)):
+                actor = self._start(node)
+                self._free.append(_Process(actor, node, None, actor.prepare.remote()))
+
+    def unprepared(self, nodes: Collection[str]) -> set[str]:
+        """Return the nodes among these whose spare process is not ready yet; start those that are missing."""
+        self.prepare(nodes)
+        return {each.node for each in self._free if not each.is_prepared()} & set(nodes)
+
+    def after_worker_group_training_start(self, worker_group: Any) -> None:
+        self._drop_superfluous()
+        self.prepare({worker.metadata.node_id for worker in worker_group.get_workers()})
+
+    def before_worker_group_shutdown(self, worker_group: Any) -> None:
+        """Take back the processes of the group that are well, and end the others."""
+        status = worker_group.get_latest_poll_status()
+        lost = {rank for rank, error in status.errors.items() if _is_lost(error)} if status is not None else set()
+        workers = worker_group.get_workers()
+        _kill(workers[rank].actor for rank in lost)
+        calls = {w.actor.recycle.remote(_RECYCLE_SECONDS): w for rank, w in enumerate(workers) if rank not in lost}
+        limit = _RECYCLE_SECONDS + _RESPONSE_SECONDS
+        ready, pending = ray.wait(list(calls), num_returns=len(calls), timeout=limit) if calls else ([], [])
+        for call in [*ready, *pending]:
+            worker = calls[call]
+            if call in ready and _result(call):
+                ids = tuple(worker.metadata.accelerator_ids.get("GPU", ()))
+                self._free.append(_Process(worker.actor, worker.metadata.node_id, ids, None))
+            else:
+                _kill([worker.actor])
+        workers.clear()  # so that Ray Train ends none of them
+
+    async def before_controller_shutdown(self) -> None:
+        _kill(each.actor for each in self._free)
+        self._free = []
+
+    def _pop(self, node: str, accelerator_ids: Sequence[str]) -> Any:
+        """Remove a process of this node from the pool and return it; a new one if there is none."""
+        there = [each for each in self._free if each.node == node]
+        ids = tuple(accelerator_ids)
+        usable = [each for each in there if each.accelerator_ids in (ids, None)]
+        if not usable:
+            return self._start(node)
+        best = max(usable, key=lambda each: (each.accelerator_ids is not None, each.is_prepared()))
+        self._free.remove(best)
+        return best.actor
+
+    def _start(self, node: str) -> Any:
+        strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+        return ray.remote(num_cpus=0)(PooledWorker).options(scheduling_strategy=strategy).remote(self._environment)
+
+    def _drop_unresponsive(self) -> None:
+        """Forget processes that have ended, with their node or for want of memory, or do not respond."""
+        alive = alive_nodes()
+        pings = {each.actor.execute.remote(os.getpid): each for each in self._free if each.is_prepared()}
+        ready, _ = ray.wait(list(pings), num_returns=len(pings), timeout=_RESPONSE_SECONDS) if pings else ([], [])
+        well = [pings[ping] for ping in ready if _result(ping)]
+        busy = [each for each in self._free if not each.is_prepared()]
+        keep = [each for each in well + busy if each.node in alive and not _has_refused(each)]
+        _kill(each.actor for each in self._free if each not in keep)
+        self._free = keep
+
+    def _drop_superfluous(self) -> None:
+        """End the processes that hold a device which the group does not use, and more than the spares of a node."""
+        keep: list[_Process] = []
+        for each in self._free:
+            same_node = sum(other.node == each.node for other in keep)
+            if not each.accelerator_ids and same_node < self._spares:
+                keep.append(each)
+            else:
+                _kill([each.actor])
+        self._free = keep
+
+
+def _accelerators(group: PlacementGroup, indices: Sequence[int], gpus: float) -> list[list[str]]:
+    """Return the ids of the GPUs that each bundle has reserved."""
+    if not gpus:
+        return [[] for _ in indices]
+    calls = []
+    for index in indices:
+        strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+        task = ray.remote(num_cpus=0, num_gpus=gpus)(_gpu_ids).options(scheduling_strategy=strategy)
+        calls.append(task.remote())
+    return list(ray.get(calls))
+
+
+def _gpu_ids() -> list[str]:
+    """Run as a task in a bundle: return the ids of its GPUs."""
+    return [str(each) for each in ray.get_runtime_context().get_accelerator_ids()["GPU"]]
+
+
+def _has_refused(each: _Process) -> bool:
+    """Return whether a process could not prepare for want of memory."""
+    return each.prepared is not None and each.is_prepared() and not _result(each.prepared)
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Return whether a worker's error is that its process ended or does not respond, not one of its training."""
+    return not hasattr(error, "_base_exc")
+
+
+def _result(call: Any) -> Any:
+    """Return the result of a call; None if its process does not respond."""
+    try:
+        return ray.get(call, timeout=_RESPONSE_SECONDS)
+    except (RayError, GetTimeoutError):
+        return None
+
+
+def _kill(actors: Iterable[Any]) -> None:
+    for actor in actors:
+        ray.kill(actor)

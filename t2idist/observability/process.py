@@ -1,0 +1,34 @@
+"""Names and priorities of threads, as the operating system shows them. Without effect if it is not Linux."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from pathlib import Path
+
+TRAINING_THREAD = "t2idist-train"
+"""Name of the thread of a worker that trains."""
+_LOWEST_PRIORITY = 19
+
+
+def name_this_thread(name: str) -> None:
+    """Name the calling thread, with at most 15 characters."""
+    with contextlib.suppress(OSError):
+        Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(name)
+
+
+def lower_priority_of_this_thread() -> None:
+    """Let the calling thread run only when no other thread wants its core."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+
+
+def available_memory_share() -> float:
+    """Return the share of this machine's memory that is available; 1 if unknown."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 1.0
+    kilobytes = {name: int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines)}
+    return kilobytes["MemAvailable"] / kilobytes["MemTotal"]

@@ -46,7 +46,7 @@ class MetricLogger:
         images: int,
         step: int,
         budget_images: int,
-        metadata: Mapping[str, Any],
+        metadata: dict[str, Any],
         on_progress: Callable[[dict[str, Any]], None] | None,
         progress_every_seconds: float = 2.0,
     ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -57,6 +58,13 @@ class World:
 
     def barrier(self) -> None:
         self.all_gather_object(None)
+
+
+def leave_process_group() -> None:
+    """Leave torch's process groups, if this process is a member, and close its connections to the other members."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()  # a connection is closed with the last object that refers to it
 
 
 @dataclass(frozen=True)

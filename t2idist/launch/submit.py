@@ -31,7 +31,7 @@ from t2idist.config import ClusterConfig, RunConfig
 from t2idist.config.strict import from_dict, to_dict
 from t2idist.engine.metrics import PROGRESS
 from t2idist.engine.preemption import PreemptionNotice, StopRequested
-from t2idist.launch import callbacks, connection, gpu_failures, one_job, resources, shared_folders
+from t2idist.launch import callbacks, connection, gpu_failures, one_job, recovery, resources, shared_folders
 from t2idist.launch.ray_trainer import NodeInterfaceConfig, RayTrainer
 from t2idist.launch.replica_store import RayReplicaStore
 from t2idist.launch.worker_pool import WorkerPool, own_accelerator_ids, train_in_group
@@ -166,6 +166,7 @@ def _trainer(
                 callbacks.StartTimeout(cluster.start_seconds),  # type: ignore[list-item]
                 callbacks.PauseBeforeResize(cluster.start_seconds),  # type: ignore[list-item]
                 on_sigterm,  # type: ignore[list-item]
+                recovery.RecordRecovery(),  # type: ignore[list-item]
                 WorkerPool(_environment(config), cluster.spare_processes(own), cluster.start_seconds),  # type: ignore[list-item]
             ],
         ),
@@ -193,6 +194,7 @@ def _work(settings: dict[str, Any]) -> str | None:
             poll_preemption=_poll,
             poll_seconds=_POLL_SECONDS,
             pause=callbacks.pause,
+            recovery=recovery.recovery_of_this_group(),
             stop_after=stop,
             log_context=log_context,
         )

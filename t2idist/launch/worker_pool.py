@@ -21,6 +21,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
+from ray.train import get_context
 from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -93,18 +94,16 @@ def own_accelerator_ids() -> list[str]:
 @contextlib.contextmanager
 def train_in_group() -> Iterator[None]:
     """Train as a member of the process group; then leave it, so that peers that wait for this worker go on."""
-    import torch.distributed as dist
+    from t2idist.engine.world import leave_process_group
 
-    process.name_this_thread(process.TRAINING_THREAD)
+    process.name_this_thread(f"{process.TRAINING_THREAD}{get_context().get_world_rank()}")
     try:
         yield
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # they refer to networks, which refer to the group
         raise
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        gc.collect()
+        leave_process_group()
 
 
 def _is_writing() -> bool:

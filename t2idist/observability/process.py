@@ -7,8 +7,8 @@ import os
 import threading
 from pathlib import Path
 
-TRAINING_THREAD = "t2idist-train"
-"""Name of the thread of a worker that trains."""
+TRAINING_THREAD = "t2idist-rank"
+"""Name of the thread of a worker that trains, followed by the rank of the worker."""
 _LOWEST_PRIORITY = 19
 
 

@@ -22,6 +22,8 @@ METRICS = {
     "t2idist_goodput_ratio": "share of this submission's time spent in steps that were kept",
     "t2idist_workers": "current number of workers",
     "t2idist_restarts": "restarts of the run",
+    "t2idist_recovery_seconds": "duration of the last restart, by phase: end, start, restore",
+    "t2idist_recovery_images": "images that were repeated after the last restart",
     "t2idist_step_timestamp_seconds": "time of the last reported step",
     "t2idist_checkpoint_timestamp_seconds": "time when the newest complete checkpoint was started",
     "t2idist_checkpoint_stall_seconds": "time that training was blocked by that checkpoint",
@@ -35,6 +37,7 @@ LABELS = {
     "t2idist_budget_images": ("stage",),
     "t2idist_loss": ("stage", "name"),
     "t2idist_step_seconds": ("phase",),
+    "t2idist_recovery_seconds": ("phase",),
 }
 """Labels in addition to run."""
 _VALUES = {
@@ -93,6 +96,10 @@ def readings(message: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, ...],
         )
         for phase in _PHASES:
             yield "t2idist_step_seconds", (phase,), float(values[f"time/{phase}"])
+    if recovery := message.get("recovery"):
+        for phase, seconds in recovery["seconds"].items():
+            yield "t2idist_recovery_seconds", (phase,), float(seconds)
+        yield "t2idist_recovery_images", (), float(recovery["images_repeated"])
     if "memory/device_gib" in values:
         yield "t2idist_device_memory_bytes", (), values["memory/device_gib"] * 2**30
     for name, value in message["losses"].items():

@@ -11,6 +11,7 @@ from typing import Any
 
 from t2idist import storage
 from t2idist.config.strict import parse_yaml
+from t2idist.observability.recovery import format_recovery
 
 NOT_METRICS = ("images", "step", "seconds", "images_per_second", "restarts", "time")
 _IMAGE_NAME = re.compile(r"^(images|attention|translated)_(\d+)\.png$")
@@ -38,6 +39,8 @@ class Restart:
     stage: str
     images: int
     """Images seen at the first metrics after it."""
+    recovery: str
+    """Its cause, seconds and repeated images; empty if it was a new submission."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,8 @@ def _restarts(stages: Sequence[StageRecord], attempts: Sequence[Mapping[str, Any
             for k in range(len(restarts) + 1, int(line.get("restarts") or 0) + 1):
                 attempt = attempts[k] if k < len(attempts) else {"time": line.get("time", ""), "workers": 0}
                 images = int(line["images"])
-                restarts.append(Restart(k, str(attempt["time"]), int(attempt["workers"]), stage.name, images))
+                recovery = format_recovery(attempt.get("recovery"))
+                restarts.append(Restart(k, str(attempt["time"]), int(attempt["workers"]), stage.name, images, recovery))
     return restarts
 
 

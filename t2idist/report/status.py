@@ -12,6 +12,7 @@ from t2idist.config.arguments import command_parser
 from t2idist.engine.checkpoint import format
 from t2idist.observability.command import command
 from t2idist.observability.progress import format_count, format_duration, summarize_losses
+from t2idist.observability.recovery import format_recovery
 from t2idist.report.run_folder import read_config, read_json_or
 
 SILENT_SECONDS = 300.0
@@ -159,6 +160,8 @@ def _facts(run: RunStatus, now: datetime.datetime) -> Iterator[tuple[str, str]]:
     first = max(1, len(run.attempts) - _MAX_RESTARTS_SHOWN)
     for number, attempt in enumerate(run.attempts[first:], first):
         yield "", f"{number}: {_short_time(attempt['time'])}, {_count_workers(attempt)}{_format_resumed(attempt)}"
+        if text := format_recovery(attempt.get("recovery")):
+            yield "", f"   {text}"
     for text in progress.get("messages") or []:
         yield "message", text
     versions = read_json_or(run.url, "versions.json", {})

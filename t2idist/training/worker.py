@@ -34,7 +34,7 @@ from t2idist.engine.device_batches import DeviceBatches
 from t2idist.engine.guard import Diverged
 from t2idist.engine.hooks import StageState, stage_hooks
 from t2idist.engine.kernels import allow_tf32, use_deterministic_kernels
-from t2idist.engine.metrics import MetricLogger, append_lines, now
+from t2idist.engine.metrics import MetricLogger, append_lines
 from t2idist.engine.noise import derive_seed
 from t2idist.engine.preemption import Poll, PreemptionHandler
 from t2idist.engine.strategy import Precision
@@ -45,15 +45,15 @@ from t2idist.evaluate.in_training import InTrainingEvaluator
 from t2idist.nn.fast.memory import keep_freed_memory
 from t2idist.observability.environment import environment_info
 from t2idist.observability.logs import LogContext, RecentWarnings
+from t2idist.observability.recovery import Recovery
 from t2idist.report import report
 from t2idist.training import accelerator, run_data
+from t2idist.training.attempts import AttemptRecord
 from t2idist.training.lifecycle import OnProgress, read_fatal, write_fatal
 from t2idist.training.options import StopAfter
 from t2idist.training.stages import StageRun, open_unrecorded_data, run_url, stages_of
 
 logger = logging.getLogger(__name__)
-
-ATTEMPTS = "attempts.json"
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ class WorkerContext:
     """Time between two polls (0: after every step)."""
     pause: Callable[[], None] | None = None
     """Called to wait for the replacement of this worker (see `PreemptionHandler`)."""
+    recovery: Recovery | None = None
+    """The restart that this group of workers ends."""
     stop_after: StopAfter | None = None
     """Where this submission stops before the run is done."""
     log_context: LogContext = field(default_factory=LogContext)
@@ -116,25 +118,17 @@ class _RunWorker:
         self.config, self.world, self.context, self.warnings = config, world, context, warnings
         self.environment = environment_info(world.size, world.device)
         data = open_unrecorded_data(config)  # on all workers: one that draws data takes longer than others may wait
-        self.restarts = world.broadcast_object(self._record_attempt(data) if world.is_main else 0)
+        self.attempt = self._record(data) if world.is_main else None
+        """On the first worker."""
+        self.restarts: int = world.broadcast_object(self.attempt.restarts if self.attempt is not None else 0)
 
-    def _record_attempt(self, data: Mapping[str, Sequence[Dataset]]) -> int:
-        """Write config, data, environment and this attempt to the run folder; return the number of attempts before."""
+    def _record(self, data: Mapping[str, Sequence[Dataset]]) -> AttemptRecord:
+        """Write config, data, environment and this attempt to the run folder."""
         url = run_url(self.config)
         storage.write_bytes(storage.join(url, "config.yaml"), to_yaml(self.config).encode())
         run_data.record(url, data)
         storage.write_json(storage.join(url, "versions.json"), self.environment)
-        attempts_url = storage.join(url, ATTEMPTS)
-        attempts = storage.read_json(attempts_url) if storage.exists(attempts_url) else []
-        storage.write_json(attempts_url, [*attempts, {"time": now(), "workers": self.world.size}])
-        return len(attempts)
-
-    def record_resumed(self, stage: StageRun, checkpoint: CommittedCheckpoint) -> None:
-        """Add the checkpoint that a stage resumed from to the record of this attempt."""
-        url = storage.join(run_url(self.config), ATTEMPTS)
-        attempts = storage.read_json(url)
-        attempts[-1].setdefault("resumed", {})[stage.name] = {"images": checkpoint.images, "from": checkpoint.url}
-        storage.write_json(url, attempts)
+        return AttemptRecord(url, self.world.size, self.context.recovery)
 
     def run(self) -> None:
         stop_after = self.context.stop_after
@@ -193,9 +187,10 @@ class _StageWorker:
         """Train from the newest checkpoint to the end of the stage and export it, or to the stop of this submission."""
         stage, trainer = self._stage, self._trainer
         resumed = self._restore()
-        if resumed is not None and self._world.is_main:
+        attempt = self._run.attempt
+        if resumed is not None and attempt is not None:
             logger.info("stage %s resumes from %s images (%s)", stage.name, resumed.images, resumed.url)
-            self._run.record_resumed(stage, resumed)
+            attempt.resumed(stage.name, resumed)
         evaluator, log = None, None
         if self._world.is_main:
             best_weights.forget_after(stage.url, trainer.images)
@@ -355,6 +350,8 @@ class _StageWorker:
         evaluate = evaluator.evaluate if evaluator is not None else _no_evaluation
         state = StageState(self._trainer, batches, self._checkpoints, self._replicas, log)
         hooks = stage_hooks(state, settings, self._config.guard, preemption, evaluate)
+        if log is not None and self._run.attempt is not None:
+            hooks = self._run.attempt.recovery_hooks(log) + hooks
         loop.run(self._trainer, batches, settings, steps, hooks)
 
     def _export(self, evaluator: InTrainingEvaluator | None, log: MetricLogger | None) -> None:

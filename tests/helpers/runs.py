@@ -20,7 +20,7 @@ from t2idist.engine.checkpoint import export
 from t2idist.engine.metrics import MetricLogger
 from t2idist.training.stages import with_absolute_paths
 from tests.helpers import small_systems
-from tools.chaos.hosts import trains
+from tools.chaos.hosts import rank_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -131,9 +131,15 @@ def processes_with_mark(mark: str) -> dict[int, str]:
     return found
 
 
+def pids_by_rank(mark: str) -> dict[int, int]:
+    """Return the process ids of the workers that train, by rank."""
+    pids = [pid for pid, title in processes_with_mark(mark).items() if title.startswith("ray::PooledWorker")]
+    ranks = {rank_of(pid): pid for pid in pids}
+    return {rank: ranks[rank] for rank in sorted(rank for rank in ranks if rank is not None)}
+
+
 def train_worker_pids(mark: str) -> list[int]:
-    titles = processes_with_mark(mark)
-    return sorted(pid for pid, title in titles.items() if title.startswith("ray::PooledWorker") and trains(pid))
+    return list(pids_by_rank(mark).values())
 
 
 def train_with_killed_worker(folder: Path, *settings: str, **top: Any) -> tuple[str, int, dict[str, Any]]:
@@ -163,7 +169,12 @@ def train_with_killed_worker(folder: Path, *settings: str, **top: Any) -> tuple[
     while (images := images_in_progress(at, "attngan")) < 80:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    os.kill(train_worker_pids(mark)[-1], signal.SIGKILL)
+    survivor, killed = train_worker_pids(mark)
+    os.kill(killed, signal.SIGKILL)
+    while len(pids := set(train_worker_pids(mark)) - {killed}) != 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    assert survivor in pids, "the process of the survivor serves the new group"
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err + out
     ours = load_file(at / "attngan/export/generator.safetensors")
@@ -177,7 +188,16 @@ def train_with_killed_worker(folder: Path, *settings: str, **top: Any) -> tuple[
 def progress_message(folder: Path, **more: Any) -> dict[str, Any]:
     """A progress message as MetricLogger sends it."""
     sent: list[dict[str, Any]] = []
-    facts = {"run": "x", "stage": "gan", "stage_index": 0, "stages": 1, "restarts": 2, "workers": 3, "messages": []}
+    facts: dict[str, Any] = {
+        "run": "x",
+        "stage": "gan",
+        "stage_index": 0,
+        "stages": 1,
+        "restarts": 2,
+        "workers": 3,
+        "messages": [],
+    }
+    facts["recovery"] = {"cause": "worker lost", "seconds": {"end": 0.5, "start": 2.0}, "images_repeated": 16}
     facts["checkpoint"] = {"images": 8, "time": "2026-11-22T05:00:00+00:00", "stall_seconds": 0.25}
     log = MetricLogger(str(folder), "gan", images=0, step=0, budget_images=80, metadata=facts, on_progress=sent.append)
     log.log_step(16)

@@ -11,7 +11,7 @@ import pytest
 import ray
 from ray import _raylet
 
-from t2idist.launch import callbacks, ray_internals, ray_trainer
+from t2idist.launch import callbacks, ray_internals, ray_trainer, recovery, worker_pool
 
 ROOT = Path(__file__).parents[2]
 FILES = [
@@ -28,10 +28,13 @@ USED = {
     "state": ["get_draining_nodes", "job_table"],
     "ControllerCallback": [
         "after_controller_start",
-        "before_controller_execute_failure_decision",
+        "before_controller_shutdown",
         "before_controller_execute_resize_decision",
     ],
     "WorkerGroupCallback": [
+        "after_worker_group_poll_status",
+        "after_worker_group_shutdown",
+        "after_worker_group_start",
         "after_worker_group_training_start",
         "before_init_train_context",
         "before_worker_group_abort",
@@ -46,15 +49,27 @@ USED = {
         "make_decision_for_running_worker_group",
     ],
     "FixedScalingPolicy": ["_maybe_send_resource_request", "after_controller_start"],
-    "WorkerGroup": ["_get_worker_runtime_env", "_init_train_context_on_workers", "get_workers"],
+    "RayTrainWorker": ["execute", "get_metadata", "init_train_context", "run_train_fn"],
+    "Worker": ["execute_async"],
+    "WorkerGroup": [
+        "_assign_worker_ranks",
+        "_create_workers",
+        "_init_train_context_on_workers",
+        "get_latest_poll_status",
+        "get_workers",
+    ],
+    "WorkerGroupStartupFailedError": [],
+    "get_env_vars_to_propagate": [],
+    "get_train_context": [],
 }
 OURS = [
     *(callbacks.StopOnSigterm, callbacks.PauseBeforeResize, callbacks.WaitForNodeLiveness, callbacks.StartTimeout),
-    *(ray_trainer.SkipDrainingNodes, ray_trainer.FixedLocalScaling, ray_trainer.InProcessWorkerGroup),
-    *(ray_trainer.InProcessController, ray_trainer.RayTrainer),
+    *(ray_trainer.SkipDrainingNodes, ray_trainer.FixedLocalScaling, ray_trainer.PooledWorkerGroup),
+    *(ray_trainer.InProcessWorkerGroup, ray_trainer.RayTrainer, worker_pool.WorkerPool, recovery.RecordRecovery),
     ray_trainer.NodeInterfaceBackend,
 ]
-NOT_RAYS = {"on_sigterm", "_request_stop", "_cancel"}
+NOT_RAYS = {"on_sigterm", "_request_stop", "_cancel", "_begin", "take", "prepare", "unprepared"}
+NOT_RAYS |= {"_pop", "_start", "_drop_unresponsive", "_drop_superfluous"}
 
 
 def test_every_name_imports_and_has_what_we_use() -> None:

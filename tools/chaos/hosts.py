@@ -220,7 +220,7 @@ class Cluster:
 
     def workers(self, host: int) -> list[int]:
         """Return the process ids of the training workers on a host."""
-        return [pid for pid in self.pids(host, b"ray::PooledWorker") if trains(pid)]
+        return [pid for pid in self.pids(host, b"ray::PooledWorker") if rank_of(pid) is not None]
 
     def kill_worker(self, host: int) -> list[int]:
         return _kill(self.workers(host), signal.SIGKILL)
@@ -339,13 +339,14 @@ def free_subnet() -> ipaddress.IPv4Network:
             return subnet  # type: ignore[return-value]
 
 
-def trains(pid: int) -> bool:
-    """Return whether a process is a worker that trains, not a spare one."""
+def rank_of(pid: int) -> int | None:
+    """Return the rank of the worker that trains in a process; None: it does not train."""
     for thread in Path(f"/proc/{pid}/task").glob("*"):
         with contextlib.suppress(OSError):
-            if (thread / "comm").read_text().strip() == TRAINING_THREAD:
-                return True
-    return False
+            name = (thread / "comm").read_text().strip()
+            if name.startswith(TRAINING_THREAD):
+                return int(name.removeprefix(TRAINING_THREAD))
+    return None
 
 
 def _ip(*arguments: str) -> None:

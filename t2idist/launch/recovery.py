@@ -1,0 +1,61 @@
+"""What a restart of the workers was for and how long its phases took; the new workers record it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from t2idist.launch.ray_internals import ControllerCallback, WorkerGroupCallback
+from t2idist.observability.recovery import RESIZE, WORKER_FAILED, WORKER_LOST, Recovery
+
+_RESPONSE_SECONDS = 10.0
+_of_this_group: list[Recovery] = []
+
+
+# ------------------------------------------------------------ in a worker's process
+def recovery_of_this_group() -> Recovery | None:
+    """Return the recovery that this worker's group ends; None for the first group of a submission."""
+    return _of_this_group[0] if _of_this_group else None
+
+
+def _set_recovery(recovery: Recovery | None) -> None:
+    _of_this_group[:] = [] if recovery is None else [recovery]
+
+
+# ------------------------------------------------------------ in the driver or controller
+class RecordRecovery(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
+    """Measures each restart and tells the new workers."""
+
+    def __init__(self) -> None:
+        self._cause = ""
+        self._noticed = self._ended = 0.0
+
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        errors = worker_group_status.errors.values()
+        if errors:
+            self._begin(WORKER_FAILED if all(hasattr(error, "_base_exc") for error in errors) else WORKER_LOST)
+
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        self._begin(RESIZE)
+
+    def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
+        self._ended = time.monotonic()
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        recovery = None
+        if self._ended:  # it is not the first group
+            seconds = {"end": self._ended - self._noticed, "start": time.monotonic() - self._ended}
+            recovery = Recovery(self._cause, seconds)
+        calls = [worker.execute_async(_set_recovery, recovery) for worker in worker_group.get_workers()]
+        try:
+            ray.get(calls, timeout=_RESPONSE_SECONDS)
+        except RayError:  # the new group has failed already
+            return
+        self._cause = ""
+
+    def _begin(self, cause: str) -> None:
+        if not self._cause:  # a failure leads to a resize decision too, and a failure of the new group to another
+            self._cause, self._noticed = cause, time.monotonic()

@@ -1,0 +1,64 @@
+"""The record of every attempt at a run: ``attempts.json`` in the run folder, written by the first worker."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from t2idist import storage
+from t2idist.engine import loop
+from t2idist.engine.checkpoint.manager import CommittedCheckpoint
+from t2idist.engine.metrics import PROGRESS, MetricLogger, now
+from t2idist.observability.recovery import Recovery
+
+ATTEMPTS = "attempts.json"
+
+
+class AttemptRecord:
+    """The current attempt.
+
+    Args:
+        recovery: The restart that this attempt ends; None for the first one of a submission.
+    """
+
+    def __init__(self, run_url: str, workers: int, recovery: Recovery | None) -> None:
+        self._run_url, self._url = run_url, storage.join(run_url, ATTEMPTS)
+        earlier = storage.read_json(self._url) if storage.exists(self._url) else []
+        self.restarts: int = len(earlier)
+        """Attempts before this one."""
+        self._attempt: dict[str, Any] = {"time": now(), "workers": workers}
+        self._recovery = recovery
+        self._attempts = [*earlier, self._attempt]
+        self._write()
+
+    def resumed(self, stage: str, checkpoint: CommittedCheckpoint) -> None:
+        """Record the checkpoint that a stage resumes from."""
+        self._attempt.setdefault("resumed", {})[stage] = {"images": checkpoint.images, "from": checkpoint.url}
+        if self._recovery is not None and storage.exists(progress := storage.join(self._run_url, PROGRESS)):
+            message = storage.read_json(progress)
+            if message["stage"] == stage:
+                self._recovery.images_repeated = max(0, message["images"] - checkpoint.images)
+        self._write()
+
+    def recovery_hooks(self, log: MetricLogger) -> list[loop.Hook]:
+        """Return the hook that records the recovery after the first step, if there is one to record."""
+        if self._recovery is None or self._recovery.is_finished:
+            return []
+        return [_FinishRecovery(self, self._recovery, log)]
+
+    def _write(self) -> None:
+        if self._recovery is not None:
+            self._attempt["recovery"] = self._recovery.describe()
+        storage.write_json(self._url, self._attempts)
+
+
+class _FinishRecovery(loop.Hook):
+    """Records a recovery after its first step."""
+
+    def __init__(self, record: AttemptRecord, recovery: Recovery, log: MetricLogger) -> None:
+        self._record, self._recovery, self._log = record, recovery, log
+
+    def after_step(self, step: loop.FinishedStep) -> None:
+        if not self._recovery.is_finished:
+            self._recovery.finish()
+            self._record._write()
+            self._log.metadata["recovery"] = self._recovery.describe()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from t2idist import storage
-from t2idist.config import EXPORT_R_PRECISION, DataConfig, RunConfig, StageConfig
+from t2idist.config import EXPORT_R_PRECISION, ClusterConfig, DataConfig, RunConfig, StageConfig
 from t2idist.config.strict import parse_yaml, to_dict, to_yaml
 from t2idist.contract import DataInfo, SupportsEmbed, SupportsTranslate, System, is_text_conditional
 from t2idist.data import sources, statistics
@@ -67,10 +67,21 @@ def describe(config: RunConfig, resumed: resume.ResumePoint | None, local: bool 
     missing = _missing_accelerator(config, local)
     if missing and all(stage.data.source for stage in stages_of(config)):
         raise ValueError(missing)
-    lines = [to_yaml(config).rstrip(), ""]
+    lines = [to_yaml(config).rstrip(), "", _workers_line(config.cluster, local), ""]
     for stage, system, datasets in _checked_stages(config, resumed, is_run=False):
         lines += [*_stage_lines(stage, system, datasets), ""]
     return "\n".join([*lines, missing]).rstrip()
+
+
+def _workers_line(cluster: ClusterConfig, local: bool) -> str:
+    smallest, largest = cluster.workers
+    count = f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
+    devices = f", {cluster.gpus_per_worker} GPU" * bool(cluster.gpus_per_worker)
+    spares = cluster.spare_processes(local)
+    return (
+        f"workers: {count} of {cluster.cpus_per_worker:g} CPU{devices} each; {spares or 'no'} spare "
+        f"process{'es' * (spares != 1)} on each node{' with memory to spare' * bool(spares)}"
+    )
 
 
 def _checked_stages(

@@ -42,6 +42,13 @@ def test_scores_that_cannot_be_computed_are_refused(tmp_path: Path, settings: li
         dry_run.describe(without_data, None)
 
 
+def test_page_says_which_workers_and_spare_processes_there_are(tmp_path: Path) -> None:
+    config = load_config(tmp_path, "cluster.cpus_per_worker=2")
+    assert "workers: 1 to 2 of 2 CPU each; no spare processes on each node\n" in dry_run.describe(config, None, True)
+    page = dry_run.describe(config, None)
+    assert "workers: 1 to 2 of 2 CPU each; 1 spare process on each node with memory to spare\n" in page
+
+
 def test_judge_may_be_a_stage_of_the_run(tmp_path: Path) -> None:
     config = load_config(tmp_path, SCORED, "scores.metrics=[damsm_r]")
     judged = replace(config, scores=replace(config.scores, judge=StageRun(config, "damsm").export_url))

@@ -50,7 +50,9 @@ def write_run(folder: Path) -> Path:
     (run / "versions.json").write_text('{"torch": "2.13.0", "cpu": "abacus", "cpu_cores": 2}')
     progress = {"run": "r", "stage": "gan", "images": 128000, "workers": 2, "state": "training"}
     (run / "progress.json").write_text(json.dumps(progress))
-    (run / "attempts.json").write_text(json.dumps([{"time": f"2026-01-0{i}T00:00:00", "workers": i} for i in (1, 2)]))
+    recovery = {"cause": "worker lost", "seconds": {"end": 0.5, "start": 2.0}, "images_repeated": 16}
+    attempts = [{"time": f"2026-01-0{i}T00:00:00", "workers": i, "recovery": recovery} for i in (1, 2)]
+    (run / "attempts.json").write_text(json.dumps(attempts))
     lines = [
         {"images": 10 * i, "step": i, "seconds": i, "images_per_second": 9.5, "restarts": int(i > 3), "time": "t"}
         | {"generator/adversarial_64": 1.0 / i, "discriminator_64/</script>": 0.5}
@@ -73,6 +75,7 @@ def test_report_is_self_contained(tmp_path: Path) -> None:
     assert html.count("</script>") == 2
     for expected in ("generator", "discriminator_64", "throughput", "2026-01-02", "abacus", "50 images", "torch"):
         assert expected in page.text
+    assert "worker lost, 2.5 s (end 0.5, start 2.0), 16 images repeated" in page.text
     assert "Scores" not in page.text
 
 

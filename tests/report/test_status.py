@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from t2idist import run, storage
+from t2idist.observability.recovery import Recovery
 from t2idist.report import status
 from tests.helpers.runs import (
     write_recipe,
@@ -32,10 +33,15 @@ def test_status_of_a_run_in_each_state(tmp_path: Path) -> None:
     assert status.read_status(str(at), noon).state == "training"
     assert status.read_status(str(at), noon + datetime.timedelta(minutes=5)).state == "silent"
     attempt = {"time": "2026-11-22T11:00:00+00:00", "workers": 2}
-    again = {**attempt, "resumed": {"damsm": {"images": 8, "from": "copy in memory"}}}
+    recovery = Recovery("worker lost", {"end": 0.25, "start": 1.5}, images_repeated=1200)
+    recovery.finish()
+    again = {**attempt, "resumed": {"damsm": {"images": 8, "from": "copy in memory"}}, "recovery": recovery.describe()}
     storage.write_json(str(at / "attempts.json"), [attempt, again, {**again, "workers": 1}])
     assert "1: 2026-11-22 11:00:00, 2 workers, damsm from 8 images (copy in memory)" in status.format_status(str(at))
     assert "2: 2026-11-22 11:00:00, 1 worker, damsm from 8 images" in status.format_status(str(at))
+    assert "worker lost, 1.8 s (end 0.2, start 1.5, restore 0.0), 1,200 images repeated" in status.format_status(
+        str(at)
+    )
     storage.write_json(str(at / "fatal.json"), {"error": "data.max_bad: too many"})
     assert "tiny: failed: data.max_bad: too many" in status.format_status(str(at))
     best = {"metric": "kid", "value": 0.05, "images": 8, "export": "scored/000000000008"}

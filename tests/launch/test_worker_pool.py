@@ -1,0 +1,84 @@
+"""The pool gives each bundle a process on its node: one that has trained on the same GPU, a spare one, or a new one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from t2idist.launch import callbacks, worker_pool
+from t2idist.observability import process
+
+ROOT = Path(__file__).parents[2]
+SOURCE = """
+import os, time, ray
+from ray.util.placement_group import placement_group
+from t2idist.launch.worker_pool import PooledWorker, WorkerPool, _Process
+ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+node = ray.get_runtime_context().get_node_id()
+pool = WorkerPool({"WHOSE": "the run's"}, spares=1, start_seconds=60)
+group = placement_group([{"CPU": 1, "GPU": 1}] * 2)
+ray.get(group.ready())
+
+def pids(processes):
+    return ray.get([process.execute.remote(os.getpid) for process in processes])
+
+first, facts = pool.take(group, [0, 1], 1)
+assert sorted(fact.accelerator_ids["GPU"] for fact in facts) == [["0"], ["1"]]
+assert ray.get([process.execute.remote(os.getenv, "WHOSE") for process in first]) == ["the run's"] * 2
+assert pool.unprepared({node}) == {node}
+deadline = time.monotonic() + 90
+while pool.unprepared({node}) and time.monotonic() < deadline:
+    time.sleep(0.1)
+(spare,) = [each.actor for each in pool._free]
+assert "t2idist.training.worker" in ray.get(spare.execute.remote(lambda: list(__import__("sys").modules)))
+kept, lost = first
+ray.kill(lost)
+pool._free.append(_Process(kept, node, tuple(facts[0].accelerator_ids["GPU"]), None))
+second, again = pool.take(group, [0, 1], 1)
+assert pids(second) == pids([kept, spare]), "the survivor has its GPU again, the spare process that of the lost one"
+assert [fact.accelerator_ids for fact in again] == [fact.accelerator_ids for fact in facts]
+third, _ = pool.take(group, [0], 1)
+assert not set(pids(third)) & set(pids(second))
+ray.shutdown()
+"""
+
+
+@pytest.mark.whole  # a Ray node with declared GPUs
+def test_survivors_keep_their_gpu_and_spares_replace_the_lost(short_folder: str, tmp_path: Path) -> None:
+    env = {**os.environ, "RAY_TMPDIR": short_folder, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", SOURCE], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_spare_process_loads_nothing_if_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "available_memory_share", lambda: 0.05)
+    monkeypatch.setattr(worker_pool, "_load_quietly", lambda: pytest.fail("loaded"))
+    assert worker_pool.PooledWorker({}).prepare() is False
+
+
+def test_available_memory_is_a_share() -> None:
+    assert 0 < process.available_memory_share() < 1
+
+
+def test_process_is_not_used_again_after_an_error_of_its_device() -> None:
+    assert worker_pool._is_reusable_after(None)
+    assert worker_pool._is_reusable_after(RuntimeError("Connection closed by peer"))
+    assert not worker_pool._is_reusable_after(torch.AcceleratorError("CUDA error: unspecified launch failure"))
+    assert not worker_pool._is_reusable_after(MemoryError())
+
+
+def test_release_ends_a_pause_and_a_new_group_starts_without_requests() -> None:
+    callbacks._request_stop()
+    callbacks._request_pause()
+    callbacks.release()
+    with pytest.raises(callbacks.GroupEnded):
+        callbacks.pause()
+    callbacks.forget_requests()
+    assert not callbacks.stop_requested() and not callbacks.pause_requested()

@@ -30,6 +30,8 @@ from t2idist.launch.resources import NodeLiveness, schedulable_nodes
 from t2idist.launch.worker_pool import WorkerPool
 from t2idist.training import accelerator
 
+_PREPARED_POLL_SECONDS = 2.0
+
 
 class NodeInterfaceBackend(TorchConfig().backend_cls):  # type: ignore[misc]
     """Ray Train's start of the process group, over the interface of each node's address in Ray."""
@@ -72,6 +74,7 @@ class SkipDrainingNodes(ElasticScalingPolicy):  # type: ignore[misc]
         super().__init__(scaling_config)
         self._liveness = liveness
         self._in_use: set[str] = set()
+        self._unprepared: set[str] = set()
         self.pool: WorkerPool | None = None
 
     def make_decision_for_non_running_worker_group(self) -> Any:
@@ -80,7 +83,11 @@ class SkipDrainingNodes(ElasticScalingPolicy):  # type: ignore[misc]
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
         self._in_use = {worker.metadata.node_id for worker in worker_group_state.workers}
-        return super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
+        self._unprepared = set()
+        decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
+        if self._unprepared:  # look again soon, not after elastic_resize_monitor_interval_s
+            self._latest_monitor_time -= self.scaling_config.elastic_resize_monitor_interval_s - _PREPARED_POLL_SECONDS
+        return decision
 
     def _get_reserved_resources(self) -> dict[str, dict[str, float]] | None:
         self._liveness.wait()
@@ -90,7 +97,8 @@ class SkipDrainingNodes(ElasticScalingPolicy):  # type: ignore[misc]
         except RayError:  # the next poll may succeed
             return None
         if self._in_use and self.pool is not None:  # training goes on while processes on new nodes get ready
-            usable -= self.pool.unprepared(usable - self._in_use)
+            self._unprepared = self.pool.unprepared(usable - self._in_use)
+            usable -= self._unprepared
         return None if reserved is None else {node: has for node, has in reserved.items() if node in usable}
 
 

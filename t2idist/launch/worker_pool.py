@@ -54,18 +54,24 @@ class PooledWorker(RayTrainWorker):  # type: ignore[misc]
     def __init__(self, environment: Mapping[str, str]) -> None:
         os.environ.update(environment)
         super().__init__()
+        self._loading: threading.Thread | None = None
 
     def prepare(self) -> bool:
-        """Load what training needs, at the lowest priority. Returns False, and loads nothing, if memory is short."""
+        """Begin to load what training needs, at the lowest priority; return whether there is memory for it."""
         if process.available_memory_share() < _MEMORY_SHARE:
             return False
-        thread = threading.Thread(target=_load_quietly, name="prepare")
-        thread.start()
-        thread.join()
+        self._loading = threading.Thread(target=_load_quietly, name="prepare", daemon=True)
+        self._loading.start()
         return True
+
+    def is_prepared(self) -> bool:
+        """Return whether all that training needs is loaded."""
+        return self._loading is None or not self._loading.is_alive()
 
     def assign(self, accelerator_ids: Sequence[str]) -> Any:
         """Use these GPUs; return Ray's metadata of this worker."""
+        if self._loading is not None and self._loading.native_id is not None:
+            process.reset_priority(self._loading.native_id)
         _accelerator_ids[:] = accelerator_ids
         return replace(self.get_metadata(), accelerator_ids={"GPU": list(accelerator_ids)} if accelerator_ids else {})
 
@@ -104,6 +110,7 @@ def train_in_group() -> Iterator[None]:
         raise
     finally:
         leave_process_group()
+        process.rename_threads(process.TRAINING_THREAD, "python")
 
 
 def _is_writing() -> bool:
@@ -138,7 +145,7 @@ class _Process:
     prepared: Any
     """Result of `PooledWorker.prepare`; None: it has trained."""
 
-    def is_prepared(self) -> bool:
+    def has_started(self) -> bool:
         return self.prepared is None or bool(ray.wait([self.prepared], timeout=0)[0])
 
 
@@ -154,6 +161,8 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
     def __init__(self, environment: Mapping[str, str], spares: int, start_seconds: float) -> None:
         self._environment, self._spares, self._start_seconds = dict(environment), spares, start_seconds
         self._free: list[_Process] = []
+        self._prepared: set[Any] = set()
+        """Those of `_free` that are ready to train."""
 
     def take(self, group: PlacementGroup, indices: Sequence[int], gpus: float) -> tuple[list[Any], list[Any]]:
         """Return a process for each of these bundles of a placement group, and Ray's metadata of each.
@@ -163,7 +172,7 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         """
         nodes = placement_group_table(group)["bundles_to_node_id"]
         accelerators = _accelerators(group, indices, gpus)
-        self._drop_unresponsive()
+        self._check()
         processes = [self._pop(nodes[index], ids) for index, ids in zip(indices, accelerators, strict=True)]
         assigned = [each.assign.remote(ids) for each, ids in zip(processes, accelerators, strict=True)]
         try:
@@ -182,7 +191,8 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
     def unprepared(self, nodes: Collection[str]) -> set[str]:
         """Return the nodes among these whose spare process is not ready yet; start those that are missing."""
         self.prepare(nodes)
-        return {each.node for each in self._free if not each.is_prepared()} & set(nodes)
+        self._check()
+        return {each.node for each in self._free if each.actor not in self._prepared} & set(nodes)
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
         self._drop_superfluous()
@@ -217,7 +227,7 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         usable = [each for each in there if each.accelerator_ids in (ids, None)]
         if not usable:
             return self._start(node)
-        best = max(usable, key=lambda each: (each.accelerator_ids is not None, each.is_prepared()))
+        best = max(usable, key=lambda each: (each.accelerator_ids is not None, each.actor in self._prepared))
         self._free.remove(best)
         return best.actor
 
@@ -225,16 +235,18 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         strategy = NodeAffinitySchedulingStrategy(node, soft=False)
         return ray.remote(num_cpus=0)(PooledWorker).options(scheduling_strategy=strategy).remote(self._environment)
 
-    def _drop_unresponsive(self) -> None:
-        """Forget processes that have ended, with their node or for want of memory, or do not respond."""
+    def _check(self) -> None:
+        """Find out which processes are ready to train; end those that have no memory to, or do not respond."""
         alive = alive_nodes()
-        pings = {each.actor.execute.remote(os.getpid): each for each in self._free if each.is_prepared()}
+        here = [each for each in self._free if each.node in alive and not _has_refused(each)]
+        starting = [each for each in here if not each.has_started()]
+        pings = {each.actor.is_prepared.remote(): each for each in here if each.has_started()}
         ready, _ = ray.wait(list(pings), num_returns=len(pings), timeout=_RESPONSE_SECONDS) if pings else ([], [])
-        well = [pings[ping] for ping in ready if _result(ping)]
-        busy = [each for each in self._free if not each.is_prepared()]
-        keep = [each for each in well + busy if each.node in alive and not _has_refused(each)]
+        answers = {pings[ping]: _result(ping) for ping in ready}
+        keep = starting + [each for each, answer in answers.items() if answer is not None]
         _kill(each.actor for each in self._free if each not in keep)
         self._free = keep
+        self._prepared = {each.actor for each, answer in answers.items() if answer}
 
     def _drop_superfluous(self) -> None:
         """End the processes that hold a device which the group does not use, and more than the spares of a node."""
@@ -267,7 +279,7 @@ def _gpu_ids() -> list[str]:
 
 def _has_refused(each: _Process) -> bool:
     """Return whether a process could not prepare for want of memory."""
-    return each.prepared is not None and each.is_prepared() and not _result(each.prepared)
+    return each.prepared is not None and each.has_started() and not _result(each.prepared)
 
 
 def _is_lost(error: BaseException) -> bool:

@@ -18,10 +18,24 @@ def name_this_thread(name: str) -> None:
         Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(name)
 
 
+def rename_threads(prefix: str, name: str) -> None:
+    """Rename the threads of this process whose name starts with `prefix`. A thread has the name of its creator."""
+    for comm in Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if comm.read_text().startswith(prefix):
+                comm.write_text(name)
+
+
 def lower_priority_of_this_thread() -> None:
     """Let the calling thread run only when no other thread wants its core."""
     with contextlib.suppress(OSError, AttributeError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+
+
+def reset_priority(thread: int) -> None:
+    """Give a thread of this process the priority of its main thread again; only root may."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, os.getpid()))
 
 
 def available_memory_share() -> float:

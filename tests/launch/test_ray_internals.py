@@ -69,7 +69,7 @@ OURS = [
     ray_trainer.NodeInterfaceBackend,
 ]
 NOT_RAYS = {"on_sigterm", "_request_stop", "_cancel", "_begin", "take", "prepare", "unprepared"}
-NOT_RAYS |= {"_pop", "_start", "_drop_unresponsive", "_drop_superfluous"}
+NOT_RAYS |= {"_pop", "_start", "_check", "_drop_superfluous"}
 
 
 def test_every_name_imports_and_has_what_we_use() -> None:

@@ -75,21 +75,21 @@ class PooledWorker(RayTrainWorker):  # type: ignore[misc]
         _accelerator_ids[:] = accelerator_ids
         return replace(self.get_metadata(), accelerator_ids={"GPU": list(accelerator_ids)} if accelerator_ids else {})
 
-    def recycle(self, seconds: float) -> bool:
-        """Wait at most `seconds` for the end of the training; return whether this process can serve another group.
+    def recycle(self, seconds: float) -> str:
+        """Wait at most `seconds` for the end of the training; return why this process cannot train again, or "".
 
         The training ends by itself once a peer closes its connections. Ours are closed when nothing refers to them.
         """
         runner = get_train_context().execution_context.training_thread_runner
         deadline = time.monotonic() + seconds
         callbacks.release()
-        while runner.is_running() or _is_writing():
-            if time.monotonic() > deadline:
-                return False
+        while (busy := "training" if runner.is_running() else _writer()) and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
             gc.collect()
+        if busy:
+            return f"its {busy} did not end within {seconds:g} s"
         callbacks.forget_requests()
-        return _is_reusable_after(runner.get_error())
+        return "" if _is_reusable_after(runner.get_error()) else "its device or memory failed"
 
 
 def own_accelerator_ids() -> list[str]:
@@ -113,9 +113,10 @@ def train_in_group() -> Iterator[None]:
         process.rename_threads(process.TRAINING_THREAD, "python")
 
 
-def _is_writing() -> bool:
-    """Return whether a checkpoint or a replica of the group that has ended is still being written."""
-    return any(thread.name in (CHECKPOINT_THREAD, REPLICA_THREAD) for thread in threading.enumerate())
+def _writer() -> str:
+    """Return the name of the thread that still writes a checkpoint or a replica of the group that has ended, or ""."""
+    names = [thread.name for thread in threading.enumerate()]
+    return next((name for name in names if name in (CHECKPOINT_THREAD, REPLICA_THREAD)), "")
 
 
 def _is_reusable_after(error: BaseException | None) -> bool:
@@ -209,10 +210,14 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         ready, pending = ray.wait(list(calls), num_returns=len(calls), timeout=limit) if calls else ([], [])
         for call in [*ready, *pending]:
             worker = calls[call]
-            if call in ready and _result(call):
+            reason = _result(call) if call in ready else None
+            if reason == "":
                 ids = tuple(worker.metadata.accelerator_ids.get("GPU", ()))
                 self._free.append(_Process(worker.actor, worker.metadata.node_id, ids, None))
             else:
+                logger.warning(
+                    "a worker on %s is replaced: %s", worker.metadata.node_ip, reason or "it does not respond"
+                )
                 _kill([worker.actor])
         workers.clear()  # so that Ray Train ends none of them
 

@@ -15,6 +15,12 @@ from t2idist.sampling.loading import LoadedExport
 
 PLACEHOLDER = "{}"
 MIN_TRUNCATION = 0.01
+BATCH_IMAGES = 4
+"""Images that are drawn together, and the number of columns by default.
+
+Rounding depends on the size of a batch. Columns of independent noise are drawn in whole batches, and what is too many
+is dropped: an image is the same to the last bit however many were asked for.
+"""
 
 
 # ------------------------------------------------------------------------------------------------ rows
@@ -125,8 +131,11 @@ class SheetColumns:
     """The columns of a sheet."""
 
     noise: NoiseSource
-    """Noise of one row of images."""
+    """Noise of `drawn` images."""
+    drawn: int
+    """Images that are drawn for a row."""
     count: int
+    """Images of a row: the first of those that are drawn."""
     names: tuple[str, ...] = ()
     """Short headings, or none."""
     style_images: Tensor | None = None
@@ -135,14 +144,15 @@ class SheetColumns:
 
 def noise_columns(seed: int, count: int, truncation: float, device: torch.device) -> SheetColumns:
     """Return columns with independent noise."""
-    return SheetColumns(GaussianNoise(seed, range(count), device, truncation=truncation), count)
+    drawn = math.ceil(count / BATCH_IMAGES) * BATCH_IMAGES
+    return SheetColumns(GaussianNoise(seed, range(drawn), device, truncation=truncation), drawn, count)
 
 
 def interpolated_columns(seed: int, steps: int, truncation: float, device: torch.device) -> SheetColumns:
     """Interpolate from the noise of the first column to that of the second, in equal steps."""
     ends = [GaussianNoise(seed, [position] * steps, device, truncation=truncation) for position in range(2)]
     names = ("first noise", *map(_percent, fractions(steps)[1:-1]), "second noise")
-    return SheetColumns(InterpolatedNoise(ends[0], ends[1], fractions(steps)), steps, names)
+    return SheetColumns(InterpolatedNoise(ends[0], ends[1], fractions(steps)), steps, steps, names)
 
 
 def style_columns(loaded: LoadedExport, images: Tensor, seed: int, truncation: float) -> SheetColumns:
@@ -156,7 +166,7 @@ def style_columns(loaded: LoadedExport, images: Tensor, seed: int, truncation: f
     with torch.inference_mode():
         inverted = loaded.system.invert(loaded.nets, images)
     rest = GaussianNoise(seed, [0] * len(images), images.device, truncation=truncation)
-    return SheetColumns(FixedFirstNoise(inverted, rest), len(images), style_images=images.cpu())
+    return SheetColumns(FixedFirstNoise(inverted, rest), len(images), len(images), style_images=images.cpu())
 
 
 def fractions(steps: int) -> list[float]:

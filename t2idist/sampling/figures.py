@@ -45,15 +45,19 @@ def read_image(url: str, size: int) -> Tensor:
 
     Raises ValueError, naming the file, if it cannot be read.
     """
-    where = storage.redact(url)
     try:
         data = storage.read_bytes(url)
     except OSError as error:
         raise ValueError(describe_error(error)) from None
+    return image_of_file(data, size, storage.redact(url))
+
+
+def image_of_file(data: bytes, size: int, name: str) -> Tensor:
+    """Return the central square of an image file of this content, as `read_image` does; `name` is for messages."""
     try:
         image, full_size = read_rgb(data, size)
     except UnusableImage as error:
-        raise ValueError(f"{where}: does not decode: {error.detail}") from None
+        raise ValueError(f"{name}: does not decode: {error.detail}") from None
     square = crop_and_flip(DecodedImage(pixels_of(image), full_size), size, 1.0, False, None)
     planes = np.empty((1, 3, size, size), np.uint8)
     fill_pyramid(square[None], [planes])
@@ -192,6 +196,22 @@ def attention_figure(image: Tensor, words: Sequence[str], maps: Sequence[Tensor]
                 (x + 1, y + cell + 2), _truncate_to_width(pen, word, word_font, cell), font=word_font, fill=TEXT_COLOUR
             )
             pen.text((x + 1, y + cell + 22), f"peak {weights.max():.2f}", font=note_font, fill=MUTED_COLOUR)
+    return sheet
+
+
+def tiles(images: Sequence[Image.Image], width: int) -> Image.Image:
+    """Lay out images of any size in rows, from left to right, on a sheet of about this width."""
+    cell_width = max(_cell_size(image.width) for image in images)
+    cell_height = max(image.height * _cell_size(image.width) // image.width for image in images)
+    columns = max(1, min(len(images), width // (cell_width + GAP)))
+    rows = -(-len(images) // columns)
+    size = (columns * (cell_width + GAP) + GAP, rows * (cell_height + GAP) + GAP)
+    sheet = Image.new("RGB", size, BACKGROUND)
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        shown = (_cell_size(image.width), image.height * _cell_size(image.width) // image.width)
+        corner = (GAP + column * (cell_width + GAP), GAP + row * (cell_height + GAP))
+        sheet.paste(image.resize(shown, Image.Resampling.NEAREST), corner)
     return sheet
 
 

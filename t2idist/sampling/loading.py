@@ -38,7 +38,7 @@ class LoadedExport:
     """The remaining keys of the export's index."""
 
 
-def load_export(url: str, device: torch.device, custom_system: str = "") -> LoadedExport:
+def load_export(url: str, device: torch.device, custom_system: str = "", *, option: str = "--system") -> LoadedExport:
     """Read an export, build its system and load the weights.
 
     Args:
@@ -46,6 +46,7 @@ def load_export(url: str, device: torch.device, custom_system: str = "") -> Load
         device: where the networks are put.
         custom_system: module of a custom system that the export may name. No other module is imported, because
             importing runs its code.
+        option: how the caller names that module, for messages.
 
     Raises:
         ValueError: the export is missing or damaged, or does not fit the system that it names.
@@ -55,7 +56,7 @@ def load_export(url: str, device: torch.device, custom_system: str = "") -> Load
     if is_custom(index["system"]) and index["system"] != custom_system:
         raise ValueError(
             f"{where}: is of the custom system '{index['system']}', a module whose code would run; if you trust it, "
-            f"give --system {index['system']}"
+            f"give {option} {index['system']}"
         )
     module = load_system(index["system"])
     config = from_dict(module.Config, index["config"], f"{where}: config")
@@ -78,13 +79,13 @@ def load_export(url: str, device: torch.device, custom_system: str = "") -> Load
     return LoadedExport(url, content.system, system, nets, vocabulary, build_info, content.images, content.meta)
 
 
-def open_device(name: str) -> torch.device:
-    """Return the device of a command's --device option. Raises ValueError if this machine does not have it."""
+def open_device(name: str, option: str = "--device") -> torch.device:
+    """Return the device of this name, given as `option`. Raises ValueError if this machine does not have it."""
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {name}: not available on this machine") from None
+        raise ValueError(f"{option} {name}: not available on this machine") from None
     allow_tf32(False)
     return device
 

@@ -14,20 +14,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from t2idist import storage
 from t2idist.config.arguments import command_parser
-from t2idist.contract import Sample, SupportsSample, SupportsTranslate, is_text_conditional
+from t2idist.contract import Sample
 from t2idist.data.tokenizer import known_words
 from t2idist.nn.fast.memory import keep_freed_memory
 from t2idist.observability.command import command
 from t2idist.sampling.axes import (
-    MIN_TRUNCATION,
+    BATCH_IMAGES,
     PLACEHOLDER,
     SheetColumns,
     SheetRow,
@@ -39,25 +37,17 @@ from t2idist.sampling.axes import (
     parse_words,
     style_columns,
 )
+from t2idist.sampling.draw import check_count, check_draws, check_truncation, draw_attention, draw_row
 from t2idist.sampling.drawings import PlannedImages, choose_folder, export_sha256, png_with_settings
-from t2idist.sampling.figures import attention_figure, grid, read_image, to_pil
-from t2idist.sampling.generate import empty_captions, encode_captions, generate
+from t2idist.sampling.figures import grid, read_image, to_pil
+from t2idist.sampling.generate import empty_captions
 from t2idist.sampling.loading import LoadedExport, load_export, open_device
-from t2idist.sampling.sentence_encoders import (
-    SentenceEncoder,
-    open_encoder,
-    vector_captions,
-    vector_encoder_facts,
-    warnings_of_export,
-)
-from t2idist.sampling.sentences import Sentence, join_problems, read_captions, unknown_sentence
+from t2idist.sampling.sentence_reader import SentenceReader, check_placeholder, reads_sentences
+from t2idist.sampling.sentences import Sentence, join_problems, read_captions
 
 DEFAULT_FOLDER = "samples"
 GRID = "grid.png"
-DEFAULT_COLUMNS = 4
 DEFAULT_STEPS = 8
-MAX_WORDS_PER_BATCH = 1024
-"""Words in all captions of a batch; the memory of attention grows with it."""
 
 
 @command("sample")
@@ -100,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--change-word", metavar="WORDS", help='one row per word ("red,light blue"), which replaces {} in the sentence')
     add("--interpolate-text", nargs=2, metavar=("FROM", "TO"), help="rows from one sentence to another, in --steps")
     add = parser.add_argument_group("columns").add_argument
-    add("--n", type=int, help=f"images per sentence, each with other noise (default: {DEFAULT_COLUMNS})")
+    add("--n", type=int, help=f"images per sentence, each with other noise (default: {BATCH_IMAGES})")
     add("--interpolate-noise", action="store_true", help="columns from the first noise to the second, in --steps")
     add("--style-of", nargs="+", metavar="IMAGE", help="a column in the style of each image (exports of 'style')")
     add(
@@ -121,14 +111,15 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("--interpolate-noise and --style-of both define the columns; give one of them")
     if options.n is not None and (options.interpolate_noise or options.style_of):
         raise ValueError("--n: --interpolate-noise and --style-of define the columns; remove --n")
-    if options.n is not None and options.n < 1:
-        raise ValueError(f"--n {options.n}: give at least 1")
+    if options.n is not None:
+        check_count(options.n, "--n")
     if options.steps is not None and not interpolates:
         raise ValueError("--steps is for --interpolate-text and --interpolate-noise; give one of them or remove it")
     if options.steps is not None and options.steps < 2:
         raise ValueError(f"--steps {options.steps}: give at least 2, the two ends")
-    if options.truncation is not None and not options.truncation >= MIN_TRUNCATION:
-        raise ValueError(f"--truncation {options.truncation}: give at least {MIN_TRUNCATION}")
+    if options.steps is not None:
+        check_count(options.steps, "--steps")
+    check_truncation(options.truncation, "--truncation")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -136,31 +127,15 @@ def _run(options: argparse.Namespace) -> int:
     device = open_device(options.device)
     given = _sentences(options)
     loaded = load_export(options.export, device, options.system)
-    system, where = loaded.system, storage.redact(options.export)
-    if isinstance(system, SupportsTranslate):
-        raise ValueError(
-            f"{where}: this export translates images and generates none from sentences; use "
-            f"t2idist translate --export {where} --image FILE --set NAME"
-        )
-    if not isinstance(system, SupportsSample):
-        raise ValueError(f"{where}: this export does not generate images; give that of a generator")
+    where = storage.redact(options.export)
+    check_draws(loaded, f"t2idist translate --export {where} --image FILE --set NAME")
     rows, problems = _rows(options, loaded, given, device)
     columns = _columns(options, loaded, device)
     drawing = _Drawing.plan(options, loaded, rows, columns)
     written: list[str] = []
     scales: list[tuple[Tensor, ...]] = []
     for number, row in rows.items():
-        captions = row.caption.repeat_each(columns.count)
-        batch_size = max(1, MAX_WORDS_PER_BATCH // captions.tokens.shape[1])
-        sample = generate(
-            system,
-            row.nets,
-            captions,
-            columns.noise,
-            device=device,
-            batch_size=batch_size,
-            precision=options.precision,
-        )
+        sample = draw_row(loaded, row, columns, device, options.precision)
         if options.attention and not sample.attention and not written:
             print("sample: this system has no attention; --attention writes nothing", file=sys.stderr)
         scales.append(sample.images if options.scale == "all" else sample.images[-1:])
@@ -196,9 +171,7 @@ def _sentences(options: argparse.Namespace) -> list[Sentence]:
             for sentence in sentences
             for text in fill_placeholders([sentence.text], words)
         ]
-    unfilled = next((sentence for sentence in sentences if PLACEHOLDER in sentence.text), None)
-    if unfilled is not None:
-        raise ValueError(f"{unfilled} has a placeholder, {PLACEHOLDER}; give words for it with --change-word")
+    check_placeholder(sentences, "give words for it with --change-word")
     return sentences
 
 
@@ -206,74 +179,28 @@ def _rows(
     options: argparse.Namespace, loaded: LoadedExport, sentences: Sequence[Sentence], device: torch.device
 ) -> tuple[dict[int, SheetRow], list[str]]:
     """Return the rows by number, which is that of the sentence, and the problems of sentences that are left out."""
-    if not is_text_conditional(loaded.system, loaded.build_info.data.vector_dim):
+    if not reads_sentences(loaded):
         if sentences:
             raise ValueError(f"{storage.redact(options.export)}: this export is unconditional; give no sentence")
         return {1: caption_rows(loaded, ["without text"], empty_captions(1))[0]}, []
     if not sentences:
         raise ValueError("no sentence: give --text or a --captions file with one sentence per line")
-    encoder = _open_vector_encoder(options.encoder, loaded, device) if "text" not in loaded.nets else None
-    if encoder is None and options.encoder is not None:
-        raise ValueError("--encoder: this export has its own text encoder; remove the option")
-    if encoder is None and options.change_word is not None:
+    reader = SentenceReader(loaded, device, options.encoder, option="--encoder")
+    for warning in reader.warnings:
+        print(f"sample: {warning}", file=sys.stderr)
+    if reader.encoder is None and options.change_word is not None:
         _check_replacements(loaded, parse_words(options.change_word))
-    vectors = None if encoder is None else encoder.encode([sentence.text for sentence in sentences])
-    problems = _problems(loaded, vectors, sentences)
-    kept = {number: each.text for number, each in enumerate(sentences, start=1) if number not in problems}
-    if problems and (not kept or options.interpolate_text):
-        raise ValueError(join_problems(list(problems.values())))
-    for problem in problems.values():
-        print(f"sample: {problem}; the others are drawn", file=sys.stderr)
-    if vectors is None:
-        captions = encode_captions(loaded.vocabulary, list(kept.values()), loaded.build_info.max_words)
-    else:
-        captions = vector_captions(vectors[[number - 1 for number in kept]])
-    for number in kept:
-        sentence = sentences[number - 1]
-        for warning in encoder.warnings(sentence) if encoder else warnings_of_export(loaded, sentence):
-            print(f"sample: {warning}", file=sys.stderr)
-    captions = captions.to(device)
+    read = reader.read(sentences)
+    if read.problems and (not read.indices or options.interpolate_text):
+        raise ValueError(join_problems(read.problems))
+    for message in [*(f"{problem}; the others are drawn" for problem in read.problems), *read.warnings]:
+        print(f"sample: {message}", file=sys.stderr)
+    texts = [sentences[index].text for index in read.indices]
     if options.interpolate_text:
-        rows = interpolated_rows(loaded, list(kept.values()), captions, options.steps or DEFAULT_STEPS)
+        rows = interpolated_rows(loaded, texts, read.captions, options.steps or DEFAULT_STEPS)
         return dict(enumerate(rows, start=1)), []
-    return dict(zip(kept, caption_rows(loaded, list(kept.values()), captions), strict=True)), list(problems.values())
-
-
-def _problems(
-    loaded: LoadedExport, vectors: NDArray[np.float32] | None, sentences: Sequence[Sentence]
-) -> dict[int, str]:
-    """Return why sentences cannot be drawn, by number; `vectors` (n, D): the sentences as `--encoder` gives them."""
-    if vectors is None:
-        found = [unknown_sentence(loaded.vocabulary, sentence) for sentence in sentences]
-    else:
-        found = [
-            None if np.isfinite(vector).all() else f"{sentence}: the encoder knows no word of this sentence"
-            for sentence, vector in zip(sentences, vectors, strict=True)
-        ]
-    return {number: problem for number, problem in enumerate(found, start=1) if problem is not None}
-
-
-def _open_vector_encoder(name: str | None, loaded: LoadedExport, device: torch.device) -> SentenceEncoder:
-    """Open the encoder `name` for an export that was trained on sentence vectors."""
-    dim = loaded.build_info.data.vector_dim
-    trained_with = vector_encoder_facts(loaded.meta)
-    if name is None:
-        by = f", made by {trained_with['name']}" if trained_with else ""
-        raise ValueError(
-            f"{storage.redact(loaded.url)}: this export reads sentence vectors of {dim} elements{by}; give their "
-            "encoder as --encoder"
-        )
-    encoder = open_encoder(name, device)
-    if encoder.dim != dim:
-        raise ValueError(
-            f"--encoder {storage.redact(name)}: its vectors have {encoder.dim} elements; the export reads {dim}"
-        )
-    if trained_with and trained_with.get("sha256") != encoder.facts["sha256"]:
-        print(
-            f"sample: --encoder is not the encoder of the training data's vectors ({trained_with['name']})",
-            file=sys.stderr,
-        )
-    return encoder
+    rows = caption_rows(loaded, texts, read.captions)
+    return {index + 1: row for index, row in zip(read.indices, rows, strict=True)}, list(read.problems)
 
 
 def _columns(options: argparse.Namespace, loaded: LoadedExport, device: torch.device) -> SheetColumns:
@@ -283,7 +210,7 @@ def _columns(options: argparse.Namespace, loaded: LoadedExport, device: torch.de
     if options.style_of:
         images = torch.stack([read_image(url, loaded.system.sizes[-1]) for url in options.style_of]).to(device)
         return style_columns(loaded, images, options.seed, truncation)
-    return noise_columns(options.seed, DEFAULT_COLUMNS if options.n is None else options.n, truncation, device)
+    return noise_columns(options.seed, BATCH_IMAGES if options.n is None else options.n, truncation, device)
 
 
 def _check_replacements(loaded: LoadedExport, words: Sequence[str]) -> None:
@@ -360,9 +287,7 @@ def _write_row(drawing: _Drawing, number: int, row: SheetRow, sample: Sample) ->
             suffix = f"_{int(images.shape[-1])}px" if len(scales) > 1 else ""
             write(f"{stem}{suffix}.png", to_pil(images[column]))
         if options.attention and sample.attention:
-            words = known_words(loaded.vocabulary, row.label)[: loaded.build_info.max_words]
-            figure = attention_figure(sample.images[-1][column], words, [stage[column] for stage in sample.attention])
-            write(f"{stem}_attention.png", figure)
+            write(f"{stem}_attention.png", draw_attention(loaded, row.label, sample, column))
     return written
 
 

@@ -11,6 +11,10 @@ from t2idist.data.tokenizer import Vocabulary, known_words
 from t2idist.observability.command import describe_error
 
 _MAX_NAMED = 5
+_MAX_WORDS_NAMED = 20
+_MAX_QUOTED = 200
+MAX_CHARACTERS = 10_000
+"""Longest sentence that is read, a hundred times a long caption; a longer one is a file given by mistake."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,8 @@ class Sentence:
     """File and line; "" for one of the command line."""
 
     def __str__(self) -> str:
-        return f'{self.origin}: "{self.text}"' if self.origin else f'"{self.text}"'
+        text = self.text if len(self.text) <= _MAX_QUOTED else f"{self.text[:_MAX_QUOTED]}..."
+        return f'{self.origin}: "{text}"' if self.origin else f'"{text}"'
 
 
 def read_captions(url: str, encoding: str | None) -> list[Sentence]:
@@ -36,9 +41,16 @@ def read_captions(url: str, encoding: str | None) -> list[Sentence]:
     return [Sentence(line, f"{where}, line {number}") for number, line in lines if line]
 
 
-def unknown_sentence(vocabulary: Vocabulary, sentence: Sentence) -> str | None:
-    """Say why a sentence cannot be drawn, with its words; None if it can."""
-    if known_words(vocabulary, sentence.text):
+def unreadable_sentence(sentence: Sentence, vocabulary: Vocabulary | None) -> str | None:
+    """Say why a sentence cannot be drawn; None if it can.
+
+    Args:
+        sentence: the sentence.
+        vocabulary: the words that the reader knows; None: it reads any word.
+    """
+    if len(sentence.text) > MAX_CHARACTERS:
+        return f"{sentence}: this sentence has {len(sentence.text):,} characters; at most {MAX_CHARACTERS:,} are read"
+    if vocabulary is None or known_words(vocabulary, sentence.text):
         return None
     words = _quote(vocabulary.unknown_words(sentence.text))
     return f"{sentence}: no word of this sentence is in the vocabulary of the export{': ' if words else ''}{words}"
@@ -80,4 +92,6 @@ def join_problems(problems: Sequence[str]) -> str:
 
 
 def _quote(words: Sequence[str]) -> str:
-    return ", ".join(f"'{word}'" for word in words)
+    more = len(words) - _MAX_WORDS_NAMED
+    quoted = [f"'{word}'" for word in words[:_MAX_WORDS_NAMED]]
+    return ", ".join([*quoted, *([f"and {more:,} more"] if more > 0 else [])])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -121,6 +122,60 @@ def held_out_split(dataset: Dataset) -> str:
     return next(name for name in ("test", "val", "train") if name in dataset.splits)
 
 
+@dataclass(frozen=True)
+class AttributeChanges:
+    """Which attributes of an image are set and cleared; the others stay as the export's own classifier finds them."""
+
+    system: SupportsTranslate
+    editor: AttributeEditor
+    domain: int
+    set_names: tuple[str, ...]
+    clear_names: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls, loaded: LoadedExport, set_names: Sequence[str], clear_names: Sequence[str], domain: int, *, option: str
+    ) -> AttributeChanges:
+        """Check the changes.
+
+        Args:
+            loaded: export of a system that translates images.
+            set_names: attributes to set.
+            clear_names: attributes to clear.
+            domain: index of the data set with these attributes.
+            option: what precedes the names set, clear and domain in messages.
+
+        Raises:
+            ValueError: the export does not translate images, there is no such domain or attribute, or changes conflict.
+        """
+        system = loaded.system
+        if not isinstance(system, SupportsTranslate):
+            where = storage.redact(loaded.url)
+            raise ValueError(f"{where}: this export does not translate images; give that of a stargan stage")
+        if not 0 <= domain < len(system.labels):
+            raise ValueError(f"{option}domain {domain}: this export has {len(system.labels)}, counted from 0")
+        if not set_names and not clear_names:
+            raise ValueError(f"give {option}set or {option}clear: {', '.join(system.labels[domain])}")
+        editor = AttributeEditor.from_names(system.labels[domain], system.exclusive[domain])
+        indices = {editor.index(name) for name in set_names}
+        for name in clear_names:
+            editor.index(name)
+        for name in set_names:
+            if name in clear_names or set(editor.conflicts(name)) & indices:
+                raise ValueError(f"{option}set {name}: it conflicts with the other changes")
+        return cls(system, editor, domain, tuple(set_names), tuple(clear_names))
+
+    def apply(self, loaded: LoadedExport, image: Tensor, device: torch.device) -> Tensor:
+        """Change one image (3, S, S) in [-1, 1]; alone, because rounding depends on the size of a batch."""
+        with torch.inference_mode():
+            labels = self.system.read(loaded.nets, image[None].to(device), self.domain).float().cpu()
+        for name in self.clear_names:
+            labels[:, self.editor.index(name)] = 0
+        for name in self.set_names:
+            labels = self.editor.set_attribute(labels, name)
+        return translate(self.system, loaded.nets, image[None], labels, self.domain, device=device)[0]
+
+
 # ------------------------------------------------------------ the command
 @command("translate")
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -149,20 +204,12 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> int:
     device = open_device(options.device)
     loaded = load_export(options.export, device)
-    system = loaded.system
-    if not isinstance(system, SupportsTranslate):
-        raise ValueError(
-            f"{storage.redact(options.export)}: this export does not translate images; give that of a stargan stage"
-        )
-    if not 0 <= options.domain < len(system.labels):
-        raise ValueError(f"--domain {options.domain}: this export has {len(system.labels)}, counted from 0")
-    if not options.set and not options.clear:
-        raise ValueError(f"give --set or --clear: {', '.join(system.labels[options.domain])}")
-    images = torch.stack([read_image(file, loaded.system.sizes[-1]) for file in options.image])
-    labels = _target_labels(options, loaded, system, images, device)
+    changes = AttributeChanges.of(loaded, options.set, options.clear, options.domain, option="--")
+    size = loaded.system.sizes[-1]
+    images = torch.stack([read_image(file, size) for file in options.image])
     planned = _plan(options)
     folder = choose_folder(options.out, DEFAULT_FOLDER, planned, options.image)
-    translated = translate(system, loaded.nets, images, labels, options.domain, device=device)
+    translated = torch.stack([changes.apply(loaded, image, device) for image in images])
     for plan, image in zip(planned, translated, strict=False):
         storage.write_bytes(storage.join(folder, plan.prefix), png_with_settings(to_pil(image), plan.settings))
     title = " ".join([*(f"+{name}" for name in options.set), *(f"-{name}" for name in options.clear)])
@@ -180,18 +227,3 @@ def _plan(options: argparse.Namespace) -> list[PlannedImages]:
     names = unique_names([Path(storage.redact(file)).stem for file in options.image], ".png", reserved=[GRID])
     images = [PlannedImages(name, {**settings, "image": sha256}) for name, sha256 in zip(names, hashes, strict=True)]
     return [*images, PlannedImages(GRID, {**settings, "images": storage.sha256(" ".join(hashes).encode())})]
-
-
-def _target_labels(
-    options: argparse.Namespace, loaded: LoadedExport, system: SupportsTranslate, images: Tensor, device: torch.device
-) -> Tensor:
-    editor = AttributeEditor.from_names(system.labels[options.domain], system.exclusive[options.domain])
-    with torch.no_grad():
-        labels = system.read(loaded.nets, images.to(device), options.domain).float().cpu()
-    for name in options.clear:
-        labels[:, editor.index(name)] = 0
-    for name in options.set:
-        if name in options.clear or set(editor.conflicts(name)) & {editor.index(other) for other in options.set}:
-            raise ValueError(f"--set {name}: it conflicts with the other changes")
-        labels = editor.set_attribute(labels, name)
-    return labels

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from t2idist.engine.checkpoint import export
-from t2idist.sampling import sample
+from t2idist.sampling import sample, sentence_reader
 from t2idist.sampling.loading import load_export
 from t2idist.sampling.sentence_encoders import open_encoder
 from t2idist.sampling.sentences import Sentence
@@ -165,7 +165,7 @@ def test_every_sentence_is_encoded_once(
         def warnings(self, sentence: Sentence) -> list[str]:
             return opened.warnings(sentence)
 
-    monkeypatch.setattr(sample, "open_encoder", lambda name, device: Counting())
+    monkeypatch.setattr(sentence_reader, "open_encoder", lambda name, device: Counting())
     long = " ".join(["a blue face", *(f"word{number}" for number in range(9))])
     sentences = ["--text", "a red heart", "--text", "zeppelins", "--text", long]
     arguments = ["--export", url, "--encoder", exports["attngan"], "--n", "1", "--out", str(tmp_path / "out")]

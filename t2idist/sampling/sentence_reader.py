@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from t2idist import storage
-from t2idist.contract import Captions, is_text_conditional
+from t2idist.contract import Captions, SupportsTranslate, is_text_conditional
 from t2idist.sampling.axes import PLACEHOLDER
 from t2idist.sampling.generate import encode_captions
 from t2idist.sampling.loading import LoadedExport
@@ -120,7 +120,8 @@ class SentenceReader:
 
 def reads_sentences(loaded: LoadedExport) -> bool:
     """Return whether the system of an export reads sentences, or vectors of them."""
-    return is_text_conditional(loaded.system, loaded.build_info.data.vector_dim)
+    translates = isinstance(loaded.system, SupportsTranslate)  # whatever vectors its data has
+    return not translates and is_text_conditional(loaded.system, loaded.build_info.data.vector_dim)
 
 
 def check_placeholder(sentences: Sequence[Sentence], remedy: str) -> None:

@@ -169,11 +169,11 @@ class AttributeChanges:
         """Change one image (3, S, S) in [-1, 1]; alone, because rounding depends on the size of a batch."""
         with torch.inference_mode():
             labels = self.system.read(loaded.nets, image[None].to(device), self.domain).float().cpu()
-        for name in self.clear_names:
-            labels[:, self.editor.index(name)] = 0
-        for name in self.set_names:
-            labels = self.editor.set_attribute(labels, name)
-        return translate(self.system, loaded.nets, image[None], labels, self.domain, device=device)[0]
+            for name in self.clear_names:
+                labels[:, self.editor.index(name)] = 0
+            for name in self.set_names:
+                labels = self.editor.set_attribute(labels, name)
+            return translate(self.system, loaded.nets, image[None], labels, self.domain, device=device)[0]
 
 
 # ------------------------------------------------------------ the command

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import urllib.request
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from t2idist.observability import prometheus
 from tests.helpers import small_systems
 from tests.helpers.ray_head import Head, ray_head
 from tests.helpers.runs import ROOT, check_finished, write_recipe
+from tests.helpers.wheel import install_wheel
 
 WARNING = "is joined without a token (RAY_AUTH_MODE is not set)"
 
@@ -34,13 +34,7 @@ sys.exit(run_command("error", lambda: print(sorted(map_unordered(lambda n: n * n
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the package as its wheel installs it."""
-    folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
-    subprocess.run(build, check=True, capture_output=True)
-    (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder / "site")
-    return folder / "site"
+    return install_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")

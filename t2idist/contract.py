@@ -139,6 +139,20 @@ class Pretrained:
     """Load the tensors by name; raises ValueError if they do not fit."""
 
 
+@dataclass(frozen=True)
+class ImageFile:
+    """An image that a system is built from."""
+
+    url: str
+    """Path or URL of an image file, or SET#KEY: the sample KEY of a data set that `data.source` could name."""
+    key: str
+    """The config key of the URL, for error messages."""
+    size: int
+    """Pixels of a side; the central square of the image is used."""
+    load: Callable[[Tensor], None]
+    """Take the image, (1, 3, size, size) in [-1, 1]."""
+
+
 @dataclass
 class Role:
     """A trained network with its optimiser, EMA and gradient clipping."""
@@ -151,6 +165,8 @@ class Role:
     """Largest 2-norm of the gradients of the parameters whose name starts with `clip_prefix`; None: no clipping."""
     clip_prefix: str = ""
     pretrained: Pretrained | None = None
+    images: tuple[ImageFile, ...] = ()
+    """Images that are loaded before training, on all workers."""
     ema_rampup: float = 0.0
     """Largest half-life of the EMA as a share of the images seen; 0: no limit."""
 

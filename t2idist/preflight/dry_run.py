@@ -18,6 +18,7 @@ from t2idist.contract import DataInfo, SupportsEmbed, SupportsTranslate, System,
 from t2idist.data import sources, statistics
 from t2idist.data.mixing import data_info
 from t2idist.data.shards import Dataset
+from t2idist.data.single_image import read_one
 from t2idist.data.tokenizer import Vocabulary
 from t2idist.engine.checkpoint import pretrained
 from t2idist.evaluate import best_weights, in_training
@@ -180,8 +181,11 @@ def _refuse(stage: StageRun, dataset: Dataset, findings: Sequence[statistics.Fin
 
 
 def _check_pretrained(stage: StageRun, system: System, needed: bool = True) -> None:
-    """Check the files of pretrained weights and their hashes. `needed`: also that they are given."""
+    """Check the files of pretrained weights and their hashes, and images. `needed`: also that they are given."""
     for role in system.roles.values():
+        for image in role.images:
+            if needed or image.url:
+                read_one(image, stage.data, f"stages.{stage.name}.model")
         if role.pretrained is not None and (needed or role.pretrained.url):
             pretrained.check_content(role.pretrained, f"stages.{stage.name}.model")
 
@@ -208,6 +212,9 @@ def _stage_lines(run: StageRun, system: System, datasets: Sequence[Dataset]) -> 
             content = f"{len(dataset.attribute_names)} attributes, from {storage.redact(dataset.url)}"
         yield f"  {images:,} images per epoch, {stage.images / len(datasets) / images:.1f} epochs, {content}"
     for role in system.roles.values():
+        for image in role.images:
+            if not image.url:
+                yield f"  stages.{run.name}.model.{image.key} is not given; the run needs it"
         if role.pretrained is not None and not role.pretrained.url:
             yield f"  stages.{run.name}.model.{role.pretrained.key} is not given; the run needs it"
 

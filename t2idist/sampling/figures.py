@@ -6,15 +6,12 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from t2idist import storage
-from t2idist.contract import to_float, to_uint8
-from t2idist.data.image_file import UnusableImage, read_rgb
-from t2idist.data.samples import DecodedImage
-from t2idist.data.transforms import crop_and_flip, fill_pyramid, pixels_of
+from t2idist.contract import to_uint8
+from t2idist.data.single_image import image_of_file
 from t2idist.observability.command import describe_error
 
 BACKGROUND = (255, 255, 255)
@@ -50,18 +47,6 @@ def read_image(url: str, size: int) -> Tensor:
     except OSError as error:
         raise ValueError(describe_error(error)) from None
     return image_of_file(data, size, storage.redact(url))
-
-
-def image_of_file(data: bytes, size: int, name: str) -> Tensor:
-    """Return the central square of an image file of this content, as `read_image` does; `name` is for messages."""
-    try:
-        image, full_size = read_rgb(data, size)
-    except UnusableImage as error:
-        raise ValueError(f"{name}: does not decode: {error.detail}") from None
-    square = crop_and_flip(DecodedImage(pixels_of(image), full_size), size, 1.0, False, None)
-    planes = np.empty((1, 3, size, size), np.uint8)
-    fill_pyramid(square[None], [planes])
-    return to_float(torch.from_numpy(planes[0]))
 
 
 def png_bytes(image: Image.Image) -> bytes:

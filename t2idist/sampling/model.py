@@ -20,10 +20,11 @@ from t2idist import storage
 from t2idist.contract import Captions, Sample
 from t2idist.data.pillow import Image
 from t2idist.data.sample_format import MAX_PIXELS
+from t2idist.data.single_image import image_of_file
 from t2idist.nn.fast.layers import use_fast_layers
 from t2idist.sampling.axes import BATCH_IMAGES, SheetRow, noise_columns
 from t2idist.sampling.draw import check_count, check_draws, check_truncation, draw_attention, draw_row
-from t2idist.sampling.figures import image_of_file, png_bytes, read_image, tiles, to_pil
+from t2idist.sampling.figures import png_bytes, read_image, tiles, to_pil
 from t2idist.sampling.generate import empty_captions
 from t2idist.sampling.loading import LoadedExport, load_export, open_device
 from t2idist.sampling.sentence_reader import SentenceReader, check_placeholder, reads_sentences

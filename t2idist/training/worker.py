@@ -23,6 +23,7 @@ from t2idist.contract import System
 from t2idist.data.loader import LoaderSpec
 from t2idist.data.mixing import data_info, open_mixed_loader
 from t2idist.data.shards import Dataset
+from t2idist.data.single_image import load_images
 from t2idist.data.tokenizer import recorded
 from t2idist.engine import loop
 from t2idist.engine.batches import BatchSource, TrackedBatches, write_ledger
@@ -241,6 +242,7 @@ class _StageWorker:
         for role in system.roles.values():
             if role.pretrained is not None:
                 pretrained.load(role.pretrained, f"stages.{stage.name}.model")
+            load_images(role.images, stage.data, f"stages.{stage.name}.model")
         if init_from := stage.settings.init_from:
             vocabulary = self._datasets[0].vocabulary.words
             pretrained.load_init(system, init_from, vocabulary, f"stages.{stage.name}.init_from")

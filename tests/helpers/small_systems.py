@@ -115,6 +115,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "condition_on_text": True,
     },
     "captioner": {"trunk": "small", "trunk_width": 4, "image_size": 32, "word_dim": 8, "hidden_dim": 8},
+    "neural_style": {
+        "image_size": 32,
+        "content_layers": ["conv1_2"],
+        "style_layers": ["conv1_1", "conv2_1"],
+        "total_variation_weight": 1e-4,
+    },
     "mirrorgan": {**TREE, "generator_width": 8, "discriminator_width": 4, "damsm_weight": 1.0},
 }
 """Settings by label: the system's name, with a suffix after a dash for further settings of one system."""

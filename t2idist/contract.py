@@ -140,8 +140,8 @@ class Pretrained:
 
 
 @dataclass(frozen=True)
-class ImageFile:
-    """An image that a system is built from."""
+class ReferenceImage:
+    """An image beside the data that a system learns from, such as the style of neural style transfer."""
 
     url: str
     """Path or URL of an image file, or SET#KEY: the sample KEY of a data set that `data.source` could name."""
@@ -165,7 +165,7 @@ class Role:
     """Largest 2-norm of the gradients of the parameters whose name starts with `clip_prefix`; None: no clipping."""
     clip_prefix: str = ""
     pretrained: Pretrained | None = None
-    images: tuple[ImageFile, ...] = ()
+    images: tuple[ReferenceImage, ...] = ()
     """Images that are loaded before training, on all workers."""
     ema_rampup: float = 0.0
     """Largest half-life of the EMA as a share of the images seen; 0: no limit."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from t2idist import storage
 from t2idist.config import DataConfig
-from t2idist.contract import ImageFile, to_float
+from t2idist.contract import ReferenceImage, to_float
 from t2idist.data.image_file import UnusableImage, read_rgb
 from t2idist.data.loader import load_split
 from t2idist.data.samples import DecodedImage
@@ -40,13 +40,13 @@ def image_of_file(data: bytes, size: int, name: str) -> Tensor:
     return to_float(torch.from_numpy(planes[0]))
 
 
-def load_images(images: Sequence[ImageFile], data: DataConfig, where: str) -> None:
+def load_images(images: Sequence[ReferenceImage], data: DataConfig, where: str) -> None:
     """Load the images of a role. Raises ValueError as `read_one` does."""
     for image in images:
         image.load(read_one(image, data, where))
 
 
-def read_one(image: ImageFile, data: DataConfig, where: str) -> Tensor:
+def read_one(image: ReferenceImage, data: DataConfig, where: str) -> Tensor:
     """Read an image: (1, 3, size, size) in [-1, 1].
 
     Args:

@@ -6,7 +6,7 @@ The content and the style are image files. A step does not look at the batch: an
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,9 +20,9 @@ from t2idist.contract import (
     BuildInfo,
     Captions,
     Frozen,
-    ImageFile,
     NoiseFn,
     Pretrained,
+    ReferenceImage,
     Role,
     Sample,
     Train,
@@ -65,7 +65,9 @@ class Config:
     content_layers: tuple[str, ...] = ()
     """Layers of the content loss; none: conv4_2, as the paper (section 3)."""
     style_layers: tuple[str, ...] = ()
-    """Layers of the style loss, of equal weight; none: conv1_1 to conv5_1, as the paper (section 3)."""
+    """Layers of the style loss; none: conv1_1 to conv5_1, as the paper (section 3)."""
+    style_layer_weights: tuple[float, ...] = ()
+    """The paper's w of each of these layers (equation 5); none: equal weights that sum to 1, as the paper."""
     content_weight: float = 1.0
     """The paper's alpha (equation 7)."""
     style_weight: float = 1e3
@@ -89,6 +91,11 @@ class Config:
         for key in ("content_layers", "style_layers"):
             if unknown := [name for name in getattr(self, key) if name not in known]:
                 raise ValueError(f"{key}: '{unknown[0]}'; {self.extractor} has {', '.join(known)}")
+        layers, weights = self.style_layers or _STYLE_LAYERS[self.extractor], self.style_layer_weights
+        if weights and (len(weights) != len(layers) or not min(weights) >= 0):
+            raise ValueError(
+                f"style_layer_weights: {list(weights)}; allowed: a number of at least 0 for each of {', '.join(layers)}"
+            )
 
 
 class DrawnImage(nn.Module):
@@ -164,6 +171,8 @@ class NeuralStyle:
         self.exports = ("transfer.image",)
         self._content_layers = config.content_layers or _CONTENT_LAYERS[config.extractor]
         self._style_layers = config.style_layers or _STYLE_LAYERS[config.extractor]
+        equal = (1 / len(self._style_layers),) * len(self._style_layers)
+        self._layer_weights = dict(zip(self._style_layers, config.style_layer_weights or equal, strict=True))
         layers = dict.fromkeys((*self._content_layers, *self._style_layers))
         features = _NETWORKS[config.extractor](tuple(layers))
         shape = (1, 3, config.image_size, config.image_size)
@@ -177,8 +186,8 @@ class NeuralStyle:
                 Adam(lr=config.lr, beta1=0.9),
                 pretrained=_weights(config, features),
                 images=(
-                    ImageFile(config.content, "content", config.image_size, self._set_content),
-                    ImageFile(config.style, "style", config.image_size, self._set_style),
+                    ReferenceImage(config.content, "content", config.image_size, self._set_content),
+                    ReferenceImage(config.style, "style", config.image_size, self._set_style),
                 ),
             )
         }
@@ -207,24 +216,27 @@ class NeuralStyle:
                 content, style = (net.features(target.to(image)) for target in (self._content, self._style))
             grams = {name: gram_matrix(style[name]) for name in self._style_layers}
             self._targets = Targets({name: content[name] for name in self._content_layers}, grams)
-        return transfer_losses(net.features(image), image, self._targets)
+        return transfer_losses(net.features(image), image, self._targets, self._layer_weights)
 
     def sample(self, nets: Mapping[str, nn.Module], captions: Captions, noise: NoiseFn) -> Sample:
         image: Tensor = nets["image"]()
         return Sample((image.expand(len(captions), -1, -1, -1),))
 
 
-def transfer_losses(maps: Mapping[str, Tensor], image: Tensor, targets: Targets) -> TransferLosses:
-    """Return the losses of an image (1, 3, S, S) with these feature maps; layers of a kind have equal weights."""
+def transfer_losses(
+    maps: Mapping[str, Tensor], image: Tensor, targets: Targets, layer_weights: Mapping[str, float]
+) -> TransferLosses:
+    """Return the losses of an image (1, 3, S, S).
 
-    def mean(values: Sequence[Tensor]) -> Tensor:
-        return torch.stack(list(values)).mean()
-
-    return TransferLosses(
-        mean([content_loss(maps[name], target) for name, target in targets.content.items()]),
-        mean([style_loss(maps[name], target) for name, target in targets.style.items()]),
-        total_variation(image),
-    )
+    Args:
+        maps: its feature maps, by layer.
+        image: the image.
+        targets: what they should be.
+        layer_weights: weight of each layer in the style loss; in the content loss they are equal.
+    """
+    content = [content_loss(maps[name], target) for name, target in targets.content.items()]
+    style = [layer_weights[name] * style_loss(maps[name], target) for name, target in targets.style.items()]
+    return TransferLosses(torch.stack(content).mean(), torch.stack(style).sum(), total_variation(image))
 
 
 def _weights(config: Config, features: Vgg19 | EfficientNetLite0) -> Pretrained:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import t2idist
 from t2idist.config import DataConfig, RunConfig
 from t2idist.config.strict import from_dict
-from t2idist.contract import BuildInfo, DataInfo, ImageFile
+from t2idist.contract import BuildInfo, DataInfo, ReferenceImage
 from t2idist.data.single_image import read_one
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import World
@@ -128,12 +128,14 @@ def test_total_variation_sums_squared_differences_of_neighbours() -> None:
     assert float(neural_style.total_variation(image)) == (3 - 1) ** 2 + 7**2 + 1**2 + (7 - 3) ** 2
 
 
-def test_layers_have_equal_weights() -> None:
+def test_layers_of_the_style_are_weighted() -> None:
+    """Equation 5; layers of the content have equal weights."""
     ones, zeros = torch.ones(1, 2, 2, 2), torch.zeros(1, 2, 2, 2)
     targets = Targets({"a": zeros, "b": ones}, {"a": torch.zeros(1, 2, 2), "b": neural_style.gram_matrix(ones)})
-    losses = neural_style.transfer_losses({"a": ones, "b": ones}, torch.zeros(1, 3, 2, 2), targets)
+    weights = {"a": 0.75, "b": 9.0}
+    losses = neural_style.transfer_losses({"a": ones, "b": ones}, torch.zeros(1, 3, 2, 2), targets, weights)
     assert float(losses.content) == pytest.approx(8 / 2 / 2)
-    assert float(losses.style) == pytest.approx(4 * 4**2 / (4 * 2**2 * 4**2) / 2)
+    assert float(losses.style) == pytest.approx(0.75 * 4 * 4**2 / (4 * 2**2 * 4**2))
     assert float(losses.total_variation) == 0
 
 
@@ -164,6 +166,8 @@ def test_the_defaults_are_the_paper_s() -> None:
         ({"image_size": 0}, "image_size: 0"),
         ({"style_layers": ("conv9_9",)}, "style_layers: 'conv9_9'; vgg19 has conv1_1, conv1_2"),
         ({"content_layers": ("stem",)}, "content_layers: 'stem'; vgg19 has"),
+        ({"style_layer_weights": (1.0, 2.0)}, r"style_layer_weights: \[1.0, 2.0\]; allowed: a number .* conv1_1, "),
+        ({"style_layer_weights": (1.0, 1.0, 1.0, 1.0, -1.0)}, "style_layer_weights"),
         ({"style_weight": -1.0}, "style_weight"),
         ({"lr": 0.0}, "lr"),
     ],
@@ -230,8 +234,8 @@ def test_the_first_step_reports_the_losses_of_plain_torch() -> None:
 
 
 # ------------------------------------------------------------ images by URL
-def image_file(url: str, size: int = 32) -> ImageFile:
-    return ImageFile(url, "content", size, lambda image: None)
+def image_file(url: str, size: int = 32) -> ReferenceImage:
+    return ReferenceImage(url, "content", size, lambda image: None)
 
 
 def test_an_image_is_read_from_a_file_or_by_its_key(tmp_path: Path) -> None:

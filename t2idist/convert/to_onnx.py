@@ -254,6 +254,10 @@ def _sample_graph(loaded: LoadedExport) -> Graph:
     ] + [GraphInput(name, INPUT_DESCRIPTIONS[name], make(name, shape)) for name, shape in shapes.items()]
     used = _used_inputs(SampleModule(loaded, [tensor.name for tensor in inputs], shapes), inputs)
     inputs = [tensor for tensor, is_used in zip(inputs, used, strict=True) if is_used]
+    if not inputs:
+        raise ValueError(
+            f"{storage.redact(loaded.url)}: --onnx: {loaded.name} draws the same image from any input; omit --onnx"
+        )
     graph = SampleModule(loaded, [tensor.name for tensor in inputs], shapes)
     about = "Noise and text to images." if len(inputs) > len(noises) else "Noise to images."
     return "draw.onnx", about, graph, inputs

@@ -29,7 +29,7 @@ from t2idist.contract import (
     check_ranges,
 )
 from t2idist.nn.feature_maps import EfficientNetLite0, Vgg19
-from t2idist.nn.precision import upcast
+from t2idist.nn.precision import no_autocast, upcast
 
 VGG19, LITE0 = "vgg19", "efficientnet-lite0"
 _NETWORKS = {VGG19: Vgg19, LITE0: EfficientNetLite0}
@@ -139,8 +139,9 @@ class TransferLosses:
 
 def gram_matrix(maps: Tensor) -> Tensor:
     """Return the inner products of the channels of feature maps (N, C, H, W): (N, C, C) (equation 3)."""
-    vectors = upcast(maps).flatten(2)
-    return vectors @ vectors.transpose(1, 2)
+    with no_autocast(maps):
+        vectors = upcast(maps).flatten(2)
+        return vectors @ vectors.transpose(1, 2)
 
 
 def content_loss(maps: Tensor, target: Tensor) -> Tensor:

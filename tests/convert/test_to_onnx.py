@@ -101,13 +101,21 @@ def test_onnx_runtime_generates_the_same_images(tmp_path: Path, name: str, input
         assert np.abs(a.numpy() - b).max() < 1e-4
 
 
+def test_an_image_that_no_input_changes_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = write_export(tmp_path, "neural_style")
+    assert export_weights.main(["--export", url, "--to", str(tmp_path / "out"), "--onnx"]) == 2
+    assert "--onnx: neural_style draws the same image from any input; omit --onnx" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "more"),
     [
         *(
             (name, {})
-            for name in sorted(small_systems.MODELS.keys() - WITHOUT_IMAGES - {"attngan", "stackgan_pp"})
+            for name in sorted(
+                small_systems.MODELS.keys() - WITHOUT_IMAGES - {"attngan", "stackgan_pp", "neural_style"}
+            )
             if not name.endswith("-options") or small_systems.MODELS[name].get("skip_excitation")  # else the same
         ),
         ("stargan", {"modulated": True, "masked": True}),

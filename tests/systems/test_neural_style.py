@@ -123,6 +123,13 @@ def test_losses_of_fixed_inputs_equal_the_paper_s_sums() -> None:
     assert float(neural_style.style_loss(maps, neural_style.gram_matrix(style))) == pytest.approx(layer, rel=1e-12)
 
 
+def test_gram_matrices_have_full_precision_under_autocast() -> None:
+    maps = torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = neural_style.gram_matrix(maps)
+    assert inside.dtype == torch.float32 and torch.equal(inside, neural_style.gram_matrix(maps))
+
+
 def test_total_variation_sums_squared_differences_of_neighbours() -> None:
     image = torch.tensor([[[[1.0, 3.0], [0.0, 7.0]]]])
     assert float(neural_style.total_variation(image)) == (3 - 1) ** 2 + 7**2 + 1**2 + (7 - 3) ** 2

@@ -13,8 +13,15 @@ from torch import Tensor, nn
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _VGG_WIDTHS, _VGG_DEPTHS = (64, 128, 256, 512, 512), (2, 2, 4, 4, 4)
-_LITE0_STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112))
-_LITE0_STAGES += ((4, 5, 2, 6, 192), (1, 3, 1, 6, 320))
+_LITE0_STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
 """Blocks, kernel, stride of the first block, expansion and channels of each stage of EfficientNet-B0."""
 _LITE0_EPS = 1e-3
 

@@ -32,7 +32,7 @@ from t2idist.nn.feature_maps import EfficientNetLite0, Vgg19
 from t2idist.nn.precision import no_autocast, upcast
 
 VGG19, LITE0 = "vgg19", "efficientnet-lite0"
-_NETWORKS = {VGG19: Vgg19, LITE0: EfficientNetLite0}
+_NETWORKS: dict[str, type[Vgg19] | type[EfficientNetLite0]] = {VGG19: Vgg19, LITE0: EfficientNetLite0}
 _CONTENT_LAYERS = {VGG19: ("conv4_2",), LITE0: ("block4",)}
 """Of VGG-19: section 3."""
 _STYLE_LAYERS = {

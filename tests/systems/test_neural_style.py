@@ -20,6 +20,7 @@ from t2idist.config import DataConfig, RunConfig
 from t2idist.config.strict import from_dict
 from t2idist.contract import BuildInfo, DataInfo, ReferenceImage
 from t2idist.data.single_image import read_one
+from t2idist.engine.checkpoint import export
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import World
 from t2idist.nn.feature_maps import EfficientNetLite0, Vgg19
@@ -27,10 +28,13 @@ from t2idist.preflight import dry_run
 from t2idist.sampling.figures import read_image
 from t2idist.systems import neural_style
 from t2idist.systems.neural_style import Config, Targets, build
+from t2idist.training import worker
+from t2idist.training.options import StopAfter
 from tests.helpers import fixed_weights, small_systems
 
 INFO = BuildInfo(1, 4, DataInfo(("<end>",), 1))
 SINGLE = World()
+CPU = torch.device("cpu")
 VGG_CONVOLUTIONS = {"conv1_1": 0, "conv2_1": 5, "conv3_1": 10, "conv4_1": 19, "conv4_2": 21, "conv5_1": 28}
 """Their numbers in torchvision's `vgg19().features`."""
 
@@ -289,12 +293,21 @@ def test_a_dry_run_checks_the_images(tmp_path: Path) -> None:
 
 
 def test_a_run_draws_an_image_that_is_exported(tmp_path: Path) -> None:
-    from t2idist.training import worker
-
-    worker.main(recipe(tmp_path), torch.device("cpu"), worker.WorkerContext())
+    worker.main(recipe(tmp_path), CPU, worker.WorkerContext())
     model = t2idist.load(tmp_path / "run/style/export")
     drawn = np.asarray(model.draw(n=2)[1]).astype(int)
     content = read_one(image_file("emoji#noto_1f33b"), DataConfig(), "model")[0]
     before = ((content + 1) * 127.5).round().permute(1, 2, 0).numpy().astype(int)
     change = np.abs(drawn - before).mean()
     assert drawn.shape == (32, 32, 3) and 1 < change < 40, "it begins at the content and moves by at most 12 * lr"
+
+
+def test_a_run_that_stops_and_resumes_draws_the_same_image(tmp_path: Path) -> None:
+    """The images are read again, and are no part of the checkpoint."""
+    whole, stopped = recipe(tmp_path / "whole"), recipe(tmp_path / "stopped")
+    worker.main(whole, CPU, worker.WorkerContext())
+    worker.main(stopped, CPU, worker.WorkerContext(stop_after=StopAfter("style", 5)))
+    assert not (tmp_path / "stopped/run/style/export").exists()
+    worker.main(stopped, CPU, worker.WorkerContext())
+    first, second = (export.read(str(tmp_path / name / "run/style/export")) for name in ("whole", "stopped"))
+    assert torch.equal(first.weights["image"]["pixels"], second.weights["image"]["pixels"])

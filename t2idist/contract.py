@@ -169,17 +169,22 @@ class Role:
     """Images that are loaded before training, on all workers."""
     ema_rampup: float = 0.0
     """Largest half-life of the EMA as a share of the images seen; 0: no limit."""
+    ema_copies_statistics: bool = False
+    """Whether the EMA network has the live network's BatchNorm statistics instead of its own."""
 
 
 @dataclass
 class Frozen:
-    """A network that is used but not trained: eval mode, no gradient to its weights, not in checkpoints."""
+    """A network that is used but not trained: no gradient to its weights, which are not in checkpoints."""
 
     net: nn.Module
     source: str
     """The slot (a key of the stage's `uses`) of the export that has its weights."""
     network: str
     """Name of the network in that export."""
+    train_mode: bool = False
+    """Whether it is in train mode, not in eval mode: BatchNorm normalizes each group by its own statistics, and its
+    running statistics follow them; these are then in checkpoints and exports."""
 
 
 @dataclass(frozen=True)
@@ -277,7 +282,8 @@ class Train(Protocol):
         Gradients still flow to their inputs.
 
         Args:
-            names: Roles (their networks stay in training mode) or `System.frozen` networks (in eval mode).
+            names: Roles (their networks stay in train mode) or `System.frozen` networks (in eval mode, or in train mode
+                if they say so).
 
         Returns:
             The network if one name is given, else a tuple.

@@ -26,6 +26,7 @@ class GroupedBatchNorm(BatchNormBase):
     """
 
     group_size: int
+    """Samples of each group; `nn.blocks.samples_per_group` changes it for a pass."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         return

@@ -48,7 +48,7 @@ class WholeTrainer(Train, Protocol):
 
     def apply_gradients(self, role: str, gradients: Sequence[Tensor]) -> None: ...
 
-    def has_ema(self, role: str) -> bool: ...
+    def has_ema_statistics(self, role: str) -> bool: ...
 
     def ema_network(self, role: str, momentum: float) -> contextlib.AbstractContextManager[nn.Module]: ...
 
@@ -73,7 +73,7 @@ class MicroBatches:
         while role := self._in_turn(parts, _Part.advance):
             trainer.apply_gradients(role, self.gradients)
             self.gradients = []
-        for role in filter(trainer.has_ema, parts[0].forwards if momentum else ()):
+        for role in filter(trainer.has_ema_statistics, parts[0].forwards if momentum else ()):
             with trainer.ema_network(role, momentum) as ema:
                 self._in_turn(parts, functools.partial(_Part.repeat_forward, role=role, net=ema))
         trainer.noise_source.lanes = trainer.share.lanes

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t2idist.contract import Role, System
-from t2idist.engine.groups import convert_layers, running_statistics, track_statistics
+from t2idist.contract import Frozen, Role, System
+from t2idist.engine.ema import Average
+from t2idist.engine.groups import convert_layers, track_statistics
 from t2idist.engine.guard import Guard
 from t2idist.engine.micro_batches import MicroBatches
 from t2idist.engine.noise import Noise
@@ -25,7 +26,6 @@ from t2idist.engine.strategy import DDPStrategy, Precision, Strategy, loss_with_
 from t2idist.engine.world import Share, World, weighted_mean
 from t2idist.engine.zero import ZeroStrategy
 from t2idist.nn.fast.layers import clear_cached_casts, use_fast_layers
-from t2idist.nn.fast.torch_internals import foreach_copy_, foreach_lerp_
 
 GRADIENTS = "gradients of "
 """Prefix of a report of a role's gradient norm, as it is named if it is not finite."""
@@ -40,7 +40,7 @@ class _RoleState:
     role: Role
     strategy: Strategy
     ema: nn.Module | None
-    average: _Average | None = None
+    average: Average | None = None
     """Made in the first update: the guard moves the buffers before."""
     in_update: bool = False
     """Whether `forward` was called and `apply` was not yet."""
@@ -88,9 +88,9 @@ class Trainer:
         self.step = 0
         self._momentum = 0.0
         self.noise_source = Noise(seed, stage, share.lanes, group_size, world.device, precision.weights)
-        self._frozen = {name: self._prepare(f.net).eval().requires_grad_(False) for name, f in system.frozen.items()}
+        self._frozen = {name: self._start_frozen(frozen) for name, frozen in system.frozen.items()}
         self._role_states = {name: self._start_role(name, role) for name, role in system.roles.items()}
-        nets = [net for state in self._role_states.values() for net in (state.role.net, state.ema) if net is not None]
+        nets = [net for _, net in self._nets_with_state()]
         self.guard = Guard(nets, world.device)
         self._micro_batches: MicroBatches | None = None
         if micro_batch_groups is not None and micro_batch_groups < share.largest:  # on all workers alike
@@ -101,6 +101,12 @@ class Trainer:
     # -------------------------------------------------------------------------------------------- set-up
     def _prepare(self, net: nn.Module) -> nn.Module:
         return use_fast_layers(net.to(self.world.device, self.precision.weights))
+
+    def _start_frozen(self, frozen: Frozen) -> nn.Module:
+        net = self._prepare(frozen.net).train(frozen.train_mode).requires_grad_(False)
+        if frozen.train_mode:
+            convert_layers(net, self.group_size, self.noise_source)
+        return net
 
     def _start_role(self, name: str, role: Role) -> _RoleState:
         self._prepare(role.net).train()
@@ -126,7 +132,7 @@ class Trainer:
         state = self._role_states[role]
         assert not state.in_update, f"{role}: a second forward before apply"
         state.in_update = True
-        if state.ema is not None and self._momentum:
+        if self.has_ema_statistics(role) and self._momentum:
             state.ema_forward = lambda net: fn(net, *args, **kwargs)
         return state.strategy.run(fn, *args, **kwargs)
 
@@ -151,7 +157,8 @@ class Trainer:
             half_life, images_per_step = state.role.ema_half_life_images, self.group_size * self.share.groups
             assert half_life is not None
             decay = ema_decay(half_life, images_per_step, self.images, state.role.ema_rampup)
-            state.average = state.average or _Average(state.ema, state.role.net)
+            copies = state.role.ema_copies_statistics
+            state.average = state.average or Average(state.ema, state.role.net, copies_statistics=copies)
             state.average.update(decay, with_statistics=not self._momentum)
 
     def update(self, role: str, fn: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -198,8 +205,10 @@ class Trainer:
         """Update a role as `apply` does, by this worker's gradients of its trainable parameters."""
         self._apply(role, self._role_states[role].strategy.run(loss_with_gradients, gradients))
 
-    def has_ema(self, role: str) -> bool:
-        return self._role_states[role].ema is not None
+    def has_ema_statistics(self, role: str) -> bool:
+        """Return whether a role's EMA network has BatchNorm statistics of its own."""
+        state = self._role_states[role]
+        return state.ema is not None and not state.role.ema_copies_statistics
 
     @contextlib.contextmanager
     def ema_network(self, role: str, momentum: float) -> Iterator[nn.Module]:
@@ -273,25 +282,31 @@ class Trainer:
         nets: dict[str, nn.Module] = {}
         for name in self.system.exports:
             if name in self._frozen:
-                nets[name] = self._frozen[name]
+                net = self._frozen[name]
+                nets[name] = _for_evaluation(net, f"{name}/frozen/", buffers) if net.training else net
                 continue
             role, _, part = name.partition(".")
             state = self._role_states[role]
             kind, source = ("net", state.role.net) if state.ema is None else ("ema", state.ema)
-            net = copy.deepcopy(source).eval().requires_grad_(False)
-            prefix = f"{role}/{kind}/"
-            own = {k.removeprefix(prefix): v for k, v in buffers.items() if k.startswith(prefix)}
-            net.load_state_dict(own, strict=False)
+            net = _for_evaluation(source, f"{role}/{kind}/", buffers)
             nets[part.rpartition(".")[2] or role] = net.get_submodule(part)
         return nets
 
     # -------------------------------------------------------------------------------------------- state by name
+    def _nets_with_state(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the networks whose buffers a step may write, with the prefix of their names in the state."""
+        for name, state in self._role_states.items():
+            yield f"{name}/net/", state.role.net
+            if state.ema is not None:
+                yield f"{name}/ema/", state.ema
+        for name, frozen in self.system.frozen.items():
+            if frozen.train_mode:
+                yield f"{name}/frozen/", self._frozen[name]
+
     def _float_buffers(self) -> dict[str, Tensor]:
         return {
-            f"{name}/{kind}/{key}": buffer
-            for name, state in self._role_states.items()
-            for kind, net in (("net", state.role.net), ("ema", state.ema))
-            if net is not None
+            f"{prefix}{key}": buffer
+            for prefix, net in self._nets_with_state()
             for key, buffer in net.named_buffers()
             if buffer.is_floating_point()
         }
@@ -303,14 +318,15 @@ class Trainer:
     def state(self) -> dict[str, Tensor]:
         """Return the whole training state by name. To load a state, write into these tensors, then call `finish_load`.
 
-        Names are ``<role>/net/<name>``, ``<role>/ema/<name>``, ``<role>/adam/<parameter>/{exp_avg,exp_avg_sq,step}``.
+        Names are ``<role>/net/<name>``, ``<role>/ema/<name>``, ``<role>/adam/<parameter>/{exp_avg,exp_avg_sq,step}``,
+        and ``<network>/frozen/<buffer>`` of frozen networks in train mode.
         The tensors are live; under DeepSpeed the moments are gathered from all workers, a collective.
         """
         tensors: dict[str, Tensor] = {}
+        for prefix, net in self._nets_with_state():
+            values = dict(net.named_buffers()) if prefix.endswith("/frozen/") else net.state_dict()
+            tensors |= {f"{prefix}{key}": value for key, value in values.items()}
         for name, state in self._role_states.items():
-            tensors |= {f"{name}/net/{key}": value for key, value in state.role.net.state_dict().items()}
-            if state.ema is not None:
-                tensors |= {f"{name}/ema/{key}": value for key, value in state.ema.state_dict().items()}
             tensors |= {f"{name}/adam/{key}": value for key, value in state.strategy.optimizer_state().items()}
         return tensors
 
@@ -333,6 +349,14 @@ class Trainer:
             return {}
         prefix = f"local/{self.world.rank}_of_{self.world.size}"
         return {f"{prefix}/{key}": buffer for key, buffer in self._float_buffers().items()}
+
+
+def _for_evaluation(source: nn.Module, prefix: str, buffers: Mapping[str, Tensor]) -> nn.Module:
+    """Copy a network, in eval mode, with those of the buffers whose name has the prefix."""
+    net = copy.deepcopy(source).eval().requires_grad_(False)
+    own = {key.removeprefix(prefix): value for key, value in buffers.items() if key.startswith(prefix)}
+    net.load_state_dict(own, strict=False)
+    return net
 
 
 def select_networks(
@@ -371,36 +395,3 @@ def _values(scalars: Sequence[Tensor]) -> list[float]:
 
 def _mean(weighted: list[tuple[float, float]]) -> float:
     return math.fsum(weight * value for weight, value in weighted) / math.fsum(weight for weight, _ in weighted)
-
-
-class _Average:
-    """ema <- decay * ema + (1 - decay) * net, for parameters and floating buffers; all other buffers are copied.
-
-    Tensors of both networks must then be written in place only: they are looked up once.
-    """
-
-    def __init__(self, ema: nn.Module, net: nn.Module) -> None:
-        averages, values = ema.state_dict(), net.state_dict()
-        statistics = set(running_statistics(ema))
-        floating = [name for name, value in averages.items() if value.is_floating_point()]
-        self._averaged = _pairs(averages, values, floating)
-        self._without_statistics = _pairs(averages, values, [name for name in floating if name not in statistics])
-        self._copied = _pairs(averages, values, [name for name in averages if name not in set(floating)])
-
-    def update(self, decay: float, *, with_statistics: bool) -> None:
-        """Move the average.
-
-        Args:
-            with_statistics: whether to average BatchNorm's running statistics too.
-        """
-        with torch.no_grad():
-            averages, values = self._averaged if with_statistics else self._without_statistics
-            foreach_lerp_(averages, values, 1 - decay)
-            if self._copied[0]:
-                foreach_copy_(*self._copied)
-
-
-def _pairs(
-    averages: Mapping[str, Tensor], values: Mapping[str, Tensor], names: Sequence[str]
-) -> tuple[list[Tensor], list[Tensor]]:
-    return [averages[name] for name in names], [values[name] for name in names]

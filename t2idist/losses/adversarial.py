@@ -147,13 +147,9 @@ def joint_losses(
 
     One pass over the real images serves their own condition, the wrong one and the unconditional head.
     """
-    real_features, fake_features = _both_features(net, real, fake)
-    real_alone, fake_alone = kind.compared(net.unconditional(real_features), net.unconditional(fake_features))
-    return JointLosses(
-        **vars(_pair_losses(net, real_features, fake_features, condition, pairs, groups, kind)),
-        real_alone=loss_real(real_alone, kind),
-        fake_alone=loss_fake(fake_alone, kind),
-    )
+    real_features, fake_features = both_features(net, real, fake)
+    losses = _cyclic_losses(net, real_features, fake_features, condition, pairs, groups, kind)
+    return with_unconditional(losses, net.unconditional(real_features), net.unconditional(fake_features), kind)
 
 
 def matching_aware_losses(
@@ -166,10 +162,10 @@ def matching_aware_losses(
     kind: LogitLoss = BCE,
 ) -> PairLosses:
     """Compute the losses of GAN-CLS (section 4.2, algorithm 1) on images (N, 3, S, S) with conditions (N, D)."""
-    return _pair_losses(net, *_both_features(net, real, fake), condition, pairs, groups, kind)
+    return _cyclic_losses(net, *both_features(net, real, fake), condition, pairs, groups, kind)
 
 
-def _both_features(net: ConditionalDiscriminator, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+def both_features(net: ConditionalDiscriminator, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the features of real and of generated images, in one pass unless BatchNorm would mix them."""
     if couples_samples(net):
         return net.features(real), net.features(fake)
@@ -177,7 +173,7 @@ def _both_features(net: ConditionalDiscriminator, real: Tensor, fake: Tensor) ->
     return features[: len(real)], features[len(real) :]
 
 
-def _pair_losses(
+def _cyclic_losses(
     net: ConditionalDiscriminator,
     real: Tensor,
     fake: Tensor,
@@ -188,18 +184,38 @@ def _pair_losses(
 ) -> PairLosses:
     """Compute the pair losses from the features of real and generated images."""
     own, other = net.conditionals(real, condition, condition[pairs.caption])
-    generated = net.conditional(fake, condition)
+    return pair_losses(own, net.conditional(fake, condition), own, other, pairs.keep, groups, kind)
+
+
+def pair_losses(
+    own: Tensor, generated: Tensor, matching: Tensor, other: Tensor, keep: Tensor, groups: int, kind: LogitLoss
+) -> PairLosses:
+    """Compute the losses from the logits of the conditional head.
+
+    Args:
+        own: (N,), of real images with their own conditions.
+        generated: (N,), of generated images.
+        matching: (M,), of a matching pair for each mismatched one.
+        other: (M,), of the mismatched pairs.
+        keep: (M,) bool, the mismatched pairs that count.
+    """
     as_real, as_fake = kind.compared(own, generated)
-    _, as_wrong = kind.compared(own, other)
+    _, as_wrong = kind.compared(matching, other)
     return PairLosses(
         real=loss_real(as_real, kind),
-        wrong=masked_loss_fake(as_wrong, pairs.keep, groups, kind),
+        wrong=masked_loss_fake(as_wrong, keep, groups, kind),
         fake=loss_fake(as_fake, kind),
         accuracy_real=_fraction(as_real > 0),
-        accuracy_wrong=_fraction(as_wrong < 0, pairs.keep),
+        accuracy_wrong=_fraction(as_wrong < 0, keep),
         accuracy_fake=_fraction(as_fake < 0),
-        accuracy_matching=_fraction(own > other, pairs.keep),
+        accuracy_matching=_fraction(matching > other, keep),
     )
+
+
+def with_unconditional(losses: PairLosses, real: Tensor, fake: Tensor, kind: LogitLoss) -> JointLosses:
+    """Add the losses of the unconditional head, from its logits (N,) of real and of generated images."""
+    real, fake = kind.compared(real, fake)
+    return JointLosses(**vars(losses), real_alone=loss_real(real, kind), fake_alone=loss_fake(fake, kind))
 
 
 def _fraction(correct: Tensor, among: Tensor | None = None) -> Tensor:
@@ -266,11 +282,3 @@ def matching_aware_loss(losses: PairLosses) -> Tensor:
 def stackgan_pp_discriminator_loss(losses: JointLosses) -> Tensor:
     """Joint loss of StackGAN++ (section 4.2, eq. 6) with a term for mismatched pairs; both heads have equal weight."""
     return matching_aware_loss(losses) + losses.real_alone + losses.fake_alone
-
-
-def stackgan_v2_released_loss(losses: JointLosses) -> Tensor:
-    """Joint loss of StackGAN-v2's released code, whose unconditional head also sees the images of mismatched pairs.
-
-    Those are real, and here the same as in the matching pairs, so their term counts twice.
-    """
-    return losses.real + losses.wrong + losses.fake + 2 * losses.real_alone + losses.fake_alone

@@ -31,8 +31,8 @@ class WrongPairs:
 def wrong_pairs(class_ids: Tensor, groups: int) -> WrongPairs:
     """Pair every image with the caption of the next sample of its group, cyclically.
 
-    Every sample is used once as image and once as caption, and BatchNorm sees whole groups. (AttnGAN's released code
-    has no pair for the last image and treats pairs of one class as mismatched.)
+    Every sample is used once as image and once as caption, and BatchNorm sees whole groups. (`losses.released` has the
+    pairs of the released code.)
 
     Args:
         class_ids: (N,).
@@ -40,11 +40,41 @@ def wrong_pairs(class_ids: Tensor, groups: int) -> WrongPairs:
     Raises:
         ValueError: If a group has one sample.
     """
+    size = _check_pairs(class_ids, groups)
+    caption = torch.arange(class_ids.shape[0], device=class_ids.device).view(groups, size).roll(-1, dims=1).reshape(-1)
+    return WrongPairs(caption, class_ids != class_ids[caption])
+
+
+def _check_pairs(class_ids: Tensor, groups: int) -> int:
+    """Return the samples of a group. Raises ValueError if it is one."""
     size = class_ids.shape[0] // groups
     if size < 2:
         raise ValueError(f"group_size is {size}; a mismatched pair needs at least 2 samples in a group")
-    caption = torch.arange(class_ids.shape[0], device=class_ids.device).view(groups, size).roll(-1, dims=1).reshape(-1)
-    return WrongPairs(caption, class_ids != class_ids[caption])
+    return size
+
+
+def wrong_images(class_ids: Tensor, groups: int) -> Tensor:
+    """Choose an image for the caption of each sample: of the next sample of its group, cyclically, of another class.
+
+    If all samples of the group are of one class, it is the next one's.
+
+    Args:
+        class_ids: (N,).
+
+    Returns:
+        (N,) int64, indices of images.
+
+    Raises:
+        ValueError: If a group has one sample.
+    """
+    size = _check_pairs(class_ids, groups)
+    classes = _by_group(class_ids, groups)
+    position = torch.arange(size, device=class_ids.device)
+    distance = (position - position.unsqueeze(1)) % size  # (B captions, B images)
+    distance = distance.masked_fill(classes.unsqueeze(1) == classes.unsqueeze(2), size).amin(dim=2)
+    nearest = distance.where(distance < size, 1)  # (groups, B)
+    start = size * torch.arange(groups, device=class_ids.device).unsqueeze(1)
+    return (start + (position + nearest) % size).flatten()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from t2idist.nn.fast.torch_internals import BatchNormBase
 
 LEAKY_SLOPE = 0.2
 """Negative slope of LeakyReLU in the discriminators of all systems but StarGAN."""
+GROUP_SIZE = "group_size"
+"""Attribute of the engine's BatchNorm layers: samples of each group."""
 
 
 class GLU(nn.Module):
@@ -128,6 +131,21 @@ def down_block(channels_in: int, channels_out: int, norm: bool = True) -> nn.Seq
     conv = nn.Conv2d(channels_in, channels_out, kernel_size=4, stride=2, padding=1, bias=False)
     activation = nn.LeakyReLU(LEAKY_SLOPE, inplace=True)
     return nn.Sequential(conv, nn.BatchNorm2d(channels_out), activation) if norm else nn.Sequential(conv, activation)
+
+
+@contextlib.contextmanager
+def samples_per_group(net: object, count: int) -> Iterator[None]:
+    """Within the context, run a network on `count` samples of each group: BatchNorm normalizes that many together."""
+    assert isinstance(net, nn.Module)
+    norms = [module for module in net.modules() if hasattr(module, GROUP_SIZE)]
+    before = [getattr(norm, GROUP_SIZE) for norm in norms]
+    for norm in norms:
+        setattr(norm, GROUP_SIZE, count)
+    try:
+        yield
+    finally:
+        for norm, size in zip(norms, before, strict=True):
+            setattr(norm, GROUP_SIZE, size)
 
 
 _CHANNELS_OF_GROUP = 8

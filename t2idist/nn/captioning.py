@@ -19,8 +19,8 @@ TRUNKS = ("resnet152", "small")
 class ResNetCaptionCNN(nn.Module):
     """Frozen ResNet-152 and a trained projection: images (N, 3, S, S) in [-1, 1] -> (N, word_dim).
 
-    The trunk has no gradient to its weights and stays in eval mode. compat "authors": it gets images in [-1, 1], as in
-    the released captioner, without ImageNet's mean and standard deviation.
+    The trunk has no gradient to its weights and stays in eval mode. compat "authors": as in the released captioner,
+    images are resized without antialiasing, and stay in [-1, 1], without ImageNet's mean and standard deviation.
     """
 
     def __init__(self, word_dim: int, image_size: int, compat: str) -> None:
@@ -37,8 +37,9 @@ class ResNetCaptionCNN(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        x = resize(images, self.image_size)
-        features = self.resnet(x if self.compat == "authors" else imagenet_scale(x))
+        released = self.compat == "authors"
+        x = resize(images, self.image_size, antialias=not released)
+        features = self.resnet(x if released else imagenet_scale(x))
         return _project(features.flatten(1), self.linear, self.bn)
 
 

@@ -180,15 +180,18 @@ class StackDiscriminator(Discriminator):
     """Discriminator of StackGAN-v2; without `condition_dim` it has only the unconditional head.
 
     As published, that single head is named `logits`, like the conditional head otherwise.
+
+    unconditional: whether it has an unconditional head beside the conditional one.
     """
 
-    def __init__(self, width: int, size: int, condition_dim: int | None) -> None:
+    def __init__(self, width: int, size: int, condition_dim: int | None, *, unconditional: bool = True) -> None:
         super().__init__(width, size)
         self.is_conditional = condition_dim is not None
         self.logits = logit_head(self.channels)
         if condition_dim is not None:
             self.jointConv = JointSequential(*_joint_layers(self.channels, condition_dim, condition_first=True))
-            self.uncond_logits = logit_head(self.channels)
+            if unconditional:
+                self.uncond_logits = logit_head(self.channels)
 
     def conditionals(self, features: Tensor, *conditions: Tensor) -> list[Tensor]:
         return [self.logits(joint) for joint in self.jointConv(features, *conditions)]

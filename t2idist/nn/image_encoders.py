@@ -16,12 +16,12 @@ TRUNKS = ("inception", "small")
 MIN_INCEPTION_SIZE = 75
 
 
-def resize(images: Tensor, size: int) -> Tensor:
-    """Resize (N, 3, H, W) to (N, 3, size, size), bilinear, antialiased if it shrinks."""
+def resize(images: Tensor, size: int, antialias: bool = True) -> Tensor:
+    """Resize (N, 3, H, W) to (N, 3, size, size), bilinear, antialiased if it shrinks and `antialias` is true."""
     if images.shape[2] == size and images.shape[3] == size:
         return images
-    shrinks = images.shape[2] > size
-    return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False, antialias=shrinks)
+    antialias = antialias and images.shape[2] > size
+    return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False, antialias=antialias)
 
 
 class InceptionEncoder(InceptionTrunk):

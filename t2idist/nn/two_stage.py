@@ -6,8 +6,7 @@ Parameter names are the published ones.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 
 from t2idist.nn.blocks import JointConv2d, JointSequential, UpConv2d, conv3x3
 from t2idist.nn.conditioning import LinearConditioning
-from t2idist.nn.init import BATCH_NORMS
 from t2idist.nn.precision import upcast
 from t2idist.nn.tree import INIT_SIZE, GeneratorOutput
 
@@ -140,16 +138,3 @@ class StageTwoGenerator(Upsampler):
         features = self.encoder(low)
         (joint,) = self.hr_joint(features, condition)
         return GeneratorOutput((self.image(self.residual(joint)),), mean, log_variance)
-
-
-@contextlib.contextmanager
-def use_batch_statistics(net: nn.Module) -> Iterator[None]:
-    """Let BatchNorm of a network in eval mode use batch statistics inside; running statistics do not change."""
-    norms = [module for module in net.modules() if isinstance(module, BATCH_NORMS)]
-    for norm in norms:
-        norm.training, norm.track_running_stats = True, False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.training, norm.track_running_stats = False, True

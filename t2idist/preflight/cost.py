@@ -92,7 +92,7 @@ class _MetaTrain:
         self.updated: Counter[str] = Counter()
         self._group_size = group_size
         self._nets = {name: use_fast_layers(role.net.train()) for name, role in system.roles.items()}
-        self._frozen = {name: f.net.eval().requires_grad_(False) for name, f in system.frozen.items()}
+        self._frozen = {name: f.net.train(f.train_mode).requires_grad_(False) for name, f in system.frozen.items()}
 
     @property
     def images(self) -> int:

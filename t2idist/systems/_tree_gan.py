@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from t2idist.losses.adversarial import (
 )
 from t2idist.losses.image import kl_divergence
 from t2idist.losses.matching import Gammas, damsm_loss, wrong_pairs
+from t2idist.losses.released import neighbour_losses
 from t2idist.nn import tree
 from t2idist.nn.discriminators import AttnDiscriminator
 from t2idist.nn.init import orthogonal_
@@ -56,7 +58,7 @@ class TreeConfig(GanOptions):
     skip_excitation: bool = False
     """Let the first map of the generator scale the features of its later branches (FastGAN)."""
     compat: Literal["", "authors"] = ""
-    """"authors": as the released code, for its weights."""
+    """"authors": as the released code, in what docs/models/ lists for the system."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,7 +87,11 @@ class TreeGan:
         orthogonal_(generator)
         self.roles = {
             "generator": Role(
-                generator, config.adam(config.generator_lr), config.ema_half_life_images, ema_rampup=config.ema_rampup
+                generator,
+                config.adam(config.generator_lr),
+                config.ema_half_life_images,
+                ema_rampup=config.ema_rampup,
+                ema_copies_statistics=config.compat == "authors",
             )
         }
         for size in sizes:
@@ -127,6 +133,25 @@ class TreeGan:
             train.report(f"generator/adversarial_{size}", adversarial)
             total = total + adversarial
         return total
+
+
+def longest_captions_first(batch: Batch) -> Batch:
+    """Sort the samples of each group by the length of their captions, as the released code does.
+
+    Its mismatched pairs and its attention masks depend on the order. Captions of one length keep theirs.
+    """
+    lengths = batch.captions.lengths.view(batch.groups, -1)
+    order = lengths.sort(dim=1, descending=True, stable=True).indices
+    order = (order + torch.arange(batch.groups).unsqueeze(1) * batch.group_size).flatten()  # on the host, as lengths
+    rows = order.to(batch.class_ids.device, non_blocking=True)
+    return replace(
+        batch,
+        images=tuple(images[rows] for images in batch.images),
+        captions=batch.captions[order],
+        class_ids=batch.class_ids[rows],
+        attributes=batch.attributes[rows],
+        ids=tuple(batch.ids[row] for row in order.tolist()),
+    )
 
 
 def weighted_kl(config: TreeConfig, output: GeneratorOutput, train: Train) -> Tensor:
@@ -202,23 +227,24 @@ class AttentionGan(TreeGan):
         raise NotImplementedError
 
     def step(self, batch: Batch, train: Train) -> None:
+        released = self.config.compat == "authors"
+        if released:
+            batch = longest_captions_first(batch)
         with torch.no_grad(), train.frozen("text") as text:
             words, sentence = text(batch.captions.tokens, batch.captions.lengths)
         scaled_words, condition = self._scale(words, sentence)
         z, normal = train.noise(self.config.z_dim), train.noise(self.config.condition_dim)
         padding = padding_mask(batch.captions.lengths, words)
         output = train.forward("generator", tree.generate, z, normal, condition, scaled_words, padding, batch.groups)
-        pairs = wrong_pairs(batch.class_ids, batch.groups)
-        losses: Callable[..., Any]
-        combine: Callable[[Any], Tensor]
-        logits_of: LogitsOf
-        if self.single_output:
-            losses, combine, logits_of = matching_aware_losses, matching_aware_loss, conditional_logits
-        else:
-            losses, combine, logits_of = joint_losses, attngan_discriminator_loss, joint_logits
-        self.update_discriminators(
-            train, batch.images, output.images, losses, combine, logits_of, condition, pairs, batch.groups
-        )
+        joint = not self.single_output
+        losses: Callable[..., Any] = joint_losses if joint else matching_aware_losses
+        combine: Callable[[Any], Tensor] = attngan_discriminator_loss if joint else matching_aware_loss
+        logits_of: LogitsOf = joint_logits if joint else conditional_logits
+        given: tuple[Any, ...] = condition, wrong_pairs(batch.class_ids, batch.groups), batch.groups
+        if released:
+            losses = functools.partial(neighbour_losses, joint=joint, wrong_last=True)
+            given = condition, batch.groups
+        self.update_discriminators(train, batch.images, output.images, losses, combine, logits_of, *given)
         loss = weighted_kl(self.config, output, train)
         loss = self.add_adversarial_losses(loss, train, batch, output.images, logits_of, condition)
         for term in self.generator_terms(output.images[-1], words, sentence, batch, train):

@@ -34,7 +34,8 @@ class Config:
     lr: float = 1e-3
     beta1: float = 0.9
     compat: Literal["", "authors"] = ""
-    """"authors", for the released weights: ResNet gets images without ImageNet's mean and standard deviation."""
+    """"authors", for the released weights: ResNet gets images that are resized without antialiasing, and without
+    ImageNet's mean and standard deviation."""
 
     def __post_init__(self) -> None:
         check_ranges(

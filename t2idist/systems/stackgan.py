@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -32,12 +33,13 @@ from t2idist.losses.adversarial import (
 )
 from t2idist.losses.image import kl_divergence
 from t2idist.losses.matching import wrong_pairs
+from t2idist.losses.released import neighbour_losses
 from t2idist.nn import tree
 from t2idist.nn.discriminators import SIZES, StageDiscriminator
 from t2idist.nn.init import normal_
 from t2idist.nn.text_encoders import sentence_encoder
 from t2idist.nn.tree import GeneratorOutput
-from t2idist.nn.two_stage import StageOneGenerator, StageTwoGenerator, stage_one_generator, use_batch_statistics
+from t2idist.nn.two_stage import StageOneGenerator, StageTwoGenerator, stage_one_generator
 from t2idist.systems import _sentences
 from t2idist.systems._options import GanOptions
 
@@ -73,8 +75,7 @@ class Config(GanOptions):
     """Give the discriminator the sentence vector; as published, it gets the mean of the conditioning Gaussian, which
     the KL divergence pulls to 0."""
     compat: Literal["", "authors"] = ""
-    """"authors": a ReLU on the conditioning statistics, for the released weights; while stage 2 is trained, stage 1
-    normalises by the batch statistics of each group (without the drift of its running statistics that they had)."""
+    """"authors": as the released code, in what docs/models/stackgan.md lists."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,7 +114,12 @@ class StackGan:
                 compat=config.compat,
             )
             self.low_condition_dim = stage1["config"]["condition_dim"]
-            self.frozen["stage1"] = Frozen(stage_one_generator(stage1["config"], text_dim), "stage1", "generator")
+            self.frozen["stage1"] = Frozen(
+                stage_one_generator(stage1["config"], text_dim),
+                "stage1",
+                "generator",
+                train_mode=config.compat == "authors",
+            )
         if encoder is not None:
             self.frozen["text"] = Frozen(encoder, "text" if stage1 is None else "stage1", "text")
         discriminator = StageDiscriminator(
@@ -142,33 +148,28 @@ class StackGan:
         sentence = _sentences.for_step(batch.captions, train, self.frozen, self.config.unit_text)
         inputs = train.noise(self.config.z_dim)  # of the generator: noise, or the images of stage 1
         if self.config.stage == 2:
-            inputs = self._stage1_images(inputs, train.noise(self.low_condition_dim), sentence, batch.groups, train)
+            with torch.no_grad(), train.frozen("stage1") as net:
+                inputs = tree.generate(net, inputs, train.noise(self.low_condition_dim), sentence).images[0]
         output = train.forward("generator", tree.generate, inputs, train.noise(self.config.condition_dim), sentence)
         assert output.mean is not None
         condition = (sentence if self.config.condition_on_text else output.mean).detach()
         self._update_discriminator(output, condition, batch, train)
         train.apply("generator", self._generator_loss(output, condition, batch, train))
 
-    def _stage1_images(self, z: Tensor, normal: Tensor, sentence: Tensor, groups: int, train: Train) -> Tensor:
-        with torch.no_grad(), train.frozen("stage1") as net:
-            if self.config.compat != "authors":
-                return tree.generate(net, z, normal, sentence).images[0]
-            parts = zip(z.chunk(groups), normal.chunk(groups), sentence.chunk(groups), strict=True)
-            with use_batch_statistics(net):
-                return torch.cat([tree.generate(net, *part).images[0] for part in parts])
-
     def _update_discriminator(self, output: GeneratorOutput, condition: Tensor, batch: Batch, train: Train) -> None:
         """Update the discriminator of images with a condition (N, D).
 
         As released, that of stage 2 has an unconditional head too.
         """
-        pairs = wrong_pairs(batch.class_ids, batch.groups)
-        given = (batch.images[-1], output.images[0], condition, pairs, batch.groups)
-        losses: Callable[..., Any] = matching_aware_losses
-        combine: Callable[[Any], Tensor] = matching_aware_loss
-        if self.config.stage == 2:
-            losses, combine = joint_losses, attngan_discriminator_loss
-        self.config.update_discriminator(train, "discriminator", losses, combine, self._logits_of, *given)
+        joint = self.config.stage == 2
+        losses: Callable[..., Any] = joint_losses if joint else matching_aware_losses
+        combine: Callable[[Any], Tensor] = attngan_discriminator_loss if joint else matching_aware_loss
+        given: tuple[Any, ...] = condition, wrong_pairs(batch.class_ids, batch.groups), batch.groups
+        if self.config.compat == "authors":
+            losses = functools.partial(neighbour_losses, joint=joint, wrong_last=False)
+            given = condition, batch.groups
+        images = batch.images[-1], output.images[0]
+        self.config.update_discriminator(train, "discriminator", losses, combine, self._logits_of, *images, *given)
 
     @property
     def _logits_of(self) -> LogitsOf:

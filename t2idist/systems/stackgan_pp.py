@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor, nn
 
 from t2idist.contract import Batch, BuildInfo, Captions, Frozen, NoiseFn, Sample, Train, check_ranges
 from t2idist.losses.adversarial import (
     LogitLoss,
+    LogitsOf,
     UnconditionalLosses,
+    conditional_logits,
     joint_logits,
     joint_losses,
+    matching_aware_loss,
+    matching_aware_losses,
     stackgan_pp_discriminator_loss,
-    stackgan_v2_released_loss,
     unconditional_logits,
     unconditional_losses,
 )
 from t2idist.losses.image import colour_consistency
-from t2idist.losses.matching import wrong_pairs
+from t2idist.losses.matching import wrong_images, wrong_pairs
+from t2idist.losses.released import stackgan_v2_released_loss, wrong_image_losses
 from t2idist.nn import tree
 from t2idist.nn.discriminators import StackDiscriminator
 from t2idist.nn.text_encoders import sentence_encoder
@@ -39,6 +45,8 @@ class Config(TreeConfig):
     condition_dim: int = 128
     kl_weight: float = 1.0
     """The paper; 2 in the released settings."""
+    unconditional_loss: bool = True
+    """Give the discriminators of images with captions an unconditional head (UNCOND_LOSS 1 in the released code)."""
     colour_weight: float = 0.0
     """alpha of the colour consistency: 0 with captions, 50 without (the paper)."""
     ema_half_life_images: float = 16627.0
@@ -54,6 +62,8 @@ class Config(TreeConfig):
         check_ranges(self, at_least_0="colour_weight")
         if self.condition_on_text and not self.conditional:
             raise ValueError("condition_on_text: there is no text with conditional=false")
+        if not self.unconditional_loss and not self.conditional:
+            raise ValueError("unconditional_loss is false; with conditional=false it is the only loss")
 
 
 class StackGanPP(TreeGan):
@@ -76,9 +86,12 @@ class StackGanPP(TreeGan):
             skip_excitation=config.skip_excitation,
         )
         condition_dim = text_dim if config.condition_on_text else config.condition_dim if config.conditional else None
-        super().__init__(
-            config, sizes, generator, lambda size: StackDiscriminator(config.discriminator_width, size, condition_dim)
-        )
+        width, unconditional = config.discriminator_width, config.unconditional_loss
+
+        def make_discriminator(size: int) -> StackDiscriminator:
+            return StackDiscriminator(width, size, condition_dim, unconditional=unconditional)
+
+        super().__init__(config, sizes, generator, make_discriminator)
         self.frozen = {} if encoder is None else {"text": Frozen(encoder, "text", "text")}
         self.exports = ("generator", *self.frozen)
 
@@ -89,12 +102,7 @@ class StackGanPP(TreeGan):
             output = train.forward("generator", tree.generate, z, train.noise(self.config.condition_dim), sentence)
             assert output.mean is not None
             condition = sentence if self.config.condition_on_text else output.mean
-            pairs = wrong_pairs(batch.class_ids, batch.groups)
-            combine = stackgan_v2_released_loss if self.config.compat == "authors" else stackgan_pp_discriminator_loss
-            self.update_discriminators(
-                train, batch.images, output.images, joint_losses, combine, joint_logits, condition.detach(), pairs,
-                batch.groups,
-            )  # fmt: skip
+            self._update_discriminators(output, condition.detach(), batch, train)
         else:
             condition = None
             output = train.forward("generator", tree.generate, z, None, None)
@@ -103,6 +111,24 @@ class StackGanPP(TreeGan):
                 suffix="_alone",
             )  # fmt: skip
         train.apply("generator", self._generator_loss(output, condition, batch, train))
+
+    @property
+    def _logits_of(self) -> LogitsOf:
+        """Of the discriminators of images with captions."""
+        return joint_logits if self.config.unconditional_loss else conditional_logits
+
+    def _update_discriminators(self, output: GeneratorOutput, condition: Tensor, batch: Batch, train: Train) -> None:
+        """Update the discriminators of images with a condition (N, D) (section 4.2, eq. 6)."""
+        joint = self.config.unconditional_loss
+        losses: Callable[..., Any] = joint_losses if joint else matching_aware_losses
+        combine: Callable[[Any], Tensor] = stackgan_pp_discriminator_loss if joint else matching_aware_loss
+        mismatched: Any = wrong_pairs(batch.class_ids, batch.groups)
+        if self.config.compat == "authors":
+            losses = functools.partial(wrong_image_losses, joint=joint)
+            combine = stackgan_v2_released_loss if joint else matching_aware_loss
+            mismatched = wrong_images(batch.class_ids, batch.groups)
+        given = condition, mismatched, batch.groups
+        self.update_discriminators(train, batch.images, output.images, losses, combine, self._logits_of, *given)
 
     def _generator_loss(self, output: GeneratorOutput, condition: Tensor | None, batch: Batch, train: Train) -> Tensor:
         """Sum the adversarial losses, the KL divergence and the colour consistency (section 4.3, eq. 7).
@@ -115,7 +141,7 @@ class StackGanPP(TreeGan):
         if condition is None:
             loss = self.add_adversarial_losses(loss, train, batch, images, unconditional_logits)
         else:
-            loss = self.add_adversarial_losses(loss, train, batch, images, joint_logits, condition)
+            loss = self.add_adversarial_losses(loss, train, batch, images, self._logits_of, condition)
             loss = loss + weighted_kl(self.config, output, train)
         if self.config.colour_weight:
             for low, high in pairwise(images):

@@ -19,10 +19,11 @@ from t2idist.engine import loop
 from t2idist.engine.checkpoint import export, sharded
 from t2idist.engine.checkpoint.format import COMMIT, CorruptCheckpoint, list_folders, milestones_of, read_marker
 from t2idist.engine.checkpoint.manager import CheckpointManager
+from t2idist.engine.ema import Average
 from t2idist.engine.groups import GroupedBatchNorm, convert_layers
 from t2idist.engine.noise import Noise
 from t2idist.engine.strategy import Precision
-from t2idist.engine.trainer import Trainer, _Average, _values
+from t2idist.engine.trainer import Trainer, _values
 from t2idist.engine.world import Share, World
 from t2idist.storage import objects
 from tests.helpers import toy_gan
@@ -332,7 +333,7 @@ def test_average_equals_the_formula_bitwise(with_statistics: bool) -> None:
     net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3))
     ema = copy.deepcopy(net)
     expected = {name: value.clone() for name, value in ema.state_dict().items()}
-    average = _Average(ema, net)
+    average = Average(ema, net)
     for step in range(3):
         with torch.no_grad():
             for value in net.state_dict().values():

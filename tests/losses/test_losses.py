@@ -20,12 +20,25 @@ from t2idist.losses.adversarial import (
     matching_aware_loss,
     matching_aware_losses,
     stackgan_pp_discriminator_loss,
-    stackgan_v2_released_loss,
     unconditional_losses,
 )
 from t2idist.losses.image import colour_consistency, kl_divergence
-from t2idist.losses.matching import Gammas, WrongPairs, sentence_losses, word_losses, word_similarity, wrong_pairs
+from t2idist.losses.matching import (
+    Gammas,
+    WrongPairs,
+    sentence_losses,
+    word_losses,
+    word_similarity,
+    wrong_images,
+    wrong_pairs,
+)
 from t2idist.losses.penalties import r1_penalty
+from t2idist.losses.released import (
+    WrongImageLosses,
+    neighbour_losses,
+    stackgan_v2_released_loss,
+    wrong_image_losses,
+)
 from t2idist.nn.discriminators import PairDiscriminator
 from t2idist.nn.fast import word_attention as fast
 
@@ -145,6 +158,14 @@ def test_wrong_pairs_stay_in_their_group_and_drop_pairs_of_one_class() -> None:
         wrong_pairs(torch.arange(3), groups=3)
 
 
+def test_wrong_images_are_of_the_next_sample_of_another_class_in_the_group() -> None:
+    classes = torch.tensor([7, 7, 8, 7, 1, 1, 1, 1])
+    assert wrong_images(classes, groups=2).tolist() == [2, 2, 3, 2, 5, 6, 7, 4]
+    assert wrong_images(torch.tensor([1, 2]), groups=1).tolist() == [1, 0]
+    with pytest.raises(ValueError, match="group_size is 1"):
+        wrong_images(torch.arange(3), groups=3)
+
+
 def test_masked_loss_fake_averages_within_each_group() -> None:
     logits = torch.tensor([0.0, 5.0, 1.0, 2.0, 9.0, 9.0])
     keep = torch.tensor([True, False, True, True, False, False])
@@ -208,7 +229,50 @@ def test_stackgan_losses_weight_their_terms() -> None:
     values = {name: torch.tensor(float(10**i)) for i, name in enumerate(parts)}
     losses = JointLosses(**values, **dict.fromkeys(ACCURACIES, torch.ones(())))
     assert stackgan_pp_discriminator_loss(losses).item() == 1 + (10 + 100) / 2 + 1000 + 10000
-    assert stackgan_v2_released_loss(losses).item() == 1 + 10 + 100 + 2 * 1000 + 10000
+    released = WrongImageLosses(**vars(losses), wrong_alone=torch.tensor(5.0))
+    assert stackgan_v2_released_loss(released).item() == 1 + 10 + 100 + 1000 + 10000 + 5
+
+
+class RecordingLogits(Logits):
+    """Records the features (N, 2) of every pass of the conditional head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes: list[Tensor] = []
+
+    def conditionals(self, features: Tensor, *conditions: Tensor) -> list[Tensor]:
+        self.passes.append(features)
+        return super().conditionals(features, *conditions)
+
+
+@pytest.mark.parametrize("wrong_last", [False, True])
+def test_neighbours_are_all_images_but_the_last_with_the_next_caption(wrong_last: bool) -> None:
+    real, fake, condition = torch.randn(3, 6, 2)
+    net = RecordingLogits()
+    losses = neighbour_losses(net, real, fake, condition, 2, joint=True, wrong_last=wrong_last)
+    wrong = [float((real[i] * condition[i + 1]).sum()) for i in (0, 1, 3, 4)]
+    torch.testing.assert_close(losses.wrong, loss_fake(torch.tensor(wrong)))
+    torch.testing.assert_close(losses.real, loss_real((real * condition).sum(1)))
+    torch.testing.assert_close(losses.fake, loss_fake((fake * condition).sum(1)))
+    own = (real * condition).sum(1)
+    assert losses.accuracy_matching == sum(own[i] > w for i, w in zip((0, 1, 3, 4), wrong, strict=True)) / 4
+    first, *others = net.passes
+    middle, last = reversed(others) if wrong_last else others
+    assert torch.equal(first, real) and torch.equal(middle, real[[0, 1, 3, 4]]) and torch.equal(last, fake)
+    assert not hasattr(neighbour_losses(net, real, fake, condition, 2, joint=False, wrong_last=True), "real_alone")
+
+
+def test_wrong_images_have_passes_of_their_own() -> None:
+    real, fake, condition = torch.randn(3, 4, 2)
+    net, wrong = RecordingLogits(), torch.tensor([1, 0, 3, 2])
+    losses = wrong_image_losses(net, real, fake, condition, wrong, 2, joint=True)
+    assert isinstance(losses, WrongImageLosses)
+    torch.testing.assert_close(losses.wrong, loss_fake((real[wrong] * condition).sum(1)))
+    torch.testing.assert_close(losses.wrong_alone, loss_real(real[wrong].sum(1)))
+    torch.testing.assert_close(losses.fake_alone, loss_fake(fake.sum(1)))
+    assert [torch.equal(a, b) for a, b in zip(net.passes, (real, real[wrong], fake), strict=True)] == [True] * 3
+    alone = wrong_image_losses(net, real, fake, condition, wrong, 2, joint=False)
+    assert alone.wrong == losses.wrong and not hasattr(alone, "wrong_alone")
 
 
 def test_bce_is_full_precision_and_stable() -> None:

@@ -20,7 +20,7 @@ from t2idist.losses.adversarial import generator_loss, joint_logits, joint_losse
 from t2idist.losses.matching import wrong_pairs
 from t2idist.nn.conditioning import LinearConditioning
 from t2idist.nn.discriminators import StageDiscriminator
-from t2idist.nn.two_stage import StageOneGenerator, StageTwoGenerator, use_batch_statistics
+from t2idist.nn.two_stage import StageOneGenerator, StageTwoGenerator
 from tests.helpers.fixed_weights import fill, fingerprint, parameters
 from tests.systems.test_loss_values import TINY_DAMSM, caption_correlation, colour_batch, damsm_config
 
@@ -113,19 +113,6 @@ def test_matching_aware_losses_equal_the_pair_terms_of_joint_losses() -> None:
     features = net.features(fake)
     both = loss_real(net.conditional(features, condition)) + loss_real(net.unconditional(features))
     torch.testing.assert_close(generator_loss(joint_logits, net, fake, condition), both)
-
-
-def test_use_batch_statistics_equals_train_mode_and_changes_no_state() -> None:
-    shape = {"width": 8, "image_size": 16, "z_dim": 4, "text_dim": 6, "condition_dim": 3, "compat": ""}
-    net = fill(StageOneGenerator(**shape)).eval()
-    before = {key: value.clone() for key, value in net.state_dict().items()}
-    inputs = torch.randn(5, 4), torch.randn(5, 3), torch.randn(5, 6)
-    evaluated = net(*inputs).images[0]
-    with use_batch_statistics(net):
-        by_batch = net(*inputs).images[0]
-    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
-    assert torch.equal(net(*inputs).images[0], evaluated) and not torch.allclose(by_batch, evaluated, atol=1e-2)
-    torch.testing.assert_close(net.train()(*inputs).images[0], by_batch)
 
 
 def test_exports_depend_on_the_source_of_sentence_vectors() -> None:

@@ -58,7 +58,7 @@ class TreeConfig(GanOptions):
     skip_excitation: bool = False
     """Let the first map of the generator scale the features of its later branches (FastGAN)."""
     compat: Literal["", "authors"] = ""
-    """"authors": as the released code, in what docs/models/ lists for the system."""
+    """"authors": train as the released code, in what docs/released_code.md lists."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

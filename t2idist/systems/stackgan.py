@@ -75,7 +75,7 @@ class Config(GanOptions):
     """Give the discriminator the sentence vector; as published, it gets the mean of the conditioning Gaussian, which
     the KL divergence pulls to 0."""
     compat: Literal["", "authors"] = ""
-    """"authors": as the released code, in what docs/models/stackgan.md lists."""
+    """"authors": train as the released code, in what docs/released_code.md lists."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

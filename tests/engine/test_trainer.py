@@ -327,20 +327,20 @@ def test_ema_has_its_half_life_and_averages_buffers() -> None:
     torch.testing.assert_close(buffer, decay * buffer_before + (1 - decay) * state["generator/net/norm2.running_var"])
 
 
-@pytest.mark.parametrize("with_statistics", [True, False])
-def test_average_equals_the_formula_bitwise(with_statistics: bool) -> None:
+@pytest.mark.parametrize(("with_statistics", "copies"), [(True, False), (False, False), (True, True), (False, True)])
+def test_average_equals_the_formula_bitwise(with_statistics: bool, copies: bool) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3))
     ema = copy.deepcopy(net)
     expected = {name: value.clone() for name, value in ema.state_dict().items()}
-    average = Average(ema, net)
+    average = Average(ema, net, copies_statistics=copies)
     for step in range(3):
         with torch.no_grad():
             for value in net.state_dict().values():
                 value.copy_(step + torch.rand(value.shape) if value.is_floating_point() else value + 1)
         average.update(0.9, with_statistics=with_statistics)
         for name, value in net.state_dict().items():
-            if not value.is_floating_point():
+            if not value.is_floating_point() or (copies and "running" in name):
                 expected[name] = value.clone()
             elif with_statistics or "running" not in name:
                 expected[name] = expected[name].lerp(value, 1 - 0.9)

@@ -59,7 +59,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "top_k_start_images": 12,
         "skip_excitation": True,
     },
+    "attngan-authors": {**TREE, "generator_width": 8, "discriminator_width": 8, "compat": "authors"},
     "stackgan_pp": {**TREE, "generator_width": 8, "discriminator_width": 4, "colour_weight": 5.0},
+    "stackgan_pp-authors": {**TREE, "generator_width": 8, "discriminator_width": 4, "compat": "authors"},
     "stackgan_pp-options": {
         **TREE,
         **OPTIONS,
@@ -104,6 +106,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "decay_end_images": 200,
     },
     "stackgan": {**TWO_STAGE, "generator_width": 16, "image_size": 16, "ema_half_life_images": 100},
+    "stackgan-authors": {**TWO_STAGE, "generator_width": 16, "image_size": 16, "compat": "authors"},
     "stackgan-2": {**TWO_STAGE, "stage": 2, "image_size": 32, "residuals": 1, "compat": "authors"},
     "stackgan-2-options": {
         **TWO_STAGE,
@@ -122,6 +125,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "total_variation_weight": 1e-4,
     },
     "mirrorgan": {**TREE, "generator_width": 8, "discriminator_width": 4, "damsm_weight": 1.0},
+    "mirrorgan-authors": {**TREE, "generator_width": 8, "discriminator_width": 4, "compat": "authors"},
 }
 """Settings by label: the system's name, with a suffix after a dash for further settings of one system."""
 QUICK = ("damsm", "attngan", "stackgan_pp")
@@ -129,15 +133,19 @@ QUICK = ("damsm", "attngan", "stackgan_pp")
 USES: dict[str, dict[str, str]] = {
     "attngan": {"damsm": "damsm"},
     "attngan-options": {"damsm": "damsm"},
+    "attngan-authors": {"damsm": "damsm"},
     "stackgan_pp": {"text": "damsm"},
     "stackgan_pp-options": {"text": "damsm"},
+    "stackgan_pp-authors": {"text": "damsm"},
     "gan_cls": {"text": "damsm"},
     "gan_cls-options": {"text": "damsm"},
     "style": {"generator": "gan_cls"},
     "stackgan": {"text": "damsm"},
+    "stackgan-authors": {"text": "damsm"},
     "stackgan-2": {"stage1": "stackgan"},
     "stackgan-2-options": {"stage1": "stackgan"},
     "mirrorgan": {"damsm": "damsm", "captioner": "captioner"},
+    "mirrorgan-authors": {"damsm": "damsm", "captioner": "captioner"},
 }
 """By label and slot, the label of the stage that the slot uses."""
 

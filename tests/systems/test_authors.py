@@ -286,13 +286,9 @@ def attention_step(kind: str, joint: bool, damsm_weight: float, stream_weight: f
     return step_of
 
 
-def attention_nets(
-    kind: str, sizes: tuple[int, ...], joint: bool, residuals: int, branches: int
-) -> dict[str, nn.Module]:
-    generator = Tree(
-        kind, width=4, branches=branches, residuals=residuals, z_dim=Z, condition_dim=CONDITION, text_dim=TEXT,
-        single_output=not joint,
-    )  # fmt: skip
+def attention_nets(kind: str, sizes: tuple[int, ...], joint: bool, residuals: int) -> dict[str, nn.Module]:
+    dims = {"z_dim": Z, "condition_dim": CONDITION, "text_dim": TEXT}
+    generator = Tree(kind, width=4, branches=2, residuals=residuals, **dims, single_output=not joint)
     return {"generator": generator} | {
         f"discriminator_{size}": TreeDiscriminator("attention", 2, size, TEXT, joint) for size in sizes
     }
@@ -384,6 +380,18 @@ def test_stackgan_v2_trains_as_released(conditional: bool, joint: bool, colour_w
     compare(system, nets, stack_step(conditional, joint, colour_weight))
 
 
+def test_without_unconditional_loss_there_is_no_unconditional_head() -> None:
+    for compat in ("", "authors"):
+        settings = {**TREE, "base_size": 16, "compat": compat, "unconditional_loss": False}
+        trainer = recorder(build("stackgan_pp", INFO, **settings))
+        trainer.drawn = []
+        trainer.run_step(batch_of(0, trainer.system.sizes))
+        assert not any("alone" in name for name in trainer.reduce_reports())
+        assert not any("uncond" in name for name in trainer.state())
+    with pytest.raises(ValueError, match="unconditional_loss is false; with conditional=false it is the only loss"):
+        build("stackgan_pp", INFO, **TREE, conditional=False, unconditional_loss=False)
+
+
 # ------------------------------------------------------------------------------------------------ StackGAN (v1)
 def stage_step(trainer: Trainer, stage: int) -> Step:
     if stage == 2:
@@ -409,25 +417,39 @@ def stage_step(trainer: Trainer, stage: int) -> Step:
     return step
 
 
+def build_stage_2() -> System:
+    info = replace(INFO, sources={"stage1": source("stackgan", STAGE, INFO)})
+    return build("stackgan", info, **STAGE, kl_weight=2.0, stage=2, image_size=256, residuals=1)
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_stackgan_v1_trains_as_released(stage: int) -> None:
     torch.manual_seed(0)
-    first = source("stackgan", STAGE, INFO)
-    settings, info = {**STAGE, "kl_weight": 2.0}, INFO
-    nets: dict[str, nn.Module] = {
-        "generator": StageOne(4, Z, TEXT, CONDITION), "discriminator": StageDiscriminator(2, 64, CONDITION),
-    }  # fmt: skip
-    if stage == 2:
-        settings |= {"stage": 2, "image_size": 256, "residuals": 1}
-        info = replace(INFO, sources={"stage1": first})
-        nets = {"generator": StageTwo(4, 1, TEXT, CONDITION), "discriminator": StageDiscriminator(2, 256, CONDITION)}
-    trainer = compare(build("stackgan", info, **settings), nets, lambda trainer: stage_step(trainer, stage))
+    if stage == 1:
+        system = build("stackgan", INFO, **STAGE, kl_weight=2.0)
+        generator: nn.Module = StageOne(4, Z, TEXT, CONDITION)
+    else:
+        system, generator = build_stage_2(), StageTwo(4, 1, TEXT, CONDITION)
+    nets = {"generator": generator, "discriminator": StageDiscriminator(2, system.sizes[0], CONDITION)}
+    trainer = compare(system, nets, lambda trainer: stage_step(trainer, stage))
     if stage == 2:  # the export has the statistics that drifted
         exported, state = trainer.evaluation_nets()["stage1"], trainer.state()
         assert not exported.training
         for name, buffer in exported.named_buffers():
             torch.testing.assert_close(buffer, state[f"stage1/frozen/{name}"], rtol=0, atol=0)
             assert not torch.equal(buffer, torch.ones_like(buffer))
+
+
+def test_a_skipped_step_does_not_move_the_statistics_of_stage_1() -> None:
+    trainer = recorder(build_stage_2())
+    trainer.drawn = []
+    batch = batch_of(0, trainer.system.sizes)
+    statistics = {name: value for name, value in trainer.state().items() if "/frozen/" in name and "num_" not in name}
+    before = {name: value.clone() for name, value in statistics.items()}
+    trainer.run_step(replace(batch, images=(torch.full_like(batch.images[0], torch.nan, dtype=torch.float64),)))
+    assert statistics and all(torch.equal(value, before[name]) for name, value in statistics.items())
+    trainer.run_step(batch)
+    assert not any(torch.equal(value, before[name]) for name, value in statistics.items())
 
 
 # ------------------------------------------------------------------------------------------------ MirrorGAN's captioner

@@ -78,11 +78,13 @@ def source(name: str, settings: dict[str, Any], info: BuildInfo) -> dict[str, An
 INFO = BuildInfo(SIZE, WORDS, replace(toy_gan.DATA_INFO, vector_dim=TEXT))
 
 
-def recorder(system: System) -> Recorder:
-    return Recorder(
-        system, stage="authors", seed=5, group_size=SIZE, share=Share.of(World(), 1), world=World(),
-        precision=Precision("float64"),
-    )  # fmt: skip
+def recorder(system: System, lanes: range = range(1)) -> Recorder:
+    share = Share(lanes, len(lanes), 1)
+    trainer = Recorder(
+        system, stage="authors", seed=5, group_size=SIZE, share=share, world=World(), precision=Precision("float64")
+    )
+    trainer.drawn = []
+    return trainer
 
 
 def batch_of(step: int, sizes: tuple[int, ...]) -> Batch:
@@ -384,7 +386,6 @@ def test_without_unconditional_loss_there_is_no_unconditional_head() -> None:
     for compat in ("", "authors"):
         settings = {**TREE, "base_size": 16, "compat": compat, "unconditional_loss": False}
         trainer = recorder(build("stackgan_pp", INFO, **settings))
-        trainer.drawn = []
         trainer.run_step(batch_of(0, trainer.system.sizes))
         assert not any("alone" in name for name in trainer.reduce_reports())
         assert not any("uncond" in name for name in trainer.state())
@@ -442,7 +443,6 @@ def test_stackgan_v1_trains_as_released(stage: int) -> None:
 
 def test_a_skipped_step_does_not_move_the_statistics_of_stage_1() -> None:
     trainer = recorder(build_stage_2())
-    trainer.drawn = []
     batch = batch_of(0, trainer.system.sizes)
     statistics = {name: value for name, value in trainer.state().items() if "/frozen/" in name and "num_" not in name}
     before = {name: value.clone() for name, value in statistics.items()}
@@ -450,6 +450,27 @@ def test_a_skipped_step_does_not_move_the_statistics_of_stage_1() -> None:
     assert statistics and all(torch.equal(value, before[name]) for name, value in statistics.items())
     trainer.run_step(batch)
     assert not any(torch.equal(value, before[name]) for name, value in statistics.items())
+
+
+# ------------------------------------------------------------------------------------------------ several groups
+@pytest.mark.parametrize("name", ["attngan", "stackgan_pp"])
+def test_each_of_several_groups_has_the_released_losses(name: str) -> None:
+    info = replace(INFO, sources={"damsm": source("damsm", DAMSM, INFO)} if name == "attngan" else {})
+
+    def losses(lanes: range) -> dict[str, float]:
+        torch.manual_seed(0)
+        system = build(name, info, **{**TREE, "base_size": 16})
+        trainer = recorder(system, lanes)
+        batch = toy_gan.batch(0, lanes, SIZE, system.sizes, WORDS)
+        vectors = replace(batch.captions, vectors=batch.captions.vectors[:, :TEXT])
+        trainer.run_step(replace(batch, captions=vectors))
+        # those of the generator come after the discriminators' update, by all groups
+        reports = trainer.reduce_reports()
+        return {key: v for key, v in reports.items() if key.startswith("discriminator") and "accuracy" not in key}
+
+    both, first, second = (losses(lanes) for lanes in (range(2), range(1), range(1, 2)))
+    assert "discriminator_32/wrong" in both
+    assert both == pytest.approx({key: (first[key] + second[key]) / 2 for key in both}, rel=1e-9)
 
 
 # ------------------------------------------------------------------------------------------------ MirrorGAN's captioner

@@ -70,6 +70,8 @@ class Batch:
     groups: int
     domain: int = 0
     """Index of the stage's data set that all samples are from."""
+    partners: tuple[Tensor, ...] = ()
+    """Like `images`, a second image of each sample; empty unless the data has pairs or the system `SupportsDomains`."""
 
     @property
     def group_size(self) -> int:
@@ -80,6 +82,7 @@ class Batch:
         return replace(
             self,
             images=tuple(to_float(image.to(device, non_blocking=True), dtype) for image in self.images),
+            partners=tuple(to_float(image.to(device, non_blocking=True), dtype) for image in self.partners),
             captions=self.captions.to(device, dtype),
             class_ids=self.class_ids.to(device, non_blocking=True),
             attributes=self.attributes.to(device, dtype, non_blocking=True),
@@ -199,6 +202,8 @@ class DataInfo:
     """Length of the sentence vectors of the data, 0 if it has none."""
     attributes: tuple[tuple[str, ...], ...] = ((),)
     """Attribute names of each data set."""
+    paired: bool = False
+    """Every sample is a pair of images."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +238,8 @@ class BuildInfo:
     def from_description(cls, described: Mapping[str, Any], words: Sequence[str]) -> BuildInfo:
         """Invert `describe`. Raises KeyError or TypeError if `described` is not its result."""
         attributes = tuple(tuple(names) for names in described["attributes"])
-        data = DataInfo(tuple(words), described["epoch_images"], described["vector_dim"], attributes)
+        paired = described.get("paired", False)  # exports of older versions lack it
+        data = DataInfo(tuple(words), described["epoch_images"], described["vector_dim"], attributes, paired)
         return cls(described["group_size"], described["max_words"], data, described["sources"])
 
 
@@ -294,6 +300,10 @@ class Train(Protocol):
         """Return (N, *shape) standard normal: a function of (seed, step, group, position) and of the call's index."""
         ...
 
+    def memory(self, name: str) -> Tensor:
+        """Return the tensor (groups, *shape) that `KeepsMemory.memory` declares; write to it in place."""
+        ...
+
     def report(self, name: str, value: Tensor) -> None:
         """Log a scalar: averaged over workers by share and over the steps between two log lines."""
         ...
@@ -319,6 +329,17 @@ class System(Protocol):
     def step(self, batch: Batch, train: Train) -> None:
         """Train on one batch."""
         ...
+
+
+@runtime_checkable
+class KeepsMemory(Protocol):
+    """A system whose groups keep tensors from step to step, other than weights: an image pool, say.
+
+    They are zeros at first. They belong to the group: they are in checkpoints, and follow it to another worker.
+    """
+
+    memory: Mapping[str, tuple[int, ...]]
+    """Shape of each tensor of one group, by name."""
 
 
 @runtime_checkable
@@ -354,6 +375,25 @@ class SupportsTranslate(Protocol):
 
     def read(self, nets: Mapping[str, nn.Module], images: Tensor, domain: int) -> Tensor:
         """Classify images (N, 3, S, S) in [-1, 1]: (N, A), 0 or 1 for each attribute of a domain."""
+        ...
+
+
+@runtime_checkable
+class SupportsDomains(Protocol):
+    """A system that translates images between two domains; each of its samples has an image of both.
+
+    `Batch.images` are of the first domain and `Batch.partners` of the second.
+    """
+
+    domains: tuple[str, str]
+    """Names of the domains; unless the data has pairs, attributes of the images in them."""
+    paired: bool
+    """The two images of a sample belong together, so the data must have pairs; else each is drawn by itself."""
+    targets: tuple[int, ...]
+    """Index of each domain that images can be translated to, from the other one."""
+
+    def to_domain(self, nets: Mapping[str, nn.Module], images: Tensor, target: int) -> Tensor:
+        """Translate images (N, 3, S, S) in [-1, 1] of the other domain to domain `target`."""
         ...
 
 

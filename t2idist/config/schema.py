@@ -56,6 +56,8 @@ class DataConfig:
     """crop at a random place in training; false: the centre, as in scores"""
     flip: bool = True
     """mirror half of the training images"""
+    outlines: bool = False
+    """make pairs of the images: the second of each is the image, the first its outlines (for pix2pix)"""
     threads: int | None = None
     """number of decoding threads; null is one less than `cluster.cpus_per_worker`, at least 2"""
     prefetch_mib: int = 256

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from t2idist.contract import Batch, Captions
 from t2idist.data.decoded_cache import DecodedCache
+from t2idist.data.pairs import Pairs, halves, outlines
 from t2idist.data.samples import BadSample, EncodedImage, Sample
 from t2idist.data.shards import SentenceVectorInfo, Split
 from t2idist.data.tokenizer import Vocabulary
@@ -34,17 +35,20 @@ class BatchBuffer:
     """Host memory of one batch; several threads may fill different rows.
 
     Args:
+        paired: Whether every sample has two images.
         pinned: Whether the memory is page-locked: only from such memory an accelerator copies while the host goes on.
     """
 
     def __init__(
-        self, samples: int, sizes: Sequence[int], max_words: int, attributes: int, vector_dim: int, pinned: bool = False
-    ) -> None:
+        self, samples: int, sizes: Sequence[int], max_words: int, attributes: int, vector_dim: int,
+        paired: bool = False, pinned: bool = False,
+    ) -> None:  # fmt: skip
         def zeros(*shape: int, dtype: torch.dtype) -> NDArray[Any]:
             array: NDArray[Any] = torch.zeros(samples, *shape, dtype=dtype, pin_memory=pinned).numpy()
             return array
 
         self.images = [zeros(3, size, size, dtype=torch.uint8) for size in sizes]
+        self.partners = [zeros(3, size, size, dtype=torch.uint8) for size in sizes if paired]
         self.tokens = zeros(max_words, dtype=torch.int64)
         self.lengths = np.ones(samples, dtype=np.int64)
         self.class_ids = zeros(dtype=torch.int64)
@@ -56,14 +60,18 @@ class BatchBuffer:
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in (*self.images, *self._labels))
+        return sum(array.nbytes for array in self._arrays)
+
+    @property
+    def _arrays(self) -> tuple[NDArray[Any], ...]:
+        return *self.images, *self.partners, *self._labels
 
     @property
     def _labels(self) -> tuple[NDArray[Any], ...]:
         return self.tokens, self.lengths, self.class_ids, self.attributes, self.vectors
 
     def copy_row(self, source: int, target: int) -> None:
-        for array in (*self.images, *self._labels):
+        for array in self._arrays:
             array[target] = array[source]
         self.ids[target] = self.ids[source]
 
@@ -73,6 +81,7 @@ class BatchBuffer:
             return self
         selected = BatchBuffer(0, (), 0, 0, 0)
         selected.images = [image[rows] for image in self.images]
+        selected.partners = [image[rows] for image in self.partners]
         labels = (array[rows] for array in self._labels)
         selected.tokens, selected.lengths, selected.class_ids, selected.attributes, selected.vectors = labels
         selected.ids = [self.ids[row] for row in rows]
@@ -86,6 +95,7 @@ class BatchBuffer:
             attributes=torch.from_numpy(self.attributes),
             ids=tuple(self.ids),
             groups=groups,
+            partners=tuple(torch.from_numpy(image) for image in self.partners),
         )
 
 
@@ -110,6 +120,8 @@ class SampleTransform:
     """The caption to use if none is drawn."""
     decoded_cache: DecodedCache | None = None
     """Where decoded images are put."""
+    pairs: Pairs | None = None
+    """How a stored image becomes two (None: it is one)."""
 
     @property
     def vector_dim(self) -> int:
@@ -117,21 +129,24 @@ class SampleTransform:
 
     def new_buffer(self, samples: int, sizes: Sequence[int], pinned: bool = False) -> BatchBuffer:
         """Allocate a buffer of that many rows, with images of these sizes."""
-        return BatchBuffer(samples, sizes, self.max_words, len(self.attributes), self.vector_dim, pinned)
+        paired = self.pairs is not None
+        return BatchBuffer(samples, sizes, self.max_words, len(self.attributes), self.vector_dim, paired, pinned)
 
     def fill(self, buffer: BatchBuffer, tasks: Sequence[RowTask]) -> None:
         """Fill consecutive rows; record those that cannot be filled in `buffer.bad`."""
         size = buffer.images[-1].shape[-1]
-        images = np.zeros((len(tasks), size, size), dtype=np.uint32)
-        for task, image in zip(tasks, images, strict=True):
+        pyramids = [buffer.images, *([buffer.partners] if buffer.partners else [])]
+        images = np.zeros((len(pyramids), len(tasks), size, size), dtype=np.uint32)
+        for place, task in enumerate(tasks):
             try:
-                self._fill_row(buffer, task, image)
+                self._fill_row(buffer, task, images[:, place])
             except ValueError as error:
                 buffer.bad[task.row] = str(error)
         rows = slice(tasks[0].row, tasks[-1].row + 1)
-        fill_pyramid(images, [image[rows] for image in buffer.images])
+        for of_kind, pyramid in zip(images, pyramids, strict=True):
+            fill_pyramid(of_kind, [image[rows] for image in pyramid])
 
-    def _fill_row(self, buffer: BatchBuffer, task: RowTask, image: NDArray[np.uint32]) -> None:
+    def _fill_row(self, buffer: BatchBuffer, task: RowTask, images: NDArray[np.uint32]) -> None:
         row, sample = task.row, task.sample
         buffer.ids[row] = self.split.keys[task.index]
         if isinstance(sample, BadSample):
@@ -139,12 +154,15 @@ class SampleTransform:
         tokens, length, caption = self.encode_caption(task.index, task.bits)
         if self.vector_info is not None:
             buffer.vectors[row] = self._sentence_vector(self.vector_info, task, sample.vectors, caption)
-        size = len(image)
+        size = images.shape[-1]
         if isinstance(sample, EncodedImage):
-            sample = decode(sample, shorter_side(size, self.crop))
+            whole = self.pairs is Pairs.STORED  # half of an image at a fraction of its size may end within a pixel
+            sample = decode(sample, None if whole else shorter_side(size, self.crop))
             if self.decoded_cache is not None:
                 self.decoded_cache.put(task.index, sample)
-        image[...] = crop_and_flip(sample, size, self.crop, self.flip, task.bits, self.random_crop)
+        stored = halves(sample) if self.pairs is Pairs.STORED else (sample,)
+        cropped = [crop_and_flip(each, size, self.crop, self.flip, task.bits, self.random_crop) for each in stored]
+        images[...] = [outlines(cropped[0]), *cropped] if self.pairs is Pairs.OUTLINES else cropped
         buffer.tokens[row], buffer.lengths[row] = tokens, length
         buffer.class_ids[row] = self.split.class_ids[task.index]
         buffer.attributes[row, [self.attributes[name] for name in self.split.attributes(task.index)]] = 1.0

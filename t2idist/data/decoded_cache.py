@@ -148,7 +148,7 @@ class DecodedCache:
 
 
 def open_decoded_cache(
-    folder: Path, limit_bytes: int, dataset: Dataset, split: str, shorter: int
+    folder: Path, limit_bytes: int, dataset: Dataset, split: str, shorter: int | None
 ) -> DecodedCache | None:
     """Open the cache of a split, or begin one.
 
@@ -163,7 +163,7 @@ def open_decoded_cache(
         The cache; None if there is no room, or if the disk fails, which is logged.
     """
     samples = dataset.split(split)
-    drafted = draft_fraction(samples.largest_shorter_side, shorter) > 1
+    drafted = shorter is not None and draft_fraction(samples.largest_shorter_side, shorter) > 1
     identity = f"{dataset.fingerprint} {split} {shorter if drafted else 'full'}"
     try:
         boot = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else f"{os.uname().nodename}-{os.getpid()}"

@@ -25,6 +25,7 @@ from t2idist.data.collate import BatchBuffer, RowTask, SampleTransform
 from t2idist.data.decoded_cache import DecodedCache, open_decoded_cache
 from t2idist.data.lanes import READ_SAMPLES, Lane
 from t2idist.data.order import Order, SampleRange, permutation, random_bits
+from t2idist.data.pairs import Pairs
 from t2idist.data.reader import ShardReader
 from t2idist.data.shards import Dataset, cache_folder
 from t2idist.data.transforms import shorter_side
@@ -216,6 +217,7 @@ def open_loader(dataset: Dataset, spec: LoaderSpec, seed: int) -> Loader:
     transform = SampleTransform(
         split, dataset.vocabulary, _index_by_name(dataset.attribute_names), config.max_words, config.crop, config.flip,
         config.random_crop, dataset.vector_info, config.vectors_mean_of, decoded_cache=decoded,
+        pairs=Pairs.of(dataset),
     )  # fmt: skip
     return Loader(spec, order, ShardReader(dataset, spec.split, cache, decoded), transform)
 
@@ -231,7 +233,7 @@ def _open_caches(dataset: Dataset, spec: LoaderSpec) -> tuple[ShardCache | None,
         shards = [shard for split in dataset.splits.values() for shard in split.shards]
         cache = ShardCache(folder / "shards", limit_bytes, dataset.url, shards, endpoint_url=dataset.endpoint_url)
         rest -= sum(shard.bytes for shard in shards)
-    shorter = shorter_side(spec.sizes[-1], config.crop)
+    shorter = None if dataset.stored_pairs else shorter_side(spec.sizes[-1], config.crop)
     return cache, open_decoded_cache(folder / "decoded", rest, dataset, spec.split, shorter)
 
 
@@ -282,7 +284,7 @@ def load_split(
         chosen = np.sort(permutation(len(samples), "limit", seed)[:limit])
     transform = SampleTransform(
         samples, dataset.vocabulary, _index_by_name(dataset.attribute_names), max_words, crop, flip=False,
-        random_crop=False, vector_info=dataset.vector_info, caption=caption,
+        random_crop=False, vector_info=dataset.vector_info, caption=caption, pairs=Pairs.of(dataset),
     )  # fmt: skip
     reader = ShardReader(dataset, split)
     buffer = transform.new_buffer(len(chosen), sizes)

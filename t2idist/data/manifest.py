@@ -54,6 +54,9 @@ class Rows:
         numbers = {name: values[start : start + count] for name, values in self.numbers.items()}
         return Rows(numbers, self.texts.slice(start, count))
 
+    def take(self, rows: NDArray[np.int64]) -> Rows:
+        return Rows({name: values[rows] for name, values in self.numbers.items()}, self.texts.take(rows))
+
 
 class Cells:
     """The values of a column that is stored in several pieces; made when asked for."""

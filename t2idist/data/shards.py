@@ -12,7 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ from t2idist.data.sample_format import MAX_VECTOR_DIM, VECTOR_TYPES, npy_header
 from t2idist.data.tokenizer import ASCII, END_TOKEN, TOKENIZER_KEY, Vocabulary
 
 SCHEMA_VERSION = 2
+PAIRS = "pairs"
+"""Option in dataset.json of a set of pairs: every stored image is two of equal size, side by side."""
 
 _NAME_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,120}")
 _DESCRIPTION_MAX_BYTES = 256 << 20
@@ -84,6 +86,7 @@ class Split:
     def __init__(self, name: str, shards: tuple[Shard, ...], rows: Rows) -> None:
         self.name = name
         self.shards = shards
+        self._rows = rows
         self.keys = Keys(rows.texts["key"])
         self.offsets: NDArray[np.int64] = rows.numbers["offsets"]
         self.lengths: NDArray[np.int64] = rows.numbers["lengths"]
@@ -151,6 +154,14 @@ class Split:
             counts.append(np.bincount(rows.to_numpy(zero_copy_only=False), minlength=len(piece)).astype(np.int64))
         return np.concatenate(counts)
 
+    def having(self, attribute: str) -> Split:
+        """Return the samples with an attribute, in the same order; shards without any are left out."""
+        rows = np.flatnonzero(self.count_attributes([attribute]))
+        starts = np.cumsum([0, *self.shard_sizes])
+        counts = np.diff(np.searchsorted(rows, starts)).tolist()
+        shards = (replace(shard, samples=count) for shard, count in zip(self.shards, counts, strict=True) if count)
+        return Split(self.name, tuple(shards), self._rows.take(rows))
+
     def has_captions(self) -> bool:
         """Return whether any sample has a caption."""
         return any(len(piece.flatten()) for piece in self._captions.pieces)
@@ -188,6 +199,8 @@ class Dataset:
     """What dataset.json says of images that were left out and of equal ones (see `data.statistics`)."""
     fingerprint: str = ""
     """SHA-256 of all that a run depends on: equal for a copy at another URL, another for any other content."""
+    outlines: bool = False
+    """Make pairs of the images, as in DataConfig."""
 
     @classmethod
     def open(
@@ -236,12 +249,35 @@ class Dataset:
     def info(self) -> DataInfo:
         """The facts that a system is built from. Raises ValueError if there is no train split."""
         words, images = tuple(self.vocabulary.words), len(self.split("train"))
-        return DataInfo(words, images, self.vector_dim, (tuple(self.attribute_names),))
+        return DataInfo(words, images, self.vector_dim, (tuple(self.attribute_names),), self.paired)
 
     @property
     def vector_dim(self) -> int:
         """Dimension of its sentence vectors; 0 if it has none."""
         return 0 if self.vector_info is None else self.vector_info.dim
+
+    @property
+    def stored_pairs(self) -> bool:
+        """Whether every stored image is two, side by side."""
+        return bool(self.options.get(PAIRS))
+
+    @property
+    def paired(self) -> bool:
+        """Whether every sample is a pair of images."""
+        return self.stored_pairs or self.outlines
+
+    def having(self, attribute: str) -> Dataset:
+        """Return the set of the images with an attribute; it reads the same shards.
+
+        Raises:
+            ValueError: If no image of split train has it.
+        """
+        kept = {name: split.having(attribute) for name, split in self.splits.items()}
+        splits = {name: split for name, split in kept.items() if len(split)}
+        if "train" not in splits:
+            raise ValueError(f"{storage.redact(self.url)}: no image of split train has the attribute {attribute}")
+        fingerprint = storage.sha256(f"{self.fingerprint} {attribute}".encode())
+        return replace(self, splits=splits, fingerprint=fingerprint)
 
     def split(self, name: str) -> Split:
         """Return the split `name`. Raises ValueError, listing the splits, if there is none of that name."""

@@ -14,18 +14,20 @@ from t2idist.config import DataConfig
 from t2idist.contract import ReferenceImage, to_float
 from t2idist.data.image_file import UnusableImage, read_rgb
 from t2idist.data.loader import load_split
+from t2idist.data.pairs import outlines
 from t2idist.data.samples import DecodedImage
 from t2idist.data.sources import open_dataset
 from t2idist.data.transforms import crop_and_flip, fill_pyramid, pixels_of
 
 
-def image_of_file(data: bytes, size: int, name: str) -> Tensor:
+def image_of_file(data: bytes, size: int, name: str, *, as_outlines: bool = False) -> Tensor:
     """Return the central square of an image file, as the sharding tools see it: (3, size, size) in [-1, 1].
 
     Args:
         data: content of the file.
         size: pixels of a side.
         name: name of the file, for messages.
+        as_outlines: draw its outlines, as `data.outlines` does.
 
     Raises:
         ValueError: the file is not an image that can be used.
@@ -36,7 +38,7 @@ def image_of_file(data: bytes, size: int, name: str) -> Tensor:
         raise ValueError(f"{name}: does not decode: {error.detail}") from None
     square = crop_and_flip(DecodedImage(pixels_of(image), full_size), size, 1.0, False, None)
     planes = np.empty((1, 3, size, size), np.uint8)
-    fill_pyramid(square[None], [planes])
+    fill_pyramid((outlines(square) if as_outlines else square)[None], [planes])
     return to_float(torch.from_numpy(planes[0]))
 
 

@@ -88,6 +88,11 @@ def _embedded_fingerprint(dataset: Dataset) -> str:
 def _open(config: DataConfig, source: str, key: str) -> Dataset:
     if source in EMBEDDED:
         dataset = Dataset.open(EMBEDDED[source](config))
-        return replace(dataset, fingerprint=_embedded_fingerprint(dataset)) if source == "avatars" else dataset
-    _check_name(source, key)
-    return Dataset.open(source, endpoint_url=config.endpoint_url, cache=config.cache)
+        if source == "avatars":
+            dataset = replace(dataset, fingerprint=_embedded_fingerprint(dataset))
+    else:
+        _check_name(source, key)
+        dataset = Dataset.open(source, endpoint_url=config.endpoint_url, cache=config.cache)
+    if config.outlines and dataset.stored_pairs:
+        raise ValueError(f"data.outlines: true, but {storage.redact(dataset.url)} has pairs already; give false")
+    return replace(dataset, outlines=config.outlines)

@@ -61,4 +61,5 @@ class DeviceBatches:
 
 def _tensors(batch: Batch) -> tuple[Tensor, ...]:
     """Return the tensors of a batch that are on its device."""
-    return *batch.images, batch.captions.tokens, batch.captions.vectors, batch.class_ids, batch.attributes
+    labels = batch.captions.tokens, batch.captions.vectors, batch.class_ids, batch.attributes
+    return *batch.images, *batch.partners, *labels

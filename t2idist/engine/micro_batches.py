@@ -133,6 +133,7 @@ class _Part:
         part = replace(
             batch,
             images=tuple(images[rows] for images in batch.images),
+            partners=tuple(images[rows] for images in batch.partners),
             captions=batch.captions[rows],
             class_ids=batch.class_ids[rows],
             attributes=batch.attributes[rows],
@@ -213,6 +214,9 @@ class _Part:
 
     def noise(self, *shape: int) -> Tensor:
         return self._trainer.noise(*shape)
+
+    def memory(self, name: str) -> Tensor:
+        return self._trainer.memory(name)
 
     def report(self, name: str, value: Tensor) -> None:
         self.reports.append((name, value.detach()))

@@ -19,6 +19,7 @@ from t2idist.contract import Frozen, Role, System
 from t2idist.engine.ema import Average
 from t2idist.engine.groups import convert_layers, track_statistics
 from t2idist.engine.guard import Guard
+from t2idist.engine.memory import GroupMemory
 from t2idist.engine.micro_batches import MicroBatches
 from t2idist.engine.noise import Noise
 from t2idist.engine.schedule import ema_decay, lr_factor
@@ -51,7 +52,7 @@ class _RoleState:
 class Trainer:
     """Runs a system's steps on one worker. Implements `contract.Train`.
 
-    - `images` and `step` count what is done.
+    - `images` and `step` count what is done. `memory` holds what groups keep from step to step.
     - `forward` runs a function of a role's network inside its distributed wrapper; `apply` runs backward, clipping, the
       optimizer step and the EMA; `update` is both. Each role has one forward, then one apply, at a time.
     - `frozen` yields bare networks without gradients to their weights.
@@ -90,6 +91,7 @@ class Trainer:
         self.noise_source = Noise(seed, stage, share.lanes, group_size, world.device, precision.weights)
         self._frozen = {name: self._start_frozen(frozen) for name, frozen in system.frozen.items()}
         self._role_states = {name: self._start_role(name, role) for name, role in system.roles.items()}
+        self._memory = GroupMemory(system, share.lanes, world.device, precision.weights)
         nets = [net for _, net in self._nets_with_state()]
         self.guard = Guard(nets, world.device)
         self._micro_batches: MicroBatches | None = None
@@ -163,10 +165,9 @@ class Trainer:
 
     def update(self, role: str, fn: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """`forward` of a function that returns the loss, then `apply` (`Train.update`); return the detached loss."""
-        loss = self.forward(role, fn, *args, **kwargs)
+        loss: Tensor = self.forward(role, fn, *args, **kwargs)
         self.apply(role, loss)
-        detached: Tensor = loss.detach()
-        return detached
+        return loss.detach()
 
     @contextlib.contextmanager
     def frozen(self, *names: str) -> Iterator[Any]:
@@ -181,6 +182,10 @@ class Trainer:
     def noise(self, *shape: int) -> Tensor:
         """Draw (N, *shape) standard normal values, the same whatever the number of workers (`Train.noise`)."""
         return self.noise_source.normal(*shape)
+
+    def memory(self, name: str) -> Tensor:
+        """Return a tensor (groups, *shape) of the groups in turn, to write in place (`Train.memory`)."""
+        return self._memory.of(name, self.noise_source.lanes)
 
     def report(self, name: str, value: Tensor) -> None:
         """Log a scalar; `reduce_reports` averages it (`Train.report`)."""
@@ -278,8 +283,7 @@ class Trainer:
 
         A collective. Keys are the last parts of the names in the system's `exports`.
         """
-        buffers = self.averaged_buffers()
-        nets: dict[str, nn.Module] = {}
+        buffers, nets = self.averaged_buffers(), dict[str, nn.Module]()
         for name in self.system.exports:
             if name in self._frozen:
                 net = self._frozen[name]
@@ -319,7 +323,8 @@ class Trainer:
         """Return the whole training state by name. To load a state, write into these tensors, then call `finish_load`.
 
         Names are ``<role>/net/<name>``, ``<role>/ema/<name>``, ``<role>/adam/<parameter>/{exp_avg,exp_avg_sq,step}``,
-        and ``<network>/frozen/<buffer>`` of frozen networks in train mode.
+        ``<network>/frozen/<buffer>`` of frozen networks in train mode and, for this worker's groups,
+        ``memory/<group>/<name>``.
         The tensors are live; under DeepSpeed the moments are gathered from all workers, a collective.
         """
         tensors: dict[str, Tensor] = {}
@@ -328,7 +333,7 @@ class Trainer:
             tensors |= {f"{prefix}{key}": value for key, value in values.items()}
         for name, state in self._role_states.items():
             tensors |= {f"{name}/adam/{key}": value for key, value in state.strategy.optimizer_state().items()}
-        return tensors
+        return tensors | self._memory.state()
 
     def finish_load(self, tensors: Mapping[str, Tensor]) -> None:
         """Resume from what was loaded into the tensors that `state` returned."""
@@ -341,7 +346,7 @@ class Trainer:
 
     def optimizer_bytes(self) -> int:
         """Return the bytes of optimizer state on this worker."""
-        return sum(state.strategy.optimizer_bytes() for state in self._role_states.values())
+        return sum(each.strategy.optimizer_bytes() for each in self._role_states.values())
 
     def local_buffers(self) -> dict[str, Tensor]:
         """Return this worker's own floating buffers by name, so that the same number of workers resumes bitwise."""

@@ -15,6 +15,7 @@ from t2idist import storage
 from t2idist.config import RunConfig
 from t2idist.contract import (
     Sample,
+    SupportsDomains,
     SupportsEmbed,
     SupportsSample,
     SupportsTranslate,
@@ -24,6 +25,7 @@ from t2idist.contract import (
     uses_sentence_vectors,
 )
 from t2idist.data.loader import load_split
+from t2idist.data.mixing import training_sets
 from t2idist.data.shards import Dataset
 from t2idist.data.tokenizer import Vocabulary, known_words
 from t2idist.evaluate import background_scorer, best_weights
@@ -32,7 +34,7 @@ from t2idist.evaluate.diversity import WITHIN, Diversity
 from t2idist.evaluate.r_precision import metric_name, validation_score
 from t2idist.sampling.figures import attention_figure, grid, png_bytes, stack_figures
 from t2idist.sampling.generate import GaussianNoise, empty_captions, encode_captions, eval_mode, generate
-from t2idist.sampling.translate import TranslationGrid
+from t2idist.sampling.translate import DomainGrid, TranslationGrid
 
 logger = logging.getLogger(__name__)
 
@@ -133,11 +135,12 @@ class InTrainingEvaluator:
         data, dataset, settings = config.stage_data(stage), datasets[0], config.stages[stage]
         self._grid, self._val, self._diversity = None, None, None
         self._columns = config.report.draws
-        self._translations = None
+        self._translations: TranslationGrid | DomainGrid | None = None
+        place: dict[str, Any] = {"crop": data.crop, "folder": storage.join(folder, "pictures"), "device": device}
         if isinstance(system, SupportsTranslate):
-            self._translations = TranslationGrid(
-                system, datasets, crop=data.crop, folder=storage.join(folder, "pictures"), device=device
-            )
+            self._translations = TranslationGrid(system, datasets, **place)
+        elif isinstance(system, SupportsDomains):
+            self._translations = DomainGrid(system, training_sets(system, datasets), **place)
         if isinstance(system, SupportsSample):
             self._grid = _sample_grid(system, dataset, config, stage, folder, device)
             with contextlib.suppress(ValueError):  # its network is an optional dependency

@@ -33,6 +33,8 @@ class LogitLoss:
     relativistic: bool = False
     """Take the difference of two logits in place of each: of a real and a generated image with the same caption
     (RSGAN: Jolicoeur-Martineau 2018), and of a real image with its own and with the wrong caption."""
+    boundary: float = 0.0
+    """Logit from which on an image is taken for real."""
     kept: float = 1.0
     """Share of each group's logits, the largest, that the generator learns from (top-k: Sinha et al. 2020)."""
 
@@ -50,6 +52,10 @@ BCE = LogitLoss(_softplus_of_minus, F.softplus, _softplus_of_minus)
 """Cross-entropy against targets 1 and 0; the generator has the loss that does not saturate (Goodfellow et al. 2014)."""
 HINGE = LogitLoss(lambda logits: F.relu(1 - logits), lambda logits: F.relu(1 + logits), torch.neg)
 """Hinge loss (Lim and Ye 2017; Miyato et al. 2018)."""
+LEAST_SQUARES = LogitLoss(
+    lambda logits: (logits - 1).square(), torch.square, lambda logits: (logits - 1).square(), boundary=0.5
+)
+"""Squared distance from the targets 1 and 0 (LSGAN: Mao et al. 2017, eq. 9), without the factor 1/2 there."""
 
 
 def loss_real(logits: Tensor, kind: LogitLoss = BCE) -> Tensor:
@@ -93,7 +99,19 @@ class UnconditionalLosses:
 def unconditional_losses(real: Tensor, fake: Tensor, kind: LogitLoss = BCE) -> UnconditionalLosses:
     """Losses from the logits (N,) of real and of generated images."""
     real, fake = kind.compared(real, fake)
-    return UnconditionalLosses(loss_real(real, kind), loss_fake(fake, kind), _fraction(real > 0), _fraction(fake < 0))
+    accuracies = _fraction(real > kind.boundary), _fraction(fake < kind.boundary)
+    return UnconditionalLosses(loss_real(real, kind), loss_fake(fake, kind), *accuracies)
+
+
+def patch_losses(net: nn.Module, real: Tensor, fake: Tensor, kind: LogitLoss = BCE) -> UnconditionalLosses:
+    """Losses of a network that maps images (N, C, S, S) to a logit for each of their patches, mean over patches."""
+    logits = (net(real), net(fake)) if couples_samples(net) else net(torch.cat([real, fake])).chunk(2)
+    return unconditional_losses(*(each.flatten() for each in logits), kind)
+
+
+def half_loss(losses: UnconditionalLosses) -> Tensor:
+    """Half the discriminator's loss, which slows it down relative to the generator (pix2pix, section 3.3; CycleGAN)."""
+    return (losses.real + losses.fake) / 2
 
 
 @dataclass(frozen=True)
@@ -205,9 +223,9 @@ def pair_losses(
         real=loss_real(as_real, kind),
         wrong=masked_loss_fake(as_wrong, keep, groups, kind),
         fake=loss_fake(as_fake, kind),
-        accuracy_real=_fraction(as_real > 0),
-        accuracy_wrong=_fraction(as_wrong < 0, keep),
-        accuracy_fake=_fraction(as_fake < 0),
+        accuracy_real=_fraction(as_real > kind.boundary),
+        accuracy_wrong=_fraction(as_wrong < kind.boundary, keep),
+        accuracy_fake=_fraction(as_fake < kind.boundary),
         accuracy_matching=_fraction(matching > other, keep),
     )
 

@@ -160,7 +160,8 @@ def replace_batch_norm(net: nn.Module, norm: str) -> None:
     """Replace every BatchNorm of a network, in place.
 
     Args:
-        norm: "batch": unchanged; "group": GroupNorm with 8 channels a group; any other: removed.
+        norm: "batch": unchanged; "group": GroupNorm with 8 channels a group; "instance": InstanceNorm without weights,
+            where there are positions to take statistics of; any other: removed.
     """
     if norm == "batch":
         return
@@ -168,8 +169,12 @@ def replace_batch_norm(net: nn.Module, norm: str) -> None:
         for name, child in parent.named_children():
             if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
                 channels = child.num_features
-                group = nn.GroupNorm(max(1, channels // _CHANNELS_OF_GROUP), channels)
-                setattr(parent, name, group if norm == "group" else nn.Identity())
+                new: nn.Module = nn.Identity()
+                if norm == "group":
+                    new = nn.GroupNorm(max(1, channels // _CHANNELS_OF_GROUP), channels)
+                elif norm == "instance" and isinstance(child, nn.BatchNorm2d):
+                    new = nn.InstanceNorm2d(channels)
+                setattr(parent, name, new)
 
 
 def tile(vector: Tensor, like: Tensor) -> Tensor:

@@ -38,16 +38,16 @@ def orthogonal_(net: nn.Module) -> None:
 
 
 def normal_(net: nn.Module) -> None:
-    """DCGAN, GAN-CLS and StackGAN v1: convolutions and linear maps N(0, 0.02), BatchNorm N(1, 0.02), biases 0."""
+    """DCGAN and most others: convolutions and linear maps N(0, 0.02), norms with weights N(1, 0.02), biases 0."""
     _initialise(net, functools.partial(nn.init.normal_, mean=0.0, std=0.02))
 
 
 def _initialise(net: nn.Module, draw: Callable[[Tensor], Tensor]) -> None:
-    """Initialise convolutions and linear maps by `draw`, BatchNorm as N(1, 0.02), biases as 0."""
+    """Initialise convolutions and linear maps by `draw`, norms with weights as N(1, 0.02), biases as 0."""
     for module in net.modules():
         if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
             draw(module.weight)
-        elif isinstance(module, BATCH_NORMS):
+        elif isinstance(module, (*BATCH_NORMS, nn.InstanceNorm2d)) and module.weight is not None:
             nn.init.normal_(module.weight, 1.0, 0.02)
         else:
             continue

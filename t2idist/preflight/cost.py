@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
-from t2idist.contract import Batch, Captions, System
+from t2idist.contract import Batch, Captions, KeepsMemory, System
 from t2idist.engine.trainer import frozen_parameters, select_networks
 from t2idist.nn.fast.layers import use_fast_layers
 from t2idist.nn.fast.torch_internals import TorchDispatchMode, tree_leaves, tree_map_only
@@ -81,7 +81,7 @@ def _batch(
     captions = Captions(tokens, lengths, torch.empty(group_size, vector_dim, device=META))
     images = tuple(torch.empty(group_size, 3, size, size, device=META) for size in sizes)
     labels = torch.empty(group_size, kinds, device=META)
-    return Batch(images, captions, torch.arange(group_size), labels, ("",) * group_size, 1, domain)
+    return Batch(images, captions, torch.arange(group_size), labels, ("",) * group_size, 1, domain, partners=images)
 
 
 class _MetaTrain:
@@ -93,6 +93,8 @@ class _MetaTrain:
         self._group_size = group_size
         self._nets = {name: use_fast_layers(role.net.train()) for name, role in system.roles.items()}
         self._frozen = {name: f.net.train(f.train_mode).requires_grad_(False) for name, f in system.frozen.items()}
+        shapes = system.memory if isinstance(system, KeepsMemory) else {}
+        self._memory = {name: torch.empty(1, *shape, device=META) for name, shape in shapes.items()}
 
     @property
     def images(self) -> int:
@@ -119,6 +121,9 @@ class _MetaTrain:
 
     def noise(self, *shape: int) -> Tensor:
         return torch.empty(self._group_size, *shape, device=META)
+
+    def memory(self, name: str) -> Tensor:
+        return self._memory[name]
 
     def report(self, name: str, value: Tensor) -> None:
         return

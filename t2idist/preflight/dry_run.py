@@ -14,9 +14,9 @@ from torch import nn
 from t2idist import storage
 from t2idist.config import EXPORT_R_PRECISION, ClusterConfig, DataConfig, RunConfig, StageConfig
 from t2idist.config.strict import parse_yaml, to_dict, to_yaml
-from t2idist.contract import DataInfo, SupportsEmbed, SupportsTranslate, System, is_text_conditional
+from t2idist.contract import DataInfo, SupportsDomains, SupportsEmbed, SupportsTranslate, System, is_text_conditional
 from t2idist.data import sources, statistics
-from t2idist.data.mixing import data_info
+from t2idist.data.mixing import data_info, is_unpaired
 from t2idist.data.shards import Dataset
 from t2idist.data.single_image import read_one
 from t2idist.data.tokenizer import Vocabulary
@@ -152,6 +152,9 @@ def _check_data(stage: StageRun, system: System, datasets: Sequence[Dataset]) ->
             where = f"model.domains[{index}]"
             labels, exclusive = system.labels[index], system.exclusive[index]
             _refuse(stage, dataset, statistics.problems_of_domain(dataset, labels, exclusive, where))
+        if is_unpaired(system) and not dataset.paired:
+            assert isinstance(system, SupportsDomains)
+            _refuse(stage, dataset, statistics.problems_of_domain(dataset, system.domains, False, "model.domains"))
 
 
 def _check_evaluation(stage: StageRun, system: System, datasets: Sequence[Dataset]) -> None:

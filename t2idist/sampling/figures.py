@@ -37,16 +37,16 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
-def read_image(url: str, size: int) -> Tensor:
+def read_image(url: str, size: int, *, as_outlines: bool = False) -> Tensor:
     """Read the central square of an image file, as the sharding tools see it: (3, size, size) in [-1, 1].
 
-    Raises ValueError, naming the file, if it cannot be read.
+    as_outlines: draw its outlines, as `data.outlines` does. Raises ValueError, naming the file, if it cannot be read.
     """
     try:
         data = storage.read_bytes(url)
     except OSError as error:
         raise ValueError(describe_error(error)) from None
-    return image_of_file(data, size, storage.redact(url))
+    return image_of_file(data, size, storage.redact(url), as_outlines=as_outlines)
 
 
 def png_bytes(image: Image.Image) -> bytes:

@@ -12,22 +12,22 @@ from torch import Tensor, nn
 
 from t2idist.contract import Adam, Schedule, Train, check_ranges
 from t2idist.losses import augmentation
-from t2idist.losses.adversarial import BCE, HINGE, LogitLoss, LogitsOf, generator_loss
+from t2idist.losses.adversarial import BCE, HINGE, LEAST_SQUARES, LogitLoss, LogitsOf, generator_loss
 from t2idist.losses.penalties import matching_aware_penalty, r1_penalty
 from t2idist.nn.blocks import replace_batch_norm
 from t2idist.nn.discriminators import remove_logit_biases
 from t2idist.nn.spectral_norm import add_spectral_norm
 
 CONSTANT = Schedule()
-_LOSSES = {"bce": BCE, "hinge": HINGE}
+_LOSSES = {"bce": BCE, "hinge": HINGE, "least_squares": LEAST_SQUARES}
 
 
 @dataclass(frozen=True)
 class GanOptions:
     """Settings that the configs of systems inherit; the defaults are as published."""
 
-    adversarial_loss: Literal["bce", "hinge"] = "bce"
-    """Loss of the logits: binary cross-entropy, or hinge."""
+    adversarial_loss: Literal["bce", "hinge", "least_squares"] = "bce"
+    """Loss of the logits: binary cross-entropy, hinge, or the squared distance from 1 and 0 (LSGAN)."""
     relativistic: bool = False
     """Take differences of logits: of a real and a generated image with the same caption, and of the own and the wrong
     caption of a real image (relativistic GAN)."""
@@ -37,8 +37,9 @@ class GanOptions:
     """`top_k` applies after this many images."""
     augment: tuple[str, ...] = ()
     """Differentiable augmentation of all images that discriminators see (DiffAugment): color, translation, cutout."""
-    discriminator_norm: Literal["batch", "group", "spectral", "none"] = "batch"
-    """Normalisation of the discriminators; "group": GroupNorm with 8 channels a group; "spectral": of the weights."""
+    discriminator_norm: Literal["batch", "group", "instance", "spectral", "none"] = "batch"
+    """Normalisation of the discriminators; "group": GroupNorm with 8 channels a group; "instance": of each channel of
+    each image; "spectral": of the weights."""
     r1_weight: float = 0.0
     """Weight of the R1 penalty of the discriminators on real images; 0: none."""
     r1_every: int = 4
@@ -61,6 +62,8 @@ class GanOptions:
             share="decay_floor top_k",
             above_0="top_k",
         )
+        if self.relativistic and self.adversarial_loss == "least_squares":
+            raise ValueError("relativistic: true, but adversarial_loss is least_squares; allowed are bce and hinge")
         if unknown := [kind for kind in self.augment if kind not in augmentation.KINDS]:
             raise ValueError(f"augment: '{unknown[0]}'; there are {', '.join(augmentation.KINDS)}")
 

@@ -21,7 +21,7 @@ from t2idist.config import RunConfig
 from t2idist.config.strict import to_dict, to_yaml
 from t2idist.contract import System
 from t2idist.data.loader import LoaderSpec
-from t2idist.data.mixing import data_info, open_mixed_loader
+from t2idist.data.mixing import data_info, is_unpaired, open_mixed_loader, training_sets
 from t2idist.data.shards import Dataset
 from t2idist.data.single_image import load_images
 from t2idist.data.tokenizer import recorded
@@ -318,7 +318,7 @@ class _StageWorker:
 
     def _open_batches(self) -> TrackedBatches:
         stage, trainer = self._stage, self._trainer
-        domains = range(len(self._datasets))
+        datasets = training_sets(self._system, self._datasets)
         spec = LoaderSpec(
             config=stage.data,
             sizes=self._system.sizes,
@@ -328,8 +328,8 @@ class _StageWorker:
             step0=trainer.step,
             pinned=self._world.device.type != "cpu",
         )
-        seeds = [derive_seed(stage.seed, stage.name, "data", *([domain] if domain else [])) for domain in domains]
-        source: BatchSource = open_mixed_loader(self._datasets, spec, seeds)
+        seeds = [derive_seed(stage.seed, stage.name, "data", *([i] if i else [])) for i in range(len(datasets))]
+        source: BatchSource = open_mixed_loader(datasets, spec, seeds, unpaired=is_unpaired(self._system))
         if spec.pinned:
             source = DeviceBatches(source, self._world.device, trainer.precision.weights)
         return TrackedBatches(

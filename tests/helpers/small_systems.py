@@ -117,6 +117,53 @@ MODELS: dict[str, dict[str, Any]] = {
         "discriminator_norm": "spectral",
         "condition_on_text": True,
     },
+    "cyclegan": {
+        "domains": ["Black_Hair", "Smiling"],
+        "image_size": 16,
+        "generator_width": 4,
+        "residuals": 1,
+        "discriminator_width": 4,
+        "discriminator_layers": 2,
+        "pool_size": 5,
+        "decay_start_images": 24,
+        "decay_end_images": 200,
+    },
+    "cyclegan-options": {
+        "domains": ["Black_Hair", "Smiling"],
+        "image_size": 16,
+        "generator_width": 4,
+        "residuals": 1,
+        "discriminator_width": 4,
+        "discriminator_layers": 2,
+        "discriminator_norm": "spectral",
+        "adversarial_loss": "bce",
+        "identity_weight": 0.0,
+        "pool_size": 0,
+        "r1_weight": 0.5,
+        "r1_every": 2,
+        "augment": ["color", "translation"],
+    },
+    "pix2pix": {
+        "image_size": 16,
+        "generator_width": 4,
+        "discriminator_width": 4,
+        "discriminator_layers": 2,
+        "decay_start_images": 24,
+        "decay_end_images": 200,
+    },
+    "pix2pix-options": {
+        "direction": "b_to_a",
+        "image_size": 16,
+        "generator": "resnet",
+        "generator_width": 4,
+        "generator_norm": "batch",
+        "residuals": 1,
+        "discriminator_width": 4,
+        "discriminator_layers": 2,
+        "discriminator_norm": "instance",
+        "adversarial_loss": "least_squares",
+        "ema_half_life_images": 100,
+    },
     "captioner": {"trunk": "small", "trunk_width": 4, "image_size": 32, "word_dim": 8, "hidden_dim": 8},
     "neural_style": {
         "image_size": 32,
@@ -154,8 +201,8 @@ def system_of(label: str) -> str:
     return label.partition("-")[0]
 
 
-DATA_INFOS = {"stargan": toy_gan.TWO_DOMAINS}
-"""By system, its data if that is not `toy_gan.DATA_INFO`."""
+DATA_INFOS = {"stargan": toy_gan.TWO_DOMAINS, "pix2pix": toy_gan.PAIRS, "pix2pix-options": toy_gan.PAIRS}
+"""By label, its data if that is not `toy_gan.DATA_INFO`."""
 
 
 def config(system: str, precision: str = "float64") -> RunConfig:

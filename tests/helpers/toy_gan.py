@@ -17,6 +17,8 @@ DATA_INFO = DataInfo(
     vector_dim=12,
     attributes=(("Bangs", "Black_Hair", "Blond_Hair", "Smiling"),),
 )
+PAIRS = replace(DATA_INFO, paired=True)
+"""Every sample is a pair of images."""
 TWO_DOMAINS = replace(DATA_INFO, attributes=(*DATA_INFO.attributes, ("happy", "sad", "neutral")))
 """Two data sets that alternate step by step."""
 
@@ -96,11 +98,15 @@ def batch(
     domain = step % len(data_info.attributes)
     count = len(data_info.attributes[domain])
     images: list[list[Tensor]] = [[] for _ in sizes]
+    partners: list[list[Tensor]] = [[] for _ in sizes]
     tokens, lengths, vectors, attributes, ids = [], [], [], [], []
     for lane in lanes:
         generator = torch.Generator().manual_seed(1000 * step + lane)
         for scale, size in zip(images, sizes, strict=True):
             scale.append(torch.randint(0, 256, (group_size, 3, size, size), generator=generator, dtype=torch.uint8))
+        others = torch.Generator().manual_seed(7_000_000 + 1000 * step + lane)
+        for scale, size in zip(partners, sizes, strict=True):
+            scale.append(torch.randint(0, 256, (group_size, 3, size, size), generator=others, dtype=torch.uint8))
         length = torch.randint(2, max_words + 1, (group_size,), generator=generator)
         words = torch.randint(1, VOCABULARY_SIZE, (group_size, max_words), generator=generator)
         tokens.append(words * (torch.arange(max_words)[None] < length[:, None]))
@@ -110,8 +116,8 @@ def batch(
         ids += [f"{step}-{lane}-{position}" for position in range(group_size)]
     class_ids = torch.tensor([_sample_number(key) % 7 for key in ids])  # some samples of a group share a class
     captions = Captions(torch.cat(tokens), torch.cat(lengths), torch.cat(vectors))
-    pyramid = tuple(torch.cat(scale) for scale in images)
-    return Batch(pyramid, captions, class_ids, torch.cat(attributes), tuple(ids), len(lanes), domain)
+    pyramid, second = (tuple(torch.cat(scale) for scale in each) for each in (images, partners))
+    return Batch(pyramid, captions, class_ids, torch.cat(attributes), tuple(ids), len(lanes), domain, second)
 
 
 def _sample_number(key: str) -> int:

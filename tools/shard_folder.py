@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from t2idist.ingest import cli
+from t2idist.ingest import cli, pairs
 from t2idist.ingest.fields import Fields
 from t2idist.ingest.folder import FolderOptions, list_folder
 from t2idist.ingest.layouts import list_layout
@@ -22,7 +22,38 @@ webdataset tars are recognised, and so is one table beside the images. Folders a
 validation and test are splits, and so is what a field "split" states."""
 
 
+_OF_ANNOTATIONS = (
+    "captions", "caption_extension", "table", "image_column", "caption_column", "attributes_column",
+    "attribute_columns", "class_column", "split_column", "split_by_class",
+)  # fmt: skip
+"""Options about captions and other annotations, which images of domains and pairs do not have."""
+
+
 def list_images(options: argparse.Namespace, listing: Listing) -> None:
+    """List the images that the options name, and print how their splits came about."""
+    folder_options = FolderOptions(
+        options.val, options.test, options.split_by_class, needs_captions=not options.allow_no_captions,
+        split_folders=not (options.split_by_hash or options.split_by_class),
+        caption_extension=options.caption_extension,
+    )  # fmt: skip
+    if options.side_by_side and not options.folder:
+        raise ValueError("--side-by-side: needs --folder; the images of --pairs and --domain are single")
+    if options.domain or options.pairs or options.side_by_side:
+        for name in _OF_ANNOTATIONS:
+            if (given := getattr(options, name)) not in (None, False):
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{option} {given}: images of domains and pairs are read without annotations")
+    if options.domain:
+        print(*pairs.list_domains(pairs.parse_domains(options.domain), listing, folder_options), sep="\n")
+    elif options.pairs:
+        print(pairs.list_pairs(*options.pairs, listing, folder_options))
+    elif options.side_by_side:
+        print(pairs.list_side_by_side(options.folder, listing, folder_options))
+    else:
+        list_single_images(options, listing, folder_options)
+
+
+def list_single_images(options: argparse.Namespace, listing: Listing, folder_options: FolderOptions) -> None:
     fields = Fields(
         options.image_column, options.caption_column, options.attributes_column, options.class_column,
         "" if options.split_column is None and options.split_by_hash else options.split_column,
@@ -35,11 +66,6 @@ def list_images(options: argparse.Namespace, listing: Listing) -> None:
         split=fields.split,
         flags=tuple(name.strip() for name in (options.attribute_columns or "").split(",") if name.strip()),
     )
-    folder_options = FolderOptions(
-        options.val, options.test, options.split_by_class, needs_captions=not options.allow_no_captions,
-        split_folders=not (options.split_by_hash or options.split_by_class),
-        caption_extension=options.caption_extension,
-    )  # fmt: skip
 
     def list_plain() -> str:
         return list_folder(
@@ -54,14 +80,22 @@ def list_images(options: argparse.Namespace, listing: Listing) -> None:
         raise ValueError(f"--caption-extension {options.caption_extension}: not together with --table or --captions")
     if annotated or options.caption_extension is not None:
         print(list_plain())
+    elif pairs.has_published_domains(options.folder):
+        print(pairs.list_published_domains(options.folder, listing))
     else:
         list_layout(options.folder, listing, folder_options, fields, list_plain)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = cli.tool_parser("shard_folder", DESCRIPTION, "--folder my_images --out shards/mine --size 76")
-    parser.usage = "%(prog)s --folder URL --out URL [options]"
-    parser.add_argument("--folder", required=True, metavar="URL", help="the images; names are relative to it")
+    parser.usage = "%(prog)s (--folder URL | --domain NAME=URL ... | --pairs URL URL) --out URL [options]"
+    images = parser.add_mutually_exclusive_group(required=True)
+    images.add_argument("--folder", metavar="URL", help="the images; names are relative to it")
+    images.add_argument(
+        "--domain", action="append", metavar="NAME=URL", help="the images of a domain, without captions; twice or more"
+    )
+    images.add_argument("--pairs", nargs=2, metavar="URL", help="two folders whose images of the same name are a pair")
+    parser.add_argument("--side-by-side", action="store_true", help="each image of --folder is a pair, side by side")
     parser.add_argument("--captions", metavar="URL", help="a captions.jsonl elsewhere")
     parser.add_argument(
         "--caption-extension", metavar=".EXT", help="of text files beside the images (default: .txt or .caption)"

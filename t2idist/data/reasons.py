@@ -32,3 +32,5 @@ class Reason(StrEnum):
     UNSAFE_NAME = "unsafe_name"
     MALFORMED = "malformed"
     NO_SPLIT = "no_split"
+    NO_PARTNER = "no_partner"
+    SIZES_DIFFER = "sizes_differ"

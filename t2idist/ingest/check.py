@@ -214,6 +214,10 @@ def _check_counts(dataset: Dataset, description: dict[str, Any], problems: Probl
         stated = description["splits"][name].get("samples")
         if stated != len(split):
             problems.add(f"{DESCRIPTION}: states {stated} samples of split {name}; its shards hold {len(split)}")
+        if dataset.stored_pairs and (odd := [i for i in range(len(split)) if split.image_size(i)[0] % 2]):
+            problems.add(
+                f"{split.keys[odd[0]]} and {len(odd) - 1} others of split {name}: no pairs, as their width is odd"
+            )
     wrong = [word for word, count in dataset.word_counts.items() if counts[word] != count]
     if wrong:
         word = wrong[0]

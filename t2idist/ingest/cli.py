@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -156,6 +157,7 @@ def _write(
         finally:
             for note in listing.notes:
                 print(f"{tool}: {note}", file=sys.stderr)
+        options = replace(options, image=replace(options.image, pairs=listing.pairs))
         try:
             description = write_set(
                 listing, arguments.out, options, source=source,

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import io
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from t2idist.ingest.rejects import Reason
 
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 MAX_MEGAPIXELS = MAX_PIXELS >> 20
+_LOSSY = ("JPEG", "MPO", "WEBP")
 _BOX_GROWTH = 0.75
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -55,6 +56,8 @@ class ImageOptions:
     """Store the original bytes, at full size."""
     max_megapixels: int = MAX_MEGAPIXELS
     """Images with more pixels, in units of 2^20, are left out."""
+    pairs: bool = False
+    """Each image is two of equal size; the stored one has them side by side."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +83,9 @@ def prepare_image(
     Raises:
         UnusableImage: the image cannot be stored.
     """
-    if not data:
-        raise UnusableImage(Reason.ZERO_BYTES, "the file is empty")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns about unusual files; this module does its own checks
-        with no_limit_of_pillow():
-            image = open_image(data, FORMATS, options.max_megapixels << 20, "--max-megapixels")
+        image = _open(data, options)
         draft_size = 2 * options.size
         full_size = image.size
         if box is None and options.size and not options.keep_original and image.format in ("JPEG", "MPO"):
@@ -106,19 +106,77 @@ def prepare_image(
             return PreparedImage(data, _EXTENSIONS[image.format or ""], *image.size, ())
         repairs: list[tuple[Reason, str]] = []
         source_format = image.format
-        if not upright:
-            repairs.append((Reason.EXIF_ROTATION, f"orientation {orientation(image)}"))
-            image = ImageOps.exif_transpose(image)
-        image = to_rgb(image, data, repairs)
+        image = _repair(image, data, repairs)
     if box is not None:
         with no_limit_of_pillow():
             image = crop_to_box(image, box)
         full_size = image.size
-    lossless = options.keep_original and source_format not in ("JPEG", "MPO", "WEBP")
+    lossless = options.keep_original and source_format not in _LOSSY
     if not options.keep_original:
         image = _resize(image, options.size, full_size)
     _check_stored_size(image)
     return _encode(image, options.quality, lossless, tuple(repairs))
+
+
+def prepare_pair(first: bytes, second: bytes | None, options: ImageOptions) -> PreparedImage:
+    """Convert two image files of equal size, or one with two images side by side, to the bytes that are stored.
+
+    Each image is resized by itself, so that none has pixels of the other.
+
+    Raises:
+        UnusableImage: an image cannot be stored, or the sizes differ.
+    """
+    repairs: list[tuple[Reason, str]] = []
+    read = [_read_repaired(data, options, repairs) for data in (first, second) if data is not None]
+    images = [image for image, _ in read]
+    if second is None:
+        width, height = images[0].size
+        if width % 2:
+            detail = f"it is {width} pixels wide, which is no two images of equal size side by side"
+            raise UnusableImage(Reason.SIZES_DIFFER, detail)
+        images = [images[0].crop((left, 0, left + width // 2, height)) for left in (0, width // 2)]
+        is_small = not options.size or min(width // 2, height) <= options.size
+        if not repairs and (is_small or options.keep_original):
+            return prepare_image(first, replace(options, size=0))  # the original bytes if possible
+    if images[0].size != images[1].size:
+        sizes = " and ".join(f"{image.width} x {image.height}" for image in images)
+        raise UnusableImage(Reason.SIZES_DIFFER, f"the images of the pair have {sizes} pixels; they must be equal")
+    if not options.keep_original:
+        images = [_resize(image, options.size, image.size) for image in images]
+    width, height = images[0].size
+    joined = Image.new("RGB", (2 * width, height))
+    for place, image in enumerate(images):
+        joined.paste(image, (place * width, 0))
+    _check_stored_size(joined)
+    lossless = options.keep_original and not any(name in _LOSSY for _, name in read)
+    return _encode(joined, options.quality, lossless, tuple(repairs), full_colour=True)  # no colour crosses the middle
+
+
+def _open(data: bytes, options: ImageOptions) -> Image.Image:
+    """Read the header of an image file."""
+    if not data:
+        raise UnusableImage(Reason.ZERO_BYTES, "the file is empty")
+    with no_limit_of_pillow():
+        return open_image(data, FORMATS, options.max_megapixels << 20, "--max-megapixels")
+
+
+def _repair(image: Image.Image, data: bytes, repairs: list[tuple[Reason, str]]) -> Image.Image:
+    """Turn a loaded image upright and convert it to RGB; adds what was repaired."""
+    if orientation(image) not in (0, 1):
+        repairs.append((Reason.EXIF_ROTATION, f"orientation {orientation(image)}"))
+        image = ImageOps.exif_transpose(image)
+    return to_rgb(image, data, repairs)
+
+
+def _read_repaired(
+    data: bytes, options: ImageOptions, repairs: list[tuple[Reason, str]]
+) -> tuple[Image.Image, str | None]:
+    """Decode an image file at its full size, upright and in RGB; returns the format of the file, too."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = _open(data, options)
+        load_image(image)
+        return _repair(image, data, repairs), image.format
 
 
 def _check_stored_size(image: Image.Image) -> None:
@@ -178,13 +236,21 @@ def _resize(image: Image.Image, size: int, full_size: tuple[int, int]) -> Image.
     return Image.fromarray(small.permute(0, 2, 3, 1)[0].contiguous().numpy())
 
 
-def _encode(image: Image.Image, quality: int, lossless: bool, repairs: tuple[tuple[Reason, str], ...]) -> PreparedImage:
+def _encode(
+    image: Image.Image,
+    quality: int,
+    lossless: bool,
+    repairs: tuple[tuple[Reason, str], ...],
+    *,
+    full_colour: bool = False,
+) -> PreparedImage:
+    """Encode an image. `full_colour`: a JPEG keeps the colour of each pixel, not the mean of four."""
     out = io.BytesIO()
     try:
         if lossless:
             image.save(out, "PNG")
         else:
-            image.save(out, "JPEG", quality=quality)
+            image.save(out, "JPEG", quality=quality, **({"subsampling": "4:4:4"} if full_colour else {}))
     except (OSError, ValueError) as error:  # for example a side longer than 65,535 pixels
         raise UnusableImage(Reason.DAMAGED, f"does not encode: {error}"[:200]) from None
     return PreparedImage(out.getvalue(), "png" if lossless else "jpg", *image.size, repairs)

@@ -25,7 +25,7 @@ _CACHE_KIB = 16 << 10
 _TABLES = """
 CREATE TABLE entry (
     key TEXT PRIMARY KEY, url TEXT, split TEXT, mix BLOB, name TEXT, text_url TEXT, facts TEXT,
-    start INTEGER, length INTEGER
+    start INTEGER, length INTEGER, partner_url TEXT
 );
 CREATE UNIQUE INDEX entry_url ON entry (url) WHERE start IS NULL;
 CREATE INDEX entry_order ON entry (split, mix, key);
@@ -58,6 +58,8 @@ class ListedImage:
     """Exclude the image if it has no usable caption."""
     part: ByteRange | None = None
     """Where the image is inside the file at `url` (None: it is the whole file)."""
+    partner_url: str | None = None
+    """File of the second image of the pair."""
 
 
 def make_key(name: str) -> str:
@@ -83,6 +85,7 @@ class Listing:
         licence: the licence that the data names, if any.
         notes: sentences about how the data was read, for stderr.
         attributes: names that flags were read for, and whether any image has them.
+        pairs: each image is a pair: with the one at its `partner_url` or, without one, two side by side.
     """
 
     def __init__(self) -> None:
@@ -97,6 +100,7 @@ class Listing:
         self.licence: str | None = None
         self.notes: list[str] = []
         self.attributes: dict[str, bool] = {}
+        self.pairs = False
         self._undecodable: set[str] = set()
 
     def __enter__(self) -> Listing:
@@ -126,6 +130,7 @@ class Listing:
         text_url: str | None = None,
         needs_captions: bool = True,
         part: ByteRange | None = None,
+        partner_url: str | None = None,
     ) -> None:
         """Add an image; a duplicate becomes a reject."""
         if not KEY_PATTERN.fullmatch(split):
@@ -148,8 +153,9 @@ class Listing:
         for make, unique_name in ((make_key, name), (hashed_key, name), (hashed_key, f"{split}/{name}")):
             key = make(unique_name)
             mix = hashlib.blake2b(key.encode(), digest_size=8).digest()
-            row = (key, url, split, mix, name, text_url, json.dumps(facts), start, length)
-            if self._database.execute("INSERT OR IGNORE INTO entry VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row).rowcount:
+            row = (key, url, split, mix, name, text_url, json.dumps(facts), start, length, partner_url)
+            places = ", ".join("?" * len(row))
+            if self._database.execute(f"INSERT OR IGNORE INTO entry VALUES ({places})", row).rowcount:
                 return
         self.exclude(split, name, Reason.DUPLICATE, "this name is already listed")
 
@@ -249,17 +255,17 @@ class Listing:
     def images(self, split: str, first: int = 0) -> Iterator[ListedImage]:
         """Yield the images of a split in order, from position `first`."""
         query = (
-            "SELECT key, name, url, text_url, facts, start, length FROM entry WHERE split = ? "
+            "SELECT key, name, url, text_url, facts, start, length, partner_url FROM entry WHERE split = ? "
             "ORDER BY mix, key LIMIT -1 OFFSET ?"
         )
-        for key, name, url, text_url, text, start, length in self._database.execute(query, (split, first)):
+        for key, name, url, text_url, text, start, length, partner_url in self._database.execute(query, (split, first)):
             facts = json.loads(text)
             box = facts.pop("box")
             captions, attributes = tuple(facts.pop("captions")), tuple(facts.pop("attributes"))
             yield ListedImage(
                 split, key, name, url, captions, attributes, facts["class_id"],
                 None if box is None else (box[0], box[1], box[2], box[3]), text_url, facts["needs_captions"],
-                None if start is None else ByteRange(start, length),
+                None if start is None else ByteRange(start, length), partner_url,
             )  # fmt: skip
 
     def rejects(self) -> Iterator[Reject]:

@@ -24,7 +24,7 @@ from t2idist.data.image_file import UnusableImage
 from t2idist.data.sample_format import MAX_FILE_BYTES, PackedSample, SampleRecord, pack
 from t2idist.ingest.captions import CaptionOptions, clean_captions
 from t2idist.ingest.files import MAX_LINE_BYTES, ByteRange, read_limited, text_lines
-from t2idist.ingest.image import ImageOptions, prepare_image
+from t2idist.ingest.image import ImageOptions, prepare_image, prepare_pair
 from t2idist.ingest.listing import ListedImage
 from t2idist.ingest.rejects import Effect, Reason, Reject
 
@@ -44,6 +44,22 @@ class SampleResult:
     captions_cut: int = 0
 
 
+@dataclass(frozen=True)
+class FileContents:
+    """The content of a listed image's files, each with why it was not read in its place."""
+
+    text: bytes | Reject
+    """Of the caption file; empty if there is none."""
+    data: bytes | Reject
+    """Of the image file."""
+    partner: bytes | Reject | None
+    """Of the file of the second image of a pair (None: there is no such file)."""
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(len(each) for each in (self.data, self.partner) if isinstance(each, bytes))
+
+
 class Preparer(Protocol):
     """Converts listed images to results, in order."""
 
@@ -60,14 +76,10 @@ def start_preparer(options: ImageOptions, captions: CaptionOptions, processes: i
 
 
 def prepare_sample(
-    image: ListedImage, data: bytes | Reject, text: bytes | Reject, options: ImageOptions, captions: CaptionOptions
+    image: ListedImage, contents: FileContents, options: ImageOptions, captions: CaptionOptions
 ) -> SampleResult:
-    """Convert one image and its captions to a packed sample.
-
-    Args:
-        data: content of the image file, or why it was not read.
-        text: content of the caption file, likewise.
-    """
+    """Convert one image, or a pair, and its captions to a packed sample."""
+    text, data, partner = contents.text, contents.data, contents.partner
     lines = [] if isinstance(text, Reject) else text_lines(text, captions.encoding)
     file = image.text_url if lines and not image.captions else None
     location = "caption" if file is None else f"{file.rsplit('/', 1)[-1]}, line"
@@ -79,8 +91,10 @@ def prepare_sample(
         return SampleResult(None, tuple(rejects))
     if isinstance(data, Reject):
         return SampleResult(None, (*rejects, data))
+    if isinstance(partner, Reject):
+        return SampleResult(None, (*rejects, partner))
     try:
-        prepared = prepare_image(data, options, image.box)
+        prepared = prepare_pair(data, partner, options) if options.pairs else prepare_image(data, options, image.box)
     except UnusableImage as error:
         return SampleResult(None, (*rejects, _reject(image, error.reason, Effect.EXCLUDED, error.detail)))
     rejects += [_reject(image, reason, Effect.REPAIRED, detail) for reason, detail in prepared.repairs]
@@ -127,13 +141,6 @@ class _ByteBudget:
             self._changed.notify_all()
 
 
-@dataclass(frozen=True)
-class _FileContents:
-    data: bytes | Reject
-    text: bytes | Reject
-    size_bytes: int
-
-
 class Prefetcher:
     """Read files in a few threads while the calling thread decodes; results keep the order of the images."""
 
@@ -144,23 +151,24 @@ class Prefetcher:
         self._tickets = 0
         self._pool = ThreadPoolExecutor(_READ_THREADS, "read")
 
-    def start(self, image: ListedImage) -> Future[_FileContents] | None:
+    def start(self, image: ListedImage) -> Future[FileContents] | None:
         """Start to read. Returns None for a file on disk, which the kernel prefetches without a thread."""
         if storage.is_local(image.url):
-            _advise_kernel(storage.local_name(image.url), image.part or ByteRange(0, 0))
+            for url in (image.url, image.partner_url):
+                if url is not None:
+                    _advise_kernel(storage.local_name(url), image.part or ByteRange(0, 0))
             return None
         ticket = self._tickets
         self._tickets += 1
         return self._pool.submit(self._read, image, ticket)
 
-    def finish(self, image: ListedImage, read: Future[_FileContents] | None) -> SampleResult:
+    def finish(self, image: ListedImage, read: Future[FileContents] | None) -> SampleResult:
         """Return the result. Raises the exception of the read, unless the file itself is at fault."""
         if read is None:
-            text, data = _read_both(image)
-            return prepare_sample(image, data, text, self._options, self._captions)
+            return prepare_sample(image, _read_files(image), self._options, self._captions)
         contents = read.result()
         try:
-            return prepare_sample(image, contents.data, contents.text, self._options, self._captions)
+            return prepare_sample(image, contents, self._options, self._captions)
         finally:
             self._budget.release(contents.size_bytes)
 
@@ -168,14 +176,13 @@ class Prefetcher:
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._budget.close()
 
-    def _read(self, image: ListedImage, ticket: int) -> _FileContents:
-        size_bytes = 0
+    def _read(self, image: ListedImage, ticket: int) -> FileContents:
+        contents = None
         try:
-            text, data = _read_both(image)
-            size_bytes = 0 if isinstance(data, Reject) else len(data)
+            contents = _read_files(image)
+            return contents
         finally:
-            self._budget.acquire(ticket, size_bytes)
-        return _FileContents(data, text, size_bytes)
+            self._budget.acquire(ticket, 0 if contents is None else contents.size_bytes)
 
 
 def _advise_kernel(path: str | None, part: ByteRange) -> None:
@@ -193,8 +200,8 @@ def _advise_kernel(path: str | None, part: ByteRange) -> None:
         os.close(descriptor)
 
 
-def _read_both(image: ListedImage) -> tuple[bytes | Reject, bytes | Reject]:
-    """Read the caption file and the image file."""
+def _read_files(image: ListedImage) -> FileContents:
+    """Read the caption file, the image file and that of the second image of a pair."""
     text: bytes | Reject = b""
     if image.text_url is not None:
         text = _read_or_reject(image, image.text_url, Effect.CAPTION_EXCLUDED, MAX_LINE_BYTES)
@@ -202,7 +209,10 @@ def _read_both(image: ListedImage) -> tuple[bytes | Reject, bytes | Reject]:
     if image.part is not None and isinstance(data, bytes) and len(data) != image.part.length:
         detail = f"{len(data)} bytes instead of {image.part.length}; its tar ends too early, or has no range requests"
         data = _reject(image, Reason.TRUNCATED, Effect.EXCLUDED, detail)
-    return text, data
+    partner = None
+    if image.partner_url is not None:
+        partner = _read_or_reject(image, image.partner_url, Effect.EXCLUDED, MAX_FILE_BYTES)
+    return FileContents(text, data, partner)
 
 
 def _read_or_reject(
@@ -227,7 +237,7 @@ class InProcessPreparer:
         torch.set_num_threads(1)  # the tasks are too small for several threads
 
     def run(self, images: Iterator[ListedImage]) -> Iterator[SampleResult]:
-        pending: deque[tuple[ListedImage, Future[_FileContents] | None]] = deque()
+        pending: deque[tuple[ListedImage, Future[FileContents] | None]] = deque()
         for image in images:
             pending.append((image, self._prefetcher.start(image)))
             if len(pending) >= _CHUNK * _CHUNKS_AHEAD:
@@ -350,7 +360,7 @@ def _worker_main(pipe: Connection, options: ImageOptions, captions: CaptionOptio
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles it
     torch.set_num_threads(1)  # one process per core
     prefetcher = Prefetcher(options, captions)
-    inbox: queue.Queue[tuple[int, list[tuple[ListedImage, Future[_FileContents] | None]]]] = queue.Queue()
+    inbox: queue.Queue[tuple[int, list[tuple[ListedImage, Future[FileContents] | None]]]] = queue.Queue()
 
     def receive() -> None:
         while True:

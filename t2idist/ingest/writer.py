@@ -83,6 +83,8 @@ class IngestOptions:
         image = asdict(self.image)
         if self.image.max_megapixels == MAX_MEGAPIXELS:  # as the sets have it that were made before this option
             del image["max_megapixels"]
+        if not self.image.pairs:  # likewise
+            del image["pairs"]
         return {
             **image,
             "max_words": self.max_words,

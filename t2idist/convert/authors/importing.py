@@ -117,7 +117,8 @@ def _assign(layout: WeightsLayout, file: Checkpoint, matched: FilesByLayout) -> 
     if match is None:
         return False
     name, kind = match
-    networks = {(name, kind.network): file.without_prefixes(tuple(kind.nested)) if kind.nested else file}
+    network = kind.again if kind.again and kind.network in matched.get(name, {}) else kind.network
+    networks = {(name, network): file.without_prefixes(tuple(kind.nested)) if kind.nested else file}
     for prefix, (slot, network) in kind.nested.items():
         networks[LAYOUTS[name].uses[slot], network] = file.with_prefix(prefix)
     for (owner, network), checkpoint in networks.items():
@@ -172,7 +173,8 @@ class ExportBuilder:
         self.settings = inferred.config
         self.config = from_dict(module.Config, inferred.config, layout.system)
         # the number of training samples is unknown
-        data = DataInfo(words, 1, inferred.vector_dim, _attribute_names(inferred, options.attributes))
+        names = _attribute_names(inferred, options.attributes)
+        data = DataInfo(words, 1, inferred.vector_dim, names, inferred.paired)
         described = {slot: source.describe() for slot, source in self.sources.items()}
         self.build_info = BuildInfo(layout.group_size, options.max_words, data, described)
         try:

@@ -28,6 +28,8 @@ class FileLayout:
     """Names that the file does not contain."""
     vocabulary_tensor: str = ""
     """Tensor with one row per word of the vocabulary."""
+    again: str = ""
+    """Name of the network of a second file of this kind."""
     nested: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """Networks of other layouts in the same file: prefix of the names -> (slot, network)."""
 
@@ -47,6 +49,8 @@ class InferredConfig:
     """Total number of attributes."""
     domains: int = 1
     """Number of data sets."""
+    paired: bool = False
+    """The system learns from pairs of images."""
     names: tuple[tuple[str, ...], ...] = ()
     """Names of the attributes of each data set, if the authors published weights with as many."""
 
@@ -225,6 +229,23 @@ def _infer_stargan(files: Files) -> InferredConfig:
     return InferredConfig(config, labels=classes, domains=domains, names=names)
 
 
+# ------------------------------------------------------------------------------------------------ CycleGAN and pix2pix
+def _infer_cyclegan(files: Files) -> InferredConfig:
+    generator = files["a_to_b"]
+    config = {
+        "generator_width": generator.size("model.1.weight", 0),
+        "residuals": generator.count(r"model\.(\d+)\.conv_block\."),
+    }
+    return InferredConfig(config, labels=2, names=(("A", "B"),))
+
+
+def _infer_pix2pix(files: Files) -> InferredConfig:
+    generator = files["generator"]
+    levels = generator.count(r"(model\.model\.(?:0|1\.(?:model\.3\.)*model\.1))\.weight")
+    config = {"generator_width": generator.size("model.model.0.weight", 0), "image_size": 1 << levels}
+    return InferredConfig(config, paired=True)
+
+
 TEXT_ENCODER = FileLayout("text", ("encoder.weight", "rnn.weight_hh_l0"), vocabulary_tensor="encoder.weight")
 
 LAYOUTS = {
@@ -331,6 +352,22 @@ LAYOUTS = {
             ),
             infer=_infer_stargan,
             group_size=16,
+            weights=AS_TRAINED,
+        ),
+        WeightsLayout(
+            name="cyclegan",
+            system="cyclegan",
+            files=(FileLayout("a_to_b", ("model.1.weight", "model.10.conv_block.5.weight"), again="b_to_a"),),
+            infer=_infer_cyclegan,
+            group_size=1,
+            weights=AS_TRAINED,
+        ),
+        WeightsLayout(
+            name="pix2pix",
+            system="pix2pix",
+            files=(FileLayout("generator", ("model.model.0.weight", "model.model.3.weight")),),
+            infer=_infer_pix2pix,
+            group_size=1,
             weights=AS_TRAINED,
         ),
     )

@@ -46,7 +46,8 @@ def list_images(options: argparse.Namespace, listing: Listing) -> None:
     if options.domain:
         print(*pairs.list_domains(pairs.parse_domains(options.domain), listing, folder_options), sep="\n")
     elif options.pairs:
-        print(pairs.list_pairs(*options.pairs, listing, folder_options))
+        first, second = options.pairs
+        print(pairs.list_pairs(first, second, listing, folder_options))
     elif options.side_by_side:
         print(pairs.list_side_by_side(options.folder, listing, folder_options))
     else:

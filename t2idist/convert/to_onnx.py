@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from t2idist import storage
-from t2idist.contract import Captions, SupportsSample, SupportsTranslate
+from t2idist.contract import Captions, SupportsDomains, SupportsSample, SupportsTranslate
 from t2idist.data.tokenizer import ASCII, UNICODE, WORDS
 from t2idist.engine.checkpoint import export
 from t2idist.sampling.loading import LoadedExport
@@ -176,8 +176,30 @@ def _graphs(loaded: LoadedExport) -> Iterator[Graph]:
     elif isinstance(loaded.system, SupportsTranslate):
         for domain, names in enumerate(cast(SupportsTranslate, loaded.system).labels):
             yield _translate_graph(loaded, domain, names)
+    elif isinstance(loaded.system, SupportsDomains):
+        for target in loaded.system.targets:
+            yield _domain_graph(loaded, loaded.system, target)
     else:
         raise ValueError(f"{storage.redact(loaded.url)}: --onnx: {loaded.name} generates no images; omit --onnx")
+
+
+class DomainModule(nn.Module):
+    """A system's `to_domain` as a function of tensors."""
+
+    def __init__(self, loaded: LoadedExport, system: SupportsDomains, target: int) -> None:
+        super().__init__()
+        self.nets = nn.ModuleDict(loaded.nets)
+        self._system, self._target = system, target
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        return (self._system.to_domain(dict(self.nets.items()), images, self._target),)
+
+
+def _domain_graph(loaded: LoadedExport, system: SupportsDomains, target: int) -> Graph:
+    size = loaded.system.sizes[-1]
+    images = GraphInput("images", "images in [-1, 1]", lambda rows: torch.rand(rows, 3, size, size) * 2 - 1)
+    about = f"Images of {system.domains[1 - target]}, translated to {system.domains[target]}."
+    return f"to_domain_{target}.onnx", about, DomainModule(loaded, system, target), [images]
 
 
 class TranslateModule(nn.Module):

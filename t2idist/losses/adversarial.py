@@ -105,8 +105,11 @@ def unconditional_losses(real: Tensor, fake: Tensor, kind: LogitLoss = BCE) -> U
 
 def patch_losses(net: nn.Module, real: Tensor, fake: Tensor, kind: LogitLoss = BCE) -> UnconditionalLosses:
     """Losses of a network that maps images (N, C, S, S) to a logit for each of their patches, mean over patches."""
-    logits = (net(real), net(fake)) if couples_samples(net) else net(torch.cat([real, fake])).chunk(2)
-    return unconditional_losses(*(each.flatten() for each in logits), kind)
+    if couples_samples(net):
+        real_logits, fake_logits = net(real), net(fake)
+    else:
+        real_logits, fake_logits = net(torch.cat([real, fake])).chunk(2)
+    return unconditional_losses(real_logits.flatten(), fake_logits.flatten(), kind)
 
 
 def half_loss(losses: UnconditionalLosses) -> Tensor:

@@ -49,7 +49,7 @@ def _freeze_unused_biases(net: nn.Module) -> None:
                     before.bias.requires_grad_(False)
 
 
-class ResidualBlock(nn.Module):
+class ResnetBlock(nn.Module):
     """x + norm(conv(relu(norm(conv(x))))), with reflection padding and without a final activation."""
 
     def __init__(self, channels: int, norm: str, dropout: bool = False) -> None:
@@ -86,7 +86,7 @@ class ResnetGenerator(nn.Module):
         for channels in (width, 2 * width):
             layers.append(nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1, bias=bias))
             layers += [norm_layer(norm, 2 * channels), nn.ReLU(inplace=True)]
-        layers += [ResidualBlock(4 * width, norm, dropout) for _ in range(residuals)]
+        layers += [ResnetBlock(4 * width, norm, dropout) for _ in range(residuals)]
         for channels in (4 * width, 2 * width):
             layers.append(nn.ConvTranspose2d(channels, channels // 2, 3, 2, 1, output_padding=1, bias=bias))
             layers += [norm_layer(norm, channels // 2), nn.ReLU(inplace=True)]

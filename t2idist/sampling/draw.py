@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from t2idist import storage
-from t2idist.contract import Sample, SupportsSample, SupportsTranslate
+from t2idist.contract import Sample, SupportsDomains, SupportsSample, SupportsTranslate
 from t2idist.data.tokenizer import known_words
 from t2idist.sampling.axes import BATCH_IMAGES, MIN_TRUNCATION, SheetColumns, SheetRow
 from t2idist.sampling.figures import attention_figure
@@ -22,7 +22,7 @@ MAX_WORDS_PER_BATCH = 1024
 def check_draws(loaded: LoadedExport, remedy: str) -> None:
     """Raise ValueError if an export draws no images; `remedy` says what to do with one that translates images."""
     where = storage.redact(loaded.url)
-    if isinstance(loaded.system, SupportsTranslate):
+    if isinstance(loaded.system, SupportsTranslate | SupportsDomains):
         raise ValueError(f"{where}: this export translates images and generates none from sentences; use {remedy}")
     if not isinstance(loaded.system, SupportsSample):
         raise ValueError(f"{where}: this export does not generate images; give that of a generator")

@@ -17,7 +17,7 @@ from PIL import ImageOps
 from torch import Tensor
 
 from t2idist import storage
-from t2idist.contract import Captions, Sample
+from t2idist.contract import Captions, Sample, SupportsDomains
 from t2idist.data.pillow import Image
 from t2idist.data.sample_format import MAX_PIXELS
 from t2idist.data.single_image import image_of_file
@@ -29,7 +29,7 @@ from t2idist.sampling.generate import empty_captions
 from t2idist.sampling.loading import LoadedExport, load_export, open_device
 from t2idist.sampling.sentence_reader import SentenceReader, check_placeholder, reads_sentences
 from t2idist.sampling.sentences import Sentence
-from t2idist.sampling.translate import AttributeChanges
+from t2idist.sampling.translate import AttributeChanges, DomainChange
 
 SHOWN_IMAGES = 64
 SHOWN_WIDTH = 1100
@@ -107,19 +107,20 @@ class Model:
         set: str | Sequence[str] = (),
         clear: str | Sequence[str] = (),
         domain: int = 0,
+        to: str | None = None,
     ) -> Image.Image:
-        """Change attributes of an image, as ``t2idist translate`` does.
+        """Change attributes of an image, or translate it to another domain, as ``t2idist translate`` does.
 
         Args:
             image: path or URL of an image file, or a PIL image; its central square is used.
             set: attributes to set, or one; those that exclude them are cleared.
             clear: attributes to clear, or one.
             domain: index of the data set with these attributes.
+            to: domain to translate to, of a model that translates between domains; None: the only one it has.
         """
-        chosen, cleared = ((names,) if isinstance(names, str) else tuple(names) for names in (set, clear))
-        changes = AttributeChanges.of(self.loaded, chosen, cleared, _whole_number("domain", domain), option="")
+        change = self._change(*(_names(given) for given in (set, clear)), _whole_number("domain", domain), to)
         pixels = _read(image, self.loaded.system.sizes[-1])
-        return to_pil(changes.apply(self.loaded, pixels, self._device))
+        return to_pil(change.apply(self.loaded, pixels, self._device))
 
     def embed(self, text: str) -> NDArray[np.float32]:
         """Return the vector (D,) of a sentence: of the export's text encoder, or of the encoder given to `load`."""
@@ -127,6 +128,17 @@ class Model:
             raise ValueError(f"{self._where}: '{self.loaded.name}' has no text encoder")
         vector: NDArray[np.float32] = self._reader.embed(self._read_text(text))[0]
         return vector
+
+    def _change(
+        self, chosen: tuple[str, ...], cleared: tuple[str, ...], domain: int, to: str | None
+    ) -> AttributeChanges | DomainChange:
+        if isinstance(self.loaded.system, SupportsDomains):
+            if chosen or cleared:
+                raise ValueError(f"{self._where}: this export translates between domains; give to, not set or clear")
+            return DomainChange.of(self.loaded, to, option="")
+        if to is not None:
+            raise ValueError(f"{self._where}: this export has no domains to translate to; give set or clear")
+        return AttributeChanges.of(self.loaded, chosen, cleared, domain, option="")
 
     @property
     def _where(self) -> str:
@@ -196,6 +208,10 @@ def _warn(messages: Sequence[str]) -> None:
         frame, level = frame.f_back, level + 1
     for message in messages:
         warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def _names(given: str | Sequence[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def _whole_number(name: str, value: SupportsIndex) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from t2idist import storage
 from t2idist.config.arguments import command_parser
-from t2idist.contract import Sample
+from t2idist.contract import Sample, SupportsDomains
 from t2idist.data.tokenizer import known_words
 from t2idist.nn.fast.memory import keep_freed_memory
 from t2idist.observability.command import command
@@ -127,8 +127,8 @@ def _run(options: argparse.Namespace) -> int:
     device = open_device(options.device)
     given = _sentences(options)
     loaded = load_export(options.export, device, options.system)
-    where = storage.redact(options.export)
-    check_draws(loaded, f"t2idist translate --export {where} --image FILE --set NAME")
+    where, change = storage.redact(options.export), "--to" if isinstance(loaded.system, SupportsDomains) else "--set"
+    check_draws(loaded, f"t2idist translate --export {where} --image FILE {change} NAME")
     rows, problems = _rows(options, loaded, given, device)
     columns = _columns(options, loaded, device)
     drawing = _Drawing.plan(options, loaded, rows, columns)

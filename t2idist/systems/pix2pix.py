@@ -74,9 +74,13 @@ class Pix2Pix:
         norm = "instance" if config.discriminator_norm == "instance" else "batch"
         discriminator = PatchGan(6, config.discriminator_width, config.discriminator_layers, norm)
         config.finish_discriminator(discriminator, normal_)
-        averaged = {"ema_half_life_images": config.ema_half_life_images, "ema_rampup": config.ema_rampup}
         self.roles = {
-            "generator": Role(generator, config.adam(config.generator_lr), **averaged),
+            "generator": Role(
+                generator,
+                config.adam(config.generator_lr),
+                config.ema_half_life_images,
+                ema_rampup=config.ema_rampup,
+            ),
             "discriminator": Role(discriminator, config.adam(config.discriminator_lr)),
         }
         self.frozen: dict[str, Frozen] = {}

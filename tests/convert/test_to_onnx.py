@@ -128,7 +128,12 @@ def test_every_system_with_images_converts_to_onnx(
     monkeypatch.setitem(small_systems.MODELS, name, {**small_systems.MODELS[name], **more})
     assert export_weights.main(["--export", write_export(tmp_path, name), "--to", str(tmp_path / "out"), "--onnx"]) == 0
     graphs = json.loads((tmp_path / "out/config.json").read_text())["onnx"]
-    assert graphs.keys() == ({"translate_0.onnx", "translate_1.onnx"} if name == "stargan" else {"draw.onnx"})
+    expected = {
+        "stargan": {"translate_0.onnx", "translate_1.onnx"},
+        "cyclegan": {"to_domain_0.onnx", "to_domain_1.onnx"},
+        "pix2pix": {"to_domain_1.onnx"},
+    }
+    assert graphs.keys() == expected.get(name, {"draw.onnx"})
     for file, graph in graphs.items():
         assert graph["largest_difference"] < 1e-4 and graph["inputs"] and graph["outputs"]
         assert file in (tmp_path / "out/README.md").read_text()

@@ -129,6 +129,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "decay_end_images": 200,
     },
     "cyclegan-options": {
+        **OPTIONS,
         "domains": ["Black_Hair", "Smiling"],
         "image_size": 16,
         "generator_width": 4,
@@ -139,9 +140,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "adversarial_loss": "bce",
         "identity_weight": 0.0,
         "pool_size": 0,
-        "r1_weight": 0.5,
-        "r1_every": 2,
-        "augment": ["color", "translation"],
     },
     "pix2pix": {
         "image_size": 16,
@@ -152,6 +150,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "decay_end_images": 200,
     },
     "pix2pix-options": {
+        **OPTIONS,
         "direction": "b_to_a",
         "image_size": 16,
         "generator": "resnet",

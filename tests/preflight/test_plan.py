@@ -40,7 +40,8 @@ def test_cost_on_the_meta_device_is_that_of_a_real_step(system: str) -> None:
     config = small_systems.config(system)
     with torch.device("meta"):
         stage = StageRun(config, system)
-        system_on_meta = stage.build(stage.build_info(toy_gan.DATA_INFO))
+        data = small_systems.DATA_INFOS.get(system, toy_gan.DATA_INFO)
+        system_on_meta = stage.build(stage.build_info(data))
     cost = measure_step(
         system_on_meta,
         small_systems.GROUP_SIZE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from t2idist.engine.world import World
 from t2idist.losses.adversarial import LEAST_SQUARES, half_loss, loss_generated, patch_losses
 from t2idist.nn.image_translation import PatchGan, ResnetGenerator
 from t2idist.systems.cyclegan import Config, CycleGan, build
-from tests.helpers import fixed_weights, small_systems
+from tests.helpers import fixed_weights, small_systems, toy_gan
 from tests.helpers.worker_processes import Workers
 
 
@@ -258,3 +259,31 @@ def test_every_generator_learns_from_both_domains() -> None:
         f"generator/net/{k}" for k, p in trainer.role_network("generator").named_parameters() if not p.requires_grad
     }
     assert frozen == biases, "only biases that the norms remove stand still"
+
+
+@pytest.mark.slow
+def test_domains_of_other_colours_are_translated() -> None:
+    """Red squares on dark ground become blue ones, and back, while the places of the squares stay."""
+    model = {**small_systems.MODELS["cyclegan"], "generator_width": 8, "generator_lr": 2e-3, "discriminator_lr": 1e-3}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(small_systems.MODELS, "cyclegan", {**model, "decay_end_images": 1e9, "decay_start_images": 9e8})
+        trainer = small_systems.trainer(World(), "cyclegan", "float64", groups=1)
+
+    def squares(channel: int, seed: int) -> Tensor:
+        images = torch.full((small_systems.GROUP_SIZE, 3, 16, 16), 30, dtype=torch.uint8)
+        corners = torch.randint(0, 9, (len(images), 2), generator=torch.Generator().manual_seed(seed))
+        for image, (y, x) in zip(images, corners.tolist(), strict=True):
+            image[channel, y : y + 7, x : x + 7] = 220
+        return images
+
+    template = toy_gan.batch(0, range(1), small_systems.GROUP_SIZE, (16,))
+    for step in range(400):
+        batch = replace(template, images=(squares(0, 2 * step),), partners=(squares(2, 2 * step + 1),))
+        trainer.run_step(batch)
+    system: Any = trainer.system
+    for target, (own, other) in ((1, (0, 2)), (0, (2, 0))):
+        images = squares(own, 10_001)
+        made = system.to_domain(trainer.evaluation_nets(), images.double() / 127.5 - 1, target)
+        inside = images[:, own] == 220
+        assert float(made[:, other][inside].mean()) > float(made[:, other][~inside].mean()) + 0.5
+        assert float(made[:, other][inside].mean()) > float(made[:, own][inside].mean()) + 0.5

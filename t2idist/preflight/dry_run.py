@@ -16,7 +16,7 @@ from t2idist.config import EXPORT_R_PRECISION, ClusterConfig, DataConfig, RunCon
 from t2idist.config.strict import parse_yaml, to_dict, to_yaml
 from t2idist.contract import DataInfo, SupportsDomains, SupportsEmbed, SupportsTranslate, System, is_text_conditional
 from t2idist.data import sources, statistics
-from t2idist.data.mixing import data_info, is_unpaired
+from t2idist.data.mixing import data_info, is_unpaired, training_sets
 from t2idist.data.shards import Dataset
 from t2idist.data.single_image import read_one
 from t2idist.data.tokenizer import Vocabulary
@@ -208,12 +208,17 @@ def _stage_lines(run: StageRun, system: System, datasets: Sequence[Dataset]) -> 
     )
     if not datasets:
         yield "  data.source is not given; the run needs it: images per epoch and the vocabulary are unknown"
-    for dataset in datasets:
+    sets = training_sets(system, datasets) if datasets else ()
+    in_turn = 1 if is_unpaired(system) else len(datasets)
+    for i, dataset in enumerate(sets):
         images = len(dataset.split("train"))
         content = f"vocabulary of {len(dataset.vocabulary):,} words"
         if len(datasets) > 1:
             content = f"{len(dataset.attribute_names)} attributes, from {storage.redact(dataset.url)}"
-        yield f"  {images:,} images per epoch, {stage.images / len(datasets) / images:.1f} epochs, {content}"
+        if is_unpaired(system):
+            assert isinstance(system, SupportsDomains)
+            content = f"domain {system.domains[i]}"
+        yield f"  {images:,} images per epoch, {stage.images / in_turn / images:.1f} epochs, {content}"
     for role in system.roles.values():
         for image in role.images:
             if not image.url:

@@ -131,6 +131,14 @@ def test_data_without_the_domains_is_refused(
         dry_run.check(config, None)
 
 
+def test_dry_run_lists_the_domains(tmp_path: Path, dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_recipe(tmp_path, dataset.url, "cyclegan", {"domains": ["red", "blue"]})
+    assert run.main([file, "--dry-run"]) == 0
+    page = capsys.readouterr().out
+    assert "10 images per epoch, 2.4 epochs, domain red" in page
+    assert "10 images per epoch, 2.4 epochs, domain blue" in page
+
+
 def test_a_domain_without_training_images_is_refused(tmp_path: Path) -> None:
     samples = [make_sample(n, "test" if n % 3 == 2 else "train") for n in range(30)]
     dataset = write_set(tmp_path / "set", samples)

@@ -190,7 +190,7 @@ class DomainGrid:
             columns.append((names[target], self._images[target]))
         elif source in system.targets:
             columns.append((f"back to {names[source]}", to_domain(system, nets, made, source, device=self._device)))
-        return translation_grid(f"{names[source]} to {names[target]}, after {images_seen:,} images", columns)
+        return translation_grid(f"after {images_seen:,} images", columns)
 
 
 def held_out_split(dataset: Dataset) -> str:

@@ -101,7 +101,10 @@ def largest_difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -
             norm = max(norm, float(expected[f"{name}_sq"].double().sqrt().norm()))
         return max(norm, 1e-30)
 
-    return max(float((actual[name].double() - expected[name].double()).norm()) / scale(name) for name in actual)
+    return max(
+        float((actual[name].double() - expected[name].double()).norm()) / scale(name)
+        for name in actual.keys() & expected
+    )
 
 
 # ------------------------------------------------------------ equality with DDP

@@ -25,7 +25,7 @@ from tests.helpers.runs import (
     processes_with_mark,
     run_command,
     train_with_killed_worker,
-    train_worker_pids,
+    worker_pids,
     write_recipe,
 )
 
@@ -135,7 +135,7 @@ def interrupt(folder: Path, number: signal.Signals, images: int) -> tuple[int, s
         start_new_session=True,
     )
     deadline = time.monotonic() + 200
-    while images_in_progress(folder / "runs/tiny", "attngan") < images or not train_worker_pids(mark):
+    while images_in_progress(folder / "runs/tiny", "attngan") < images or not worker_pids(mark):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
     os.kill(process.pid, number)

@@ -12,6 +12,7 @@ import contextlib
 import gc
 import logging
 import os
+import sys
 import threading
 import time
 import traceback
@@ -88,6 +89,8 @@ class PooledWorker(RayTrainWorker):  # type: ignore[misc]
             gc.collect()
         if busy:
             return f"its {busy} did not end within {seconds:g} s"
+        if "deepspeed" in sys.modules:
+            return "DeepSpeed cannot join another process group"
         callbacks.forget_requests()
         return "" if _is_reusable_after(runner.get_error()) else "its device or memory failed"
 

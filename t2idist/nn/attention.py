@@ -8,6 +8,37 @@ from torch import Tensor, nn
 from t2idist.nn.precision import upcast
 
 
+def attend(
+    features: Tensor, keys: Tensor, values: Tensor, padding: Tensor, groups: int, compat: str
+) -> tuple[Tensor, Tensor]:
+    """Mix the values of the words at every position, by a softmax of the inner products of features and keys.
+
+    Args:
+        features: (N, C, H, W).
+        keys: (N, C, T), one for each word.
+        values: (N, D, T).
+        padding: (N, T), true past the end of a caption.
+        groups: Matters only with compat "authors".
+        compat: See `WordAttention`.
+
+    Returns:
+        The mixed values (N, D, H, W) and the weights (N, T, H, W), which sum to one over T.
+    """
+    count, _, height, width = features.shape
+    positions = height * width
+    rows = features.permute(0, 2, 3, 1).flatten(1, 2)  # (N, H*W, C)
+    scores = torch.bmm(rows.to(keys.dtype), keys)  # (N, H*W, T)
+    if compat == "authors":
+        size = count // groups
+        mask = padding.view(groups, size, -1).repeat(1, positions, 1).view(count, positions, -1)
+    else:
+        mask = padding.unsqueeze(1)
+    weights = upcast(scores).masked_fill(mask, float("-inf")).softmax(dim=2)
+    mixed = torch.bmm(weights.to(values.dtype), values.transpose(1, 2))  # (N, H*W, D)
+    mixed = mixed.view(count, height, width, -1).permute(0, 3, 1, 2)
+    return mixed, weights.transpose(1, 2).unflatten(2, (height, width))
+
+
 class WordAttention(nn.Module):
     """F^attn of AttnGAN (section 3.1, eq. 2): the scores are h^T (U e), without scaling.
 
@@ -24,20 +55,8 @@ class WordAttention(nn.Module):
         self.compat = compat
 
     def forward(self, features: Tensor, words: Tensor, padding: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
-        count, channels, height, width = features.shape
-        positions = height * width
         projected = self.conv_context(words.unsqueeze(3)).squeeze(3)  # (N, C, T)
-        rows = features.permute(0, 2, 3, 1).flatten(1, 2)  # (N, H*W, C)
-        scores = torch.bmm(rows.to(projected.dtype), projected)  # (N, H*W, T)
-        if self.compat == "authors":
-            size = count // groups
-            mask = padding.view(groups, size, -1).repeat(1, positions, 1).view(count, positions, -1)
-        else:
-            mask = padding.unsqueeze(1)
-        weights = upcast(scores).masked_fill(mask, float("-inf")).softmax(dim=2)
-        context = torch.bmm(weights.to(projected.dtype), projected.transpose(1, 2))  # (N, H*W, C)
-        context = context.view(count, height, width, channels).permute(0, 3, 1, 2)
-        return context, weights.transpose(1, 2).unflatten(2, (height, width))
+        return attend(features, projected, projected, padding, groups, self.compat)
 
 
 class GlobalLocalAttention(WordAttention):

@@ -38,11 +38,12 @@ def up_conv2d(x: Tensor, weight: Tensor) -> Tensor:
 class UpConv2d(nn.Conv2d):
     """`up_conv2d` as a layer: (N, C, H, W) -> (N, channels_out, 2H, 2W)."""
 
-    def __init__(self, channels_in: int, channels_out: int) -> None:
-        super().__init__(channels_in, channels_out, kernel_size=3, padding=1, bias=False)
+    def __init__(self, channels_in: int, channels_out: int, bias: bool = False) -> None:
+        super().__init__(channels_in, channels_out, kernel_size=3, padding=1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return fast.up_conv2d(x, self.weight)
+        out = fast.up_conv2d(x, self.weight)
+        return out if self.bias is None else out + self.bias[:, None, None].to(out.dtype)
 
 
 def joint_conv2d(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from t2idist.nn.attention import GlobalLocalAttention, WordAttention
+from t2idist.nn.attention import GlobalLocalAttention, WordAttention, attend
 from t2idist.nn.blocks import GLU, GLUResidual, JointConv2d, JointSequential, conv3x3, up_block
 from t2idist.nn.conditioning import ConditioningAugmentation
 from t2idist.nn.precision import upcast
@@ -111,9 +111,12 @@ class JointStage(nn.Module):
 
 
 class AttentionStage(nn.Module):
-    """Later stage of AttnGAN: features and their word context, (N, C, H, W) -> (N, C, 2H, 2W) and word weights."""
+    """Later stage of AttnGAN: features and their word context, (N, C, H, W) -> (N, C, 2H, 2W) and word weights.
 
-    def __init__(self, channels: int, word_dim: int, residuals: int, compat: str) -> None:
+    condition_dim: of the condition, which this stage does not use.
+    """
+
+    def __init__(self, channels: int, word_dim: int, condition_dim: int, residuals: int, compat: str) -> None:
         super().__init__()
         self.att = WordAttention(channels, word_dim, compat)
         self.residual = nn.Sequential(*(GLUResidual(2 * channels) for _ in range(residuals)))
@@ -135,13 +138,58 @@ class MirrorStage(AttentionStage):
     """Later stage of MirrorGAN: that of AttnGAN, with a sentence context in addition to the word context."""
 
     def __init__(self, channels: int, word_dim: int, condition_dim: int, residuals: int, compat: str) -> None:
-        super().__init__(channels, word_dim, residuals, compat)
+        super().__init__(channels, word_dim, condition_dim, residuals, compat)
         self.att: GlobalLocalAttention = GlobalLocalAttention(channels, word_dim, condition_dim, compat)
         self.conv = nn.Conv2d(3 * channels, 2 * channels, kernel_size=1, bias=False)
 
     def join(self, features: Tensor, context: Tensor, condition: Tensor) -> Tensor:
         out: Tensor = self.conv(torch.cat([features, context, self.att.sentence(features, condition)], dim=1))
         return out
+
+
+class MemoryStage(nn.Module):
+    """Later stage of DM-GAN, with a memory of the words (section 3), in the place of `AttentionStage`.
+
+    The memory has 2 * C dimensions. compat "authors": no gradient reaches the features through the mean that is written
+    into the memory; and the mask layout of `WordAttention`.
+    """
+
+    def __init__(self, channels: int, word_dim: int, condition_dim: int, residuals: int, compat: str) -> None:
+        super().__init__()
+        self.compat = compat
+        self.A = nn.Linear(word_dim, 1, bias=False)
+        self.B = nn.Linear(channels, 1, bias=False)
+        self.M_r = _pointwise(channels, 2 * channels)
+        self.M_w = _pointwise(word_dim, 2 * channels)
+        self.key = _pointwise(2 * channels, channels)
+        self.value = _pointwise(2 * channels, channels)
+        self.response_gate = nn.Sequential(nn.Conv2d(2 * channels, 1, kernel_size=1), nn.Sigmoid())
+        self.residual = nn.Sequential(*(GLUResidual(2 * channels) for _ in range(residuals)))
+        self.upsample = up_block(2 * channels, channels)
+
+    def forward(
+        self, features: Tensor, condition: Tensor, words: Tensor, padding: Tensor, groups: int
+    ) -> tuple[Tensor, Tensor]:
+        memory = self.write(features, words)
+        read, weights = attend(features, self.key(memory), self.value(memory), padding, groups, self.compat)
+        read = read.to(features.dtype)
+        gate = self.response_gate(torch.cat([features, read], dim=1))  # (N, 1, H, W)
+        refined = gate * read + (1 - gate) * features
+        return self.upsample(self.residual(torch.cat([refined, refined], dim=1))), weights  # twice, as released
+
+    def write(self, features: Tensor, words: Tensor) -> Tensor:
+        """Write words (N, D, T) into the memory (N, 2 * C, T); a gate mixes each with the mean of the features."""
+        mean = features.mean(dim=(2, 3))  # (N, C)
+        if self.compat == "authors":
+            mean = mean.detach()
+        gate = torch.sigmoid(self.A(words.transpose(1, 2)) + self.B(mean).unsqueeze(1)).transpose(1, 2)  # (N, 1, T)
+        memory: Tensor = gate * self.M_w(words) + (1 - gate) * self.M_r(mean.unsqueeze(2))
+        return memory
+
+
+def _pointwise(channels_in: int, channels_out: int) -> nn.Sequential:
+    """Map each word on its own, with a ReLU (as released): (N, channels_in, T) -> (N, channels_out, T)."""
+    return nn.Sequential(nn.Conv1d(channels_in, channels_out, kernel_size=1), nn.ReLU())
 
 
 class ImageHead(nn.Module):
@@ -204,14 +252,14 @@ class StackGenerator(nn.Module):
 
 
 class AttentionGenerator(nn.Module):
-    """The attentional generator of AttnGAN (section 3.1); every branch has `width` channels.
+    """The generator of AttnGAN (section 3.1), MirrorGAN and DM-GAN; every branch has `width` channels.
 
     forward(z (N, z_dim), normal (N, condition_dim), sentence (N, text_dim), words (N, text_dim, T), padding (N, T),
     groups); `groups` matters only with compat "authors".
 
     Args:
-        compat: See `WordAttention`.
-        global_attention: Use the stages of MirrorGAN.
+        compat: See `WordAttention` and `MemoryStage`.
+        stage: Kind of the later stages.
         single_output: Generate only the image at the end of the tree (AttnDCGAN; AttnGAN, section 4.2).
         skip_excitation: Scale the features of the later branches by `SkipExcitation`.
     """
@@ -227,7 +275,7 @@ class AttentionGenerator(nn.Module):
         text_dim: int,
         condition_dim: int,
         compat: str = "",
-        global_attention: bool = False,
+        stage: type[AttentionStage] | type[MemoryStage] = AttentionStage,
         single_output: bool = False,
         skip_excitation: bool = False,
     ) -> None:
@@ -238,12 +286,7 @@ class AttentionGenerator(nn.Module):
         self.h_net1 = InitStage(condition_dim + z_dim, width, base_size)
         setattr(self, self.heads[0], ImageHead(width))
         for i in range(1, branches):
-            stage = (
-                MirrorStage(width, text_dim, condition_dim, residuals, compat)
-                if global_attention
-                else AttentionStage(width, text_dim, residuals, compat)
-            )
-            setattr(self, f"h_net{i + 1}", stage)
+            setattr(self, f"h_net{i + 1}", stage(width, text_dim, condition_dim, residuals, compat))
             if skip_excitation:
                 setattr(self, f"excite{i + 1}", SkipExcitation(self.h_net1.channels, width))
             if not single_output:

@@ -71,12 +71,13 @@ class GanOptions:
     def logit_loss(self) -> LogitLoss:
         return replace(_LOSSES[self.adversarial_loss], relativistic=self.relativistic)
 
-    def finish_discriminator(self, net: nn.Module, init: Callable[[nn.Module], None]) -> None:
-        """Replace the norms of a new discriminator and initialise it, in place."""
+    def finish_discriminator(self, net: nn.Module, init: Callable[[nn.Module], None] | None) -> None:
+        """Replace the norms of a new discriminator and initialise it, in place; init None: as PyTorch does."""
         replace_batch_norm(net, self.discriminator_norm)
         if self.relativistic:
             remove_logit_biases(net)
-        init(net)
+        if init is not None:
+            init(net)
         if self.discriminator_norm == "spectral":
             add_spectral_norm(net)
 

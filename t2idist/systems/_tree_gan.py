@@ -1,4 +1,4 @@
-"""What AttnGAN, MirrorGAN and StackGAN++ share: a tree of generators with a discriminator for every image size."""
+"""What AttnGAN, MirrorGAN, DM-GAN and StackGAN++ share: a tree of generators, and a discriminator for every size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from t2idist.contract import Batch, Captions, Frozen, NoiseFn, Role, Sample, Train, check_ranges
+from t2idist.contract import Batch, BuildInfo, Captions, Frozen, NoiseFn, Role, Sample, Train, check_ranges
 from t2idist.losses.adversarial import (
     LogitsOf,
     attngan_discriminator_loss,
@@ -25,9 +25,10 @@ from t2idist.losses.matching import Gammas, damsm_loss, wrong_pairs
 from t2idist.losses.released import neighbour_losses
 from t2idist.nn import tree
 from t2idist.nn.discriminators import AttnDiscriminator
+from t2idist.nn.image_encoders import damsm_image_encoder
 from t2idist.nn.init import orthogonal_
-from t2idist.nn.text_encoders import padding_mask, unit_scale
-from t2idist.nn.tree import AttentionGenerator, GeneratorOutput, pyramid
+from t2idist.nn.text_encoders import padding_mask, text_encoder_from_export, unit_scale
+from t2idist.nn.tree import AttentionGenerator, AttentionStage, GeneratorOutput, MemoryStage, pyramid
 from t2idist.systems._options import GanOptions
 
 
@@ -164,7 +165,7 @@ def weighted_kl(config: TreeConfig, output: GeneratorOutput, train: Train) -> Te
 
 @dataclass(frozen=True)
 class AttentionConfig(TreeConfig):
-    """Settings of the trees with word attention, AttnGAN and MirrorGAN."""
+    """Settings of the trees with word attention: AttnGAN, MirrorGAN and DM-GAN."""
 
     damsm_weight: float = 0.0
     """Weight of L_DAMSM; 0: none."""
@@ -178,8 +179,17 @@ class AttentionConfig(TreeConfig):
         check_ranges(self, at_least_0="damsm_weight", above_0="gamma_attention gamma_words gamma_ranking")
 
 
+def damsm_encoders(info: BuildInfo) -> dict[str, Frozen]:
+    """Return the text and the image encoder of slot "damsm". Raises ValueError if they do not fit the data."""
+    damsm = info.sources["damsm"]
+    return {
+        "text": Frozen(text_encoder_from_export(damsm, info.vocabulary_size), "damsm", "text"),
+        "image": Frozen(damsm_image_encoder(damsm["config"]), "damsm", "image"),
+    }
+
+
 class AttentionGan(TreeGan):
-    """A tree with word attention; sub-classes set `frozen`, with "text", and add losses in `generator_terms`.
+    """A tree with word attention; sub-classes set `frozen`, with "text" and, for L_DAMSM, "image".
 
     single_output: AttnDCGAN, one image at the end of the tree and one discriminator without an unconditional head.
     """
@@ -189,7 +199,12 @@ class AttentionGan(TreeGan):
     exports = ("generator", "text")
 
     def __init__(
-        self, config: AttentionConfig, text_dim: int, *, global_attention: bool = False, single_output: bool = False
+        self,
+        config: AttentionConfig,
+        text_dim: int,
+        *,
+        stage: type[AttentionStage] | type[MemoryStage] = AttentionStage,
+        single_output: bool = False,
     ) -> None:
         self.config = config
         self.gammas = Gammas(config.gamma_attention, config.gamma_words, config.gamma_ranking)
@@ -204,7 +219,7 @@ class AttentionGan(TreeGan):
             text_dim=text_dim,
             condition_dim=config.condition_dim,
             compat=config.compat,
-            global_attention=global_attention,
+            stage=stage,
             single_output=single_output,
             skip_excitation=config.skip_excitation,
         )
@@ -217,14 +232,15 @@ class AttentionGan(TreeGan):
     def generator_terms(
         self, images: Tensor, words: Tensor, sentence: Tensor, batch: Batch, train: Train
     ) -> Iterator[Tensor]:
-        """Yield the weighted losses that the paper adds to the adversarial and KL losses.
+        """Yield the weighted losses in addition to the adversarial and KL losses: lambda * L_DAMSM, unless it is 0.
 
         Args:
             images: The largest generated images (N, 3, S, S).
             words: (N, D, T) of the text encoder.
             sentence: (N, D) of the text encoder.
         """
-        raise NotImplementedError
+        if self.config.damsm_weight:
+            yield self._weighted_damsm(images, words, sentence, batch, train)
 
     def step(self, batch: Batch, train: Train) -> None:
         released = self.config.compat == "authors"
@@ -251,7 +267,7 @@ class AttentionGan(TreeGan):
             loss = loss + term
         train.apply("generator", loss)
 
-    def weighted_damsm(self, images: Tensor, words: Tensor, sentence: Tensor, batch: Batch, train: Train) -> Tensor:
+    def _weighted_damsm(self, images: Tensor, words: Tensor, sentence: Tensor, batch: Batch, train: Train) -> Tensor:
         """Report L_DAMSM of the images and return it times its weight."""
         with train.frozen("image") as encoder:
             regions, whole = encoder(images)

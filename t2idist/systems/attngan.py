@@ -1,19 +1,14 @@
 """AttnGAN: word attention in a tree of generators, and a matching loss by a trained DAMSM (Xu et al. 2018).
 
-The training step is that of `_tree_gan.AttentionGan`.
+The training step, and the matching loss (section 3.2, eq. 3 and 14), are those of `_tree_gan.AttentionGan`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from t2idist.contract import Batch, BuildInfo, Frozen, Train
-from t2idist.nn.image_encoders import damsm_image_encoder
-from t2idist.nn.text_encoders import text_encoder_from_export
-from t2idist.systems._tree_gan import AttentionConfig, AttentionGan
+from t2idist.contract import BuildInfo
+from t2idist.systems._tree_gan import AttentionConfig, AttentionGan, damsm_encoders
 
 
 @dataclass(frozen=True)
@@ -42,19 +37,9 @@ class AttnGan(AttentionGan):
     """The system. Slot "damsm": its text and image encoder. Exports: "generator", "text"."""
 
     def __init__(self, config: Config, info: BuildInfo) -> None:
-        damsm = info.sources["damsm"]
-        super().__init__(config, damsm["config"]["embedding_dim"], single_output=config.single_output)
-        self.frozen = {
-            "text": Frozen(text_encoder_from_export(damsm, info.vocabulary_size), "damsm", "text"),
-            "image": Frozen(damsm_image_encoder(damsm["config"]), "damsm", "image"),
-        }
-
-    def generator_terms(
-        self, images: Tensor, words: Tensor, sentence: Tensor, batch: Batch, train: Train
-    ) -> Iterator[Tensor]:
-        """lambda * L_DAMSM (section 3.2, eq. 3 and 14)."""
-        if self.config.damsm_weight:
-            yield self.weighted_damsm(images, words, sentence, batch, train)
+        text_dim = info.sources["damsm"]["config"]["embedding_dim"]
+        super().__init__(config, text_dim, single_output=config.single_output)
+        self.frozen = damsm_encoders(info)
 
 
 def build(config: Config, info: BuildInfo) -> AttnGan:

@@ -16,6 +16,7 @@ from t2idist.losses.captions import word_cross_entropy
 from t2idist.nn.captioning import captioner_from_export
 from t2idist.nn.image_encoders import damsm_image_encoder
 from t2idist.nn.text_encoders import text_encoder_from_export
+from t2idist.nn.tree import MirrorStage
 from t2idist.systems._tree_gan import AttentionConfig, AttentionGan
 
 
@@ -55,7 +56,7 @@ class MirrorGan(AttentionGan):
         }
         if config.damsm_weight:
             self.frozen["image"] = Frozen(damsm_image_encoder(damsm["config"]), "damsm", "image")
-        super().__init__(config, damsm["config"]["embedding_dim"], global_attention=True)
+        super().__init__(config, damsm["config"]["embedding_dim"], stage=MirrorStage)
 
     def generator_terms(
         self, images: Tensor, words: Tensor, sentence: Tensor, batch: Batch, train: Train
@@ -67,8 +68,7 @@ class MirrorGan(AttentionGan):
         stream = word_cross_entropy(logits, captions.tokens, captions.lengths, batch.groups)
         train.report("generator/stream", stream)
         yield self.config.stream_weight * stream
-        if self.config.damsm_weight:
-            yield self.weighted_damsm(images, words, sentence, batch, train)
+        yield from super().generator_terms(images, words, sentence, batch, train)
 
 
 def build(config: Config, info: BuildInfo) -> MirrorGan:

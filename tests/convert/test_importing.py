@@ -118,6 +118,24 @@ def test_exports_record_settings_and_sources(attngan: tuple[Path, list[ImportRes
     assert not (folder / "out/damsm").exists()  # the image encoder of the DAMSM is missing
 
 
+def test_dm_gan_generator_equals_the_authors(tmp_path: Path, outputs: dict[str, Tensor]) -> None:
+    files = [
+        write_weights(tmp_path, f"{i}.pth", without_num_batches_tracked(make_weights(SMALL[name])))
+        for i, name in enumerate(("damsm/text_encoder", "dmgan/netG"))
+    ]
+    (result,) = import_weights("dm_gan", files, str(tmp_path / "out"), ImportOptions(make_vocabulary(60)))
+    assert result.settings == {
+        "generator_width": 8, "branches": 3, "base_size": 64, "residuals": 2, "z_dim": 32, "condition_dim": 32,
+        "gamma_attention": 4.0, "compat": "authors",
+    }  # fmt: skip
+    released = load_file(HERE / "dm_gan.safetensors")
+    names = ("z", "eps", "sent_emb", "word_embs", "mask")
+    with torch.no_grad():
+        sample = load_export(result.url, CPU).nets["generator"](*(outputs[f"attngan/{name}"] for name in names))
+    for image, size in zip(sample.images[1:], (128, 256), strict=True):
+        assert_close(subsample(image), released[f"image_{size}"])
+
+
 def test_stackgan_pp_generator_equals_the_authors(tmp_path: Path, outputs: dict[str, Tensor]) -> None:
     file = write_weights(tmp_path, "netG.pth", make_weights(SMALL["stackganv2/netG"]), "module.")
     (result,) = import_weights("stackgan_pp", [file], str(tmp_path / "out"))

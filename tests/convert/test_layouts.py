@@ -69,6 +69,16 @@ CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
         ("mirrorgan/coco/netG", "damsm/coco/text_encoder"),
         {**TREES, "generator_width": 48, "residuals": 3, "condition_dim": 100},
     ),
+    "dm_gan-cub": (
+        "dm_gan",
+        ("dmgan/cub/netG", "damsm/cub/text_encoder", "damsm/image_encoder"),
+        {**TREES, "generator_width": 64, "residuals": 2, "condition_dim": 100, "compat": "authors"},
+    ),
+    "dm_gan-coco": (
+        "dm_gan",
+        ("dmgan/coco/netG", "damsm/coco/text_encoder"),
+        {**TREES, "generator_width": 64, "residuals": 3, "condition_dim": 100, "gamma_attention": 4.0},
+    ),
     "captioner": (
         "captioner", ("mirrorgan/caption_cnn", "mirrorgan/cub/caption_rnn"), {"word_dim": 256, "hidden_dim": 512},
     ),

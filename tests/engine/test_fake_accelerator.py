@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-CAPTIONED = ["damsm", "attngan", "stackgan_pp", "mirrorgan", "gan_cls", "stackgan", "style", "captioner", "char_text"]
+CAPTIONED = [
+    "damsm", "attngan", "stackgan_pp", "mirrorgan", "dm_gan", "df_gan", "gan_cls", "stackgan", "style", "captioner",
+    "char_text",
+]  # fmt: skip
 SYSTEMS = [*CAPTIONED, "dcgan", "stargan"]
 
 

@@ -21,8 +21,8 @@ GPU = [
     pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator on this machine"),
 ]
 SYSTEMS = [
-    "damsm", "attngan", "stackgan_pp", "stargan", "mirrorgan", "gan_cls", "stackgan", "dcgan", "style", "captioner",
-    "char_text",
+    "damsm", "attngan", "stackgan_pp", "stargan", "mirrorgan", "dm_gan", "df_gan", "gan_cls", "stackgan", "dcgan",
+    "style", "captioner", "char_text",
 ]  # fmt: skip
 BENCHMARKED = [name for name in SYSTEMS if name != "char_text"]
 """Systems with a step in the authors' way."""

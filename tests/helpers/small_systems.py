@@ -44,6 +44,14 @@ OPTIONS = {
     "decay_floor": 0.2,
 }
 TWO_STAGE = {"generator_width": 8, "discriminator_width": 4, "z_dim": 6, "condition_dim": 6}
+DF_GAN = {
+    "image_size": 16,
+    "generator_width": 4,
+    "discriminator_width": 4,
+    "z_dim": 6,
+    "unit_text": True,
+    "beta1": 0.9,  # with 0, Adam's first moment is one gradient, whose rounding the moments of 10 steps average
+}
 MODELS: dict[str, dict[str, Any]] = {
     "damsm": DAMSM,
     "char_text": CHAR_TEXT,
@@ -172,6 +180,17 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "mirrorgan": {**TREE, "generator_width": 8, "discriminator_width": 4, "damsm_weight": 1.0},
     "mirrorgan-authors": {**TREE, "generator_width": 8, "discriminator_width": 4, "compat": "authors"},
+    # with small words all keys of an image are nearly equal, and the gradient of their bias is rounding noise
+    "dm_gan": {**TREE, "generator_width": 8, "discriminator_width": 4, "unit_text": True},
+    "df_gan": DF_GAN,
+    "df_gan-options": {
+        **DF_GAN,
+        **OPTIONS,
+        "discriminator_norm": "spectral",
+        "relativistic": True,
+        "top_k": 0.5,
+        "ema_half_life_images": 100,
+    },
 }
 """Settings by label: the system's name, with a suffix after a dash for further settings of one system."""
 QUICK = ("damsm", "attngan", "stackgan_pp")
@@ -192,6 +211,9 @@ USES: dict[str, dict[str, str]] = {
     "stackgan-2-options": {"stage1": "stackgan"},
     "mirrorgan": {"damsm": "damsm", "captioner": "captioner"},
     "mirrorgan-authors": {"damsm": "damsm", "captioner": "captioner"},
+    "dm_gan": {"damsm": "damsm"},
+    "df_gan": {"text": "damsm"},
+    "df_gan-options": {"text": "damsm"},
 }
 """By label and slot, the label of the stage that the slot uses."""
 

@@ -25,7 +25,7 @@ COLOURS = torch.tensor(
 )
 
 
-SLOT = {"attngan": "damsm", "stackgan_pp": "text"}
+SLOT = {"attngan": "damsm", "stackgan_pp": "text", "dm_gan": "damsm", "df_gan": "text"}
 
 
 def build_info(group_size: int, vocabulary_size: int, damsm: Any = None, slot: str = "damsm") -> BuildInfo:

@@ -41,7 +41,7 @@ def test_table_shows_the_phases_of_both_steps(
     check_table(output)
 
 
-@pytest.mark.parametrize("system", ["damsm", "attngan", "stargan", "mirrorgan", "gan_cls", "style"])
+@pytest.mark.parametrize("system", ["damsm", "attngan", "stargan", "mirrorgan", "dm_gan", "df_gan", "gan_cls", "style"])
 def test_every_system_is_measured(capsys: pytest.CaptureFixture[str], system: str) -> None:
     options = bench_step.build_parser().parse_args([system, "--group-size", "2"])
     results = bench_step.measure({name: bench_step.make_benchmark(name, options) for name in ("authors", "best")}, 1)
@@ -72,7 +72,9 @@ def test_one_step_can_be_measured_alone(monkeypatch: pytest.MonkeyPatch, capsys:
         assert f"{'phase':46}{name + ' ms':>16}\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("recipe", ["damsm", "attngan", "stackgan_pp", "stargan", "mirrorgan", "gan_cls", "stackgan"])
+@pytest.mark.parametrize(
+    "recipe", ["damsm", "attngan", "stackgan_pp", "stargan", "mirrorgan", "dm_gan", "df_gan", "gan_cls", "stackgan"]
+)
 def test_reference_step_gives_the_same_losses(recipe: str) -> None:
     options = bench_step.build_parser().parse_args([recipe, "--group-size", "4", "--precision", "float64"])
     reports = []

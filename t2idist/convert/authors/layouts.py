@@ -129,6 +129,11 @@ def _infer_attngan(files: Files) -> InferredConfig:
     return InferredConfig({**_infer_tree(files["generator"]), **_discriminator_width(files), **released})
 
 
+def _infer_dm_gan(files: Files) -> InferredConfig:
+    released: dict[str, Any] = {"gamma_attention": 4.0, "compat": "authors"}
+    return InferredConfig({**_infer_tree(files["generator"]), **released})
+
+
 def _infer_stackgan_pp(files: Files) -> InferredConfig:
     generator = files["generator"]
     conditional = "ca_net.fc.weight" in generator.weights
@@ -293,6 +298,15 @@ LAYOUTS = {
             group_size=12,
             weights=AVERAGED,
             uses={"damsm": "damsm", "captioner": "captioner"},
+        ),
+        WeightsLayout(
+            name="dm_gan",
+            system="dm_gan",
+            files=(FileLayout("generator", ("h_net1.fc.0.weight", "h_net2.response_gate.0.weight")),),
+            infer=_infer_dm_gan,
+            group_size=10,
+            weights=AVERAGED,
+            uses={"damsm": "damsm"},
         ),
         WeightsLayout(
             name="captioner",

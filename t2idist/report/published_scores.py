@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _DM_GAN = "DM-GAN README"
+_DF_GAN = "DF-GAN README"
 _TISE = "TISE, one code for all (arXiv 2112.01398)"
 _ATTNGAN = "tables of the AttnGAN and StackGAN papers"
 
@@ -41,6 +42,12 @@ PUBLISHED_SCORES = (
     PublishedScore("CUB", "AttnGAN", "R-precision", "65.30 %", "DAMSM", _TISE),
     PublishedScore("CUB", "real photographs", "R-precision", "22.57 %", "DAMSM", _TISE),
     PublishedScore("CUB", "a model made to cheat", "R-precision", "84.63 %", "DAMSM", _TISE),
+    PublishedScore("CUB", "DM-GAN", "IS", "4.75 ± .07", "", _DM_GAN),
+    PublishedScore("CUB", "DM-GAN", "FID", "16.09", "PyTorch's Inception", _DM_GAN),
+    PublishedScore("CUB", "DM-GAN", "FID", "15.34", "PyTorch's Inception, released weights", _DM_GAN),
+    PublishedScore("CUB", "DM-GAN", "R-precision", "72.31 ± .91 %", "DAMSM", _DM_GAN),
+    PublishedScore("CUB", "DF-GAN", "FID", "14.81", "", _DF_GAN),
+    PublishedScore("CUB", "DF-GAN", "FID", "12.10", "released weights", _DF_GAN),
     PublishedScore("COCO", "GAN-INT-CLS", "IS", "7.88 ± .07", "", _ATTNGAN),
     PublishedScore("COCO", "StackGAN", "IS", "8.45 ± .03", "", _ATTNGAN),
     PublishedScore("COCO", "StackGAN", "FID", "74.05", "", "StackGAN-v2 README"),
@@ -51,6 +58,12 @@ PUBLISHED_SCORES = (
     PublishedScore("COCO", "AttnGAN", "FID", "36.90", "", _TISE),
     PublishedScore("COCO", "AttnGAN", "R-precision", "85.47 ± 3.69 %", "DAMSM", _DM_GAN),
     PublishedScore("COCO", "AttnGAN", "R-precision", "50.56 %", "CLIP", _TISE),
+    PublishedScore("COCO", "DM-GAN", "IS", "30.49 ± .57", "", _DM_GAN),
+    PublishedScore("COCO", "DM-GAN", "FID", "32.64", "PyTorch's Inception", _DM_GAN),
+    PublishedScore("COCO", "DM-GAN", "FID", "26.55", "PyTorch's Inception, released weights", _DM_GAN),
+    PublishedScore("COCO", "DM-GAN", "R-precision", "88.56 ± .28 %", "DAMSM", _DM_GAN),
+    PublishedScore("COCO", "DF-GAN", "FID", "19.32", "", _DF_GAN),
+    PublishedScore("COCO", "DF-GAN", "FID", "15.41", "released weights", _DF_GAN),
     PublishedScore("COCO", "real photographs", "R-precision", "83.54 %", "CLIP", _TISE),
     PublishedScore("COCO", "real photographs", "FID", "2.62", "one half against the other", _TISE),
     PublishedScore("Oxford-102", "StackGAN", "FID", "55.28", "", "StackGAN-v2 README"),

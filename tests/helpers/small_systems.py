@@ -180,7 +180,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "mirrorgan": {**TREE, "generator_width": 8, "discriminator_width": 4, "damsm_weight": 1.0},
     "mirrorgan-authors": {**TREE, "generator_width": 8, "discriminator_width": 4, "compat": "authors"},
-    # with small words all keys of an image are nearly equal, and the gradient of their bias is rounding noise
+    # with small words the keys of an image are nearly equal, and the gradient of their bias is rounding noise
     "dm_gan": {**TREE, "generator_width": 8, "discriminator_width": 4, "unit_text": True},
     "df_gan": DF_GAN,
     "df_gan-options": {
@@ -297,6 +297,11 @@ def write_export(system: str, url: str, words: Sequence[str], data: DataInfo = D
     export.write(url, {dotted.rpartition(".")[2]: exported_network(built, dotted) for dotted in built.exports}, index)
 
 
+ALWAYS_SMOOTH = ("dm_gan",)
+"""Systems in which a unit that is active for all words, as half of them are with ReLU, has no gradient to its bias: a
+softmax over words does not depend on it. What training adds to such a bias is rounding noise, in float64 too."""
+
+
 def trainer(
     world: World,
     system: str,
@@ -305,10 +310,10 @@ def trainer(
     micro_batch_groups: int | None = None,
     zero: int = 0,
 ) -> Trainer:
-    """Build a trainer: of the system itself in float64, else of `build_smooth`."""
+    """Build a trainer: of the system itself in float64, unless it is `ALWAYS_SMOOTH`, else of `build_smooth`."""
     share = Share.of(world, groups)
     return Trainer(
-        build(system) if precision == "float64" else build_smooth(system),
+        build(system) if precision == "float64" and system not in ALWAYS_SMOOTH else build_smooth(system),
         stage=system,
         seed=5,
         group_size=GROUP_SIZE,

@@ -288,8 +288,7 @@ class Train(Protocol):
         Gradients still flow to their inputs.
 
         Args:
-            names: Roles (their networks stay in train mode) or `System.frozen` networks (in eval mode, or in train mode
-                if they say so).
+            names: Roles (their networks stay in train mode) or `System.frozen` networks (in the mode that they declare).
 
         Returns:
             The network if one name is given, else a tuple.
@@ -333,10 +332,7 @@ class System(Protocol):
 
 @runtime_checkable
 class KeepsMemory(Protocol):
-    """A system whose groups keep tensors from step to step, other than weights: an image pool, say.
-
-    They are zeros at first. They belong to the group: they are in checkpoints, and follow it to another worker.
-    """
+    """A system whose groups keep tensors from step to step, other than weights; they are zeros at first."""
 
     memory: Mapping[str, tuple[int, ...]]
     """Shape of each tensor of one group, by name."""

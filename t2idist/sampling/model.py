@@ -118,7 +118,7 @@ class Model:
             domain: index of the data set with these attributes.
             to: domain to translate to, of a model that translates between domains; None: the only one it has.
         """
-        change = self._change(*(_names(given) for given in (set, clear)), _whole_number("domain", domain), to)
+        change = self._change(_names(set), _names(clear), _whole_number("domain", domain), to)
         pixels = _read(image, self.loaded.system.sizes[-1])
         return to_pil(change.apply(self.loaded, pixels, self._device))
 

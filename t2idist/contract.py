@@ -288,7 +288,7 @@ class Train(Protocol):
         Gradients still flow to their inputs.
 
         Args:
-            names: Roles (their networks stay in train mode) or `System.frozen` networks (in the mode that they declare).
+            names: Roles (their networks stay in train mode) or `System.frozen` networks (in the mode they declare).
 
         Returns:
             The network if one name is given, else a tuple.

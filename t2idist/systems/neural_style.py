@@ -82,6 +82,7 @@ class Config:
     def __post_init__(self) -> None:
         check_ranges(
             self,
+            at_least_1="image_size",
             at_least_0="content_weight style_weight total_variation_weight",
             above_0="lr",
         )

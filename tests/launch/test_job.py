@@ -89,7 +89,8 @@ def test_a_submitted_working_directory_trains_on_the_cluster(head_with_token: He
     assert done.returncode == 0, done.stdout + done.stderr
     assert "workers 2" in done.stdout and WARNING not in done.stdout
     check_finished(tmp_path)
-    assert scraper.names == prometheus.METRICS.keys() - {"t2idist_device_memory_bytes"}  # no accelerator here
+    absent = {"t2idist_device_memory_bytes", "t2idist_recovery_seconds", "t2idist_recovery_images"}
+    assert scraper.names == prometheus.METRICS.keys() - absent  # there is no accelerator, and no restart
     for file in (file for file in tmp_path.rglob("*") if file.is_file()):
         assert head.env["RAY_AUTH_TOKEN"].encode() not in file.read_bytes(), file
     assert head.env["RAY_AUTH_TOKEN"] not in done.stdout + done.stderr

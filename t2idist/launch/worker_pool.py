@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 _RECYCLE_SECONDS = 3.0
 _POLL_SECONDS = 0.05
 _RESPONSE_SECONDS = 2.0
+_SPARES_AFTER_SECONDS = 10.0
+"""After the start of a group: its first steps need the cores."""
 _MEMORY_SHARE = 0.1
 """Of the machine's memory: with less available, no spare process is prepared."""
 
@@ -167,6 +169,8 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         self._free: list[_Process] = []
         self._prepared: set[Any] = set()
         """Those of `_free` that are ready to train."""
+        self._started, self._nodes = 0.0, set[str]()
+        """When the group started to train, on which nodes; no nodes: their spare processes are started."""
 
     def take(self, group: PlacementGroup, indices: Sequence[int], gpus: float) -> tuple[list[Any], list[Any]]:
         """Return a process for each of these bundles of a placement group, and Ray's metadata of each.
@@ -200,7 +204,13 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
         self._drop_superfluous()
-        self.prepare({worker.metadata.node_id for worker in worker_group.get_workers()})
+        self._started = time.monotonic()
+        self._nodes = {worker.metadata.node_id for worker in worker_group.get_workers()}
+
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        if self._nodes and time.monotonic() > self._started + _SPARES_AFTER_SECONDS:
+            self.prepare(self._nodes)
+            self._nodes = set()
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
         """Take back the processes of the group that are well, and end the others."""

@@ -1,4 +1,4 @@
-"""Network interfaces of this machine: the one that carries the traffic between workers.
+"""Network interfaces of this machine, and connections over them: which interface carries the traffic between workers.
 
 Gloo and NCCL select one by the host's name or by order. Debian maps the name to 127.0.1.1, and docker0 may come first:
 other nodes cannot reach either. The interface of the node's address in Ray is reachable, because Ray uses it.
@@ -12,7 +12,9 @@ import fcntl
 import ipaddress
 import os
 import socket
+import stat
 import struct
+from collections.abc import Collection
 from pathlib import Path
 
 _SIOCGIFCONF = 0x8912  # Linux: all IPv4 addresses, with the names of their interfaces
@@ -66,3 +68,20 @@ def _ipv4_addresses() -> dict[str, str]:
         name = os.fsdecode(entry[:16].split(b"\0", 1)[0])
         found[socket.inet_ntoa(entry[20:24])] = name.partition(":")[0]  # "eth0:1" is a second address of eth0
     return found
+
+
+def close_connections(addresses: Collection[str]) -> None:
+    """Close this process's TCP connections to these addresses: who waits for an answer gets an error instead."""
+    if not addresses:
+        return
+    for entry in Path("/proc/self/fd").glob("*"):
+        with contextlib.suppress(OSError):  # it has been closed meanwhile
+            if stat.S_ISSOCK(entry.stat().st_mode):
+                _close_if_to(addresses, os.dup(int(entry.name)))
+
+
+def _close_if_to(addresses: Collection[str], descriptor: int) -> None:
+    with socket.socket(fileno=descriptor) as connection:
+        is_tcp = connection.family in (socket.AF_INET, socket.AF_INET6)
+        if is_tcp and connection.getpeername()[0].removeprefix("::ffff:") in addresses:
+            connection.shutdown(socket.SHUT_RDWR)

@@ -27,7 +27,7 @@ from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from t2idist.engine.checkpoint.replica_protocol import CHECKPOINT_THREAD, REPLICA_THREAD
-from t2idist.launch import callbacks
+from t2idist.launch import callbacks, interfaces
 from t2idist.launch.ray_internals import ControllerCallback, RayTrainWorker, WorkerGroupCallback, get_train_context
 from t2idist.launch.resources import alive_nodes
 from t2idist.observability import process
@@ -78,14 +78,19 @@ class PooledWorker(RayTrainWorker):  # type: ignore[misc]
         _accelerator_ids[:] = accelerator_ids
         return replace(self.get_metadata(), accelerator_ids={"GPU": list(accelerator_ids)} if accelerator_ids else {})
 
-    def recycle(self, seconds: float) -> str:
+    def recycle(self, seconds: float, lost: Collection[str]) -> str:
         """Wait at most `seconds` for the end of the training; return why this process cannot train again, or "".
 
-        The training ends by itself once a peer closes its connections. Ours are closed when nothing refers to them.
+        The training ends by itself once a peer closes its connections. Ours are closed when nothing refers to them. A
+        node that stopped responding closes none, so those to its address are closed here.
+
+        Args:
+            lost: Addresses of the nodes of lost workers.
         """
         runner = get_train_context().execution_context.training_thread_runner
         deadline = time.monotonic() + seconds
         callbacks.release()
+        interfaces.close_connections(set(lost) - {self.get_metadata().node_ip})
         while (busy := "training" if runner.is_running() else _writer()) and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
             gc.collect()
@@ -218,7 +223,9 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         lost = {rank for rank, error in status.errors.items() if _is_lost(error)} if status is not None else set()
         workers = worker_group.get_workers()
         _kill(workers[rank].actor for rank in lost)
-        calls = {w.actor.recycle.remote(_RECYCLE_SECONDS): w for rank, w in enumerate(workers) if rank not in lost}
+        addresses = [workers[rank].metadata.node_ip for rank in lost]
+        kept = [worker for rank, worker in enumerate(workers) if rank not in lost]
+        calls = {worker.actor.recycle.remote(_RECYCLE_SECONDS, addresses): worker for worker in kept}
         limit = _RECYCLE_SECONDS + _RESPONSE_SECONDS
         ready, pending = ray.wait(list(calls), num_returns=len(calls), timeout=limit) if calls else ([], [])
         for call in [*ready, *pending]:

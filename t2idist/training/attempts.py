@@ -62,3 +62,4 @@ class _FinishRecovery(loop.Hook):
             self._recovery.finish()
             self._record._write()
             self._log.metadata["recovery"] = self._recovery.describe()
+            self._log.log_state("training")

@@ -353,7 +353,7 @@ class _StageWorker:
         state = StageState(self._trainer, batches, self._checkpoints, self._replicas, log)
         hooks = stage_hooks(state, settings, self._config.guard, preemption, evaluate)
         if log is not None and self._run.attempt is not None:
-            hooks = self._run.attempt.recovery_hooks(log) + hooks
+            hooks += self._run.attempt.recovery_hooks(log)
         loop.run(self._trainer, batches, settings, steps, hooks)
 
     def _export(self, evaluator: InTrainingEvaluator | None, log: MetricLogger | None) -> None:

@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -129,3 +130,19 @@ def test_two_hosts_train_though_their_names_are_127_0_1_1_and_they_have_docker0(
         assert driver.wait(600) == 0, cluster.log.read_text()
         assert "workers 2" in cluster.log.read_text()
     check_finished(tmp_path)
+
+
+def test_connections_to_lost_addresses_are_closed_and_others_stay() -> None:
+    servers = [socket.create_server((address, 0)) for address in ("127.0.0.2", "127.0.0.3")]
+    lost, kept = (socket.create_connection(server.getsockname()) for server in servers)
+    accepted = [server.accept()[0] for server in servers]
+    received: list[bytes] = []
+    waiting = threading.Thread(target=lambda: received.append(lost.recv(1)))
+    waiting.start()
+    interfaces.close_connections({"127.0.0.2"})
+    waiting.join(10)
+    assert received == [b""], "who waits for an answer is woken"
+    accepted[1].sendall(b"x")
+    assert kept.recv(1) == b"x"
+    for each in (lost, kept, *accepted, *servers):
+        each.close()

@@ -48,7 +48,7 @@ cluster.shutdown()
 
 @pytest.mark.slow  # two Ray nodes
 def test_a_node_whose_gpu_fails_twice_is_drained(short_folder: str, tmp_path: Path) -> None:
-    env = {**os.environ, "RAY_TMPDIR": short_folder, "TMPDIR": str(tmp_path)}
+    env = {**os.environ, "RAY_TMPDIR": short_folder, "TMPDIR": str(tmp_path), "HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", SOURCE], cwd=ROOT, env=env, capture_output=True, text=True, timeout=180, check=False
     )

@@ -50,7 +50,13 @@ ray.shutdown()
 
 @pytest.mark.whole  # a Ray node with declared GPUs
 def test_survivors_keep_their_gpu_and_spares_replace_the_lost(short_folder: str, tmp_path: Path) -> None:
-    env = {**os.environ, "RAY_TMPDIR": short_folder, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    env = {
+        **os.environ,
+        "RAY_TMPDIR": short_folder,
+        "TMPDIR": str(tmp_path),
+        "HOME": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
         [sys.executable, "-c", SOURCE], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False
     )

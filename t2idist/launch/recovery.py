@@ -9,6 +9,7 @@ import ray
 from ray.exceptions import RayError
 
 from t2idist.launch.ray_internals import ControllerCallback, WorkerGroupCallback
+from t2idist.launch.worker_pool import is_lost
 from t2idist.observability.recovery import RESIZE, WORKER_FAILED, WORKER_LOST, Recovery
 
 _RESPONSE_SECONDS = 10.0
@@ -36,7 +37,7 @@ class RecordRecovery(WorkerGroupCallback, ControllerCallback):  # type: ignore[m
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         errors = worker_group_status.errors.values()
         if errors:
-            self._begin(WORKER_FAILED if all(hasattr(error, "_base_exc") for error in errors) else WORKER_LOST)
+            self._begin(WORKER_LOST if any(is_lost(error) for error in errors) else WORKER_FAILED)
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
         self._begin(RESIZE)

@@ -28,7 +28,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from t2idist.engine.checkpoint.replica_protocol import CHECKPOINT_THREAD, REPLICA_THREAD
 from t2idist.launch import callbacks, interfaces
-from t2idist.launch.ray_internals import ControllerCallback, RayTrainWorker, WorkerGroupCallback, get_train_context
+from t2idist.launch.ray_internals import (
+    ControllerCallback,
+    RayTrainWorker,
+    WorkerGroupCallback,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+    get_train_context,
+)
 from t2idist.launch.resources import alive_nodes
 from t2idist.observability import process
 
@@ -133,7 +140,7 @@ def _is_reusable_after(error: BaseException | None) -> bool:
     """Return whether a process can train after this error. An error of the device may have broken its context."""
     import torch
 
-    cause = getattr(error, "_base_exc", error)
+    cause = getattr(error, "_base_exc", error)  # Ray Train wraps the errors of a training
     return not isinstance(cause, torch.AcceleratorError | MemoryError)
 
 
@@ -220,7 +227,7 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
         """Take back the processes of the group that are well, and end the others."""
         status = worker_group.get_latest_poll_status()
-        lost = {rank for rank, error in status.errors.items() if _is_lost(error)} if status is not None else set()
+        lost = {rank for rank, error in status.errors.items() if is_lost(error)} if status is not None else set()
         workers = worker_group.get_workers()
         _kill(workers[rank].actor for rank in lost)
         addresses = [workers[rank].metadata.node_ip for rank in lost]
@@ -307,9 +314,9 @@ def _has_refused(each: _Process) -> bool:
     return each.prepared is not None and each.has_started() and not _result(each.prepared)
 
 
-def _is_lost(error: BaseException) -> bool:
+def is_lost(error: BaseException) -> bool:
     """Return whether a worker's error is that its process ended or does not respond, not one of its training."""
-    return not hasattr(error, "_base_exc")
+    return isinstance(error, WorkerHealthCheckFailedError | WorkerHealthCheckTimeoutError)
 
 
 def _result(call: Any) -> Any:

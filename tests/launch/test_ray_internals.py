@@ -59,6 +59,8 @@ USED = {
         "get_workers",
     ],
     "WorkerGroupStartupFailedError": [],
+    "WorkerHealthCheckFailedError": [],
+    "WorkerHealthCheckTimeoutError": [],
     "get_env_vars_to_propagate": [],
     "get_train_context": [],
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from t2idist.launch import callbacks, worker_pool
+from t2idist.launch import callbacks, ray_internals, worker_pool
 from t2idist.observability import process
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +71,12 @@ def test_spare_process_loads_nothing_if_memory_is_short(monkeypatch: pytest.Monk
 
 def test_available_memory_is_a_share() -> None:
     assert 0 < process.available_memory_share() < 1
+
+
+def test_a_worker_that_raised_is_not_lost() -> None:
+    assert not worker_pool.is_lost(RuntimeError("Connection closed by peer"))
+    assert worker_pool.is_lost(ray_internals.WorkerHealthCheckFailedError("ended", RuntimeError()))
+    assert worker_pool.is_lost(ray_internals.WorkerHealthCheckTimeoutError("silent"))
 
 
 def test_process_is_not_used_again_after_an_error_of_its_device() -> None:

@@ -153,10 +153,8 @@ def test_survivors_serve_the_next_group(injured: tuple[Path, Path, dict[str, Inj
         assert injury.attempts >= 2
         return
     assert injury.attempts == 1
-    if name == "the first":  # who waits for the store of the first worker may take longer than it is waited for
-        assert injury.survivors & injury.after, "all survivors were replaced"
-    else:
-        assert injury.survivors <= injury.after, "a survivor was replaced"
+    # not all of them on a busy machine: one whose training does not end within 3 s is replaced
+    assert injury.survivors & injury.after, "all survivors were replaced"
 
 
 def test_no_sample_is_lost_or_repeated_and_the_weights_are_the_same(injured: tuple[Path, Path, Any]) -> None:

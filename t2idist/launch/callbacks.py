@@ -107,9 +107,9 @@ class _RunningWorkers(WorkerGroupCallback):  # type: ignore[misc]
         self._workers = []
 
 
-def _call_workers(workers: list[Any], function: Callable[[], Any]) -> list[Any]:
+def call_workers(workers: list[Any], function: Callable[..., Any], *args: Any) -> list[Any]:
     """Call `function` in the process of every worker; raises RayError if one does not respond."""
-    return list(ray.get([worker.execute_async(function) for worker in workers], timeout=_RESPONSE_SECONDS))
+    return list(ray.get([worker.execute_async(function, *args) for worker in workers], timeout=_RESPONSE_SECONDS))
 
 
 class StopOnSigterm(_RunningWorkers):
@@ -155,7 +155,7 @@ class StopOnSigterm(_RunningWorkers):
 
 def _stop_workers(workers: list[Any]) -> None:
     try:
-        _call_workers(workers, _request_stop)
+        call_workers(workers, _request_stop)
     except RayError as error:  # the workers that replace them are asked again
         logger.warning("the workers could not be asked to stop: %s", error)
 
@@ -179,7 +179,7 @@ class PauseBeforeResize(_RunningWorkers, ControllerCallback):  # type: ignore[mi
             return
         deadline = time.monotonic() + self._within_seconds
         try:
-            while not all(_call_workers(self._workers, _request_pause)):
+            while not all(call_workers(self._workers, _request_pause)):
                 if time.monotonic() > deadline:
                     logger.warning("workers did not pause within %.0f s; replacing them anyway", self._within_seconds)
                     return

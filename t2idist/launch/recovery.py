@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import ray
 from ray.exceptions import RayError
 
+from t2idist.launch.callbacks import call_workers
 from t2idist.launch.ray_internals import ControllerCallback, WorkerGroupCallback
 from t2idist.launch.worker_pool import is_lost
 from t2idist.observability.recovery import RESIZE, WORKER_FAILED, WORKER_LOST, Recovery
 
-_RESPONSE_SECONDS = 10.0
 _of_this_group: list[Recovery] = []
 
 
@@ -50,9 +49,8 @@ class RecordRecovery(WorkerGroupCallback, ControllerCallback):  # type: ignore[m
         if self._ended:  # it is not the first group
             seconds = {"end": self._ended - self._noticed, "start": time.monotonic() - self._ended}
             recovery = Recovery(self._cause, seconds)
-        calls = [worker.execute_async(_set_recovery, recovery) for worker in worker_group.get_workers()]
         try:
-            ray.get(calls, timeout=_RESPONSE_SECONDS)
+            call_workers(worker_group.get_workers(), _set_recovery, recovery)
         except RayError:  # the new group has failed already
             return
         self._cause = ""

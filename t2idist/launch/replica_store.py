@@ -92,14 +92,14 @@ class RayReplicaStore:
         ready, _ = ray.wait(calls, num_returns=len(calls), timeout=_RESPONSE_SECONDS) if calls else ([], [])
         replicas: dict[tuple[str, int, int], ReplicaInfo] = {}
         for call in ready:
-            for info in _result(call) or []:
+            for info in result_or_none(call) or []:
                 replicas[info.attempt, info.step, info.rank] = info
         return list(replicas.values())
 
     def get(self, key: str, info: ReplicaInfo) -> bytes:
         """Return the bytes of a part from any actor that still has it; raises OSError."""
         for actor in self._actors():
-            data = _result(actor.get.remote(key, info.attempt, info.step, info.rank))
+            data = result_or_none(actor.get.remote(key, info.attempt, info.step, info.rank))
             if data is not None:
                 return bytes(data)
         raise OSError(f"no node holds part {info.rank} of step {info.step} any more")
@@ -112,7 +112,7 @@ class RayReplicaStore:
         """Return the ids of the nodes whose actors do not respond within `seconds`."""
         pings = {actor.list_replicas.remote(""): node for node, actor in self._actors_by_node()}
         ready, pending = ray.wait(list(pings), num_returns=len(pings), timeout=seconds) if pings else ([], [])
-        return [pings[ping] for ping in pending] + [pings[ping] for ping in ready if _result(ping) is None]
+        return [pings[ping] for ping in pending] + [pings[ping] for ping in ready if result_or_none(ping) is None]
 
     def shut_down(self) -> None:
         """End all actors of the run."""
@@ -147,10 +147,10 @@ def _target_nodes() -> list[str]:
     return [own, *others[:1]]
 
 
-def _result(call: Any) -> Any:
-    """Return the result of an actor call; None if the actor does not respond."""
+def result_or_none(call: Any, seconds: float = _TRANSFER_SECONDS) -> Any:
+    """Return the result of an actor call; None if the actor does not respond within `seconds`."""
     try:
-        return ray.get(call, timeout=_TRANSFER_SECONDS)
+        return ray.get(call, timeout=seconds)
     except RayError:
         return None
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import RayError
 from ray.train import get_context
 from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
@@ -36,6 +36,7 @@ from t2idist.launch.ray_internals import (
     WorkerHealthCheckTimeoutError,
     get_train_context,
 )
+from t2idist.launch.replica_store import result_or_none
 from t2idist.launch.resources import alive_nodes
 from t2idist.observability import process
 
@@ -166,6 +167,10 @@ class _Process:
     def has_started(self) -> bool:
         return self.prepared is None or bool(ray.wait([self.prepared], timeout=0)[0])
 
+    def has_memory(self) -> bool:
+        """Return whether this process, which has started, had the memory to prepare."""
+        return self.prepared is None or bool(result_or_none(self.prepared, _RESPONSE_SECONDS))
+
 
 class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
     """The processes of a run that serve no group at present. Lives with Ray Train's controller.
@@ -237,7 +242,7 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         ready, pending = ray.wait(list(calls), num_returns=len(calls), timeout=limit) if calls else ([], [])
         for call in [*ready, *pending]:
             worker = calls[call]
-            reason = _result(call) if call in ready else None
+            reason = result_or_none(call, _RESPONSE_SECONDS) if call in ready else None
             if reason == "":
                 ids = tuple(worker.metadata.accelerator_ids.get("GPU", ()))
                 self._free.append(_Process(worker.actor, worker.metadata.node_id, ids, None))
@@ -270,11 +275,12 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
     def _check(self) -> None:
         """Find out which processes are ready to train; end those that have no memory to, or do not respond."""
         alive = alive_nodes()
-        here = [each for each in self._free if each.node in alive and not _has_refused(each)]
-        starting = [each for each in here if not each.has_started()]
-        pings = {each.actor.is_prepared.remote(): each for each in here if each.has_started()}
+        here = [each for each in self._free if each.node in alive]
+        started = [each for each in here if each.has_started()]
+        starting = [each for each in here if each not in started]
+        pings = {each.actor.is_prepared.remote(): each for each in started if each.has_memory()}
         ready, _ = ray.wait(list(pings), num_returns=len(pings), timeout=_RESPONSE_SECONDS) if pings else ([], [])
-        answers = {pings[ping]: _result(ping) for ping in ready}
+        answers = {pings[ping]: result_or_none(ping, _RESPONSE_SECONDS) for ping in ready}
         keep = starting + [each for each, answer in answers.items() if answer is not None]
         _kill(each.actor for each in self._free if each not in keep)
         self._free = keep
@@ -309,22 +315,9 @@ def _gpu_ids() -> list[str]:
     return [str(each) for each in ray.get_runtime_context().get_accelerator_ids()["GPU"]]
 
 
-def _has_refused(each: _Process) -> bool:
-    """Return whether a process could not prepare for want of memory."""
-    return each.prepared is not None and each.has_started() and not _result(each.prepared)
-
-
 def is_lost(error: BaseException) -> bool:
     """Return whether a worker's error is that its process ended or does not respond, not one of its training."""
     return isinstance(error, WorkerHealthCheckFailedError | WorkerHealthCheckTimeoutError)
-
-
-def _result(call: Any) -> Any:
-    """Return the result of a call; None if its process does not respond."""
-    try:
-        return ray.get(call, timeout=_RESPONSE_SECONDS)
-    except (RayError, GetTimeoutError):
-        return None
 
 
 def _kill(actors: Iterable[Any]) -> None:

@@ -43,7 +43,16 @@ class AttemptRecord:
         """Return the hook that records the recovery after the first step, if there is one to record."""
         if self._recovery is None or self._recovery.is_finished:
             return []
-        return [_FinishRecovery(self, self._recovery, log)]
+        return [_FinishRecovery(self, log)]
+
+    def finish_recovery(self, log: MetricLogger) -> None:
+        """Record that the first step after the recovery is done, unless that was recorded."""
+        if self._recovery is None or self._recovery.is_finished:
+            return
+        self._recovery.finish()
+        self._write()
+        log.metadata["recovery"] = self._recovery.describe()
+        log.log_state("training")
 
     def _write(self) -> None:
         if self._recovery is not None:
@@ -54,12 +63,8 @@ class AttemptRecord:
 class _FinishRecovery(loop.Hook):
     """Records a recovery after its first step."""
 
-    def __init__(self, record: AttemptRecord, recovery: Recovery, log: MetricLogger) -> None:
-        self._record, self._recovery, self._log = record, recovery, log
+    def __init__(self, record: AttemptRecord, log: MetricLogger) -> None:
+        self._record, self._log = record, log
 
     def after_step(self, step: loop.FinishedStep) -> None:
-        if not self._recovery.is_finished:
-            self._recovery.finish()
-            self._record._write()
-            self._log.metadata["recovery"] = self._recovery.describe()
-            self._log.log_state("training")
+        self._record.finish_recovery(self._log)

@@ -64,7 +64,7 @@ def test_resize_waits_until_all_workers_are_paused(monkeypatch: pytest.MonkeyPat
         functions.append(function)
         return [worker.answers.pop(0) for worker in workers]
 
-    monkeypatch.setattr(callbacks, "_call_workers", call)
+    monkeypatch.setattr(callbacks, "call_workers", call)
     monkeypatch.setattr(callbacks, "_POLL_SECONDS", 0.01)
     callback = callbacks.PauseBeforeResize(10.0)
     callback.before_controller_execute_resize_decision(None)

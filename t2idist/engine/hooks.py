@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -87,6 +87,16 @@ def stage_hooks(
         CheckPreemption(state, preemption),
         SaveCheckpoints(state, stage, timer),
     ]
+
+
+class CallAfterStep(Hook):
+    """Calls a function after every step."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+
+    def after_step(self, step: FinishedStep) -> None:
+        self._function()
 
 
 class StepTimer:

@@ -1,9 +1,10 @@
-"""Ray Train callbacks: stop on SIGTERM, pause before a resize, wait for node liveness, limit the time to start."""
+"""Ray Train callbacks: stop on SIGTERM, pause before a resize, draining and silent nodes, a limit for the start."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import threading
@@ -15,7 +16,9 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from t2idist.launch import ray_internals
 from t2idist.launch.ray_internals import ControllerCallback, WorkerGroupCallback
+from t2idist.launch.replica_store import ignore_nodes
 from t2idist.launch.resources import NodeLiveness
 from t2idist.observability.command import in_main_thread
 
@@ -25,10 +28,13 @@ _PAUSE_SECONDS = 60.0
 _POLL_SECONDS = 0.25
 _RESPONSE_SECONDS = 10.0
 _SHUTDOWN_SECONDS = "5"
+_DRAINING_POLL_SECONDS = 2.0
 
 # set in a worker's process by its controller or driver, read by its training loop
 _stop_requested, _pause_requested, _released = threading.Event(), threading.Event(), threading.Event()
 _paused = threading.Event()
+_shutdown_times: list[float] = []
+"""When the first draining node of the group is shut down, as `time.time()`; math.inf: unknown. Empty: none drains."""
 
 
 # ------------------------------------------------------------ in a worker's process
@@ -40,6 +46,11 @@ def stop_requested() -> bool:
 def pause_requested() -> bool:
     """Return whether this worker has been asked to pause."""
     return _pause_requested.is_set()
+
+
+def seconds_to_shutdown() -> float | None:
+    """Return the time until a node of this group is shut down, math.inf if it is unknown; None if none drains."""
+    return max(0.1, _shutdown_times[0] - time.time()) if _shutdown_times else None
 
 
 class GroupEnded(Exception):
@@ -68,6 +79,7 @@ def forget_requests() -> None:
     """Forget what this worker was asked for as a member of an earlier group."""
     for event in (_stop_requested, _pause_requested, _released, _paused):
         event.clear()
+    _shutdown_times.clear()
 
 
 @contextlib.contextmanager
@@ -82,6 +94,10 @@ def pause_at_exit() -> Iterator[None]:
 def _request_stop() -> None:
     """Run in a worker's process in parallel to its training."""
     _stop_requested.set()
+
+
+def _set_shutdown_time(time_or_none: float | None) -> None:
+    _shutdown_times[:] = [] if time_or_none is None else [time_or_none]
 
 
 def _request_pause() -> bool:
@@ -188,8 +204,37 @@ class PauseBeforeResize(_RunningWorkers, ControllerCallback):  # type: ignore[mi
             return
 
 
-class WaitForNodeLiveness(ControllerCallback):  # type: ignore[misc]
-    """Lets Ray Train start workers only when it is known which nodes are alive."""
+class WatchDrainingNodes(_RunningWorkers):
+    """Tells the running workers when a node of theirs is to be shut down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._polled = 0.0
+        self._told: float | None = None
+
+    def after_worker_group_training_start(self, worker_group: Any) -> None:
+        super().after_worker_group_training_start(worker_group)
+        self._told = None
+
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        if not self._workers or time.monotonic() < self._polled + _DRAINING_POLL_SECONDS:
+            return
+        self._polled = time.monotonic()
+        nodes = {worker.metadata.node_id for worker in self._workers}
+        try:
+            draining = ray_internals.state.get_draining_nodes()
+        except RayError:  # the head does not respond
+            return
+        times = [milliseconds / 1000 or math.inf for node, milliseconds in draining.items() if node in nodes]
+        first = min(times, default=None)
+        if first != self._told:
+            self._told = first
+            for worker in self._workers:
+                worker.execute_async(_set_shutdown_time, first)
+
+
+class CheckNodes(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
+    """Lets Ray Train start workers only when it is known which nodes respond, and on no other nodes."""
 
     def __init__(self, liveness: NodeLiveness) -> None:
         self._liveness = liveness
@@ -198,7 +243,15 @@ class WaitForNodeLiveness(ControllerCallback):  # type: ignore[misc]
         os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", _SHUTDOWN_SECONDS)
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
-        self._liveness.wait()
+        self._liveness.check()
+
+    def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> dict[str, str] | None:
+        silent = sorted(self._liveness.silent)
+        return {ray_internals.RAY_NODE_ID_KEY: f"!in({','.join(silent)})"} if silent else None
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        with contextlib.suppress(RayError):  # the new group has failed already
+            call_workers(worker_group.get_workers(), ignore_nodes, self._liveness.silent)
 
 
 class StartTimeout(WorkerGroupCallback):  # type: ignore[misc]

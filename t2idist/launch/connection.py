@@ -107,7 +107,6 @@ def start_local_cluster(cluster: ClusterConfig, prepare: Callable[[], T]) -> Ite
     """
     settings = {
         **_settings(cluster),
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # draining this machine ends this process too
         "RAY_worker_niceness": "0",
     }
     cpus = max(os.cpu_count() or 1, int(cluster.workers[0] * cluster.cpus_per_worker))
@@ -150,6 +149,7 @@ def _settings(cluster: ClusterConfig) -> dict[str, str]:
     """Return Ray's environment variables; Ray Train passes its own on to its controller and workers."""
     return {
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # an actor that starts with every group; WatchDrainingNodes does it
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": f"{min(1.0, cluster.dead_seconds / 5):g}",
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{cluster.dead_seconds:g}",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{cluster.start_seconds:g}",

@@ -16,6 +16,7 @@ MODULES = {
     "AuthenticationTokenLoader": "ray._raylet",  # Ray 2.60: reset_cache(); it keeps the token of an earlier cluster
     "Config": "ray._raylet",  # Ray 2.60: initialize(), which reads RAY_AUTH_MODE again
     "GcsClient": "ray._raylet",  # Ray 2.60: drain_node(); there is no public call that drains a node
+    "RAY_NODE_ID_KEY": "ray._raylet",  # Ray 2.60: label of a node that holds its id
     "autoscaler_pb2": "ray.core.generated",  # Ray 2.60: DrainNodeReason, an argument of drain_node()
     "state": "ray._private.state",  # Ray 2.60: get_draining_nodes(), job_table(); no public call without the dashboard
     "ControllerCallback": "ray.train.v2._internal.execution.callback",  # Ray 2.60: base class of callbacks.py
@@ -27,6 +28,7 @@ MODULES = {
     "FixedScalingPolicy": "ray.train.v2._internal.execution.scaling_policy",  # Ray 2.60: _maybe_send_resource_request()
     "RayTrainWorker": "ray.train.v2._internal.execution.worker_group.worker",  # Ray 2.60: get_metadata()
     "Worker": "ray.train.v2._internal.execution.worker_group",  # Ray 2.60: Worker(actor, metadata, resources)
+    "WorkerStatus": "ray.train.v2._internal.execution.worker_group.poll",  # Ray 2.60: result of poll_status()
     "WorkerGroup": "ray.train.v2._internal.execution.worker_group",  # Ray 2.60: _create_workers()
     "WorkerHealthCheckFailedError": "ray.train.v2._internal.exceptions",  # Ray 2.60: a worker's process has ended
     "WorkerHealthCheckTimeoutError": "ray.train.v2._internal.exceptions",  # Ray 2.60: it does not respond

@@ -15,6 +15,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from t2idist.launch import interfaces
+from t2idist.launch.health import WorkerHealth
 from t2idist.launch.ray_internals import (
     DatasetsCallback,
     ElasticScalingPolicy,
@@ -64,7 +65,7 @@ class NodeInterfaceConfig(TorchConfig):
 
 
 class SkipDrainingNodes(ElasticScalingPolicy):  # type: ignore[misc]
-    """Ray Train's elastic policy, restricted to nodes that are alive and not draining.
+    """Ray Train's elastic policy, restricted to nodes that respond and are not draining.
 
     The answer of Ray's coordinator may be seconds old, and it counts draining nodes. Workers that already run on a
     draining node stay there as long as it lives. While a group trains, a new node counts once a process there is ready.
@@ -90,10 +91,10 @@ class SkipDrainingNodes(ElasticScalingPolicy):  # type: ignore[misc]
         return decision
 
     def _get_reserved_resources(self) -> dict[str, dict[str, float]] | None:
-        self._liveness.wait()
+        self._liveness.check()
         reserved: dict[str, dict[str, float]] | None = super()._get_reserved_resources()
         try:
-            usable = schedulable_nodes().keys() | self._in_use
+            usable = (schedulable_nodes().keys() - self._liveness.silent) | self._in_use
         except RayError:  # the next poll may succeed
             return None
         if self._in_use and self.pool is not None:  # training goes on while processes on new nodes get ready
@@ -113,7 +114,15 @@ class FixedLocalScaling(FixedScalingPolicy):  # type: ignore[misc]
 
 
 class PooledWorkerGroup(WorkerGroup):  # type: ignore[misc]
-    """Worker group whose processes come from the `WorkerPool` among its callbacks."""
+    """Worker group whose processes come from the `WorkerPool` among its callbacks, and `WorkerHealth` checks them."""
+
+    def _poll_workers_and_collect_errors(self, timeout: float | None) -> list[Any]:
+        health = next(callback for callback in self._callbacks if isinstance(callback, WorkerHealth))
+        self._worker_health_check_timeout_s = health.limit_seconds
+        statuses: list[Any] = super()._poll_workers_and_collect_errors(timeout)
+        started = {rank: poll.start_time for rank, poll in self._world_rank_to_ongoing_poll.items()}
+        health.check(self.get_workers(), statuses, started)
+        return statuses
 
     def _create_workers(
         self,

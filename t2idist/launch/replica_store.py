@@ -10,7 +10,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,16 @@ _REPLICAS_KEPT = 2
 _IDLE_SECONDS = 1800.0
 _RESPONSE_SECONDS = 10.0
 _TRANSFER_SECONDS = 60.0
+
+
+_ignored_nodes: set[str] = set()
+"""Ids of nodes that did not respond when the group of this worker started."""
+
+
+def ignore_nodes(nodes: Collection[str]) -> None:
+    """Neither copy to the actors of these nodes nor wait for their responses, until the next call in this process."""
+    _ignored_nodes.clear()
+    _ignored_nodes.update(nodes)
 
 
 class ReplicaActor:
@@ -133,7 +143,7 @@ class RayReplicaStore:
     def _actors_by_node(self) -> Iterator[tuple[str, Any]]:
         for entry in ray.util.list_named_actors(all_namespaces=True):
             run_id, _, node = entry["name"].partition("-")
-            if entry["namespace"] == _NAMESPACE and run_id == self._run_id:
+            if entry["namespace"] == _NAMESPACE and run_id == self._run_id and node not in _ignored_nodes:
                 with contextlib.suppress(ValueError):  # has ended meanwhile
                     yield node, ray.get_actor(entry["name"], namespace=_NAMESPACE)
 
@@ -143,6 +153,7 @@ def _target_nodes() -> list[str]:
     own = ray.get_runtime_context().get_node_id()
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     alive = sorted(node["NodeID"] for node in nodes if node["Alive"] and node["Resources"].get("CPU"))
+    alive = [node for node in alive if node not in _ignored_nodes]
     others = [node for node in alive if node > own] + [node for node in alive if node < own]
     return [own, *others[:1]]
 

@@ -26,24 +26,33 @@ _PING_SECONDS = 1.0
 
 
 class NodeLiveness:
-    """Waits until it is known which nodes are alive.
+    """Finds out which nodes respond.
 
-    A node that stops responding counts as alive until Ray's health check declares it dead. Workers started before that
-    would wait for the node until `start_within_seconds` are over. Every node that had a worker runs a replica actor, so
-    we ping the actors: one that does not respond is waited for until it does or Ray declares its node dead, at most
-    `start_within_seconds`.
+    A node that stops responding counts as alive until Ray's health check declares it dead, and workers that are started
+    on it would not start. Every node that had a worker runs a replica actor, so we ping the actors.
+
+    Args:
+        wait_seconds: How long to wait until each node responds or is declared dead; 0 if the run can do without it.
     """
 
-    def __init__(self, replicas: RayReplicaStore, start_within_seconds: float) -> None:
-        self._replicas, self._start_within_seconds = replicas, start_within_seconds
+    def __init__(self, replicas: RayReplicaStore, wait_seconds: float) -> None:
+        self._replicas, self._wait_seconds = replicas, wait_seconds
+        self.silent: set[str] = set()
+        """Ids of the nodes that count as alive and whose replica actors did not respond to the last ping."""
 
-    def wait(self) -> None:
-        """Wait until every replica actor responds or its node is dead, then refresh Ray's autoscaling coordinator."""
-        deadline = time.monotonic() + self._start_within_seconds
-        while time.monotonic() < deadline:
-            with contextlib.suppress(RayError):
-                if not set(self._replicas.unresponsive_nodes(_PING_SECONDS)) & alive_nodes().keys():
-                    break
+    def ping(self) -> set[str]:
+        """Ping every replica actor once; return, and keep as `silent`, the nodes that count as alive in silence."""
+        with contextlib.suppress(RayError):
+            self.silent = set(self._replicas.unresponsive_nodes(_PING_SECONDS)) & alive_nodes().keys()
+        return self.silent
+
+    def check(self) -> None:
+        """Ping until all nodes respond or the same ones stay silent, then refresh Ray's autoscaling coordinator."""
+        deadline = time.monotonic() + self._wait_seconds
+        while True:
+            known, silent = self.silent, self.ping()
+            if not silent or (silent <= known and time.monotonic() >= deadline):
+                break
             time.sleep(_PING_SECONDS / 4)
         with contextlib.suppress(ValueError, RayError):
             ray.get(_coordinator().get_reserved_resources.remote("", recompute=True), timeout=_COORDINATOR_SECONDS)

@@ -21,7 +21,6 @@ from ray.train import (
     ScalingConfig,
     TrainingFailedError,
     WorkerGroupError,
-    get_preemption_info,
 )
 from ray.train import RunConfig as RayRunConfig
 from ray.util.metrics import Gauge
@@ -32,9 +31,10 @@ from t2idist.config.strict import from_dict, to_dict
 from t2idist.engine.metrics import PROGRESS
 from t2idist.engine.preemption import PreemptionNotice, StopRequested
 from t2idist.launch import callbacks, connection, gpu_failures, one_job, recovery, resources, shared_folders
+from t2idist.launch.health import WorkerHealth
 from t2idist.launch.ray_trainer import NodeInterfaceConfig, RayTrainer
 from t2idist.launch.replica_store import RayReplicaStore
-from t2idist.launch.worker_pool import WorkerPool, own_accelerator_ids, train_in_group
+from t2idist.launch.worker_pool import WorkerPool, own_accelerator_ids, step_clock, train_in_group
 from t2idist.observability import logs
 from t2idist.observability.environment import COMMIT_VARIABLE
 from t2idist.observability.logs import LogContext
@@ -141,7 +141,7 @@ def _trainer(
     per_worker = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
         per_worker["GPU"] = float(cluster.gpus_per_worker)
-    liveness = resources.NodeLiveness(RayReplicaStore(run_id), cluster.start_seconds)
+    liveness = resources.NodeLiveness(RayReplicaStore(run_id), cluster.start_seconds if smallest == largest else 0)
     return RayTrainer(
         _work,
         train_loop_config={"config": to_dict(config), "run_id": run_id, "stop": stop and to_dict(stop)},
@@ -162,7 +162,9 @@ def _trainer(
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             logging_config=LoggingConfig(log_level="WARNING" if own else "INFO"),  # type: ignore[call-arg]
             callbacks=[
-                callbacks.WaitForNodeLiveness(liveness),  # type: ignore[list-item]
+                callbacks.CheckNodes(liveness),  # type: ignore[list-item]
+                callbacks.WatchDrainingNodes(),  # type: ignore[list-item]
+                WorkerHealth(cluster, liveness),  # type: ignore[list-item]
                 callbacks.StartTimeout(cluster.start_seconds),  # type: ignore[list-item]
                 callbacks.PauseBeforeResize(cluster.start_seconds),  # type: ignore[list-item]
                 on_sigterm,  # type: ignore[list-item]
@@ -195,6 +197,7 @@ def _work(settings: dict[str, Any]) -> str | None:
             poll_seconds=_POLL_SECONDS,
             pause=callbacks.pause,
             recovery=recovery.recovery_of_this_group(),
+            on_step=step_clock.tick,
             stop_after=stop,
             log_context=log_context,
         )
@@ -219,15 +222,13 @@ def _device(cluster: ClusterConfig) -> torch.device:
 
 
 def _poll() -> PreemptionNotice | None:
-    """Return a notice if the run is to stop, its nodes are draining, or a resize is due. A collective."""
-    info = get_preemption_info()
+    """Return a notice if the run is to stop, its nodes are draining, or a resize is due."""
     if callbacks.stop_requested():
         return PreemptionNotice(0.0)
     if callbacks.pause_requested():
         return PreemptionNotice(math.inf, resize=True)
-    if info is None:
-        return None
-    return PreemptionNotice(math.inf if info.deadline_ms is None else max(0.1, info.deadline_ms / 1000 - time.time()))
+    seconds = callbacks.seconds_to_shutdown()
+    return None if seconds is None else PreemptionNotice(seconds)
 
 
 def _run_id(config: RunConfig) -> str:

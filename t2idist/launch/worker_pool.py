@@ -28,6 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from t2idist.engine.checkpoint.replica_protocol import CHECKPOINT_THREAD, REPLICA_THREAD
 from t2idist.launch import callbacks, interfaces
+from t2idist.launch.health import StepClock, StepStatus
 from t2idist.launch.ray_internals import (
     ControllerCallback,
     RayTrainWorker,
@@ -52,6 +53,8 @@ _MEMORY_SHARE = 0.1
 
 _accelerator_ids: list[str] = []
 """Of this worker process: the ids of its GPUs, as Ray counts them."""
+step_clock = StepClock()
+"""Of this worker process."""
 
 
 # ------------------------------------------------------------ in a worker's process
@@ -67,6 +70,11 @@ class PooledWorker(RayTrainWorker):  # type: ignore[misc]
         super().__init__()
         self._loading: threading.Thread | None = None
 
+    def poll_status(self) -> StepStatus:
+        """Return Ray Train's status with the time of a step."""
+        status = super().poll_status()
+        return StepStatus(**vars(status), step_seconds=step_clock.median())
+
     def prepare(self) -> bool:
         """Begin to load what training needs, at the lowest priority; return whether there is memory for it."""
         if process.available_memory_share() < _MEMORY_SHARE:
@@ -81,6 +89,7 @@ class PooledWorker(RayTrainWorker):  # type: ignore[misc]
 
     def assign(self, accelerator_ids: Sequence[str]) -> Any:
         """Use these GPUs; return Ray's metadata of this worker."""
+        step_clock.restart()
         if self._loading is not None and self._loading.native_id is not None:
             process.reset_priority(self._loading.native_id)
         _accelerator_ids[:] = accelerator_ids
@@ -103,7 +112,7 @@ class PooledWorker(RayTrainWorker):  # type: ignore[misc]
             time.sleep(_POLL_SECONDS)
             gc.collect()
         if busy:
-            return f"its {busy} did not end within {seconds:g} s"
+            return f"its {busy} did not end within {seconds:g} s{_where(busy)}"
         if "deepspeed" in sys.modules:
             return "DeepSpeed cannot join another process group"
         callbacks.forget_requests()
@@ -135,6 +144,14 @@ def _writer() -> str:
     """Return the name of the thread that still writes a checkpoint or a replica of the group that has ended, or ""."""
     names = [thread.name for thread in threading.enumerate()]
     return next((name for name in names if name in (CHECKPOINT_THREAD, REPLICA_THREAD)), "")
+
+
+def _where(name: str) -> str:
+    """Return in which function a thread is, if it can be found; `name`: see `_writer`, or "training"."""
+    prefix = process.TRAINING_THREAD if name == "training" else name
+    ids = [thread.ident for thread in threading.enumerate() if process.thread_name(thread).startswith(prefix)]
+    frames = [frame for ident, frame in sys._current_frames().items() if ident in ids]
+    return f", in {traceback.extract_stack(frames[0])[-1].name}" if frames else ""
 
 
 def _is_reusable_after(error: BaseException | None) -> bool:
@@ -234,6 +251,7 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         status = worker_group.get_latest_poll_status()
         lost = {rank for rank, error in status.errors.items() if is_lost(error)} if status is not None else set()
         workers = worker_group.get_workers()
+        self._end_stopped(workers, status)
         _kill(workers[rank].actor for rank in lost)
         addresses = [workers[rank].metadata.node_ip for rank in lost]
         kept = [worker for rank, worker in enumerate(workers) if rank not in lost]
@@ -256,6 +274,16 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
     async def before_controller_shutdown(self) -> None:
         _kill(each.actor for each in self._free)
         self._free = []
+
+    def _end_stopped(self, workers: Sequence[Any], status: Any) -> None:
+        """End the processes that do not respond by a neighbour: Ray first waits for them to end by themselves."""
+        errors = status.errors if status is not None else {}
+        silent = [workers[rank] for rank, each in errors.items() if isinstance(each, WorkerHealthCheckTimeoutError)]
+        well = {worker.metadata.node_id: worker.actor for rank, worker in enumerate(workers) if rank not in errors}
+        neighbours = {each.node: each.actor for each in self._free if each.has_started()} | well
+        for worker in silent:
+            if worker.metadata.node_id in neighbours:
+                neighbours[worker.metadata.node_id].execute.remote(process.kill, worker.metadata.pid)
 
     def _pop(self, node: str, accelerator_ids: Sequence[str]) -> Any:
         """Remove a process of this node from the pool and return it; a new one if there is none."""

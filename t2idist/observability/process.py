@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import threading
 from pathlib import Path
 
@@ -16,6 +17,20 @@ def name_this_thread(name: str) -> None:
     """Name the calling thread, with at most 15 characters."""
     with contextlib.suppress(OSError):
         Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(name)
+
+
+def thread_name(thread: threading.Thread) -> str:
+    """Return the name that `name_this_thread` gave to a thread, else the one that Python knows."""
+    try:
+        return Path(f"/proc/self/task/{thread.native_id}/comm").read_text().strip()
+    except OSError:
+        return thread.name
+
+
+def kill(pid: int) -> None:
+    """End a process of this machine at once, if it is still there."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def rename_threads(prefix: str, name: str) -> None:

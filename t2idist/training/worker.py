@@ -33,7 +33,7 @@ from t2idist.engine.checkpoint.replica_protocol import ReplicaStore
 from t2idist.engine.checkpoint.replicas import ReplicaManager
 from t2idist.engine.device_batches import DeviceBatches
 from t2idist.engine.guard import Diverged
-from t2idist.engine.hooks import StageState, stage_hooks
+from t2idist.engine.hooks import CallAfterStep, StageState, stage_hooks
 from t2idist.engine.kernels import allow_tf32, use_deterministic_kernels
 from t2idist.engine.metrics import MetricLogger, append_lines
 from t2idist.engine.noise import derive_seed
@@ -73,6 +73,8 @@ class WorkerContext:
     """Called to wait for the replacement of this worker (see `PreemptionHandler`)."""
     recovery: Recovery | None = None
     """The restart that this group of workers ends."""
+    on_step: Callable[[], None] = lambda: None
+    """Called after every step."""
     stop_after: StopAfter | None = None
     """Where this submission stops before the run is done."""
     log_context: LogContext = field(default_factory=LogContext)
@@ -352,6 +354,7 @@ class _StageWorker:
         evaluate = evaluator.evaluate if evaluator is not None else _no_evaluation
         state = StageState(self._trainer, batches, self._checkpoints, self._replicas, log)
         hooks = stage_hooks(state, settings, self._config.guard, preemption, evaluate)
+        hooks.append(CallAfterStep(context.on_step))
         if log is not None and self._run.attempt is not None:
             hooks += self._run.attempt.recovery_hooks(log)
         loop.run(self._trainer, batches, settings, steps, hooks)

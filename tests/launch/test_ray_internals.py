@@ -11,7 +11,7 @@ import pytest
 import ray
 from ray import _raylet
 
-from t2idist.launch import callbacks, ray_internals, ray_trainer, recovery, worker_pool
+from t2idist.launch import callbacks, health, ray_internals, ray_trainer, recovery, worker_pool
 
 ROOT = Path(__file__).parents[2]
 FILES = [
@@ -23,6 +23,7 @@ FILES = [
 USED = {
     "AuthenticationTokenLoader": ["instance", "reset_cache"],
     "Config": ["initialize"],
+    "RAY_NODE_ID_KEY": [],
     "GcsClient": [],  # drain_node is its inner client's, see below
     "autoscaler_pb2": ["DrainNodeReason"],
     "state": ["get_draining_nodes", "job_table"],
@@ -30,6 +31,7 @@ USED = {
         "after_controller_start",
         "before_controller_shutdown",
         "before_controller_execute_resize_decision",
+        "on_controller_start_worker_group",
     ],
     "WorkerGroupCallback": [
         "after_worker_group_poll_status",
@@ -39,6 +41,7 @@ USED = {
         "before_init_train_context",
         "before_worker_group_abort",
         "before_worker_group_shutdown",
+        "before_worker_group_start",
     ],
     "DatasetsCallback": [],
     "PlacementGroupCleanerCallback": [],
@@ -49,15 +52,17 @@ USED = {
         "make_decision_for_running_worker_group",
     ],
     "FixedScalingPolicy": ["_maybe_send_resource_request", "after_controller_start"],
-    "RayTrainWorker": ["execute", "get_metadata", "init_train_context", "run_train_fn"],
+    "RayTrainWorker": ["execute", "get_metadata", "init_train_context", "poll_status", "run_train_fn"],
     "Worker": ["execute_async"],
     "WorkerGroup": [
         "_assign_worker_ranks",
         "_create_workers",
         "_init_train_context_on_workers",
+        "_poll_workers_and_collect_errors",
         "get_latest_poll_status",
         "get_workers",
     ],
+    "WorkerStatus": ["error"],
     "WorkerGroupStartupFailedError": [],
     "WorkerHealthCheckFailedError": [],
     "WorkerHealthCheckTimeoutError": [],
@@ -65,13 +70,14 @@ USED = {
     "get_train_context": [],
 }
 OURS = [
-    *(callbacks.StopOnSigterm, callbacks.PauseBeforeResize, callbacks.WaitForNodeLiveness, callbacks.StartTimeout),
+    *(callbacks.StopOnSigterm, callbacks.PauseBeforeResize, callbacks.CheckNodes, callbacks.StartTimeout),
     *(ray_trainer.SkipDrainingNodes, ray_trainer.FixedLocalScaling, ray_trainer.PooledWorkerGroup),
     *(ray_trainer.InProcessWorkerGroup, ray_trainer.RayTrainer, worker_pool.WorkerPool, recovery.RecordRecovery),
-    ray_trainer.NodeInterfaceBackend,
+    *(ray_trainer.NodeInterfaceBackend, callbacks.WatchDrainingNodes, health.WorkerHealth, worker_pool.PooledWorker),
 ]
 NOT_RAYS = {"on_sigterm", "_request_stop", "_cancel", "_begin", "take", "prepare", "unprepared"}
-NOT_RAYS |= {"_pop", "_start", "_check", "_drop_superfluous"}
+NOT_RAYS |= {"_pop", "_start", "_check", "_drop_superfluous", "_end_stopped", "is_prepared", "assign", "recycle"}
+NOT_RAYS |= {"check"}
 
 
 def test_every_name_imports_and_has_what_we_use() -> None:

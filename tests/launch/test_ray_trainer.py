@@ -18,4 +18,4 @@ def test_trainer_has_no_callbacks_that_start_idle_actors(own: bool, tmp_path: Pa
     kinds = [type(each) for each in trainer._create_default_callbacks()]
     assert ray_internals.DatasetsCallback not in kinds
     assert (ray_internals.PlacementGroupCleanerCallback in kinds) is not own
-    assert {callbacks.WaitForNodeLiveness, callbacks.StartTimeout} <= set(kinds)
+    assert {callbacks.CheckNodes, callbacks.StartTimeout} <= set(kinds)

@@ -71,3 +71,53 @@ def test_run_waits_until_nodes_have_room_for_its_workers(short_folder: str) -> N
         "cluster.workers: 3 workers of 2 CPU each are needed; the cluster has 6 CPU and 0 GPU on 2 nodes, room for 2 "
         "workers"
     )
+
+
+SILENT = """
+import os, signal, time, ray
+from ray.cluster_utils import Cluster
+from ray.util.placement_group import placement_group, placement_group_table
+from t2idist.launch import callbacks
+from t2idist.launch.replica_store import RayReplicaStore, ignore_nodes, _target_nodes
+from t2idist.launch.resources import NodeLiveness
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+head = ray.get_runtime_context().get_node_id()
+other = cluster.add_node(num_cpus=1)
+store = RayReplicaStore("run")
+actors = {node: store._start(node) for node in (head, other.node_id)}
+assert set(_target_nodes()) == set(actors)
+waiting, leaving = NodeLiveness(store, wait_seconds=20), NodeLiveness(store, wait_seconds=0)
+check = callbacks.CheckNodes(leaving)
+def selector():
+    check.before_controller_execute_resize_decision(None)
+    return check.on_controller_start_worker_group(scaling_config=None, num_workers=1)
+assert selector() is None
+pid = ray.get(actors[other.node_id].__ray_call__.remote(lambda actor: os.getpid()))
+os.kill(pid, signal.SIGSTOP)
+began = time.monotonic()
+assert selector() == {"ray.io/node-id": f"!in({other.node_id})"}
+assert time.monotonic() - began < 10, "a run that can do without the node does not wait for it"
+groups = [placement_group([{"CPU": 0.2}], strategy="SPREAD", bundle_label_selector=[selector()]) for _ in range(4)]
+ray.get([group.ready() for group in groups], timeout=60)
+assert {placement_group_table(group)["bundles_to_node_id"][0] for group in groups} == {head}
+ignore_nodes(leaving.silent)
+assert _target_nodes() == [head] and [node for node, _ in store._actors_by_node()] == [head]
+ignore_nodes([])
+import threading
+threading.Timer(3, os.kill, [pid, signal.SIGCONT]).start()
+waiting.check()
+assert not waiting.silent, "a run that needs the node waits for it"
+assert selector() is None
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+@pytest.mark.whole
+def test_no_worker_is_started_on_a_node_that_does_not_respond(short_folder: str, tmp_path: Path) -> None:
+    env = {**os.environ, "RAY_TMPDIR": short_folder, "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", SILENT], cwd=ROOT, env=env, capture_output=True, text=True, timeout=180, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

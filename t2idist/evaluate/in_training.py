@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -133,7 +134,7 @@ class InTrainingEvaluator:
     ) -> None:
         self._system, self._device, self._seed = system, device, config.seed
         data, dataset, settings = config.stage_data(stage), datasets[0], config.stages[stage]
-        self._grid, self._val, self._diversity = None, None, None
+        self._grid, self._val = None, None
         self._columns = config.report.draws
         self._translations: TranslationGrid | DomainGrid | None = None
         place: dict[str, Any] = {"crop": data.crop, "folder": storage.join(folder, "pictures"), "device": device}
@@ -143,8 +144,6 @@ class InTrainingEvaluator:
             self._translations = DomainGrid(system, training_sets(system, datasets), **place)
         if isinstance(system, SupportsSample):
             self._grid = _sample_grid(system, dataset, config, stage, folder, device)
-            with contextlib.suppress(ValueError):  # its network is an optional dependency
-                self._diversity = Diversity(device)
         if isinstance(system, SupportsEmbed) and "val" in dataset.splits:
             self._val = load_split(
                 dataset, "val", sizes=system.sizes, max_words=data.max_words, limit=VAL_IMAGES, crop=data.crop
@@ -158,6 +157,13 @@ class InTrainingEvaluator:
         if settings.scores_every_images:
             check_scores(system, config, stage)
             self._scorer = BackgroundScorer(config.scores, folder, index)
+
+    @functools.cached_property
+    def _diversity(self) -> Diversity | None:
+        """Loaded with the first images, so that a restart does not wait for it."""
+        with contextlib.suppress(ValueError):  # its network is an optional dependency
+            return Diversity(self._device)
+        return None
 
     def close(self, finished: bool) -> None:
         """End the background process. `finished`: the stage is done, so its last weights may still be scored."""

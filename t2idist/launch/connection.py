@@ -150,7 +150,7 @@ def _settings(cluster: ClusterConfig) -> dict[str, str]:
     return {
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # an actor that starts with every group; WatchDrainingNodes does it
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": f"{min(1.0, cluster.dead_seconds / 5):g}",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": f"{min(0.5, cluster.dead_seconds / 5):g}",
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{cluster.dead_seconds:g}",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{cluster.start_seconds:g}",
     }

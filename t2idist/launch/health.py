@@ -16,7 +16,7 @@ from t2idist.launch.resources import NodeLiveness
 _STEPS = 20
 _LEAST_SHARE = 0.5
 """Of `dead_seconds`: a worker that holds Python's lock for a while is not lost."""
-_SILENT_SHARE = 0.25
+_SILENT_SHARE = 0.2
 """Of `dead_seconds`: if no other process of the worker's node responds either."""
 
 
@@ -57,7 +57,7 @@ class WorkerHealth(WorkerGroupCallback):  # type: ignore[misc]
     """Decides when a worker that does not respond is lost.
 
     It is after `cluster.dead_after_seconds`. If that is null, it is after 20 steps, but at least 5 s and at most 10 s
-    (with GPUs 15 s and 30 s); and after a quarter of the latter if no other process of its node responds either.
+    (with GPUs 15 s and 30 s); and after a fifth of the latter if no other process of its node responds either.
     """
 
     def __init__(self, cluster: ClusterConfig, liveness: NodeLiveness) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,6 +24,7 @@ RESERVATION = "reservation.json"
 _COORDINATOR_SECONDS = 5.0
 _POLL_SECONDS = 2.0
 _PING_SECONDS = 1.0
+_PING_AGAIN_SECONDS = 2.0
 
 
 class NodeLiveness:
@@ -37,6 +39,7 @@ class NodeLiveness:
 
     def __init__(self, replicas: RayReplicaStore, wait_seconds: float) -> None:
         self._replicas, self._wait_seconds = replicas, wait_seconds
+        self._pinged = -math.inf
         self.silent: set[str] = set()
         """Ids of the nodes that count as alive and whose replica actors did not respond to the last ping."""
 
@@ -44,16 +47,21 @@ class NodeLiveness:
         """Ping every replica actor once; return, and keep as `silent`, the nodes that count as alive in silence."""
         with contextlib.suppress(RayError):
             self.silent = set(self._replicas.unresponsive_nodes(_PING_SECONDS)) & alive_nodes().keys()
+            self._pinged = time.monotonic()
         return self.silent
 
     def check(self) -> None:
-        """Ping until all nodes respond or the same ones stay silent, then refresh Ray's autoscaling coordinator."""
+        """Ping until all nodes respond or the same ones stay silent, then refresh Ray's autoscaling coordinator.
+
+        A result is used again for two seconds: a node that does not respond delays every ping.
+        """
         deadline = time.monotonic() + self._wait_seconds
-        while True:
+        sure = time.monotonic() < self._pinged + _PING_AGAIN_SECONDS and not (self.silent and self._wait_seconds)
+        while not sure:
             known, silent = self.silent, self.ping()
-            if not silent or (silent <= known and time.monotonic() >= deadline):
-                break
-            time.sleep(_PING_SECONDS / 4)
+            sure = not silent or (silent <= known and time.monotonic() >= deadline)
+            if not sure:
+                time.sleep(_PING_SECONDS / 4)
         with contextlib.suppress(ValueError, RayError):
             ray.get(_coordinator().get_reserved_resources.remote("", recompute=True), timeout=_COORDINATOR_SECONDS)
 

@@ -53,6 +53,8 @@ _MEMORY_SHARE = 0.1
 
 _accelerator_ids: list[str] = []
 """Of this worker process: the ids of its GPUs, as Ray counts them."""
+_training_threads: list[int] = []
+"""Of this worker process: the thread that trains or has trained, as `threading.get_ident()`."""
 step_clock = StepClock()
 """Of this worker process."""
 
@@ -98,8 +100,8 @@ class PooledWorker(RayTrainWorker):  # type: ignore[misc]
     def recycle(self, seconds: float, lost: Collection[str]) -> str:
         """Wait at most `seconds` for the end of the training; return why this process cannot train again, or "".
 
-        The training ends by itself once a peer closes its connections. Ours are closed when nothing refers to them. A
-        node that stopped responding closes none, so those to its address are closed here.
+        The training ends by itself once a peer closes its connections. A node that stopped responding closes none, so
+        those to its address are closed here.
 
         Args:
             lost: Addresses of the nodes of lost workers.
@@ -110,7 +112,6 @@ class PooledWorker(RayTrainWorker):  # type: ignore[misc]
         interfaces.close_connections(set(lost) - {self.get_metadata().node_ip})
         while (busy := "training" if runner.is_running() else _writer()) and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
-            gc.collect()
         if busy:
             return f"its {busy} did not end within {seconds:g} s{_where(busy)}"
         if "deepspeed" in sys.modules:
@@ -130,6 +131,9 @@ def train_in_group() -> Iterator[None]:
     from t2idist.engine.world import leave_process_group
 
     process.name_this_thread(f"{process.TRAINING_THREAD}{get_context().get_world_rank()}")
+    _training_threads[:] = [threading.get_ident()]
+    if not gc.get_freeze_count():  # what the imports made is not searched for garbage again
+        gc.freeze()
     try:
         yield
     except BaseException as error:
@@ -147,11 +151,10 @@ def _writer() -> str:
 
 
 def _where(name: str) -> str:
-    """Return in which function a thread is, if it can be found; `name`: see `_writer`, or "training"."""
-    prefix = process.TRAINING_THREAD if name == "training" else name
-    ids = [thread.ident for thread in threading.enumerate() if process.thread_name(thread).startswith(prefix)]
+    """Return in which function a thread is; `name`: as `_writer` returns it, or "training"."""
+    ids = {thread.ident for thread in threading.enumerate() if thread.name == name} or set(_training_threads)
     frames = [frame for ident, frame in sys._current_frames().items() if ident in ids]
-    return f", in {traceback.extract_stack(frames[0])[-1].name}" if frames else ""
+    return f", in {frames[0].f_code.co_qualname}" if frames else ""
 
 
 def _is_reusable_after(error: BaseException | None) -> bool:

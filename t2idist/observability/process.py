@@ -19,14 +19,6 @@ def name_this_thread(name: str) -> None:
         Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(name)
 
 
-def thread_name(thread: threading.Thread) -> str:
-    """Return the name that `name_this_thread` gave to a thread, else the one that Python knows."""
-    try:
-        return Path(f"/proc/self/task/{thread.native_id}/comm").read_text().strip()
-    except OSError:
-        return thread.name
-
-
 def kill(pid: int) -> None:
     """End a process of this machine at once, if it is still there."""
     with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -90,6 +90,7 @@ assert set(_target_nodes()) == set(actors)
 waiting, leaving = NodeLiveness(store, wait_seconds=20), NodeLiveness(store, wait_seconds=0)
 check = callbacks.CheckNodes(leaving)
 def selector():
+    time.sleep(2.1)  # a ping counts for two seconds
     check.before_controller_execute_resize_decision(None)
     return check.on_controller_start_worker_group(scaling_config=None, num_workers=1)
 assert selector() is None

@@ -237,21 +237,21 @@ class CheckNodes(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
     """Lets Ray Train start workers only when it is known which nodes respond, and on no other nodes."""
 
     def __init__(self, liveness: NodeLiveness) -> None:
-        self._liveness = liveness
+        self.liveness = liveness
 
     def after_controller_start(self, train_run_context: Any) -> None:
         os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", _SHUTDOWN_SECONDS)
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
-        self._liveness.check()
+        self.liveness.check()
 
     def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> dict[str, str] | None:
-        silent = sorted(self._liveness.silent)
+        silent = sorted(self.liveness.silent)
         return {ray_internals.RAY_NODE_ID_KEY: f"!in({','.join(silent)})"} if silent else None
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         with contextlib.suppress(RayError):  # the new group has failed already
-            call_workers(worker_group.get_workers(), ignore_nodes, self._liveness.silent)
+            call_workers(worker_group.get_workers(), ignore_nodes, self.liveness.silent)
 
 
 class StartTimeout(WorkerGroupCallback):  # type: ignore[misc]

@@ -15,6 +15,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from t2idist.launch import interfaces
+from t2idist.launch.callbacks import CheckNodes
 from t2idist.launch.health import WorkerHealth
 from t2idist.launch.ray_internals import (
     DatasetsCallback,
@@ -73,7 +74,7 @@ class SkipDrainingNodes(ElasticScalingPolicy):  # type: ignore[misc]
 
     def __init__(self, scaling_config: ScalingConfig, liveness: NodeLiveness) -> None:
         super().__init__(scaling_config)
-        self._liveness = liveness
+        self.liveness = liveness
         self._in_use: set[str] = set()
         self._unprepared: set[str] = set()
         self.pool: WorkerPool | None = None
@@ -91,10 +92,10 @@ class SkipDrainingNodes(ElasticScalingPolicy):  # type: ignore[misc]
         return decision
 
     def _get_reserved_resources(self) -> dict[str, dict[str, float]] | None:
-        self._liveness.check()
+        self.liveness.check()
         reserved: dict[str, dict[str, float]] | None = super()._get_reserved_resources()
         try:
-            usable = (schedulable_nodes().keys() - self._liveness.silent) | self._in_use
+            usable = (schedulable_nodes().keys() - self.liveness.silent) | self._in_use
         except RayError:  # the next poll may succeed
             return None
         if self._in_use and self.pool is not None:  # training goes on while processes on new nodes get ready
@@ -171,13 +172,14 @@ class InProcessWorkerGroup(PooledWorkerGroup):
 
 
 class PooledController(TrainController):  # type: ignore[misc]
-    """Controller whose groups and scaling policy share the `WorkerPool` among its callbacks."""
+    """Controller whose groups and scaling policy share the callbacks' `WorkerPool` and `NodeLiveness`."""
 
     worker_group_cls = PooledWorkerGroup
 
     def __init__(self, *args: Any, scaling_policy: Any, callbacks: list[Any], **settings: Any) -> None:
         if isinstance(scaling_policy, SkipDrainingNodes):
             scaling_policy.pool = next(callback for callback in callbacks if isinstance(callback, WorkerPool))
+            scaling_policy.liveness = next(each.liveness for each in callbacks if isinstance(each, CheckNodes))
         super().__init__(*args, scaling_policy=scaling_policy, callbacks=callbacks, **settings)
 
 

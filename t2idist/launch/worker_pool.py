@@ -217,7 +217,7 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         """
         nodes = placement_group_table(group)["bundles_to_node_id"]
         accelerators = _accelerators(group, indices, gpus)
-        self._check()
+        self._check({nodes[index] for index in indices})
         processes = [self._pop(nodes[index], ids) for index, ids in zip(indices, accelerators, strict=True)]
         assigned = [each.assign.remote(ids) for each, ids in zip(processes, accelerators, strict=True)]
         try:
@@ -236,7 +236,7 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
     def unprepared(self, nodes: Collection[str]) -> set[str]:
         """Return the nodes among these whose spare process is not ready yet; start those that are missing."""
         self.prepare(nodes)
-        self._check()
+        self._check(nodes)
         return {each.node for each in self._free if each.actor not in self._prepared} & set(nodes)
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
@@ -303,16 +303,17 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         strategy = NodeAffinitySchedulingStrategy(node, soft=False)
         return ray.remote(num_cpus=0)(PooledWorker).options(scheduling_strategy=strategy).remote(self._environment)
 
-    def _check(self) -> None:
-        """Find out which processes are ready to train; end those that have no memory to, or do not respond."""
+    def _check(self, nodes: Collection[str]) -> None:
+        """Find out which processes of these nodes are ready to train; end those without memory or a response."""
         alive = alive_nodes()
-        here = [each for each in self._free if each.node in alive]
+        elsewhere = [each for each in self._free if each.node in alive and each.node not in nodes]
+        here = [each for each in self._free if each.node in alive and each.node in nodes]
         started = [each for each in here if each.has_started()]
         starting = [each for each in here if each not in started]
         pings = {each.actor.is_prepared.remote(): each for each in started if each.has_memory()}
         ready, _ = ray.wait(list(pings), num_returns=len(pings), timeout=_RESPONSE_SECONDS) if pings else ([], [])
         answers = {pings[ping]: result_or_none(ping, _RESPONSE_SECONDS) for ping in ready}
-        keep = starting + [each for each, answer in answers.items() if answer is not None]
+        keep = elsewhere + starting + [each for each, answer in answers.items() if answer is not None]
         _kill(each.actor for each in self._free if each not in keep)
         self._free = keep
         self._prepared = {each.actor for each, answer in answers.items() if answer}

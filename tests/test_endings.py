@@ -29,6 +29,8 @@ from tests.helpers.object_store import SECRET, seaweedfs
 from tests.helpers.shard_sets import WORDS as SET_WORDS
 from tests.helpers.shard_sets import make_sample, write_set
 
+pytestmark = pytest.mark.whole
+
 WORDS = ["<end>", *SET_WORDS, *(f"word{i}" for i in range(toy_gan.VOCABULARY_SIZE - 1 - len(SET_WORDS)))]
 
 READERS = {

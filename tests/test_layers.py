@@ -162,12 +162,14 @@ def _without_faces(graph: dict[str, set[str]]) -> dict[str, set[str]]:
     return {name: {o for o in others if not name.startswith(f"{o}.") and o != name} for name, others in graph.items()}
 
 
+@pytest.mark.whole
 def test_a_worker_does_not_import_deepspeed() -> None:
     """It is imported only for `strategy: deepspeed`."""
     line = "import sys, t2idist.training.worker; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", line], cwd=ROOT.parent, check=False).returncode == 0
 
 
+@pytest.mark.whole
 def test_no_training_run_imports_ingest() -> None:
     line = "import sys, t2idist.launch.submit; sys.exit(any(n.startswith('t2idist.ingest') for n in sys.modules))"
     assert subprocess.run([sys.executable, "-c", line], cwd=ROOT.parent, check=False).returncode == 0
@@ -236,6 +238,7 @@ print(sorted({"torch.distributed.checkpoint", "torch._dynamo"} & set(sys.modules
 """
 
 
+@pytest.mark.whole
 def test_the_driver_does_not_import_what_it_does_not_use(tmp_path: Path) -> None:
     """PyTorch's checkpoints and its compiler take seconds each before the first step."""
     words = [sys.executable, "-c", DRIVER, str(tmp_path)]

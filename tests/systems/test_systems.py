@@ -24,12 +24,11 @@ def labels(*marks: pytest.MarkDecorator) -> list[object]:
     return [name if name in small_systems.QUICK else pytest.param(name, marks=marks) for name in small_systems.MODELS]
 
 
+WHOLE, SLOW = [pytest.mark.whole], [pytest.mark.slow]
 SIZES = [
-    pytest.param(
-        name, size, marks=() if name in small_systems.QUICK else [pytest.mark.whole if size == 3 else pytest.mark.slow]
-    )
+    pytest.param(name, size, marks=([] if size == 3 else WHOLE) if name in small_systems.QUICK else rare)
     for name in small_systems.MODELS
-    for size in (2, 3, 4)
+    for size, rare in ((2, SLOW), (3, WHOLE), (4, SLOW))
 ]
 SINGLE = World()
 STEPS = 10

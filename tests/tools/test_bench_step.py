@@ -10,6 +10,8 @@ import torch
 
 from tools.bench import bench_sample, bench_step
 
+pytestmark = pytest.mark.whole
+
 
 def run_benchmark(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["bench_step.py", *arguments, "--threads", "1"])

@@ -12,6 +12,8 @@ import pytest
 
 from tools import check_gpu
 
+pytestmark = pytest.mark.whole
+
 WITHOUT = "import sys; sys.modules.update(dict.fromkeys(('ray', 'deepspeed', 'dicebear'))); "
 
 

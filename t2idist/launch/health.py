@@ -28,10 +28,9 @@ class StepClock:
         self._last: float | None = None
         self._seconds: deque[float] = deque(maxlen=_STEPS)
 
-    def restart(self) -> None:
-        """Forget the steps of an earlier group."""
+    def pause(self) -> None:
+        """Do not count the time until the next step."""
         self._last = None
-        self._seconds.clear()
 
     def tick(self) -> None:
         """Note the end of a step."""

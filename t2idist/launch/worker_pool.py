@@ -91,7 +91,7 @@ class PooledWorker(RayTrainWorker):  # type: ignore[misc]
 
     def assign(self, accelerator_ids: Sequence[str]) -> Any:
         """Use these GPUs; return Ray's metadata of this worker."""
-        step_clock.restart()
+        step_clock.pause()
         if self._loading is not None and self._loading.native_id is not None:
             process.reset_priority(self._loading.native_id)
         _accelerator_ids[:] = accelerator_ids

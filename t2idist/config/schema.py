@@ -228,8 +228,7 @@ class ClusterConfig:
     max_failures: int = 10
     """restarts after failed workers before the run gives up, and as many of Ray's controller"""
     dead_after_seconds: float | None = None
-    """a worker that does not respond for this long is declared lost; null is 20 steps, between 5 and 10 (with GPUs 15 and
-    30), or 2 (with GPUs 6) if its node does not respond either"""
+    """a worker that does not respond for this long is declared lost; null is 20 steps, within 5 to 10 (GPUs: 15 to 30)"""
     hung_after_seconds: float = 60.0
     """a collective that takes longer counts as a failure"""
     start_within_seconds: float | None = None

@@ -228,7 +228,7 @@ class ClusterConfig:
     max_failures: int = 10
     """restarts after failed workers before the run gives up, and as many of Ray's controller"""
     dead_after_seconds: float | None = None
-    """a worker that does not respond for this long is declared lost; null is 20 steps, within 5 to 10 (GPUs: 15 to 30)"""
+    """a worker that does not respond for this long is lost; null is 20 steps, within 5 to 10 s (GPUs: 15 to 30 s)"""
     hung_after_seconds: float = 60.0
     """a collective that takes longer counts as a failure"""
     start_within_seconds: float | None = None

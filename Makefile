@@ -45,6 +45,7 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	$(BIN)/python -m pip install --quiet --no-deps torch-fidelity==0.4.0  # its torchvision does not import beside a CPU torch
+	$(BIN)/python -m pip install --quiet --no-deps mlflow==3.17.2  # the server, for tests; it pins an older pyarrow
 	touch $@
 
 clean:

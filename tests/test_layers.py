@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "nn": set(),
     "losses": {"nn"},
     "systems": {"contract", "nn", "losses"},
-    "engine": {"contract", "config", "storage", "nn.fast"},
+    "engine": {"contract", "config", "observability.tracking", "storage", "nn.fast"},
     "data": {"contract", "config", "storage"},
     "sampling": {
         "contract",
@@ -94,6 +94,8 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "webdataset": ("data/reader.py",),
     "sentence_transformers": ("sampling/sentence_encoders.py",),
     "jinja2": ("report/",),
+    "mlflow": ("observability/mlflow_tracker.py",),
+    "wandb": ("observability/wandb_tracker.py",),
 }
 WITHOUT: dict[str, set[str]] = {"config": {"torch"}, "storage": {"torch"}, "launch/replica_store.py": {"torch"}}
 """Packages that a layer or file must not import: torch takes seconds and 300 MB."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -182,9 +183,20 @@ class ReportConfig:
     """record the sample ids of every step in {stage}/ledger/"""
     json_logs: bool = False
     """write progress and log lines as JSON with run, stage, rank and images"""
+    wandb: str | None = None
+    """also track the run in this project of Weights & Biases: PROJECT or ENTITY/PROJECT"""
+    mlflow: str | None = None
+    """also track the run on the MLflow server at this address"""
 
     def __post_init__(self) -> None:
         check_ranges(self, above_0="draws")
+        if self.wandb is not None and not re.fullmatch(r"([A-Za-z0-9_.-]+/)?[A-Za-z0-9_.-]+", self.wandb):
+            raise RangeError("wandb: expected PROJECT or ENTITY/PROJECT, of letters, digits, '_', '.' and '-'")
+        if self.mlflow is not None and not re.fullmatch(r"https?://[A-Za-z0-9.:\[\]_-]+(/[^?#@\s]*)?", self.mlflow):
+            raise RangeError(
+                "mlflow: expected an address such as http://host:5000; credentials do not belong in it: set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+            )
 
 
 @dataclass(frozen=True)

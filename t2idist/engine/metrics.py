@@ -1,4 +1,4 @@
-"""The records of a stage: metrics.jsonl, TensorBoard events and progress.json. Only the first worker writes them."""
+"""The records of a stage: metrics.jsonl, progress.json and trackers. Only the first worker writes them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from t2idist import storage
+from t2idist.observability.tracking import STOPPED, Tracker, numbers
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class MetricLogger:
         step: steps done so far.
         metadata: constant values of every progress message (run, stage, workers, restarts, ...).
         on_progress: called with each progress message.
+        trackers: get the metrics and sample images, as TensorBoard does; ended by `close`.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class MetricLogger:
         metadata: dict[str, Any],
         on_progress: Callable[[dict[str, Any]], None] | None,
         progress_every_seconds: float = 2.0,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         self.run_url, self.url = run_url, storage.join(run_url, stage)
         self.images, self.budget_images = images, budget_images
@@ -58,7 +61,9 @@ class MetricLogger:
         self._stored = len(self.lines)
         self.losses: dict[str, float] = {}
         self.values: dict[str, float] = {}
-        self._events = _Events(self.url, step)
+        self._trackers: tuple[Tracker, ...] = (TensorBoard(self.url, step), *trackers)
+        for tracker in self._trackers:
+            tracker.earlier(tuple(self.lines))
         self._started = self._reported = self._flushed = time.monotonic()
         self._start_images = images
         self._window = (self._started, images)
@@ -88,7 +93,8 @@ class MetricLogger:
             **values,
         }
         self.lines.append(line)
-        self._events.add({**values, "speed/images_per_second": self._rate}, self.images)
+        for tracker in self._trackers:
+            tracker.metrics(self.images, numbers(line), line["time"])
         if moment - self._flushed >= 20:
             self.flush()
 
@@ -98,7 +104,13 @@ class MetricLogger:
             self.lines[-1].update(values)
         else:
             self.lines.append({"images": self.images, "time": now(), "seconds": self._seconds(), **values})
-        self._events.add(values, self.images)
+        for tracker in self._trackers:
+            tracker.metrics(self.images, values, self.lines[-1]["time"])
+
+    def log_pictures(self, images_seen: int, urls: Sequence[str]) -> None:
+        """Hand sample images to the trackers, by the URLs of their PNG files."""
+        for tracker in self._trackers:
+            tracker.pictures(images_seen, urls)
 
     def exclude_seconds(self, seconds: float) -> None:
         """Leave time that was not training (evaluation, checkpoints) out of the images per second."""
@@ -111,7 +123,8 @@ class MetricLogger:
         data = "".join(json.dumps(line) + "\n" for line in self.lines).encode()
         storage.write_bytes(storage.join(self.url, "metrics.jsonl"), data)
         self._stored = len(self.lines)
-        self._events.flush()
+        for tracker in self._trackers:
+            tracker.flush()
 
     def unwritten(self) -> list[dict[str, Any]]:
         """Return the lines that are not in storage yet."""
@@ -139,9 +152,13 @@ class MetricLogger:
         if self.on_progress is not None:
             self.on_progress(message)
 
-    def close(self) -> None:
-        self.flush()
-        self._events.close()
+    def close(self, state: str = STOPPED) -> None:
+        """Write all that is left, and end the trackers as `DONE`, `STOPPED` or `FAILED`."""
+        try:
+            self.flush()
+        finally:
+            for tracker in self._trackers:
+                tracker.end(state)
 
     def _seconds(self) -> float:
         return round(self.seconds_before + time.monotonic() - self._started, 3)
@@ -170,7 +187,7 @@ def append_lines(stage_url: str, lines: Sequence[dict[str, Any]]) -> None:
     storage.write_bytes(storage.join(stage_url, "metrics.jsonl"), data.encode())
 
 
-class _Events:
+class TensorBoard:
     """TensorBoard events, written to a local run folder, or by way of a temporary one to an object store.
 
     If they cannot be written (the disk is full, say), they stop with a warning: metrics.jsonl has the same values.
@@ -186,18 +203,24 @@ class _Events:
         self._writer = SummaryWriter(str(self._folder), purge_step=step or None)  # type: ignore[no-untyped-call]
         self._stopped = False
 
-    def add(self, values: Mapping[str, float], images: int) -> None:
+    def earlier(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Do nothing: the events of earlier attempts are in the same folder."""
+
+    def metrics(self, images_seen: int, values: Mapping[str, float], time_iso: str) -> None:
         def write() -> None:
             for name, value in values.items():
-                self._writer.add_scalar(name, value, images)  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(name, value, images_seen)  # type: ignore[no-untyped-call]
 
         self._or_stop(write)
+
+    def pictures(self, images_seen: int, urls: Sequence[str]) -> None:
+        """Do nothing: the sample images are in the run folder."""
 
     def flush(self) -> None:
         self._or_stop(self._writer.flush)
         self._or_stop(self._upload)
 
-    def close(self) -> None:
+    def end(self, state: str) -> None:
         self._or_stop(self._writer.close)
         self._or_stop(self._upload)
         if self._temporary is not None:

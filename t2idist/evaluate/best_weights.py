@@ -6,6 +6,7 @@ are functions of the networks alone: a stage that was stopped and resumed, on an
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from t2idist.contract import SupportsEmbed, System
 from t2idist.data.shards import Dataset
 from t2idist.engine.checkpoint import export
 from t2idist.evaluate.r_precision import RPrecision
+
+logger = logging.getLogger(__name__)
 
 FOLDER, FILE = "best", "best.json"
 STANDARD_ERRORS = 2.0
@@ -106,6 +109,32 @@ def better_than_last(folder: str, last_images: int) -> tuple[HeldOut, HeldOut] |
         return None
     noise = STANDARD_ERRORS * (best.standard_error**2 + last.standard_error**2) ** 0.5
     return (best, last) if last.value < best.value - noise else None
+
+
+def export_if_better(stage: str, folder: str, target: str, last_images: int) -> bool:
+    """Write the export of a stage from its best weights if the last ones are worse by more than noise.
+
+    Args:
+        stage: its name, for the log.
+        last_images: as in `better_than_last`.
+
+    Returns:
+        Whether the export was written; not if the best weights are damaged.
+    """
+    found = better_than_last(folder, last_images)
+    if found is None:
+        return False
+    best, last = found
+    try:
+        export_best(folder, target, best, last)
+    except ValueError as error:
+        logger.warning("stage %s: its best weights cannot be read, the last ones are exported: %s", stage, error)
+        return False
+    logger.warning(
+        "stage %s: held-out R-precision fell from %s to %s; the weights after %s images are exported "
+        "(stages.%s.export_best=last would export the last)", stage, best, last, f"{best.images:,}", stage
+    )  # fmt: skip
+    return True
 
 
 def export_best(folder: str, target: str, best: HeldOut, last: HeldOut) -> None:

@@ -120,6 +120,7 @@ class InTrainingEvaluator:
         folder: URL of the stage.
         device: device of the networks.
         index: returns the index of an export of the stage at a number of images.
+        on_pictures: called with the images seen and the URLs of the sample images that were written.
     """
 
     def __init__(
@@ -131,7 +132,9 @@ class InTrainingEvaluator:
         folder: str,
         device: torch.device,
         index: Callable[[int], dict[str, Any]],
+        on_pictures: Callable[[int, Sequence[str]], None] = lambda images_seen, urls: None,
     ) -> None:
+        self._on_pictures = on_pictures
         self._system, self._device, self._seed = system, device, config.seed
         data, dataset, settings = config.stage_data(stage), datasets[0], config.stages[stage]
         self._grid, self._val = None, None
@@ -191,7 +194,7 @@ class InTrainingEvaluator:
         values: dict[str, float] = {}
         if self._grid is not None:
             sample = self._grid.generate(nets)
-            self._grid.write(sample, images_seen)
+            self._on_pictures(images_seen, self._grid.write(sample, images_seen))
             if self._diversity is not None:
                 columns = self._columns if self._grid.captions else len(sample.images[-1])
                 values |= self._diversity(sample.images[-1], columns)
@@ -203,7 +206,7 @@ class InTrainingEvaluator:
                         values[WITHIN],
                     )
         if self._translations is not None:
-            self._translations.write(nets, images_seen)
+            self._on_pictures(images_seen, [self._translations.write(nets, images_seen)])
         return values | self._score_held_out(nets, images_seen)
 
     def score_last(self, nets: Mapping[str, nn.Module], images_seen: int) -> None:

@@ -23,7 +23,7 @@ from t2idist.data.tokenizer import Vocabulary
 from t2idist.engine.checkpoint import pretrained
 from t2idist.evaluate import best_weights, in_training
 from t2idist.nn.init import shapes_only
-from t2idist.training import resume, run_data
+from t2idist.training import resume, run_data, trackers
 from t2idist.training.stages import StageRun, check_uses, run_url, stages_of
 
 ADJUSTABLE = ("about", "storage", "report", "checkpoint", "cluster", "guard", "strategy", "zero", "gradients")
@@ -111,6 +111,7 @@ def _checked_stages(
 def _check_before_work(config: RunConfig) -> None:
     """Check all that needs no data: names, numbers, places. Drawing avatars takes minutes."""
     check_uses(config)
+    trackers.check(config)
     for stage in stages_of(config):
         stage.model_config()
         if stage.data.source:

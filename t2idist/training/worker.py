@@ -37,7 +37,7 @@ from t2idist.engine.hooks import CallAfterStep, StageState, stage_hooks
 from t2idist.engine.kernels import allow_tf32, use_deterministic_kernels
 from t2idist.engine.metrics import MetricLogger, append_lines
 from t2idist.engine.noise import derive_seed
-from t2idist.engine.preemption import Poll, PreemptionHandler
+from t2idist.engine.preemption import Poll, PreemptionHandler, StopRequested
 from t2idist.engine.strategy import Precision
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import Share, World
@@ -47,12 +47,14 @@ from t2idist.nn.fast.memory import keep_freed_memory
 from t2idist.observability.environment import environment_info
 from t2idist.observability.logs import LogContext, RecentWarnings
 from t2idist.observability.recovery import Recovery
+from t2idist.observability.tracking import DONE, FAILED, STOPPED
 from t2idist.report import report
 from t2idist.training import accelerator, run_data
 from t2idist.training.attempts import AttemptRecord
 from t2idist.training.lifecycle import OnProgress, read_fatal, write_fatal
 from t2idist.training.options import StopAfter
 from t2idist.training.stages import StageRun, open_unrecorded_data, run_url, stages_of
+from t2idist.training.trackers import open_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -197,11 +199,16 @@ class _StageWorker:
         evaluator, log = None, None
         if self._world.is_main:
             best_weights.forget_after(stage.url, trainer.images)
-            evaluator, log = self._open_evaluator(), self._open_log()
+            log = self._open_log()
+            evaluator = self._open_evaluator(log)
             log.log_state("training")
-        batches = self._open_batches()
+        batches, ended = self._open_batches(), FAILED
         try:
             self._train(batches, evaluator, log)
+            ended = DONE if trainer.step >= stage.settings.steps else STOPPED
+        except StopRequested:
+            ended = STOPPED
+            raise
         except Diverged:
             self._forget_replicas()
             raise
@@ -212,7 +219,7 @@ class _StageWorker:
         finally:
             batches.close()
             if log is not None:
-                log.close()
+                log.close(ended)
             if evaluator is not None:
                 evaluator.close(finished=trainer.step == stage.settings.steps)
         if trainer.step >= stage.settings.steps:
@@ -300,11 +307,12 @@ class _StageWorker:
         self._world.barrier()
         return restored
 
-    def _open_evaluator(self) -> InTrainingEvaluator:
-        stage = self._stage
+    def _open_evaluator(self, log: MetricLogger) -> InTrainingEvaluator:
+        stage, device = self._stage, self._world.device
         return InTrainingEvaluator(
-            self._system, self._datasets, self._config, stage.name, stage.url, self._world.device, self._export_index
-        )
+            self._system, self._datasets, self._config, stage.name, stage.url, device, self._export_index,
+            log.log_pictures,
+        )  # fmt: skip
 
     def _open_log(self) -> MetricLogger:
         settings = self._stage.settings
@@ -316,6 +324,7 @@ class _StageWorker:
             budget_images=settings.steps * settings.images_per_step,
             metadata={**self._run.progress_facts(self._stage), "checkpoint": self._checkpoints.newest},
             on_progress=self._context.on_progress,
+            trackers=open_trackers(self._stage, self._run.environment),
         )
 
     def _open_batches(self) -> TrackedBatches:
@@ -372,24 +381,9 @@ class _StageWorker:
     def _export_best(self) -> bool:
         """Export the weights with the best held-out R-precision if the last ones are worse by more than noise."""
         stage = self._stage
-        if not best_weights.is_tracked(self._system, stage.settings):
-            return False
-        found = best_weights.better_than_last(stage.url, self._trainer.images)
-        if found is None:
-            return False
-        best, last = found
-        try:
-            best_weights.export_best(stage.url, stage.export_url, best, last)
-        except ValueError as error:
-            logger.warning(
-                "stage %s: its best weights cannot be read, the last ones are exported: %s", stage.name, error
-            )
-            return False
-        logger.warning(
-            "stage %s: held-out R-precision fell from %s to %s; the weights after %s images are exported "
-            "(stages.%s.export_best=last would export the last)", stage.name, best, last, f"{best.images:,}", stage.name
-        )  # fmt: skip
-        return True
+        return best_weights.is_tracked(self._system, stage.settings) and best_weights.export_if_better(
+            stage.name, stage.url, stage.export_url, self._trainer.images
+        )
 
     def _export_index(self, images: int) -> dict[str, Any]:
         """Describe an export of this stage at a number of images."""

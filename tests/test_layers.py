@@ -93,7 +93,8 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "deepspeed": ("engine/zero.py",),
     "webdataset": ("data/reader.py",),
     "sentence_transformers": ("sampling/sentence_encoders.py",),
-    "jinja2": ("report/",),
+    "huggingface_hub": ("storage/hub.py",),
+    "jinja2": ("report/", "convert/card.py"),
     "mlflow": ("observability/mlflow_tracker.py",),
     "wandb": ("observability/wandb_tracker.py",),
 }

@@ -1,14 +1,17 @@
-"""``t2idist convert``: import published weights, or export to safetensors and ONNX."""
+"""``t2idist convert``: import published weights, export to safetensors and ONNX, or publish on the Hub."""
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from t2idist import storage
 from t2idist.config.arguments import command_parser
+from t2idist.convert import card
 from t2idist.convert.authors import captions
 from t2idist.convert.authors.importing import ImportOptions, ImportResult, import_weights
 from t2idist.convert.to_onnx import CONFIG, README, VOCABULARY, write_onnx, write_safetensors
@@ -16,18 +19,21 @@ from t2idist.data.tokenizer import Vocabulary
 from t2idist.engine.checkpoint.export import read_index
 from t2idist.observability.command import command
 from t2idist.sampling.loading import load_export
+from t2idist.storage import hub
 
 
 @command("convert")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``t2idist convert import`` or ``t2idist convert export``."""
-    commands = {"import": import_main, "export": export_main}
+    """Run ``t2idist convert import``, ``export`` or ``push``."""
+    commands = {"import": import_main, "export": export_main, "push": push_main}
     parser = command_parser(
         "convert",
         "Convert weights from or to other formats. `t2idist convert COMMAND --help` lists the options of a command.",
         "t2idist convert export --export runs/birds/attngan/export --to birds --onnx",
     )
-    parser.add_argument("command", choices=commands, help="import published weights, or export to safetensors and ONNX")
+    parser.add_argument(
+        "command", choices=commands, help="import published weights, export to safetensors and ONNX, or push to the Hub"
+    )
     parser.add_argument("options", nargs=argparse.REMAINDER, help="see `t2idist convert COMMAND --help`")
     parsed = parser.parse_args(arguments)
     return commands[parsed.command](parsed.options)
@@ -85,6 +91,47 @@ def export_main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     _export(options)
     return 0
+
+
+@command("t2idist convert push")
+def push_main(arguments: Sequence[str] | None = None) -> int:
+    """Publish an export with a model card; returns the exit status."""
+    parser = command_parser(
+        "convert push",
+        "Publish an export on the Hugging Face Hub: its safetensors, export.json, sample images, and a README.md that\n"
+        "says what it is, with data, licences, scores and the command. With a folder in place of hf://USER/NAME it\n"
+        "writes what would be published there.",
+        "t2idist convert push --export runs/birds/attngan/export --to hf://me/birds --licence cc-by-4.0",
+    )
+    add = parser.add_argument
+    add("--export", required=True, metavar="URL", help="folder of an export, in the folder of its stage")
+    add("--to", required=True, metavar="hf://USER/NAME", help="repository, which is created; or an empty folder")
+    add("--licence", default="other", metavar="ID", help="licence of the weights, as the Hub names it (default: other)")
+    add("--data-licence", metavar="TEXT", help="licence of the data (default: as the data set states it)")
+    add("--dataset", action="append", default=[], metavar="USER/NAME", help="data set on the Hub; repeatable")
+    add("--private", action="store_true", help="create the repository as a private one")
+    add("--system", default="", metavar="MODULE", help="module of the custom system that the export names")
+    options = parser.parse_args(arguments)
+    _push(options)
+    return 0
+
+
+def _push(options: argparse.Namespace) -> None:
+    to_hub = options.to.startswith("hf://")
+    if to_hub:
+        _, _, inside = hub.split(options.to)
+        if inside:
+            raise ValueError(f"--to {options.to}: give a repository: hf://USER/NAME")
+    elif storage.list_dir(options.to):
+        raise ValueError(f"--to {storage.redact(options.to)}: is not empty; use another folder")
+    facts = card.CardFacts(options.to, options.licence, options.data_licence, tuple(options.dataset))
+    loaded = load_export(options.export, torch.device("cpu"), options.system)
+    with tempfile.TemporaryDirectory(prefix="t2idist-push-") as temporary:
+        written = card.write_folder(loaded, temporary if to_hub else options.to, facts)
+        if to_hub:
+            message = f"{loaded.name} after {loaded.images:,} images"
+            print(hub.publish(Path(temporary), options.to, private=options.private, message=message))
+    print(f"{storage.redact(options.to)}: {', '.join(written)}")
 
 
 def _import(options: argparse.Namespace) -> None:

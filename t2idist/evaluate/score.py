@@ -100,6 +100,8 @@ class Settings:
             raise ValueError(f"--workers {self.workers}: give at least 0, which is this process alone")
         if not 0 <= self.jpeg <= 100:
             raise ValueError(f"--jpeg {self.jpeg}: allowed are 1 to 100, or 0 for no encoding")
+        if self.export.startswith("hf://") and not self.out:
+            raise ValueError(f"--export {self.export}: give --out, a folder for the scores")
         if "damsm_r" in self.metrics and not self.judge:
             raise ValueError("--metrics damsm_r: give a DAMSM of another run with --judge URL")
 

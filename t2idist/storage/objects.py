@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
+from t2idist.storage import hub
 from t2idist.storage.renewal import Renewal, generation
 from t2idist.storage.retry import retry
 
@@ -79,6 +80,8 @@ def check_url(url: str, endpoint_url: str | None = None) -> None:
 def _filesystem(url: str, endpoint_url: str | None) -> tuple[Any, str]:
     check_url(url, endpoint_url)
     scheme = _scheme(url)
+    if scheme == hub.SCHEME:
+        raise ValueError(f"{url}: only exports are read from the Hub; give a folder or bucket for what is written")
     if scheme in _S3:
         return _s3_filesystem(endpoint_url, _identity()), url.partition("://")[2].rstrip("/")
     try:
@@ -206,7 +209,7 @@ def read_bytes(
     Raises:
         FileNotFoundError, PermissionError, ConnectionError: as `retry.retry`.
     """
-    path = local_path(url)
+    path = hub.local_file(url) if _scheme(url) == hub.SCHEME else local_path(url)
     if path is not None:
         with open(path, "rb") as file:
             file.seek(start or 0)
@@ -302,6 +305,10 @@ def write_bytes(url: str, data: bytes | memoryview, *, endpoint_url: str | None 
 
 
 def exists(url: str, *, endpoint_url: str | None = None) -> bool:
+    if _scheme(url) == hub.SCHEME:
+        with contextlib.suppress(FileNotFoundError):
+            return hub.local_file(url).exists()
+        return False
     path = local_path(url)
     if path is not None:
         return path.exists()

@@ -104,6 +104,8 @@ def read(url: str, networks: tuple[str, ...] | None = None) -> Export:
 
 def _read_network(url: str, entry: dict[str, Any]) -> dict[str, Tensor]:
     file_url = storage.join(url, entry["file"])
+    if not entry["file"].endswith(".safetensors"):
+        raise ValueError(f"{storage.redact(file_url)}: weights are read from .safetensors only; a pickle can run code")
     try:
         data = storage.read_bytes(file_url)
     except FileNotFoundError:

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
-from tqdm import tqdm
 
 from t2idist.config import DataConfig
 from t2idist.data.loader import load_split
@@ -27,6 +26,7 @@ from t2idist.evaluate.distribution_metrics import fid, kid, precision_recall
 from t2idist.evaluate.feature_extractors import DEFAULT, EXTRACTORS, FeatureExtractor, WeightsFile, open_extractor
 from t2idist.evaluate.r_precision import CaptionSpace, RPrecision, r_precision
 from t2idist.observability.command import BAD_INPUT, command
+from t2idist.observability.progress_bar import track
 
 BATCH_SIZE = 64
 SUBSET_SHARE = 0.8
@@ -148,8 +148,8 @@ def _check_captions(
 
 
 def _features(extractor: FeatureExtractor, images: Tensor) -> Tensor:
-    starts = tqdm(range(0, len(images), BATCH_SIZE), unit="batch", leave=False, file=sys.stderr)
-    return torch.cat([extractor(images[start : start + BATCH_SIZE]).features for start in starts])
+    with track(range(0, len(images), BATCH_SIZE), "batch") as starts:
+        return torch.cat([extractor(images[start : start + BATCH_SIZE]).features for start in starts])
 
 
 def _apply(images: Tensor, change: Callable[[Image.Image], Image.Image]) -> Tensor:

@@ -14,6 +14,7 @@ from t2idist.ingest import cli
 from t2idist.ingest.check import Problems, check_set
 from t2idist.ingest.contact_sheet import choose_keys, draw_sheet
 from t2idist.ingest.duplicates import find_duplicates
+from t2idist.observability.progress_bar import ProgressBar
 from t2idist.storage.outputs import check_not_input
 
 MAX_GROUPS = 20
@@ -32,7 +33,7 @@ def check(options: argparse.Namespace) -> int:
         check_not_input(options.sheet, files, "--sheet")
     description = storage.read_json(storage.join(options.url, DESCRIPTION))
     keys = choose_keys(dataset) if options.sheet else []
-    with cli.ProgressBar(sys.stderr) as progress:
+    with ProgressBar() as progress:
         result = check_set(
             dataset, description, processes=options.processes, fingerprints=options.duplicates, on_sheet=keys,
             report=progress.update,

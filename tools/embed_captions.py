@@ -18,6 +18,7 @@ from t2idist.data.sources import open_dataset
 from t2idist.ingest import cli
 from t2idist.ingest.embed import CaptionedSamples, EncodeFn, embed_set
 from t2idist.ingest.vectors_file import SUFFIXES, VectorsFile
+from t2idist.observability.progress_bar import ProgressBar
 from t2idist.sampling.sentence_encoders import SentenceEncoder, open_encoder
 from t2idist.storage.outputs import is_same_file
 
@@ -37,7 +38,7 @@ def embed(options: argparse.Namespace) -> int:
     if is_same_file(options.to, dataset.url):
         raise ValueError(f"--to {storage.redact(options.to)}: is also --data, which is copied; use another folder")
     encode, info = _open_encoder(options)
-    with cli.ProgressBar(sys.stderr) as progress:
+    with ProgressBar() as progress:
         description = embed_set(dataset, options.to, encode, info, restart=options.restart, report=progress.update)
     print(cli.summary(options.to, description))
     print(f"sentence vectors: {info.dim} elements of {info.dtype}, by {info.encoder['name']}")

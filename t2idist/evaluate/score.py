@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Protocol, TypeVar
 
-from tqdm import tqdm
-
 import t2idist
 from t2idist import storage
 from t2idist.config import METRICS, DataConfig
@@ -35,6 +33,7 @@ from t2idist.evaluate.metrics import (
 )
 from t2idist.evaluate.score_chunks import ExtractorSpec, ScoreChunk, ScoreJob
 from t2idist.observability.command import BAD_INPUT, command
+from t2idist.observability.progress_bar import ProgressBar
 
 NOT_PROTOCOL = ("export", "export_sha256", "captions_per_image")
 """Keys of the protocol that `differences` ignores: scores of two exports can be compared, and n gives the captions."""
@@ -221,9 +220,11 @@ def score(settings: Settings, map_unordered: MapUnordered = map_in_process) -> d
     job, dataset = make_job(settings)
     tasks = [(job, chunk, settings.work) for chunk in score_chunks.score_chunks(job)]
     gpus = int(settings.device != "cpu")
-    with tqdm(total=len(tasks), unit="chunk", desc="images", file=sys.stderr) as bar:
-        for _ in map_unordered(_compute_chunk, tasks, settings.workers, settings.address, gpus=gpus):
-            bar.update()
+    with ProgressBar(unit="chunk") as bar:
+        bar.update(0, len(tasks))
+        computed = map_unordered(_compute_chunk, tasks, settings.workers, settings.address, gpus=gpus)
+        for done, _ in enumerate(computed, 1):
+            bar.update(done, len(tasks))
     metrics = _metrics(settings, job, dataset)
     result = _result(settings, job, dataset, metrics)
     earlier, copy = earlier_scores.set_aside(settings.folder, result["protocol"])

@@ -27,6 +27,7 @@ from t2idist.data.loader import load_split
 from t2idist.data.sources import open_dataset
 from t2idist.nn.text_encoders import sentence_vectors
 from t2idist.observability.command import command, describe_error
+from t2idist.observability.progress_bar import track
 from t2idist.sampling.drawings import export_sha256
 from t2idist.sampling.loading import LoadedExport, load_export
 from t2idist.storage.outputs import check_not_input
@@ -180,8 +181,8 @@ def encode_batch(loaded: LoadedExport, batch: Batch) -> dict[str, Tensor]:
     system = loaded.system
     assert isinstance(system, SupportsInvert)
     inverted, vectors = [], []
-    with torch.inference_mode():
-        for start in range(0, len(batch.ids), BATCH_SIZE):
+    with torch.inference_mode(), track(range(0, len(batch.ids), BATCH_SIZE), "batch") as starts:
+        for start in starts:
             rows = slice(start, start + BATCH_SIZE)
             captions = batch.captions[rows]
             inverted.append(system.invert(loaded.nets, to_float(batch.images[-1][rows])))

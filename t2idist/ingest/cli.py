@@ -5,12 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TextIO
-
-from tqdm import tqdm
+from typing import Any
 
 from t2idist import storage
 from t2idist.config.arguments import command_parser
@@ -25,9 +22,8 @@ from t2idist.ingest.listing import Listing
 from t2idist.ingest.rejects import Reason
 from t2idist.ingest.writer import REJECTED, IngestOptions, StrictError, write_set
 from t2idist.observability import command as ending
+from t2idist.observability.progress_bar import ProgressBar
 from t2idist.storage.outputs import is_same_file
-
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 def tool_parser(tool: str, description: str, example: str) -> argparse.ArgumentParser:
@@ -150,7 +146,7 @@ def _write(
     )
     set_endpoint(arguments.endpoint_url)
     _check_inputs_stay(arguments)
-    with Listing() as listing, ProgressBar(sys.stderr) as progress:
+    with Listing() as listing:
         try:
             with text_encoding(options.encoding):
                 list_images(arguments, listing)
@@ -159,11 +155,12 @@ def _write(
                 print(f"{tool}: {note}", file=sys.stderr)
         options = replace(options, image=replace(options.image, pairs=listing.pairs))
         try:
-            description = write_set(
-                listing, arguments.out, options, source=source,
-                licence=arguments.licence or listing.licence or "not said", processes=arguments.processes,
-                strict=arguments.strict, restart=arguments.restart, report=progress.update,
-            )  # fmt: skip
+            with ProgressBar() as progress:
+                description = write_set(
+                    listing, arguments.out, options, source=source,
+                    licence=arguments.licence or listing.licence or "not said", processes=arguments.processes,
+                    strict=arguments.strict, restart=arguments.restart, report=progress.update,
+                )  # fmt: skip
         finally:
             _name_undecodable(tool, listing)
         print_findings(
@@ -194,46 +191,6 @@ def _check_inputs_stay(arguments: argparse.Namespace) -> None:
             f"--out {storage.redact(arguments.out)}: is also the input, whose {taken[0]} would be overwritten; use "
             "another folder"
         )
-
-
-class ProgressBar:
-    """Show progress: a bar on a terminal, otherwise a line every ten seconds."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._bar: tqdm[Any] | None = None
-        self._first: int | None = None
-        self._started: tuple[float, int] | None = None
-        self._last_line = 0.0
-
-    def __enter__(self) -> ProgressBar:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def update(self, done: int, total: int, shards: int = 0) -> None:
-        """Show `done` of `total` images, and the number of shards stored."""
-        now = time.monotonic()
-        if self._first is None:
-            self._first = done
-            self._last_line = now
-            if self._stream.isatty():
-                self._bar = tqdm(total=total, initial=done, unit="image", file=self._stream, dynamic_ncols=True)
-        if self._started is None and done > self._first:  # the rate excludes the time before the first image
-            self._started = (now, done)
-        if self._bar is not None:
-            self._bar.update(done - self._bar.n)
-            self._bar.set_postfix_str(f"{shards} shards", refresh=False)
-        elif self._started is not None and (now - self._last_line >= _SECONDS_BETWEEN_LINES or done == total):
-            self._last_line = now
-            seconds, images = now - self._started[0], done - self._started[1]
-            rate = images / seconds if seconds > 0 else 0.0
-            remaining = int((total - done) / rate) if rate else 0
-            stored = f"{shards} shards, " if shards else ""
-            text = f"{done} of {total} images, {rate:.0f} images/s, {stored}{remaining // 60}:{remaining % 60:02d} left"
-            print(text, file=self._stream, flush=True)
 
 
 def summary(url: str, description: dict[str, Any]) -> str:

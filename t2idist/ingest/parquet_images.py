@@ -22,7 +22,7 @@ from t2idist.ingest.listing import Listing
 from t2idist.ingest.parquet_file import ParquetFile
 from t2idist.ingest.rejects import Reason
 from t2idist.ingest.splits import NamedSplits
-from t2idist.ingest.stored_file import each_file
+from t2idist.observability.progress_bar import track
 
 _BATCH_ROWS = 16
 _NAME_COLUMNS = 20
@@ -80,11 +80,12 @@ def list_parquet(root: str, sizes: Mapping[str, int], listing: Listing, options:
     names = sorted(sizes)
     _check_space(root, sum(sizes.values()), listing)
     classes: dict[str, None] = {}
-    for name in each_file(names):
-        for row_name, facts in _rows(storage.join(root, name), name, listing, fields, options.needs_captions):
-            if facts["class_name"] is not None:
-                classes[facts["class_name"]] = None
-            listing.add_annotation(row_name, facts)
+    with track(names, "file") as tracked:
+        for name in tracked:
+            for row_name, facts in _rows(storage.join(root, name), name, listing, fields, options.needs_captions):
+                if facts["class_name"] is not None:
+                    classes[facts["class_name"]] = None
+                listing.add_annotation(row_name, facts)
     if options.by_class and not classes:
         raise ValueError("--split-by-class: the data has no classes; name their column with --class-column")
     class_ids = number_classes(classes, listing)

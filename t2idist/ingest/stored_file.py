@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import io
-import sys
-import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 from t2idist import storage
@@ -15,18 +12,7 @@ from t2idist.ingest.files import file_size
 _BLOCK_BYTES = storage.BLOCK_BYTES
 _BLOCKS_AHEAD = 4
 _BLOCKS_KEPT = 12
-_SECONDS_BETWEEN_LINES = 10.0
 _LFS = b"version https://git-lfs.github.com/spec/"
-
-
-def each_file(names: Sequence[str]) -> Iterator[str]:
-    """Yield the names of files that take long to read; say on stderr how far it is, every ten seconds."""
-    last = time.monotonic()
-    for number, name in enumerate(names, start=1):
-        yield name
-        if time.monotonic() - last >= _SECONDS_BETWEEN_LINES and number < len(names):
-            last = time.monotonic()
-            print(f"listing: {number} of {len(names)} files read", file=sys.stderr, flush=True)
 
 
 def open_file(url: str) -> IO[bytes]:

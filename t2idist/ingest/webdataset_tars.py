@@ -31,7 +31,8 @@ from t2idist.ingest.folder import OUTSIDE_SPLITS, FolderOptions, SplitChooser, n
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.rejects import Reason
 from t2idist.ingest.splits import NamedSplits
-from t2idist.ingest.stored_file import each_file, open_file
+from t2idist.ingest.stored_file import open_file
+from t2idist.observability.progress_bar import track
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _TEXT, _JSON, _CLASS, _IMAGE, _OTHER = ".txt", ".json", ".cls", "image", "other"
@@ -50,8 +51,9 @@ def list_tars(root: str, names: Sequence[str], listing: Listing, options: Folder
         ValueError: no member of the tars holds captions.
     """
     scan = _Scan(listing, fields)
-    for name in each_file(names):
-        scan.add_tar(storage.join(root, name), name)
+    with track(names, "file") as tracked:
+        for name in tracked:
+            scan.add_tar(storage.join(root, name), name)
     if options.needs_captions and scan.json_keys and not scan.captioned:
         require_captions(f"the .json members of {names[0]}", fields, scan.json_keys)
     require_named(f"the .json members of {names[0]}", fields, scan.json_keys)

@@ -24,6 +24,7 @@ from t2idist.contract import Sample, SupportsDomains
 from t2idist.data.tokenizer import known_words
 from t2idist.nn.fast.memory import keep_freed_memory
 from t2idist.observability.command import command
+from t2idist.observability.progress_bar import track
 from t2idist.sampling.axes import (
     BATCH_IMAGES,
     PLACEHOLDER,
@@ -134,12 +135,15 @@ def _run(options: argparse.Namespace) -> int:
     drawing = _Drawing.plan(options, loaded, rows, columns)
     written: list[str] = []
     scales: list[tuple[Tensor, ...]] = []
-    for number, row in rows.items():
-        sample = draw_row(loaded, row, columns, device, options.precision)
-        if options.attention and not sample.attention and not written:
-            print("sample: this system has no attention; --attention writes nothing", file=sys.stderr)
-        scales.append(sample.images if options.scale == "all" else sample.images[-1:])
-        written += _write_row(drawing, number, row, sample)
+    no_attention = False
+    with track(list(rows.items()), "row") as tracked:
+        for number, row in tracked:
+            sample = draw_row(loaded, row, columns, device, options.precision)
+            no_attention = options.attention and not sample.attention
+            scales.append(sample.images if options.scale == "all" else sample.images[-1:])
+            written += _write_row(drawing, number, row, sample)
+    if no_attention:
+        print("sample: this system has no attention; --attention writes nothing", file=sys.stderr)
     labels = [row.label for row in rows.values()]
     images = [torch.cat(scale) for scale in zip(*scales, strict=True)]
     sheet = grid(images, labels, columns.count, column_names=columns.names, style_images=columns.style_images)

@@ -17,6 +17,7 @@ from t2idist.contract import SupportsDomains, SupportsTranslate, System, to_floa
 from t2idist.data.loader import load_split
 from t2idist.data.shards import Dataset
 from t2idist.observability.command import command
+from t2idist.observability.progress_bar import track
 from t2idist.sampling.attribute_edits import AttributeEditor
 from t2idist.sampling.drawings import PlannedImages, choose_folder, export_sha256, png_with_settings
 from t2idist.sampling.figures import png_bytes, read_image, stack_figures, to_pil, translation_grid
@@ -338,13 +339,14 @@ def _run(options: argparse.Namespace) -> int:
             raise ValueError("--to and --outlines are for exports of cyclegan and pix2pix")
         change = AttributeChanges.of(loaded, options.set, options.clear, options.domain, option="--")
     size = loaded.system.sizes[-1]
-    images = torch.stack([read_image(file, size, as_outlines=options.outlines) for file in options.image])
+    images = [read_image(file, size, as_outlines=options.outlines) for file in options.image]
     planned = _plan(options)
     folder = choose_folder(options.out, DEFAULT_FOLDER, planned, options.image)
-    translated = torch.stack([change.apply(loaded, image, device) for image in images])
+    with track(images, "image") as tracked:
+        translated = torch.stack([change.apply(loaded, image, device) for image in tracked])
     for plan, image in zip(planned, translated, strict=False):
         storage.write_bytes(storage.join(folder, plan.prefix), png_with_settings(to_pil(image), plan.settings))
-    sheet = translation_grid(change.title, [("image", images), ("translated", translated)])
+    sheet = translation_grid(change.title, [("image", torch.stack(images)), ("translated", translated)])
     storage.write_bytes(storage.join(folder, GRID), png_with_settings(sheet, planned[-1].settings))
     print(f"wrote {len(translated)} images to {storage.redact(folder)}, all of them in {GRID}")
     return 0

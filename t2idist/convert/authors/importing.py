@@ -17,6 +17,7 @@ from t2idist.convert.authors.layouts import LAYOUTS, FileLayout, InferredConfig,
 from t2idist.data.tokenizer import END_TOKEN, Vocabulary
 from t2idist.engine.checkpoint import export
 from t2idist.nn.init import shapes_only
+from t2idist.observability.progress_bar import track
 from t2idist.sampling.loading import exported_network
 from t2idist.storage.outputs import check_not_input
 from t2idist.systems import load as load_system
@@ -57,7 +58,8 @@ def import_weights(
     Raises:
         ValueError: a file or tensor does not match; nothing is written.
     """
-    contents = [checkpoints.read(url) for url in files]
+    with track(files, "file") as tracked:
+        contents = [checkpoints.read(url) for url in tracked]
     hashes = {checkpoint.file: sha256 for checkpoint, sha256 in contents}
     builders = prepare_exports(system, [checkpoint for checkpoint, _ in contents], options)
     for folder in builders:

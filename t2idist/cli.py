@@ -43,7 +43,7 @@ COMMANDS: dict[str, tuple[str, Callable[[], Main]]] = {
     "style": ("score how well an export of system style separates styles", _main_of("t2idist.evaluate.style")),
     "score": ("score exports: FID, KID, R-precision and more", _score),
     "convert": (
-        "convert an export to plain safetensors or ONNX, or import published weights",
+        "convert an export to plain safetensors or ONNX, publish it, or import published weights",
         _main_of("t2idist.convert.cli"),
     ),
     "drain": ("drain this node of a Ray cluster before it is shut down", _main_of("t2idist.launch.drain")),

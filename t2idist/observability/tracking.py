@@ -186,6 +186,11 @@ class BackgroundTracker:
         if self._thread.is_alive():
             self._warn(f"has not answered at the end of the stage; {left} records are not delivered")
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the service has not answered yet."""
+        return self._busy_since is not None
+
     def _put(self, record: Point | Callable[[], None]) -> None:
         with self._changed:
             self._queue.append(record)

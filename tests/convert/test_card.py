@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,9 @@ from t2idist import storage
 from t2idist.convert.cli import main
 from t2idist.sampling import sample
 from tests.helpers import small_systems, toy_gan
+from tests.helpers.hub_server import hub_server
 from tests.helpers.mlflow_server import free_port
+from tests.helpers.runs import ROOT
 
 WORDS = ["<end>", "a", "red", "heart", *(f"word{i}" for i in range(toy_gan.VOCABULARY_SIZE - 4))]
 LICENCE = "drawings | by <b>Ann</b>; MIT"
@@ -143,6 +148,45 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(
 
 
 def test_a_missing_client_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub.errors", None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", None)
     with pytest.raises(ValueError, match=r"pip install 't2idist\[hub\]'"):
         t2idist.load("hf://ann/hearts")
+
+
+@pytest.mark.whole
+def test_an_export_goes_to_the_hub_and_comes_back(stage: Path, tmp_path: Path) -> None:
+    """With the real client, and a server on loopback that speaks the Hub's API."""
+    token = "hf_secret_of_the_environment"
+    with hub_server() as server:
+        environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": token}
+        environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+
+        def command(*words: str, offline: str = "0") -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                [sys.executable, "-m", "t2idist.cli", *words],
+                cwd=ROOT,
+                env={**environment, "HF_HUB_OFFLINE": offline},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+
+        done = command("convert", "push", "--export", str(stage / "export"), "--to", "hf://ann/hearts", "--private")
+        assert done.returncode == 0, done.stderr
+        assert f"{server.url}/ann/hearts/commit/" in done.stdout and token not in done.stdout + done.stderr
+        assert server.private == {"ann/hearts": True} and server.tokens == {f"Bearer {token}"}
+        files = server.files["ann/hearts"]
+        assert files.keys() == {"README.md", "samples.png", "export.json", "generator.safetensors", "text.safetensors"}
+        assert files["generator.safetensors"] == (stage / "export/generator.safetensors").read_bytes()
+        assert b"t2idist sample --export hf://ann/hearts" in files["README.md"] and token.encode() not in b"".join(
+            files.values()
+        )
+        sampling = ["sample", "--export", "hf://ann/hearts", "--text", "a red heart", "--out"]
+        done = command(*sampling, str(tmp_path / "out"))
+        assert done.returncode == 0, done.stderr
+        missing = command("sample", "--export", "hf://ann/none", "--text", "a red heart")
+        assert missing.returncode == 2 and missing.stderr.startswith("sample: hf://ann/none")
+    done = command(*sampling, str(tmp_path / "again"), offline="1")  # the server is gone
+    assert done.returncode == 0, done.stderr
+    names = [file.name for file in (tmp_path / "out").iterdir()]
+    assert names and all((tmp_path / "out" / n).read_bytes() == (tmp_path / "again" / n).read_bytes() for n in names)

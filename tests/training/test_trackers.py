@@ -278,6 +278,25 @@ def test_a_server_that_goes_away_gets_what_it_missed(
         server.start()
 
 
+def test_a_server_that_hangs_costs_no_record_of_the_run_and_one_warning_of_each_kind(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with silent_server() as url:
+        service = MlflowService(url, "x/gan", {}, "0123", {}, "", storage.read_bytes)
+        store = StoredPosition(str(tmp_path / "mlflow.json"))
+        tracker = BackgroundTracker(service, store, queue_length=3, stalled_seconds=0.01, end_seconds=0.1)
+        wait_for(lambda: tracker.is_waiting)
+        for images in range(10):
+            time.sleep(0.01)
+            tracker.metrics(images, {"loss": 1.0}, "2026-11-29T15:00:00+00:00")
+        tracker.end(DONE)
+    assert [record.getMessage().partition(" for ")[0] for record in caplog.records] == [
+        "MLflow has not answered",
+        "MLflow: the oldest of 3 waiting records are dropped",
+    ]
+    assert not (tmp_path / "mlflow.json").exists()
+
+
 @pytest.mark.whole
 def test_a_run_gets_on_the_server_what_an_earlier_attempt_did_not_deliver(
     server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -10,6 +10,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +158,8 @@ class MetricLogger:
         try:
             self.flush()
         finally:
-            for tracker in self._trackers:
-                tracker.end(state)
+            with ThreadPoolExecutor(len(self._trackers)) as pool:  # each may wait for its server
+                list(pool.map(lambda tracker: tracker.end(state), self._trackers))
 
     def _seconds(self) -> float:
         return round(self.seconds_before + time.monotonic() - self._started, 3)

@@ -240,6 +240,8 @@ class BackgroundTracker:
         stored = self._store.load()
         known = stored.run_id if stored is not None and stored.target == self._service.target else None
         run_id = self._service.open(known)
+        if self._abandoned:  # it has answered too late: another attempt has begun, perhaps with a run of its own
+            return
         if stored is None or run_id != known:
             stored = Position(self._service.target, run_id)
             self._store.save(stored)

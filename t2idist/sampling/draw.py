@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from t2idist import storage
-from t2idist.contract import Sample, SupportsDomains, SupportsSample, SupportsTranslate
+from t2idist.contract import Captions, Sample, SupportsDomains, SupportsSample, SupportsTranslate
 from t2idist.data.tokenizer import known_words
 from t2idist.sampling.axes import BATCH_IMAGES, MIN_TRUNCATION, SheetColumns, SheetRow
 from t2idist.sampling.figures import attention_figure
@@ -40,20 +40,24 @@ def check_truncation(truncation: float | None, option: str) -> None:
         raise ValueError(f"{option} {truncation}: give at least {MIN_TRUNCATION}")
 
 
+def images_per_batch(captions: Captions) -> int:
+    """Return the number of images that are drawn together: fewer than `BATCH_IMAGES` only of very long captions."""
+    return min(BATCH_IMAGES, max(1, MAX_WORDS_PER_BATCH // captions.tokens.shape[1]))
+
+
 def draw_row(
     loaded: LoadedExport, row: SheetRow, columns: SheetColumns, device: torch.device, precision: str = "float32"
 ) -> Sample:
     """Draw the images of a row, and their attention maps, on the host."""
     assert isinstance(loaded.system, SupportsSample), "check_draws was not called"
     captions = row.caption.repeat_each(columns.drawn)
-    batch_size = min(BATCH_IMAGES, max(1, MAX_WORDS_PER_BATCH // captions.tokens.shape[1]))
     sample = generate(
         loaded.system,
         row.nets,
         captions,
         columns.noise,
         device=device,
-        batch_size=batch_size,
+        batch_size=images_per_batch(captions),
         precision=precision,
     )
     return Sample(

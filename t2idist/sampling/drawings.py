@@ -33,6 +33,45 @@ class PlannedImages:
     settings: Settings
 
 
+def sample_settings(
+    export_hash: str,
+    *,
+    seed: int,
+    columns: int,
+    scale: str = "largest",
+    attention: bool = False,
+    precision: str = "float32",
+    steps: int | None = None,
+    interpolate_text: Sequence[str] | None = None,
+    interpolate_noise: bool = False,
+    truncation: float | None = None,
+    style_of_sha256: Sequence[str] = (),
+    encoder: str | None = None,
+) -> dict[str, Any]:
+    """Return what images of ``t2idist sample`` depend on, besides their sentence; the arguments are its options.
+
+    Args:
+        export_hash: `export_sha256`.
+        columns: images of a row.
+        style_of_sha256: hashes of the images of --style-of.
+    """
+    return {
+        "command": "sample",
+        "export_sha256": export_hash,
+        "seed": seed,
+        "scale": scale,
+        "attention": attention,
+        "precision": precision,
+        "steps": steps,
+        "interpolate_text": interpolate_text,
+        "interpolate_noise": interpolate_noise,
+        "truncation": truncation,
+        "columns": columns,
+        "style_of_sha256": style_of_sha256,
+        "encoder": None if encoder is None else storage.redact(encoder),
+    }
+
+
 def png_with_settings(image: Image.Image, settings: Settings) -> bytes:
     """Encode an image as PNG that holds its settings."""
     info = PngInfo()

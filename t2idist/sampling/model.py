@@ -17,7 +17,7 @@ from PIL import ImageOps
 from torch import Tensor
 
 from t2idist import storage
-from t2idist.contract import Captions, Sample, SupportsDomains
+from t2idist.contract import Captions, Sample
 from t2idist.data.pillow import Image
 from t2idist.data.sample_format import MAX_PIXELS
 from t2idist.data.single_image import image_of_file
@@ -27,9 +27,8 @@ from t2idist.sampling.draw import check_count, check_draws, check_truncation, dr
 from t2idist.sampling.figures import png_bytes, read_image, tiles, to_pil
 from t2idist.sampling.generate import empty_captions
 from t2idist.sampling.loading import LoadedExport, load_export, open_device
-from t2idist.sampling.sentence_reader import SentenceReader, check_placeholder, reads_sentences
-from t2idist.sampling.sentences import Sentence
-from t2idist.sampling.translate import AttributeChanges, DomainChange
+from t2idist.sampling.sentence_reader import SentenceReader, reads_sentences
+from t2idist.sampling.translate import change_of
 
 SHOWN_IMAGES = 64
 SHOWN_WIDTH = 1100
@@ -118,7 +117,7 @@ class Model:
             domain: index of the data set with these attributes.
             to: domain to translate to, of a model that translates between domains; None: the only one it has.
         """
-        change = self._change(_names(set), _names(clear), _whole_number("domain", domain), to)
+        change = change_of(self.loaded, _names(set), _names(clear), _whole_number("domain", domain), to)
         pixels = _read(image, self.loaded.system.sizes[-1])
         return to_pil(change.apply(self.loaded, pixels, self._device))
 
@@ -128,17 +127,6 @@ class Model:
             raise ValueError(f"{self._where}: '{self.loaded.name}' has no text encoder")
         vector: NDArray[np.float32] = self._reader.embed(self._read_text(text))[0]
         return vector
-
-    def _change(
-        self, chosen: tuple[str, ...], cleared: tuple[str, ...], domain: int, to: str | None
-    ) -> AttributeChanges | DomainChange:
-        if isinstance(self.loaded.system, SupportsDomains):
-            if chosen or cleared:
-                raise ValueError(f"{self._where}: this export translates between domains; give to, not set or clear")
-            return DomainChange.of(self.loaded, to, option="")
-        if to is not None:
-            raise ValueError(f"{self._where}: this export has no domains to translate to; give set or clear")
-        return AttributeChanges.of(self.loaded, chosen, cleared, domain, option="")
 
     @property
     def _where(self) -> str:
@@ -169,17 +157,7 @@ class Model:
 
     def _read_text(self, text: str | None) -> Captions:
         """Encode a sentence, and warn of what is left out of it."""
-        if text is None:
-            raise ValueError(f"text is missing: {self._where} draws from sentences")
-        if not isinstance(text, str):
-            raise ValueError(f"text is {text!r}; give one sentence as a string")
-        if not text.strip():
-            raise ValueError(f"text is {text!r}; give a sentence")
-        sentence = Sentence(text)
-        check_placeholder([sentence], "put words in its place")
-        read = self._reader.read([sentence])
-        if read.problems:
-            raise ValueError(read.problems[0])
+        read = self._reader.read_text(text)
         _warn(read.warnings)
         return read.captions
 

@@ -39,7 +39,13 @@ from t2idist.sampling.axes import (
     style_columns,
 )
 from t2idist.sampling.draw import check_count, check_draws, check_truncation, draw_attention, draw_row
-from t2idist.sampling.drawings import PlannedImages, choose_folder, export_sha256, png_with_settings
+from t2idist.sampling.drawings import (
+    PlannedImages,
+    choose_folder,
+    export_sha256,
+    png_with_settings,
+    sample_settings,
+)
 from t2idist.sampling.figures import grid, read_image, to_pil
 from t2idist.sampling.generate import empty_captions
 from t2idist.sampling.loading import LoadedExport, load_export, open_device
@@ -246,16 +252,12 @@ class _Drawing:
     ) -> _Drawing:
         """Choose the folder. Raises ValueError if something in it would be lost."""
         names = ("seed", "scale", "attention", "precision", "steps", "interpolate_text", "interpolate_noise")
-        values = {name: vars(options)[name] for name in (*names, "truncation")}
-        styles = [storage.sha256(storage.read_bytes(url)) for url in options.style_of or ()]
-        settings = {
-            "command": "sample",
-            "export_sha256": export_sha256(options.export),
-            **values,
-            "columns": columns.count,
-            "style_of_sha256": styles,
-            "encoder": None if options.encoder is None else storage.redact(options.encoder),
-        }
+        settings = sample_settings(
+            export_sha256(options.export),
+            **{name: vars(options)[name] for name in (*names, "truncation", "encoder")},
+            columns=columns.count,
+            style_of_sha256=[storage.sha256(storage.read_bytes(url)) for url in options.style_of or ()],
+        )
         drawing = cls(options, loaded, "", settings)
         planned = [PlannedImages(GRID, drawing.grid_settings(rows))]
         for number, row in rows.items():

@@ -97,6 +97,21 @@ class SentenceReader:
         problems = [problem for problem in found if problem is not None]
         return ReadSentences(captions.to(self._device), tuple(kept), tuple(problems), tuple(warnings))
 
+    def read_text(self, text: str | None) -> ReadSentences:
+        """Encode one sentence. Raises ValueError if it is none, or cannot be drawn."""
+        if text is None:
+            raise ValueError(f"text is missing: {storage.redact(self._loaded.url)} draws from sentences")
+        if not isinstance(text, str):
+            raise ValueError(f"text is {text!r}; give one sentence as a string")
+        if not text.strip():
+            raise ValueError(f"text is {text!r}; give a sentence")
+        sentence = Sentence(text)
+        check_placeholder([sentence], "put words in its place")
+        read = self.read([sentence])
+        if read.problems:
+            raise ValueError(read.problems[0])
+        return read
+
     def embed(self, captions: Captions) -> NDArray[np.float32]:
         """Return the sentence vectors (n, D) of captions that `read` has encoded."""
         if self.encoder is not None:

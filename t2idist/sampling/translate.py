@@ -298,6 +298,20 @@ class DomainChange:
         return to_domain(self.system, loaded.nets, image[None], self.target, device=device)[0]
 
 
+def change_of(
+    loaded: LoadedExport, set_names: Sequence[str], clear_names: Sequence[str], domain: int, to: str | None
+) -> AttributeChanges | DomainChange:
+    """Return the change of an image that these arguments name. Raises ValueError if they do not fit the export."""
+    where = storage.redact(loaded.url)
+    if isinstance(loaded.system, SupportsDomains):
+        if set_names or clear_names:
+            raise ValueError(f"{where}: this export translates between domains; give to, not set or clear")
+        return DomainChange.of(loaded, to, option="")
+    if to is not None:
+        raise ValueError(f"{where}: this export has no domains to translate to; give set or clear")
+    return AttributeChanges.of(loaded, set_names, clear_names, domain, option="")
+
+
 # ------------------------------------------------------------ the command
 @command("translate")
 def main(arguments: Sequence[str] | None = None) -> int:

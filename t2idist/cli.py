@@ -39,6 +39,7 @@ COMMANDS: dict[str, tuple[str, Callable[[], Main]]] = {
     "status": ("show the state of a run, or list the runs in a folder", _main_of("t2idist.report.status")),
     "report": ("write the report page of a run", _main_of("t2idist.report.report")),
     "sample": ("generate images from captions with an export", _main_of("t2idist.sampling.sample")),
+    "serve": ("serve an export: a page to draw with, and an API", _main_of("t2idist.serve.cli")),
     "translate": ("change attributes of images with an export", _main_of("t2idist.sampling.translate")),
     "style": ("score how well an export of system style separates styles", _main_of("t2idist.evaluate.style")),
     "score": ("score exports: FID, KID, R-precision and more", _score),

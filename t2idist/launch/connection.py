@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 @contextlib.contextmanager
 def join_cluster(cluster: ClusterConfig) -> Iterator[None]:
     """Connect this process to the cluster at `cluster.address`, or to the one that its environment names."""
-    with _environment(_unless_set(_settings(cluster))), _join(cluster.address), _signals_interrupt():
+    with _environment(_unless_set(_settings(cluster))), _join(cluster.address), signals_interrupt():
         yield
 
 
@@ -58,6 +58,13 @@ def start_workers(workers: int, gpus: int) -> Iterator[float]:
     with _authentication(required=False), _own_ray(workers, None if gpus else 0):
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         yield gpu_share(gpus, workers, int(resources.get("GPU", 0)))
+
+
+@contextlib.contextmanager
+def start_ray(cpus: int, *, with_gpus: bool) -> Iterator[None]:
+    """Start Ray on this machine for a server, with the GPUs of this machine or without."""
+    with _authentication(required=False), _own_ray(cpus, None if with_gpus else 0):
+        yield
 
 
 def gpu_share(gpus: int, workers: int, available: int) -> float:
@@ -116,7 +123,7 @@ def start_local_cluster(cluster: ClusterConfig, prepare: Callable[[], T]) -> Ite
         prepared = stack.enter_context(ThreadPoolExecutor(1, "prepare")).submit(prepare)
         with _environment(thread_settings(cluster)):
             stack.enter_context(_own_ray(cpus))
-        stack.enter_context(_signals_interrupt())
+        stack.enter_context(signals_interrupt())
         yield prepared.result()
 
 
@@ -189,7 +196,7 @@ def _read_authentication_again() -> None:
 
 
 @contextlib.contextmanager
-def _signals_interrupt() -> Iterator[None]:
+def signals_interrupt() -> Iterator[None]:
     """Raise KeyboardInterrupt(signal number) on SIGTERM and Ctrl-C while the block runs.
 
     Ray's own SIGTERM handler ends the process with a stack dump; asyncio's Ctrl-C handler waits for Ray's calls.

@@ -83,11 +83,11 @@ def _run(options: argparse.Namespace) -> int:
         _announce(options, where)
         serve(app, sock)
         return 0
-    from t2idist.serve import deployment
+    from t2idist.serve.deployment import Replicas, serve_on_ray
 
     sock.close()  # Ray's proxy binds to it
-    replicas = deployment.Replicas(options.replicas, options.cpus_per_replica, _gpus(options), options.address)
-    deployment.serve(config, guard, replicas, port, lambda: _announce(options, where))
+    replicas = Replicas(options.replicas, options.cpus_per_replica, _gpus(options), options.address)
+    serve_on_ray(config, guard, replicas, port, lambda: _announce(options, where))
     return 0
 
 

@@ -28,13 +28,13 @@ from t2idist.sampling.draw import check_draws, draw_row
 from t2idist.sampling.drawings import export_sha256, png_with_settings, sample_settings
 from t2idist.sampling.figures import png_bytes, to_pil
 from t2idist.sampling.generate import empty_captions
-from t2idist.sampling.loading import load_export, open_device
+from t2idist.sampling.loading import LoadedExport, load_export, open_device
 from t2idist.sampling.sentence_reader import ReadSentences, SentenceReader, reads_sentences
 from t2idist.sampling.sentences import MAX_CHARACTERS
 from t2idist.sampling.translate import change_of
 from t2idist.serve.packing import Layout, Packing, Row, draw_rows, find_layout
 from t2idist.serve.queue import DrawQueue
-from t2idist.serve.requests import DrawRequest, DrawResponse, Limits, Map, ModelCard, Picture, TranslateResponse
+from t2idist.serve.requests import DrawRequest, DrawResponse, Kind, Limits, Map, ModelCard, Picture, TranslateResponse
 
 T = TypeVar("T")
 
@@ -71,11 +71,8 @@ class Drawer:
         keep_freed_memory()
         self.config = config
         self._device = open_device(config.device)
-        self._loaded = load_export(config.export, self._device, config.system)
-        system = self._loaded.system
-        self._translates = isinstance(system, SupportsTranslate | SupportsDomains)
-        if not self._translates:
-            check_draws(self._loaded, "")
+        self._loaded = _load(config, self._device)
+        self._translates = _translates(self._loaded)
         for net in self._loaded.nets.values():
             use_fast_layers(net)
         self._hash = export_sha256(config.export)
@@ -227,9 +224,7 @@ class Drawer:
 
     def _describe(self) -> ModelCard:
         system, config, loaded = self._loaded.system, self.config, self._loaded
-        kind: Literal[text, unconditional, attributes, domains] = (
-            "text" if self._reader is not None else "unconditional"
-        )
+        kind: Kind = "text" if self._reader is not None else "unconditional"
         attributes: list[list[str]] = []
         conflicts: list[dict[str, list[str]]] = []
         domains: list[str] = []
@@ -260,6 +255,22 @@ class Drawer:
             domains=domains,
             limits=limits,
         )
+
+
+def check_export(config: ServeConfig) -> None:
+    """Raise ValueError if there is no export that can be served."""
+    _load(config, torch.device("cpu"))
+
+
+def _load(config: ServeConfig, device: torch.device) -> LoadedExport:
+    loaded = load_export(config.export, device, config.system)
+    if not _translates(loaded):
+        check_draws(loaded, "")
+    return loaded
+
+
+def _translates(loaded: LoadedExport) -> bool:
+    return isinstance(loaded.system, SupportsTranslate | SupportsDomains)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ const state = {
   card: null, token: null, vocabulary: [],
   frames: [], index: 0,          // what the slider chooses from; a frame: {label, images, words, changed}
   stage: 0, pinned: null, pointed: null,
-  asked: null,                   // the request whose pictures are shown
+  asked: null, first: null,      // the last sentence that was drawn: the request, and its frame
   work: null, lookingForServer: false,
 };
 
@@ -40,7 +40,7 @@ async function ask(path, options = {}) {
   const sentence = content?.error ?? (answer.status === 503
     ? "The server has too much to do. Try again in a few seconds."
     : `The server could not answer (status ${answer.status}). Try again.`);
-  throw new Refusal(sentence.charAt(0).toUpperCase() + sentence.slice(1).replace(/\.?$/, "."));
+  throw new Refusal(sentenceOf(sentence));
 }
 
 function askForToken(wrong) {
@@ -84,6 +84,11 @@ function showNote(sentence) {
   byId("note").textContent = sentence;
   byId("note").hidden = !sentence;
 }
+/** Show what is left out of a sentence; the server's messages begin with the sentence, which stands above. */
+function noteWarnings(warnings) {
+  showNote(warnings.map((warning) => sentenceOf(warning.replace(/^".*": (is )?/s, (_, is) => (is ? "The sentence is " : "")))).join(" "));
+}
+const sentenceOf = (text) => text.charAt(0).toUpperCase() + text.slice(1).replace(/\.?$/, ".");
 const say = (sentence) => { byId("said").textContent = sentence; };
 
 function fail(error) {
@@ -156,14 +161,15 @@ async function draw() {
   if (!answer) return;
   state.asked = body;
   state.pinned = null;
-  showFrames([{ label: body.text ?? "", ...answer }], "");
+  state.first = { label: body.text ?? "", ...answer };
+  showFrames([state.first], "");
   fillTools(answer.words);
-  showNote(answer.warnings.join(" "));
+  noteWarnings(answer.warnings);
   say(`${answer.images.length} pictures drawn.`);
 }
 
 async function changeWord() {
-  const from = Number(byId("change-from").value), words = state.frames[0].words;
+  const from = Number(byId("change-from").value), words = state.first.words;
   const others = [...new Set(byId("change-to").value.split(",").map((word) => word.trim()).filter(Boolean))];
   if (!others.length || others.length > MAX_CHANGES) {
     showError(others.length ? `Give at most ${MAX_CHANGES} words.` : "Give the words that replace it, with commas between them.");
@@ -171,7 +177,7 @@ async function changeWord() {
     byId("change-to").focus();
     return;
   }
-  const asked = state.asked, first = state.frames[0];
+  const { asked, first } = state;
   const frames = await work("Drawing …", (signal) => Promise.all(others.map(async (other) => {
     const text = words.map((word, i) => (i === from ? other : word)).join(" ");
     const answer = await post({ ...asked, text }, signal);
@@ -179,7 +185,8 @@ async function changeWord() {
     return { label: text, changed: [from, other.split(/\s+/).length], ...answer };
   })));
   if (!frames) return;
-  showFrames([{ ...first, changed: [from, 1] }, ...frames], words[from]);
+  state.pinned = null;
+  showFrames([{ ...first, changed: [from, 1] }, ...frames], `Instead of “${words[from]}”`);
   byId("slider").value = "1";
   slide();
   byId("slider").focus();
@@ -199,11 +206,10 @@ async function goAnotherWay() {
   if (!answer) return;
   const frames = [];
   for (let i = 0; i < answer.images.length; i += n) {
-    frames.push({ label: answer.images[i].label, images: answer.images.slice(i, i + n), words: i ? [] : state.frames[0].words });
+    frames.push({ label: answer.images[i].label, images: answer.images.slice(i, i + n), words: [] });
   }
-  frames[0] = { ...frames[0], words: [] };
-  showFrames([...frames], "Way");
-  showNote(answer.warnings.join(" "));
+  showFrames(frames, "On the way");
+  noteWarnings(answer.warnings);
   byId("slider").focus();
 }
 
@@ -323,13 +329,13 @@ async function paint(canvas, map) {
   if (canvas.wanted !== wanted) return;
   canvas.width = image.width;
   canvas.height = image.height;
-  const pen = canvas.getContext("2d");
+  const pen = canvas.getContext("2d", { willReadFrequently: true });
   pen.drawImage(image, 0, 0);
   const pixels = pen.getImageData(0, 0, image.width, image.height), data = pixels.data;
   for (let i = 0; i < data.length; i += 4) {
     const strength = data[i] / 255;
     const dark = strength < 0.55;
-    data.set(dark ? [16, 18, 34, 215 * (1 - strength / 0.55)] : [255, 176, 46, 120 * (strength - 0.55) / 0.45], i);
+    data.set(dark ? [16, 18, 34, 215 * (1 - strength / 0.55)] : [255, 186, 60, 70 * (strength - 0.55) / 0.45], i);
   }
   pen.putImageData(pixels, 0, 0);
 }

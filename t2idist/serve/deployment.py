@@ -69,10 +69,14 @@ def serve_on_ray(
         ValueError: the export cannot be served, or this machine or cluster cannot hold the replicas.
         RuntimeError: the replicas did not start.
     """
+    if not replicas.address:
+        _check_room(replicas, torch.cuda.device_count(), "this machine")
     check_export(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with _cluster(replicas):
-        _check_room(replicas)
+        if replicas.address:
+            resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+            _check_room(replicas, resources.get("GPU", 0), "the cluster")
         if ray_serve.status().proxies:
             raise ValueError("Ray Serve already runs on this cluster, with its own port; end it with: serve shutdown")
         quiet = {"log_level": "WARNING", "enable_access_log": False}
@@ -98,15 +102,15 @@ def _cluster(replicas: Replicas) -> Iterator[None]:
             yield
 
 
-def _check_room(replicas: Replicas) -> None:
+def _check_room(replicas: Replicas, gpus: float, where: str) -> None:
     """Raise ValueError for replicas that need more GPUs than there are: Ray would wait for more machines."""
-    found = float(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
-    per_gpu = math.floor(1 / replicas.gpus) if 0 < replicas.gpus <= 1 else 0
-    room = int(found) * per_gpu if per_gpu else int(found // replicas.gpus) if replicas.gpus else replicas.count
-    if room < replicas.count and (not replicas.address or not found):
+    needed = replicas.gpus
+    per_gpu = math.floor(1 / needed) if 0 < needed <= 1 else 0
+    room = int(gpus) * per_gpu if per_gpu else int(gpus // needed) if needed else replicas.count
+    if room < replicas.count:
         raise ValueError(
-            f"--replicas {replicas.count} with {replicas.gpus:g} GPUs each: Ray finds {found:g} GPUs here; give fewer "
-            "replicas, a smaller --gpus-per-replica, or --device cpu"
+            f"--replicas {replicas.count} with {needed:g} GPUs each: {where} has {gpus:g} GPUs; give fewer replicas, a "
+            "smaller --gpus-per-replica, or --device cpu"
         )
 
 

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 import t2idist
 from t2idist.observability.command import describe_error
 from t2idist.serve.drawer import Drawer, Drawing
-from t2idist.serve.guard import Guard, GuardConfig
+from t2idist.serve.gate import Gate, GateConfig
 from t2idist.serve.queue import FullQueue
 from t2idist.serve.requests import DrawRequest, DrawResponse, Health, ModelCard, Problem, TranslateResponse
 
@@ -36,7 +36,7 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(drawer: Drawer, guard: GuardConfig) -> ASGIApp:
+def create_app(drawer: Drawer, gate: GateConfig) -> ASGIApp:
     """Return the app; it closes the drawer when it ends."""
 
     @contextlib.asynccontextmanager
@@ -51,7 +51,7 @@ def create_app(drawer: Drawer, guard: GuardConfig) -> ASGIApp:
     _add_page(app)
     _add_model(app, drawer)
     _add_drawing(app, drawer)
-    return Guard(app, guard)
+    return Gate(app, gate)
 
 
 def _add_page(app: FastAPI) -> None:

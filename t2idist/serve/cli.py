@@ -57,7 +57,7 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError("the libraries that serve are not installed; install them with: pip install t2idist[serve]")
     _check(options)
     from t2idist.serve.drawer import Drawer, ServeConfig
-    from t2idist.serve.guard import GuardConfig, hash_of
+    from t2idist.serve.gate import GateConfig, hash_of
     from t2idist.serve.local import bind
 
     token = _token(options)
@@ -71,7 +71,7 @@ def _run(options: argparse.Namespace) -> int:
         upload_bytes=options.max_upload_mb << 20,
         upload_pixels=options.max_megapixels << 20,
     )
-    guard = GuardConfig(options.host, None if token is None else hash_of(token), config.upload_bytes)
+    gate = GateConfig(options.host, None if token is None else hash_of(token), config.upload_bytes)
     sock = bind(options.host, options.port)
     port = sock.getsockname()[1]
     where = f"http://{options.host}:{port}"
@@ -79,7 +79,7 @@ def _run(options: argparse.Namespace) -> int:
         from t2idist.serve.api import create_app
         from t2idist.serve.local import serve
 
-        app = create_app(Drawer(config), guard)
+        app = create_app(Drawer(config), gate)
         _announce(options, where)
         serve(app, sock)
         return 0
@@ -87,7 +87,7 @@ def _run(options: argparse.Namespace) -> int:
 
     sock.close()  # Ray's proxy binds to it
     replicas = Replicas(options.replicas, options.cpus_per_replica, _gpus(options), options.address)
-    serve_on_ray(config, guard, replicas, port, lambda: _announce(options, where))
+    serve_on_ray(config, gate, replicas, port, lambda: _announce(options, where))
     return 0
 
 
@@ -113,7 +113,7 @@ def _gpus(options: argparse.Namespace) -> float:
 
 def _token(options: argparse.Namespace) -> str | None:
     """Return the token that clients must send. Raises ValueError if it is needed and not given, or is short."""
-    from t2idist.serve.guard import is_loopback
+    from t2idist.serve.gate import is_loopback
 
     source, token = f"the variable {TOKEN_VARIABLE}", os.environ.get(TOKEN_VARIABLE, "").strip()
     if options.token_file is not None:

@@ -19,7 +19,7 @@ from t2idist import storage
 from t2idist.launch import connection
 from t2idist.serve.api import create_app
 from t2idist.serve.drawer import Drawer, ServeConfig, check_export
-from t2idist.serve.guard import GuardConfig
+from t2idist.serve.gate import GateConfig
 
 NAME = "t2idist"
 MORE_REQUESTS = 32
@@ -46,13 +46,13 @@ class Replicas:
 class Replica:
     """One process that draws: the app, as ``--local`` serves it."""
 
-    def __init__(self, config: ServeConfig, guard: GuardConfig, threads: int) -> None:
+    def __init__(self, config: ServeConfig, gate: GateConfig, threads: int) -> None:
         torch.set_num_threads(threads)
-        self._guard = guard
+        self._gate = gate
         self._drawer = Drawer(config)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return create_app(self._drawer, self._guard)
+        return create_app(self._drawer, self._gate)
 
     async def check_health(self) -> None:
         """Raise RuntimeError if this replica cannot draw any more; Ray Serve then replaces it."""
@@ -61,7 +61,7 @@ class Replica:
 
 
 def serve_on_ray(
-    config: ServeConfig, guard: GuardConfig, replicas: Replicas, port: int, ready: Callable[[], None]
+    config: ServeConfig, gate: GateConfig, replicas: Replicas, port: int, ready: Callable[[], None]
 ) -> None:
     """Serve until KeyboardInterrupt; calls `ready` as soon as all replicas can draw.
 
@@ -80,11 +80,9 @@ def serve_on_ray(
         if ray_serve.status().proxies:
             raise ValueError("Ray Serve already runs on this cluster, with its own port; end it with: serve shutdown")
         quiet = {"log_level": "WARNING", "enable_access_log": False}
-        ray_serve.start(
-            proxy_location="HeadOnly", http_options={"host": guard.host, "port": port}, logging_config=quiet
-        )
+        ray_serve.start(proxy_location="HeadOnly", http_options={"host": gate.host, "port": port}, logging_config=quiet)
         try:
-            _run(config, guard, replicas)
+            _run(config, gate, replicas)
             ready()
             threading.Event().wait()
         finally:
@@ -114,7 +112,7 @@ def _check_room(replicas: Replicas, gpus: float, where: str) -> None:
         )
 
 
-def _run(config: ServeConfig, guard: GuardConfig, replicas: Replicas) -> None:
+def _run(config: ServeConfig, gate: GateConfig, replicas: Replicas) -> None:
     """Start the replicas and wait until they can draw."""
     deployment = ray_serve.deployment(
         Replica,
@@ -128,7 +126,7 @@ def _run(config: ServeConfig, guard: GuardConfig, replicas: Replicas) -> None:
         graceful_shutdown_timeout_s=SECONDS_TO_FINISH,
         max_constructor_retry_count=START_ATTEMPTS,
     )
-    app = deployment.bind(config, guard, max(1, int(replicas.cpus)))  # type: ignore[attr-defined]
+    app = deployment.bind(config, gate, max(1, int(replicas.cpus)))  # type: ignore[attr-defined]
     try:
         ray_serve.run(app, name=NAME, route_prefix="/")
     except (RuntimeError, RayError) as error:

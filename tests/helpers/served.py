@@ -24,7 +24,7 @@ import uvicorn
 
 from t2idist.serve.api import create_app
 from t2idist.serve.drawer import Drawer, ServeConfig
-from t2idist.serve.guard import GuardConfig
+from t2idist.serve.gate import GateConfig
 from t2idist.serve.local import bind
 from tests.helpers.runs import ROOT
 
@@ -97,7 +97,7 @@ def serving(
     """Serve an export in a thread of this process."""
     settings = ServeConfig(export, **config)
     drawer = Drawer(settings)
-    app = create_app(drawer, GuardConfig(host, token_sha256, settings.upload_bytes))
+    app = create_app(drawer, GateConfig(host, token_sha256, settings.upload_bytes))
     sock = bind("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
+import functools
 import io
 import json
 import random
+import re
 import resource
+import shlex
 import socket
 import struct
 import time
@@ -22,7 +26,8 @@ from PIL import Image
 
 import t2idist
 from t2idist.sampling import sample, translate
-from t2idist.serve.guard import hash_of
+from t2idist.serve.gate import hash_of
+from tests.helpers.runs import ROOT
 from tests.helpers.served import Client, serving
 from tests.sampling.conftest import FIRST, SECOND, write_image
 
@@ -296,6 +301,36 @@ def test_an_upload_of_a_gigabyte_is_refused_without_keeping_it(stargan: Client, 
             assert b"the request is larger than 1 MB" in file.read()
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB, of server and client
     assert grown < 100 << 10
+
+
+def test_the_examples_of_the_documentation_work(
+    attngan: Client, stargan: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Python block, and the curl commands as they would be sent; the sentence has other words."""
+    monkeypatch.chdir(tmp_path)
+    photo(tmp_path).rename("face.png")
+    text = (ROOT / "docs/serving.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    words = {"http://127.0.0.1:8000": attngan.url, "a person with long red hair": FIRST}
+    names: dict[str, Any] = {}
+    exec(compile(functools.reduce(lambda t, w: t.replace(*w), words.items(), block), "page", "exec"), names)
+    assert len(names["files"]) == 4 and names["files"][0].startswith(b"\x89PNG")
+    curls = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("curl ")]
+    assert len(curls) == 2
+    parser = argparse.ArgumentParser()
+    for option in ("-d", "-o", "--data-binary"):
+        parser.add_argument(option)
+    parser.add_argument("-H", action="append")
+    parser.add_argument("url")
+    for curl in curls:
+        given = parser.parse_args(curl)
+        headers = dict(header.split(": ") for header in given.H)
+        path = given.url.removeprefix("http://127.0.0.1:8000").replace("Blond_Hair", "Smiling")
+        client, body = stargan, Path("face.png").read_bytes()
+        if given.d:
+            client, body = attngan, given.d.replace("a person with long red hair", FIRST).encode()
+        answer = client.ask(path, body, **{name.replace("-", "_"): value for name, value in headers.items()})
+        assert answer.status == 200 and answer.body.startswith(b"\x89PNG"), answer.body
 
 
 # ------------------------------------------------------------ who may ask

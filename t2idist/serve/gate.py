@@ -30,7 +30,7 @@ HEADERS = {
 
 
 @dataclass(frozen=True)
-class GuardConfig:
+class GateConfig:
     """Who may use the server."""
 
     host: str
@@ -63,14 +63,14 @@ class TooLarge(Exception):
         super().__init__(f"the request is larger than {_size(limit)}, the most that is read")
 
 
-class Guard:
+class Gate:
     """ASGI middleware: answers what must not be answered by the app with one sentence, and sets headers.
 
     On loopback the Host header must name loopback, or a page of another site could reach this server under a name of
     its own (DNS rebinding).
     """
 
-    def __init__(self, app: ASGIApp, config: GuardConfig) -> None:
+    def __init__(self, app: ASGIApp, config: GateConfig) -> None:
         self._app, self._config = app, config
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from t2idist import storage
 from t2idist.config.strict import to_dict
+from t2idist.data.tokenizer import END_TOKEN
 from t2idist.engine.checkpoint import export
 from t2idist.nn.fast.memory import keep_freed_memory
 from t2idist.observability.command import command
@@ -71,7 +72,7 @@ def write_random_export(options: argparse.Namespace, url: str) -> None:
         "system": options.system,
         "config": to_dict(StageRun(run, name).model_config()),
         "plan": info.describe(),
-        "vocabulary": list(info.data.words),
+        "vocabulary": [END_TOKEN, *(f"word{i}" for i in range(1, info.vocabulary_size))],
         "images": 0,
     }
     export.write(url, nets, index)
@@ -184,11 +185,15 @@ def measure(url: str, options: argparse.Namespace, folder: str) -> tuple[float, 
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=sample_rounds, args=(theirs, url, options.threads, folder), daemon=True)
     process.start()
+    theirs.close()  # so that recv raises EOFError if the process dies
     texts, plain, best = sentences(url), 0.0, dict[tuple[int, int], Measured]()
 
     def sample(seconds: float) -> float:
         ours.send(seconds)
-        return float(ours.recv())
+        try:
+            return float(ours.recv())
+        except EOFError:
+            raise RuntimeError("the process that samples has died") from None
 
     sample(1.0)
     with server(url, options) as port:

@@ -13,26 +13,9 @@ from tests.helpers.runs import ROOT
 
 @pytest.mark.slow
 def test_it_prints_pictures_per_second_and_latency() -> None:
-    system = ["attngan", "--preset", "demo", "--threads", "1", "--floor", "0.001"]
-    arguments = [*system, "--clients", "2", "--n", "1", "4", "--seconds", "0.3", "--rounds", "1"]
-        "attngan",
-        "--preset",
-        "demo",
-        "--clients",
-        "2",
-        "--n",
-        "1",
-        "4",
-        "--seconds",
-        "0.3",
-        "--rounds",
-        "1",
-        "--threads",
-        "1",
-        "--floor",
-        "0.001",
-    ]
-    words = [sys.executable, "tools/bench/bench_serve.py", *arguments]
+    system = "attngan --preset demo --threads 1 --floor 0.001"
+    arguments = f"{system} --clients 2 --n 1 4 --seconds 0.3 --rounds 1"
+    words = [sys.executable, "tools/bench/bench_serve.py", *arguments.split(" ")]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^sample, 4 at a time: [\d.]+ pictures/s$", done.stdout, re.M)

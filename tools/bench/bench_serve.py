@@ -4,8 +4,8 @@
         [--threads 1] [--replicas 0] [--export URL] [--floor 0.85]
 
 Networks have random weights, unless an export is given. `sample` draws 4 pictures of a sentence at a time and writes
-them, as the command does, in a process of its own. Server, clients and `sample` run on this machine, in turns, so that
-other load affects them alike; the best round of each counts. --replicas 0 is --local, more are replicas on Ray Serve.
+them, as the command does, in a process of its own, for as long before every round: other load on the machine affects
+both alike. The round with the median ratio counts. --replicas 0 is --local, more are replicas on Ray Serve.
 --floor is the least ratio of served to sampled pictures per second at the most clients, for requests of 4.
 """
 
@@ -18,13 +18,14 @@ import json
 import multiprocessing
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -59,8 +60,14 @@ class Measured:
     """Pictures and latency of one round."""
 
     pictures_per_second: float
-    median_ms: float = 0.0
-    p99_ms: float = 0.0
+    median_ms: float
+    p99_ms: float
+    sampled_per_second: float = 0.0
+    """Pictures of `sample`, measured just before."""
+
+    @property
+    def ratio(self) -> float:
+        return self.pictures_per_second / self.sampled_per_second
 
 
 def write_random_export(options: argparse.Namespace, url: str) -> None:
@@ -179,14 +186,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def measure(url: str, options: argparse.Namespace, folder: str) -> tuple[float, dict[tuple[int, int], Measured]]:
-    """Return the pictures per second of `sample`, and what was measured by clients and pictures in a request."""
+def measure(url: str, options: argparse.Namespace, folder: str) -> dict[tuple[int, int], list[Measured]]:
+    """Return the rounds by clients and pictures in a request."""
     ours, theirs = multiprocessing.Pipe()
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=sample_rounds, args=(theirs, url, options.threads, folder), daemon=True)
     process.start()
     theirs.close()  # so that recv raises EOFError if the process dies
-    texts, plain, best = sentences(url), 0.0, dict[tuple[int, int], Measured]()
+    texts = sentences(url)
+    rounds: dict[tuple[int, int], list[Measured]] = {(c, n): [] for c in options.clients for n in options.n}
 
     def sample(seconds: float) -> float:
         ours.send(seconds)
@@ -199,16 +207,13 @@ def measure(url: str, options: argparse.Namespace, folder: str) -> tuple[float, 
     with server(url, options) as port:
         served_round(port, texts, 4, BATCH_IMAGES, 1.0)
         for _ in range(options.rounds):
-            plain = max(plain, sample(options.seconds))
-            for clients in options.clients:
-                for n in options.n:
-                    found = served_round(port, texts, clients, n, options.seconds)
-                    before = best.get((clients, n))
-                    if before is None or found.pictures_per_second > before.pictures_per_second:
-                        best[clients, n] = found
+            for (clients, n), found in rounds.items():
+                sampled = sample(options.seconds)
+                served = served_round(port, texts, clients, n, options.seconds)
+                found.append(replace(served, sampled_per_second=sampled))
     ours.send(None)
     process.join()
-    return plain, best
+    return rounds
 
 
 @command("error")
@@ -218,15 +223,19 @@ def main() -> int:
         url = options.export or f"{folder}/export"
         if options.export is None:
             write_random_export(options, url)
-        plain, best = measure(url, options, folder)
+        rounds = measure(url, options, folder)
     where = f"{options.replicas} replicas on Ray" if options.replicas else "--local"
     print(f"{options.export or f'{options.system} preset={options.preset}'}: {where}, {options.threads} threads")
-    print(f"sample, {BATCH_IMAGES} at a time: {plain:.1f} pictures/s")
+    sampled = statistics.median(each.sampled_per_second for found in rounds.values() for each in found)
+    print(f"sample, {BATCH_IMAGES} at a time: {sampled:.1f} pictures/s")
     print("clients  n  pictures/s  of sample  p50 ms  p99 ms")
-    for (clients, n), found in best.items():
-        rate = found.pictures_per_second
-        print(f"{clients:7} {n:2} {rate:11.1f} {rate / plain:10.2f} {found.median_ms:7.0f} {found.p99_ms:7.0f}")
-    ratio = best[max(options.clients), BATCH_IMAGES].pictures_per_second / plain if options.floor is not None else 0.0
+    ratios = {}
+    for (clients, n), found in rounds.items():
+        middle = sorted(found, key=lambda each: each.ratio)[len(found) // 2]
+        ratios[clients, n] = middle.ratio
+        rates = f"{middle.pictures_per_second:11.1f} {middle.ratio:10.2f}"
+        print(f"{clients:7} {n:2} {rates} {middle.median_ms:7.0f} {middle.p99_ms:7.0f}")
+    ratio = ratios[max(options.clients), BATCH_IMAGES] if options.floor is not None else 0.0
     if options.floor is not None and ratio < options.floor:
         print(f"error: {ratio:.2f} of what sample draws; --floor is {options.floor:g}", file=sys.stderr)
         return 1

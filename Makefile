@@ -46,7 +46,7 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	$(BIN)/python -m pip install --quiet --no-deps torch-fidelity==0.4.0  # its torchvision does not import beside a CPU torch
 	$(BIN)/python -m pip install --quiet --no-deps mlflow==3.17.2  # the server, for tests; it pins an older pyarrow
-	command -v chromium google-chrome >/dev/null || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null \
+	test -n "$$(command -v chromium || command -v google-chrome)" -o "$$(id -u)" != 0 -o -z "$$(command -v apt-get)" \
 		|| (apt-get -qq update && apt-get -qq install -y chromium) >/dev/null 2>&1 || true  # for tests of the page
 	touch $@
 

@@ -193,14 +193,13 @@ def _add_errors(app: FastAPI) -> None:
         return _problem(error.status_code, names.get(error.status_code, str(error.detail)))
 
     async def failed(_: Request, error: Exception) -> Response:
-        return _problem(500, f"drawing failed: {describe_error(error)[:300]}")
+        return _problem(500, f"drawing failed: {type(error).__name__}; the log of the server says more")
 
     app.add_exception_handler(ValueError, invalid)
     app.add_exception_handler(RequestValidationError, misread)
     app.add_exception_handler(FullQueue, full)
     app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(RuntimeError, failed)
-    app.add_exception_handler(MemoryError, failed)
+    app.add_exception_handler(Exception, failed)  # Starlette raises it again, so that it is logged
 
 
 def _problem(status: int, sentence: str, headers: dict[str, str] | None = None) -> JSONResponse:

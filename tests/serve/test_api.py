@@ -213,7 +213,8 @@ def test_a_failure_of_the_networks_makes_the_server_unhealthy(served: dict[str, 
     with serving(served["attngan"]) as client:
         assert client.drawer is not None
         del client.drawer._loaded.nets["generator"].h_net1  # as a damaged device would
-        assert client.draw(text=FIRST, n=1).status == 500
+        answer = client.draw(text=FIRST, n=1)
+        assert answer.status == 500 and answer.error.startswith("drawing failed: ")
         answer = client.ask("/healthz")
         assert answer.status == 503 and answer.error.startswith("drawing failed: ")
 

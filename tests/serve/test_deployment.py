@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import io
 import os
 import random
@@ -10,7 +11,6 @@ import re
 import signal
 import threading
 import time
-import urllib.error
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -122,7 +122,7 @@ def ask_many(client: Client, count: int, wanted: dict[tuple[str, int], list[byte
             return "left"
         try:
             answer = client.draw(text=text, seed=seed, n=n)
-        except (urllib.error.URLError, OSError):
+        except (OSError, http.client.HTTPException):  # also an answer that was cut off
             return "lost"
         if answer.status != 200:
             return f"status {answer.status}"

@@ -166,6 +166,7 @@ def wait_for_replicas(served: Served, seconds: float = 60) -> list[int]:
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_a_killed_replica_is_replaced_and_no_picture_is_wrong(on_ray: Served, served: dict[str, str]) -> None:
     wanted = expected(served["attngan"])
     before = set(wait_for_replicas(on_ray))

@@ -36,6 +36,7 @@ def _main_of(module: str) -> Callable[[], Main]:
 
 COMMANDS: dict[str, tuple[str, Callable[[], Main]]] = {
     "train": ("train a recipe; check it (--dry-run) or estimate its cost (--plan)", _train),
+    "sweep": ("train a recipe with many settings and rank them", _main_of("t2idist.sweep.cli")),
     "status": ("show the state of a run, or list the runs in a folder", _main_of("t2idist.report.status")),
     "report": ("write the report page of a run", _main_of("t2idist.report.report")),
     "sample": ("generate images from captions with an export", _main_of("t2idist.sampling.sample")),

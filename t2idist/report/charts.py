@@ -12,6 +12,7 @@ from typing import Any
 WIDTH, HEIGHT = 560, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 10, 30
 MAX_POINTS = 240
+_SCATTER_MARGIN = 24
 LOG_RATIO = 60.0
 """The axis is logarithmic if the largest value is more than this many times the smallest."""
 
@@ -92,6 +93,53 @@ def draw_chart(title: str, series: Sequence[Series], index: int, note: str = "")
         for s in smoothed
     ]
     return Chart(html, {"width": WIDTH, "series": points})
+
+
+def draw_scatter(title: str, points: Sequence[tuple[str, float, str]], *, log: bool, best: str) -> str:
+    """Draw a value of each point against its setting, as HTML.
+
+    Args:
+        points: setting as text, value, name of the point.
+        log: the axis of the settings is logarithmic.
+        best: name of the point that is filled.
+    """
+    try:
+        places = [math.log10(float(x)) if log else float(x) for x, _, _ in points]
+        labels = {place: x for place, (x, _, _) in zip(places, points, strict=True)}
+        ticks = {t: format_short(10**t if log else t) for t in _ticks(min(places), max(places))}
+    except ValueError:  # settings that are not numbers stand side by side
+        names = list(dict.fromkeys(x for x, _, _ in points))
+        places = [float(names.index(x)) for x, _, _ in points]
+        labels = {float(i): name for i, name in enumerate(names)}
+        ticks = labels
+    if len(set(places)) <= 4:
+        ticks = labels
+    left_end, right_end = min(*ticks, *places), max(*ticks, *places)
+    y_ticks = _ticks(min(y for _, y, _ in points), max(y for _, y, _ in points))
+    width = WIDTH - LEFT - RIGHT - 2 * _SCATTER_MARGIN
+
+    def position(x: float, y: float) -> tuple[float, float]:
+        share = (x - left_end) / (right_end - left_end) if right_end > left_end else 0.5
+        height = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        return round(LEFT + _SCATTER_MARGIN + width * share, 1), round(
+            HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * height, 1
+        )
+
+    marks = []
+    for place, (x, y, name) in zip(places, points, strict=True):
+        cx, cy = position(place, y)
+        fill = "best" if name == best else "other"
+        tip = escape(f"{name}: {x}, {format_short(y)}")
+        marks.append(f'<circle class="mark {fill} s0" cx="{cx}" cy="{cy}" r="5"><title>{tip}</title></circle>')
+    names_below = "".join(
+        f'<text x="{position(t, y_ticks[0])[0]}" y="{HEIGHT - 10}" text-anchor="middle">{escape(text)}</text>'
+        for t, text in ticks.items()
+    )
+    return (
+        f'<figure class="chart"><figcaption>{escape(title)}{" <small>log scale</small>" if log else ""}</figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="values by {escape(title)}">'
+        f"{_axes([], y_ticks, position)}{names_below}{''.join(marks)}</svg></figure>"
+    )
 
 
 def _axes(x_ticks: Sequence[float], y_ticks: Sequence[float], position: Callable[..., tuple[float, float]]) -> str:

@@ -79,7 +79,7 @@ class StageRecord:
 
     def series(self, name: str) -> Points:
         """Return the points of a metric."""
-        return _points(self.metrics, name)
+        return points_of(self.metrics, name)
 
     def score_names(self) -> list[str]:
         """Return the names of scores with more than one point, sorted."""
@@ -88,7 +88,7 @@ class StageRecord:
 
     def score_series(self, name: str) -> Points:
         """Return the points of a score during training."""
-        return _points(self.score_history, name)
+        return points_of(self.score_history, name)
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,25 @@ def read_config(url: str) -> tuple[str, dict[str, Any]]:
 
 def _read_stage(url: str, name: str, config: Mapping[str, Any]) -> StageRecord:
     folder = storage.join(url, name)
+    image_files = _image_files(folder)
+    return StageRecord(
+        name=name,
+        system=str(config.get("system", name)),
+        metrics=tuple(read_lines(storage.join(folder, "metrics.jsonl"))),
+        grids=tuple(image_files["images"] or image_files["translated"]),
+        attention=tuple(image_files["attention"]),
+        translates=bool(image_files["translated"]),
+        export_url=storage.join(folder, "export"),
+        export=read_json_or(folder, "export/export.json", None),
+        score_history=tuple(read_lines(storage.join(folder, "scored/scores.jsonl"))),
+        best=read_json_or(folder, "scored/best.json", None),
+        scores=read_json_or(folder, "scores/scores.json", None),
+        scores_url=storage.join(folder, "scores"),
+    )
+
+
+def _image_files(folder: str) -> dict[str, list[ImageFile]]:
+    """List the images of a stage's folder by kind, in order of images seen."""
     image_files: dict[str, list[ImageFile]] = {"images": [], "attention": [], "translated": []}
     for file in storage.list_dir(storage.join(folder, "pictures")):
         match = _IMAGE_NAME.match(file)
@@ -146,20 +165,13 @@ def _read_stage(url: str, name: str, config: Mapping[str, Any]) -> StageRecord:
             image_files[match[1]].append(ImageFile(int(match[2]), storage.join(folder, "pictures", file)))
     for files in image_files.values():
         files.sort(key=lambda file: file.images_seen)
-    return StageRecord(
-        name=name,
-        system=str(config.get("system", name)),
-        metrics=tuple(_read_lines(storage.join(folder, "metrics.jsonl"))),
-        grids=tuple(image_files["images"] or image_files["translated"]),
-        attention=tuple(image_files["attention"]),
-        translates=bool(image_files["translated"]),
-        export_url=storage.join(folder, "export"),
-        export=read_json_or(folder, "export/export.json", None),
-        score_history=tuple(_read_lines(storage.join(folder, "scored/scores.jsonl"))),
-        best=read_json_or(folder, "scored/best.json", None),
-        scores=read_json_or(folder, "scores/scores.json", None),
-        scores_url=storage.join(folder, "scores"),
-    )
+    return image_files
+
+
+def grids_of(folder: str) -> list[ImageFile]:
+    """Return the grids of generated or translated images in a stage's folder, in order of images seen."""
+    files = _image_files(folder)
+    return files["images"] or files["translated"]
 
 
 def read_json_or(url: str, name: str, default: Any) -> Any:
@@ -170,7 +182,7 @@ def read_json_or(url: str, name: str, default: Any) -> Any:
         return default
 
 
-def _read_lines(url: str) -> list[Mapping[str, Any]]:
+def read_lines(url: str) -> list[Mapping[str, Any]]:
     """Read the lines of a metrics file, without any that was cut off because a worker died while writing it."""
     try:
         text = storage.read_bytes(url).decode("utf-8", errors="replace")
@@ -200,7 +212,7 @@ def _restarts(stages: Sequence[StageRecord], attempts: Sequence[Mapping[str, Any
     return restarts
 
 
-def _points(lines: Iterable[Mapping[str, Any]], name: str) -> Points:
+def points_of(lines: Iterable[Mapping[str, Any]], name: str) -> Points:
     points = [(float(line["images"]), float(line[name])) for line in lines if _is_number(line.get(name))]
     return tuple(x for x, _ in points), tuple(y for _, y in points)
 

@@ -1,0 +1,1 @@
+"""Sweeps: many runs of one recipe with different settings, ranked by a metric (``t2idist sweep``)."""

@@ -16,7 +16,7 @@ from t2idist.observability import logs
 from t2idist.observability.command import command
 
 if TYPE_CHECKING:
-    from t2idist.sweep.plan import Plan
+    from t2idist.sweep.plan import SweepPlan
     from t2idist.sweep.state import Sweep
 
 _INTERRUPTED = "interrupted; run the same command again to continue the sweep"
@@ -70,10 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _report(made, sweep)
 
 
-def _plan(options: argparse.Namespace) -> Plan:
+def _plan(options: argparse.Namespace) -> SweepPlan:
     from t2idist.sweep import plan
 
-    given = plan.Options(
+    given = plan.SweepOptions(
         metric=options.metric,
         mode=options.mode,
         stage=options.stage,
@@ -106,7 +106,7 @@ def _best(options: argparse.Namespace) -> str:
     return state.best_command(folder, sweep)
 
 
-def _print_plan(made: Plan) -> None:
+def _print_plan(made: SweepPlan) -> None:
     from t2idist.sweep import space
 
     total = space.combinations(made.space)
@@ -118,7 +118,7 @@ def _print_plan(made: Plan) -> None:
     )
 
 
-def _report(made: Plan, sweep: Sweep) -> int:
+def _report(made: SweepPlan, sweep: Sweep) -> int:
     from t2idist.sweep import page, state
 
     print(f"report {storage.redact(storage.join(made.url, page.FILE))}")

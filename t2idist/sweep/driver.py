@@ -16,7 +16,7 @@ from t2idist.config import RunConfig
 from t2idist.engine.checkpoint import export
 from t2idist.launch import auth, connection, resources
 from t2idist.sweep import page, plan, state, trial, tune
-from t2idist.sweep.plan import Plan
+from t2idist.sweep.plan import SweepPlan
 from t2idist.sweep.points import read_points
 from t2idist.sweep.state import Sweep, Trial
 from t2idist.training import lock
@@ -29,7 +29,7 @@ END_SECONDS = 60.0
 """How long to wait until interrupted trials of this machine have saved their state."""
 
 
-def run(made: Plan, concurrent: int | None) -> Sweep:
+def run(made: SweepPlan, concurrent: int | None) -> Sweep:
     """Run the trials of a sweep that are not done.
 
     Args:
@@ -82,7 +82,9 @@ def _cluster(config: RunConfig, address: str) -> Iterator[None]:
         yield
 
 
-def _run_on_cluster(made: Plan, sweep: Sweep, pending: list[Trial], follower: Follower, concurrent: int | None) -> None:
+def _run_on_cluster(
+    made: SweepPlan, sweep: Sweep, pending: list[Trial], follower: Follower, concurrent: int | None
+) -> None:
     cluster = made.config.cluster
     per_worker = {"CPU": cluster.cpus_per_worker, "GPU": float(cluster.gpus_per_worker)}
     room = resources.worker_slots(per_worker) // cluster.workers[0]
@@ -106,32 +108,34 @@ def _run_on_cluster(made: Plan, sweep: Sweep, pending: list[Trial], follower: Fo
     tune.run_trials(jobs, reserved, min(room, concurrent or room), scheduler, TuneCallback(follower), made.mode)
 
 
-def _is_local(made: Plan) -> bool:
+def _is_local(made: SweepPlan) -> bool:
     return made.config.cluster.workers == (1, 1)
 
 
-def _shared_export(made: Plan, stage: str) -> str:
+def _shared_export(made: SweepPlan, stage: str) -> str:
     return storage.join(made.storage, made.shared_name, stage, "export")
 
 
-def _job(made: Plan, each: Trial) -> tune.Job:
+def _job(made: SweepPlan, each: Trial) -> tune.TrialJob:
     name = made.trial_name(each.number)
     url = storage.join(made.storage, name)
     exports = tuple((_shared_export(made, stage), storage.join(url, stage, "export")) for stage in made.shared)
     return _job_of(made, each, name, made.stage, exports)
 
 
-def _shared_job(made: Plan, sweep: Sweep) -> tune.Job:
+def _shared_job(made: SweepPlan, sweep: Sweep) -> tune.TrialJob:
     return _job_of(made, sweep.trials[0], made.shared_name, made.shared[-1])
 
 
-def _job_of(made: Plan, each: Trial, name: str, last_stage: str, exports: tuple[tuple[str, str], ...] = ()) -> tune.Job:
+def _job_of(
+    made: SweepPlan, each: Trial, name: str, last_stage: str, exports: tuple[tuple[str, str], ...] = ()
+) -> tune.TrialJob:
     local = _is_local(made)
     arguments = [made.recipe, *made.overrides(each.values, name), *made.stop_options(last_stage)]
     if local:
         arguments.append("--local")
     environment = connection.thread_settings(made.config.cluster) if local else {}
-    return tune.Job(
+    return tune.TrialJob(
         trial.Command(tuple(arguments), os.getcwd(), environment),
         storage.join(made.storage, name),
         made.stage,
@@ -141,7 +145,7 @@ def _job_of(made: Plan, each: Trial, name: str, last_stage: str, exports: tuple[
     )
 
 
-def _wait_for_ends(made: Plan, sweep: Sweep) -> None:
+def _wait_for_ends(made: SweepPlan, sweep: Sweep) -> None:
     """Wait until the processes of interrupted trials, which save their state, have ended."""
     if not _is_local(made) or not storage.is_local(made.storage):
         return
@@ -156,7 +160,7 @@ def _wait_for_ends(made: Plan, sweep: Sweep) -> None:
 class Follower:
     """Keeps the state, the page and the terminal up to date."""
 
-    def __init__(self, made: Plan, sweep: Sweep) -> None:
+    def __init__(self, made: SweepPlan, sweep: Sweep) -> None:
         self._made, self._sweep = made, sweep
         self._trials = {each.number: each for each in sweep.trials}
         self._next_page = 0.0

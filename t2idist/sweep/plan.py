@@ -25,7 +25,7 @@ SCORES_PER_TRIAL = 9
 
 
 @dataclass(frozen=True)
-class Options:
+class SweepOptions:
     """The options of ``t2idist sweep`` that decide what is computed."""
 
     metric: str
@@ -39,7 +39,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """A checked sweep."""
 
     recipe: str
@@ -51,7 +51,7 @@ class Plan:
     measuring: tuple[str, ...]
     """Overrides that make a trial compute the metric."""
     space: Space
-    options: Options
+    options: SweepOptions
     mode: str
     stage: str
     """The stage whose metric counts."""
@@ -91,7 +91,7 @@ class Plan:
         return ["--stop-after", last] if last != list(self.config.stages)[-1] else []
 
 
-def make(recipe: str, overrides: Sequence[str], options: Options) -> Plan:
+def make(recipe: str, overrides: Sequence[str], options: SweepOptions) -> SweepPlan:
     """Check the arguments of a sweep.
 
     Args:
@@ -112,7 +112,7 @@ def make(recipe: str, overrides: Sequence[str], options: Options) -> Plan:
     base = configuration.load(recipe, [*fixed, *(f"{key}={value}" for key, value in first.items())])
     stage = _measured_stage(base, options)
     mode = _direction(options)
-    return Plan(
+    return SweepPlan(
         recipe=recipe,
         name=sweep_name(base, fixed),
         storage=storage.absolute(base.storage),
@@ -132,7 +132,7 @@ def sweep_name(config: RunConfig, fixed: Sequence[str]) -> str:
     return config.name if any(text.startswith("name=") for text in fixed) else f"{config.name}-sweep"
 
 
-def check_trials(plan: Plan, trials: Mapping[int, Mapping[str, str]], local: bool) -> None:
+def check_trials(plan: SweepPlan, trials: Mapping[int, Mapping[str, str]], local: bool) -> None:
     """Check the configuration of every trial as ``t2idist train`` would.
 
     Args:
@@ -158,7 +158,7 @@ def _check_keys(space: Space) -> None:
             )
 
 
-def _measured_stage(config: RunConfig, options: Options) -> str:
+def _measured_stage(config: RunConfig, options: SweepOptions) -> str:
     """Return the stage whose metric counts. Raises ValueError if no stage has the metric."""
     if options.stage and options.stage not in config.stages:
         raise ValueError(f"--stage: no stage '{options.stage}'; there are {', '.join(config.stages)}")
@@ -197,7 +197,7 @@ def _build(config: RunConfig, name: str) -> System | None:
     return None
 
 
-def _direction(options: Options) -> str:
+def _direction(options: SweepOptions) -> str:
     if options.mode:
         return options.mode
     if options.metric in SMALLER_IS_BETTER or options.metric.endswith(("/loss", "/total")):
@@ -207,7 +207,7 @@ def _direction(options: Options) -> str:
     raise ValueError(f"--metric {options.metric}: give --mode min or --mode max: which values are better is not known")
 
 
-def _measuring(config: RunConfig, stage: str, options: Options, fixed: Sequence[str]) -> Iterator[str]:
+def _measuring(config: RunConfig, stage: str, options: SweepOptions, fixed: Sequence[str]) -> Iterator[str]:
     """Yield overrides that make a trial compute the metric as often as early stopping needs it."""
     settings, given = config.stages[stage], {text.partition("=")[0] for text in fixed}
     if "/" in options.metric:

@@ -12,7 +12,7 @@ from t2idist import storage
 from t2idist.config.strict import from_dict
 from t2idist.engine.checkpoint import export
 from t2idist.sweep import space as search_space
-from t2idist.sweep.plan import Plan
+from t2idist.sweep.plan import SweepPlan
 from t2idist.sweep.points import read_points
 
 FILE = "sweep.json"
@@ -69,7 +69,7 @@ class Sweep:
         return f"{self.name}-{number:04d}"
 
 
-def open_sweep(plan: Plan) -> Sweep:
+def open_sweep(plan: SweepPlan) -> Sweep:
     """Read the sweep's state and add the trials that it lacks; nothing is written.
 
     Raises:

@@ -35,7 +35,7 @@ _EXPORT_INDEX = "export.json"
 
 
 @dataclass(frozen=True)
-class Job:
+class TrialJob:
     """A trial, or the run that trains the shared stages."""
 
     command: Command
@@ -48,7 +48,7 @@ class Job:
     """The command submits to the cluster that this process belongs to."""
 
 
-def start(job: Job) -> Process:
+def start(job: TrialJob) -> Process:
     """Start a job's process on this node, with the exports that it needs."""
     for source, target in job.exports:
         _copy_export(source, target)
@@ -70,7 +70,7 @@ def _copy_export(source: str, target: str) -> None:
 class TrainRun(tune.Trainable):  # type: ignore[misc]
     """A trial in a worker of Ray Tune. A step lasts until the next value of the metric, or the end of the run."""
 
-    def setup(self, config: dict[str, Any], jobs: Mapping[int, Job] | None = None) -> None:
+    def setup(self, config: dict[str, Any], jobs: Mapping[int, TrialJob] | None = None) -> None:
         """Start the process, which continues from the run's last checkpoint."""
         self._job, self._reported = (jobs or {})[config[NUMBER]], 0
         self._process = start(self._job)
@@ -97,7 +97,7 @@ def _result(point: Point) -> dict[str, Any]:
     return {IMAGES: point[0], VALUE: point[1]}
 
 
-def train_to_end(job: Job, resources: Mapping[str, float]) -> None:
+def train_to_end(job: TrialJob, resources: Mapping[str, float]) -> None:
     """Run one job on the cluster. Raises RuntimeError if it fails."""
     remote = ray.remote(num_cpus=resources.get("CPU", 0), num_gpus=resources.get("GPU", 0), max_retries=MAX_FAILURES)(
         _train_to_end
@@ -110,7 +110,7 @@ def train_to_end(job: Job, resources: Mapping[str, float]) -> None:
         raise RuntimeError(f"the shared stages failed: {error}")
 
 
-def _train_to_end(job: Job) -> str:
+def _train_to_end(job: TrialJob) -> str:
     """Return the error, "" if the run succeeds."""
     process = start(job)
     try:
@@ -146,7 +146,7 @@ def asha(budget_images: int, mode: str, earlier: Sequence[Sequence[Point]]) -> A
 
 
 def run_trials(
-    jobs: Mapping[int, Job],
+    jobs: Mapping[int, TrialJob],
     resources: Mapping[str, float],
     concurrent: int,
     scheduler: ASHAScheduler | None,

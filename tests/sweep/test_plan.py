@@ -1,4 +1,4 @@
-"""What a sweep will do: the measured stage, shared stages, settings for scores, and what is refused before it starts."""
+"""What a sweep will do: measured and shared stages, settings for scores, and what is refused before it starts."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from tests.helpers.runs import write_recipe
 RATE = "stages.attngan.model.generator_lr=[1e-4,2e-4]"
 
 
-def make(folder: Path, *overrides: str, metric: str = "kid", **options: object) -> plan.Plan:
+def make(folder: Path, *overrides: str, metric: str = "kid", **options: object) -> plan.SweepPlan:
     recipe = str(write_recipe(folder))
-    return plan.make(recipe, overrides, plan.Options(metric=metric, **options))  # type: ignore[arg-type]
+    return plan.make(recipe, overrides, plan.SweepOptions(metric=metric, **options))  # type: ignore[arg-type]
 
 
 def test_the_last_stage_that_generates_is_measured() -> None:
     rate = ["stages.gan_cls.model.generator_lr=[1e-4,2e-4]"]
-    assert plan.make("gan_cls", rate, plan.Options("kid")).stage == "gan_cls", "not style, which inverts it"
-    made = plan.make("attngan", ["stages.damsm.model.dropout=[0.1,0.2]"], plan.Options("kid"))
+    assert plan.make("gan_cls", rate, plan.SweepOptions("kid")).stage == "gan_cls", "not style, which inverts it"
+    made = plan.make("attngan", ["stages.damsm.model.dropout=[0.1,0.2]"], plan.SweepOptions("kid"))
     assert (made.stage, made.mode, made.name) == ("attngan", "min", "attngan-demo-sweep")
 
 
@@ -34,11 +34,11 @@ def test_the_last_stage_that_generates_is_measured() -> None:
     ],
 )
 def test_stages_that_no_swept_key_changes_are_shared(key: str, shared: tuple[str, ...]) -> None:
-    assert plan.make("attngan", [key], plan.Options("kid")).shared == shared
+    assert plan.make("attngan", [key], plan.SweepOptions("kid")).shared == shared
 
 
 def test_a_stage_is_not_shared_if_it_uses_a_changed_one() -> None:
-    made = plan.make("mirrorgan", ["stages.damsm.model.dropout=[0.1,0.2]"], plan.Options("kid"))
+    made = plan.make("mirrorgan", ["stages.damsm.model.dropout=[0.1,0.2]"], plan.SweepOptions("kid"))
     assert "damsm" not in made.shared and not set(made.shared) & {made.stage}
 
 
@@ -57,9 +57,9 @@ def test_trials_are_ordinary_runs_that_compute_the_metric(tmp_path: Path) -> Non
 
 def test_a_trial_ends_with_the_measured_stage() -> None:
     rate = "stages.gan_cls.model.generator_lr=[1e-4,2e-4]"
-    made = plan.make("gan_cls", [rate], plan.Options("kid"))
+    made = plan.make("gan_cls", [rate], plan.SweepOptions("kid"))
     assert made.stop_options(made.stage) == ["--stop-after", "gan_cls"]
-    assert plan.make("gan_cls", [rate], plan.Options("style/loss", stage="style")).stop_options("style") == []
+    assert plan.make("gan_cls", [rate], plan.SweepOptions("style/loss", stage="style")).stop_options("style") == []
 
 
 @pytest.mark.parametrize(

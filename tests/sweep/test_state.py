@@ -40,9 +40,9 @@ def write_run(folder: Path, trial: Trial) -> None:
     (stage.parent / "report.html").write_text("a report")
 
 
-def plan_of(folder: Path, *overrides: str, **options: object) -> plan.Plan:
+def plan_of(folder: Path, *overrides: str, **options: object) -> plan.SweepPlan:
     values = {"metric": "generator/total", **options}
-    return plan.make(str(write_recipe(folder)), overrides, plan.Options(**values))  # type: ignore[arg-type]
+    return plan.make(str(write_recipe(folder)), overrides, plan.SweepOptions(**values))  # type: ignore[arg-type]
 
 
 def test_finished_trials_come_first_and_the_last_value_decides() -> None:
@@ -91,7 +91,7 @@ def test_the_same_command_draws_the_same_trials_and_more_on_request(tmp_path: Pa
         ([f"{KEY}=[1e-4,3e-4]"], {}, "has the search space .*0.0002.*, here it is .*0.0003"),
         ([f"{KEY}=[1e-4,2e-4]", "seed=4"], {}, "has the settings none, here it is seed=4"),
         ([f"{KEY}=[1e-4,2e-4]"], {"seed": 4}, "has the --seed 0, here it is 4"),
-        ([f"{KEY}=[1e-4,2e-4]"], {"metric": "discriminator/total", "stage": "attngan"}, "has the --metric generator"),
+        ([f"{KEY}=[1e-4,2e-4]"], {"metric": "generator/loss"}, "has the --metric generator/total, here"),
         ([f"{KEY}=[1e-4,2e-4]"], {"mode": "max"}, "has the --mode min, here it is max"),
     ],
 )

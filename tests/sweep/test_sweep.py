@@ -71,19 +71,39 @@ def test_a_killed_sweep_continues_without_losing_a_trial(tmp_path: Path) -> None
     assert resumed and min(resumed) > 0, "interrupted trials continue from their checkpoints"
     assert len(read_json(tmp_path / "runs/tiny-sweep-shared/attempts.json")) == 1, "DAMSM was trained once"
     assert not processes_with_mark(mark)
-    _check_winner(tmp_path, words, environment, sweep)
+    page = (tmp_path / "runs/tiny-sweep/report.html").read_text()
+    assert all(f"tiny-sweep-000{n}/report.html" in page for n in (1, 2, 3)) and "data:image/" in page
 
 
-def _check_winner(folder: Path, words: list[str], environment: dict[str, str], sweep: dict[str, Any]) -> None:
-    """Check that the command of --best gives the winner's weights, bit for bit."""
+def run_sweep(folder: Path, workers: int) -> tuple[list[str], dict[str, str]]:
+    """Run a whole sweep; returns its command and environment."""
+    recipe = write_recipe(folder, cluster={"workers": workers, "cpus_per_worker": 1})
+    words, environment = command(recipe), {**command_environment(), "HOME": str(folder)}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr + done.stdout
+    sweep = read_json(folder / "runs/tiny-sweep/sweep.json")
+    assert [(trial["state"], trial["images"]) for trial in sweep["trials"]] == [("finished", 64)] * 3
+    return words, environment
+
+
+@pytest.mark.slow
+def test_trials_of_several_workers_train_in_the_cluster_of_the_sweep(tmp_path: Path) -> None:
+    run_sweep(tmp_path, workers=2)
+    for name in ("shared", "0001", "0002", "0003"):
+        (attempt,) = read_json(tmp_path / f"runs/tiny-sweep-{name}/attempts.json")
+        assert attempt["workers"] == 2
+
+
+@pytest.mark.slow
+def test_the_command_of_the_winner_gives_its_weights_bit_for_bit(tmp_path: Path) -> None:
+    words, environment = run_sweep(tmp_path, workers=1)
+    sweep = read_json(tmp_path / "runs/tiny-sweep/sweep.json")
     printed = subprocess.run([*words, "--best"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     best = min(sweep["trials"], key=lambda trial: trial["value"])
     program, *arguments = shlex.split(printed.stdout)
     assert program == "t2idist" and f"{KEY}={best['values'][KEY]}" in arguments
     again = [sys.executable, "-m", "t2idist.cli", *arguments, "--local"]
     subprocess.run(again, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, check=True)
-    ours, theirs = (folder / f"runs/tiny-sweep-{name}/attngan/export" for name in ("best", f"{best['number']:04d}"))
+    ours, theirs = (tmp_path / f"runs/tiny-sweep-{name}/attngan/export" for name in ("best", f"{best['number']:04d}"))
     weights = "generator.safetensors"
     assert (ours / weights).read_bytes() == (theirs / weights).read_bytes()
-    page = (folder / "runs/tiny-sweep/report.html").read_text()
-    assert page.index(f"tiny-sweep-{best['number']:04d}/report.html") < len(page) and "data:image/" in page

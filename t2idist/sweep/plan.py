@@ -66,9 +66,8 @@ class SweepPlan:
 
     @property
     def images(self) -> int:
-        """Images that the measured stage sees in a whole trial."""
-        stage = self.config.stages[self.stage]
-        return stage.steps * stage.images_per_step
+        """Budget of the measured stage."""
+        return self.config.stages[self.stage].images
 
     @property
     def shared_name(self) -> str:
@@ -112,6 +111,8 @@ def make(recipe: str, overrides: Sequence[str], options: SweepOptions) -> SweepP
     base = configuration.load(recipe, [*fixed, *(f"{key}={value}" for key, value in first.items())])
     stage = _measured_stage(base, options)
     mode = _direction(options)
+    if f"stages.{stage}.images" in space:
+        raise ValueError(f"stages.{stage}.images: cannot be swept; trials are compared after as many images")
     return SweepPlan(
         recipe=recipe,
         name=sweep_name(base, fixed),

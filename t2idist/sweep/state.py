@@ -47,6 +47,8 @@ class Sweep:
     mode: str
     stage: str
     name: str
+    images: int
+    """Budget of the measured stage."""
     shared: tuple[str, ...] = ()
     trials: tuple[Trial, ...] = ()
 
@@ -86,6 +88,7 @@ def open_sweep(plan: SweepPlan) -> Sweep:
         mode=plan.mode,
         stage=plan.stage,
         name=plan.name,
+        images=plan.images,
         shared=plan.shared,
     )
     before = read(plan.url)
@@ -140,9 +143,10 @@ def refresh(storage_url: str, sweep: Sweep) -> None:
         points = read_points(url, sweep.stage, sweep.metric)
         if points:
             trial.images, trial.value = points[-1]
-        if export.exists(storage.join(url, sweep.stage, "export")):
+        scored = "/" in sweep.metric or trial.images >= sweep.images
+        if export.exists(storage.join(url, sweep.stage, "export")) and (points and scored):
             trial.state, trial.error = FINISHED, ""
-        elif trial.state == FINISHED:  # its folder was removed
+        elif trial.state == FINISHED:  # its folder was removed, or the last weights were not scored
             trial.state, trial.images, trial.value = NEW, 0, None
 
 

@@ -17,10 +17,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from t2idist import storage
 from t2idist.config import RunConfig
 
 END_SECONDS = 120.0
 """Time to save the state before the process is killed; also the wait for an earlier process of the run to end."""
+EXPORT_INDEX = "export.json"
 _POLL_SECONDS = 0.5
 
 
@@ -33,7 +35,39 @@ def main(arguments: Sequence[str]) -> int:
     settings = [text for text in arguments[1:] if "=" in text and not text.startswith("-")]
     if "--local" in arguments:
         wait_until_free(configuration.load(arguments[0], settings), END_SECONDS)
-    return run.main(arguments, "t2idist train")
+    status = run.main(arguments, "t2idist train")
+    if status == 0:
+        score_last_weights(configuration.load(arguments[0], settings))
+    return status
+
+
+def score_last_weights(config: RunConfig) -> None:
+    """Score the last weights of stages that are done, if training ended before their score.
+
+    The background process gives up when its share of the time is over, but a trial without a last score has no rank.
+    """
+    from t2idist.engine.checkpoint import export
+    from t2idist.evaluate import background_scorer
+    from t2idist.training.stages import stages_of
+
+    for stage in stages_of(config):
+        if not stage.settings.scores_every_images or not stage.is_done():
+            continue
+        images = int(export.read_index(stage.export_url)["images"])
+        if images in {int(line["images"]) for line in background_scorer.read_scores(stage.url)}:
+            continue
+        target = storage.join(stage.url, background_scorer.SCORED_FOLDER, f"{images:012d}")
+        copy_export(stage.export_url, target)
+        message = {"images": images, "export": target}
+        background_scorer.score_export(config.scores, stage.url, message, lambda: None)
+
+
+def copy_export(source: str, target: str) -> None:
+    """Copy an export unless it is there; the index, written last, makes it complete."""
+    if storage.exists(storage.join(target, EXPORT_INDEX)):
+        return
+    for name in sorted(storage.list_dir(source), key=lambda name: name == EXPORT_INDEX):
+        storage.write_bytes(storage.join(target, name), storage.read_bytes(storage.join(source, name)))
 
 
 def _end_with_parent() -> None:

@@ -18,9 +18,8 @@ from ray.exceptions import RayError
 from ray.tune import Callback as Callback
 from ray.tune.schedulers import ASHAScheduler
 
-from t2idist import storage
 from t2idist.sweep.points import Point, read_points
-from t2idist.sweep.trial import Command, Process
+from t2idist.sweep.trial import Command, Process, copy_export
 
 IMAGES, VALUE, OUTCOME, ERROR, NUMBER = "images", "value", "outcome", "error", "number"
 """Keys of a result that a trial reports; OUTCOME (its exit status) and ERROR only with the last one."""
@@ -31,7 +30,6 @@ FIRST_RUNG = 1 / 8
 MAX_FAILURES = 3
 """How often Ray Tune starts a trial again whose node was lost; it resumes from its checkpoint."""
 _POLL_SECONDS = 1.0
-_EXPORT_INDEX = "export.json"
 
 
 @dataclass(frozen=True)
@@ -51,20 +49,12 @@ class TrialJob:
 def start(job: TrialJob) -> Process:
     """Start a job's process on this node, with the exports that it needs."""
     for source, target in job.exports:
-        _copy_export(source, target)
+        copy_export(source, target)
     command = job.command
     if job.joins:
         address = ray.get_runtime_context().gcs_address
         command = Command(command.arguments, command.folder, {**command.environment, "RAY_ADDRESS": address})
     return Process(command)
-
-
-def _copy_export(source: str, target: str) -> None:
-    """Copy an export unless it is there; the index, written last, makes it complete."""
-    if storage.exists(storage.join(target, _EXPORT_INDEX)):
-        return
-    for name in sorted(storage.list_dir(source), key=lambda name: name == _EXPORT_INDEX):
-        storage.write_bytes(storage.join(target, name), storage.read_bytes(storage.join(source, name)))
 
 
 class TrainRun(tune.Trainable):  # type: ignore[misc]
@@ -132,7 +122,7 @@ def asha(budget_images: int, mode: str, earlier: Sequence[Sequence[Point]]) -> A
         time_attr=IMAGES,
         metric=VALUE,
         mode=mode,
-        max_t=budget_images + 1,
+        max_t=2 * budget_images,  # a trial ends by itself, with the step that reaches its budget
         grace_period=max(1, int(budget_images * FIRST_RUNG)),
         reduction_factor=REDUCTION,
     )

@@ -74,6 +74,7 @@ def test_a_trial_ends_with_the_measured_stage() -> None:
         ([RATE], {"stage": "gan"}, "--stage: no stage 'gan'; there are damsm, attngan"),
         (["stages.attngan.model.generator_rate=[1,2]"], {}, "generator_rate: unknown key"),
         (["stages.gan.images=[16,32]"], {}, "no such stage"),
+        (["stages.attngan.images=[16,32]"], {}, "stages.attngan.images: cannot be swept"),
         (["storage=[a,b]"], {}, "storage: cannot be swept"),
         (["cluster.workers=[1,2]"], {}, "cluster.workers: cannot be swept"),
     ],

@@ -25,7 +25,7 @@ VALUES = [
 def example(mode: str = "min") -> Sweep:
     trials = tuple(Trial(n, {KEY: f"0.000{n}"}, s, "", images, value) for n, s, images, value in VALUES)
     space = {KEY: "loguniform(0.0001,0.001)"}
-    return Sweep("attngan", ("seed=1",), (), space, 0, "kid", mode, "attngan", "lr", ("damsm",), trials)
+    return Sweep("attngan", ("seed=1",), (), space, 0, "kid", mode, "attngan", "lr", 48, ("damsm",), trials)
 
 
 def write_run(folder: Path, trial: Trial) -> None:
@@ -113,6 +113,9 @@ def test_the_run_folders_are_the_truth(tmp_path: Path) -> None:
     removed, *_, finished = sweep.trials
     assert (finished.state, finished.images, finished.value) == (state.FINISHED, 48, 0.25)
     assert (removed.state, removed.value) == (state.NEW, None), "its folder was removed"
+    sweep.images = 64
+    state.refresh(str(tmp_path), sweep)
+    assert finished.state == state.NEW, "its last weights are not scored yet"
 
 
 def test_the_page_ranks_trials_with_images_curves_and_values(tmp_path: Path) -> None:

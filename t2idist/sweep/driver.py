@@ -140,6 +140,7 @@ def _job_of(
         storage.join(made.storage, name),
         made.stage,
         made.options.metric,
+        made.images,
         exports,
         joins=not local,
     )

@@ -40,6 +40,8 @@ class TrialJob:
     run_url: str
     stage: str
     metric: str
+    images: int
+    """Budget of the stage."""
     exports: tuple[tuple[str, str], ...] = ()
     """Exports of shared stages to copy: from, to."""
     joins: bool = False
@@ -70,9 +72,9 @@ class TrainRun(tune.Trainable):  # type: ignore[misc]
         while True:
             status = self._process.poll()
             points = read_points(self._job.run_url, self._job.stage, self._job.metric)
-            if len(points) > self._reported:
+            if len(points) > self._reported and points[self._reported][0] < self._job.images:
                 self._reported += 1
-                return _result(points[self._reported - 1])
+                return _result(points[self._reported - 1])  # the last one comes with the outcome: too late to stop
             if status is not None:
                 last = _result(points[-1]) if points else {}
                 return {**last, OUTCOME: status, ERROR: self._process.error() if status else "", "done": True}

@@ -19,9 +19,9 @@ from tests.helpers.runs import ROOT, command_environment, processes_with_mark, w
 KEY = "stages.attngan.model.generator_lr"
 
 
-def command(recipe: Path, *more: str) -> list[str]:
+def command(recipe: Path, *more: str, metric: str = "generator/adversarial_32") -> list[str]:
     values = f"{KEY}=[1e-4,2e-4,4e-4]"
-    options = ["--metric", "generator/adversarial_32", "--mode", "min", "--trials", "3", "--no-early-stopping"]
+    options = ["--metric", metric, "--mode", "min", "--trials", "3", "--no-early-stopping"]
     return [sys.executable, "-m", "t2idist.cli", "sweep", str(recipe), values, *options, *more]
 
 
@@ -75,10 +75,10 @@ def test_a_killed_sweep_continues_without_losing_a_trial(tmp_path: Path) -> None
     assert all(f"tiny-sweep-000{n}/report.html" in page for n in (1, 2, 3)) and "data:image/" in page
 
 
-def run_sweep(folder: Path, workers: int) -> tuple[list[str], dict[str, str]]:
+def run_sweep(folder: Path, *more: str, workers: int = 1, **options: str) -> tuple[list[str], dict[str, str]]:
     """Run a whole sweep; returns its command and environment."""
     recipe = write_recipe(folder, cluster={"workers": workers, "cpus_per_worker": 1})
-    words, environment = command(recipe), {**command_environment(), "HOME": str(folder)}
+    words, environment = command(recipe, *more, **options), {**command_environment(), "HOME": str(folder)}
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr + done.stdout
     sweep = read_json(folder / "runs/tiny-sweep/sweep.json")
@@ -87,6 +87,7 @@ def run_sweep(folder: Path, workers: int) -> tuple[list[str], dict[str, str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_trials_of_several_workers_train_in_the_cluster_of_the_sweep(tmp_path: Path) -> None:
     run_sweep(tmp_path, workers=2)
     for name in ("shared", "0001", "0002", "0003"):
@@ -95,8 +96,10 @@ def test_trials_of_several_workers_train_in_the_cluster_of_the_sweep(tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_command_of_the_winner_gives_its_weights_bit_for_bit(tmp_path: Path) -> None:
-    words, environment = run_sweep(tmp_path, workers=1)
+    too_little_time = ["scores.n=16", "scores.real=16", "scores.share=0.000001"]
+    words, environment = run_sweep(tmp_path, *too_little_time, metric="kid")
     sweep = read_json(tmp_path / "runs/tiny-sweep/sweep.json")
     printed = subprocess.run([*words, "--best"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     best = min(sweep["trials"], key=lambda trial: trial["value"])

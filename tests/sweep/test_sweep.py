@@ -43,6 +43,7 @@ def wait_until(condition: Any, process: subprocess.Popen[bytes] | None = None) -
 
 
 @pytest.mark.whole
+@pytest.mark.timeout(900)
 def test_a_killed_sweep_continues_without_losing_a_trial(tmp_path: Path) -> None:
     stages = {"stages.attngan.images=320", "stages.attngan.checkpoint_every_images=64"}
     recipe = write_recipe(tmp_path, cluster={"workers": 1, "cpus_per_worker": 1})

@@ -42,7 +42,7 @@ def wait_until(condition: Any, process: subprocess.Popen[bytes] | None = None) -
         time.sleep(0.1)
 
 
-@pytest.mark.whole
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_killed_sweep_continues_without_losing_a_trial(tmp_path: Path) -> None:
     stages = {"stages.attngan.images=320", "stages.attngan.checkpoint_every_images=64"}

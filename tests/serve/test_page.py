@@ -18,6 +18,7 @@ from tests.helpers.served import Client, serving
 from tests.sampling.conftest import FIRST, SECOND, write_image
 
 pytestmark = pytest.mark.whole
+expect.set_options(timeout=20_000)  # on a busy machine
 TOKEN = "correct-horse-battery"
 SENTENCE = "a red face heart"
 
@@ -261,6 +262,8 @@ def test_a_token_is_asked_for_and_not_kept(browser: Browser, served: dict[str, s
         page.keyboard.type("wrong")
         page.keyboard.press("Enter")
         expect(page.locator("#token-error")).to_have_text("This is not the token of this server.")
+        expect(page.locator("#token-error")).to_be_visible()
+        expect(page.locator("#token")).to_be_focused()
         page.keyboard.type(TOKEN)
         page.keyboard.press("Enter")
         expect(page.locator("#about")).to_contain_text("attngan")

@@ -25,9 +25,9 @@ again = placement_group([{"CPU": 1}]); assert again.wait(60)
 
 
 @pytest.mark.whole
-def test_removing_placement_groups_frees_their_resources_and_keeps_others(short_folder: str) -> None:
-    command = [sys.executable, "-c", PLACEMENT_GROUPS, short_folder]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+def test_removing_placement_groups_frees_their_resources_and_keeps_others(short_folder: str, tmp_path: Path) -> None:
+    command, env = [sys.executable, "-c", PLACEMENT_GROUPS, short_folder], {**os.environ, "HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -61,8 +61,8 @@ cluster.shutdown()
 
 
 @pytest.mark.whole
-def test_run_waits_until_nodes_have_room_for_its_workers(short_folder: str) -> None:
-    env = {**os.environ, "RAY_TMPDIR": short_folder}
+def test_run_waits_until_nodes_have_room_for_its_workers(short_folder: str, tmp_path: Path) -> None:
+    env = {**os.environ, "RAY_TMPDIR": short_folder, "HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", WAITING], cwd=ROOT, env=env, capture_output=True, text=True, timeout=180, check=False
     )

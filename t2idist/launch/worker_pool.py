@@ -137,11 +137,18 @@ def train_in_group() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        traceback.clear_frames(error.__traceback__)  # they refer to networks, which refer to the group
+        _clear_frames(error)  # they refer to networks, which refer to the group
         raise
     finally:
         leave_process_group()
         process.rename_threads(process.TRAINING_THREAD, "python")
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Clear the local variables of the functions that raised an error, and the errors during whose handling it was."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _writer() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,27 @@ def test_release_ends_a_pause_and_a_new_group_starts_without_requests() -> None:
         callbacks.pause()
     callbacks.forget_requests()
     assert not callbacks.stop_requested() and not callbacks.pause_requested()
+
+
+def test_nothing_that_a_failed_training_used_is_kept_by_its_errors() -> None:
+    class Network:
+        pass
+
+    kept: list[weakref.ref[Network]] = []
+
+    def fail() -> None:
+        network = Network()
+        kept.append(weakref.ref(network))
+        raise RuntimeError("Connection closed by peer")
+
+    def train() -> None:
+        try:
+            fail()
+        finally:
+            raise OSError("the store is gone")
+
+    try:
+        train()
+    except OSError as error:
+        worker_pool._clear_frames(error)
+        assert kept[0]() is None

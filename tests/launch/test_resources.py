@@ -1,4 +1,4 @@
-"""Room for workers on a Ray cluster, and placement groups that a dead controller left behind."""
+"""Room for workers on a Ray cluster, nodes that do not respond, and placement groups of a dead controller."""
 
 from __future__ import annotations
 
@@ -10,6 +10,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+
+
+def run(source: str, short_folder: str, home: Path) -> str:
+    """Run a program that starts Ray, whose files are in `short_folder`; returns its output."""
+    env = {**os.environ, "RAY_TMPDIR": short_folder, "HOME": str(home)}
+    command = [sys.executable, "-c", source, short_folder]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
 PLACEMENT_GROUPS = """
 import sys, ray
 from ray.util.placement_group import placement_group
@@ -26,9 +37,7 @@ again = placement_group([{"CPU": 1}]); assert again.wait(60)
 
 @pytest.mark.whole
 def test_removing_placement_groups_frees_their_resources_and_keeps_others(short_folder: str, tmp_path: Path) -> None:
-    command, env = [sys.executable, "-c", PLACEMENT_GROUPS, short_folder], {**os.environ, "HOME": str(tmp_path)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run(PLACEMENT_GROUPS, short_folder, tmp_path)
 
 
 WAITING = """
@@ -62,12 +71,7 @@ cluster.shutdown()
 
 @pytest.mark.whole
 def test_run_waits_until_nodes_have_room_for_its_workers(short_folder: str, tmp_path: Path) -> None:
-    env = {**os.environ, "RAY_TMPDIR": short_folder, "HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", WAITING], cwd=ROOT, env=env, capture_output=True, text=True, timeout=180, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines()[-1] == (
+    assert run(WAITING, short_folder, tmp_path).splitlines()[-1] == (
         "cluster.workers: 3 workers of 2 CPU each are needed; the cluster has 6 CPU and 0 GPU on 2 nodes, room for 2 "
         "workers"
     )
@@ -117,8 +121,4 @@ cluster.shutdown()
 
 @pytest.mark.whole
 def test_no_worker_is_started_on_a_node_that_does_not_respond(short_folder: str, tmp_path: Path) -> None:
-    env = {**os.environ, "RAY_TMPDIR": short_folder, "HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", SILENT], cwd=ROOT, env=env, capture_output=True, text=True, timeout=180, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run(SILENT, short_folder, tmp_path)

@@ -152,8 +152,8 @@ def _target_nodes() -> list[str]:
     """Return this node and the next one in an order that all nodes agree on; only this one if there is no other."""
     own = ray.get_runtime_context().get_node_id()
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    alive = sorted(node["NodeID"] for node in nodes if node["Alive"] and node["Resources"].get("CPU"))
-    alive = [node for node in alive if node not in _ignored_nodes]
+    usable = {node["NodeID"] for node in nodes if node["Alive"] and node["Resources"].get("CPU")}
+    alive = sorted(usable - _ignored_nodes)
     others = [node for node in alive if node > own] + [node for node in alive if node < own]
     return [own, *others[:1]]
 

@@ -62,7 +62,7 @@ def _run(options: argparse.Namespace) -> int:
 
     token = _token(options)
     config = ServeConfig(
-        export=_absolute(options.export),
+        export=storage.absolute(options.export),
         device=options.device,
         encoder=options.encoder,
         system=options.system,
@@ -130,12 +130,6 @@ def _token(options: argparse.Namespace) -> str | None:
     if len(token) < MIN_TOKEN_CHARACTERS or not token.isascii() or len(token.split()) != 1:
         raise ValueError(f"{source}: give at least {MIN_TOKEN_CHARACTERS} ASCII characters without blanks")
     return token
-
-
-def _absolute(url: str) -> str:
-    """Return a local path as an absolute one: a replica has another working directory."""
-    path = storage.local_path(url)
-    return url if path is None else str(path.absolute())
 
 
 def _announce(options: argparse.Namespace, where: str) -> None:

@@ -327,6 +327,13 @@ def list_dir(url: str, *, endpoint_url: str | None = None) -> list[str]:
     return sorted(_entries(url, endpoint_url))
 
 
+def copy_folder(source: str, target: str, last: str) -> None:
+    """Copy the files of a folder; file `last`, copied last, makes the copy complete."""
+    names = [name for name in list_dir(source) if name != last]
+    for name in [*names, last]:
+        write_bytes(join(target, name), read_bytes(join(source, name)))
+
+
 def list_files_and_folders(url: str, *, endpoint_url: str | None = None) -> tuple[list[str], list[str]]:
     """Return the sorted names of the files and of the folders in a folder, without hidden ones.
 

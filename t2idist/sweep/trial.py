@@ -64,10 +64,8 @@ def score_last_weights(config: RunConfig) -> None:
 
 def copy_export(source: str, target: str) -> None:
     """Copy an export unless it is there; the index, written last, makes it complete."""
-    if storage.exists(storage.join(target, EXPORT_INDEX)):
-        return
-    for name in sorted(storage.list_dir(source), key=lambda name: name == EXPORT_INDEX):
-        storage.write_bytes(storage.join(target, name), storage.read_bytes(storage.join(source, name)))
+    if not storage.exists(storage.join(target, EXPORT_INDEX)):
+        storage.copy_folder(source, target, last=EXPORT_INDEX)
 
 
 def _end_with_parent() -> None:

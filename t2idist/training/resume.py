@@ -163,7 +163,7 @@ def prepare(config: RunConfig, text: str, point: ResumePoint) -> None:
     checkpoints = StageRun(config, point.stage).checkpoints_url
     storage.remove(storage.join(run_url(config), RUN_ID))  # a new id, so that no replica in memory is newer
     for source, target in point.exports:
-        _copy(source, target, last=export.INDEX)
+        storage.copy_folder(source, target, last=export.INDEX)
     folder = point.url.rpartition("/")[2]
     if point.is_own:
         newer = [name for name in list_folders(checkpoints) if name > folder]
@@ -173,13 +173,6 @@ def prepare(config: RunConfig, text: str, point: ResumePoint) -> None:
             "stage %s returns to %s images; removed %d newer checkpoints", point.stage, point.images, len(newer)
         )
     else:
-        _copy(point.url, storage.join(checkpoints, folder), last=COMMIT)
+        storage.copy_folder(point.url, storage.join(checkpoints, folder), last=COMMIT)
     note = {"asked": text, "checkpoint": storage.redact(point.url), "images": point.images, "time": now()}
     storage.write_json(storage.join(run_url(config), NOTE), note)
-
-
-def _copy(source: str, target: str, last: str) -> None:
-    """Copy the files of a folder; file `last` makes the copy complete."""
-    names = [name for name in storage.list_dir(source) if name != last]
-    for name in [*names, last]:
-        storage.write_bytes(storage.join(target, name), storage.read_bytes(storage.join(source, name)))

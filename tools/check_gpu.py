@@ -105,7 +105,7 @@ def make_benchmark(
     world = World(device=torch.device(options.device))
     trainer = bench_step.TimedTrainer(
         built, stage="check", seed=0, group_size=info.group_size, share=Share.of(world, groups), world=world,
-        precision=Precision(run.precision),
+        precision=Precision.of(run.precision, world.device),
     )  # fmt: skip
     batch = bench_step.synthetic_batch(built.sizes, info, groups * info.group_size)
     return bench_step.StepBenchmark(trainer, replace(batch, groups=groups))
@@ -336,7 +336,7 @@ def loader(options: argparse.Namespace) -> None:
     info = stage.build_info(data_info(datasets))
     torch.manual_seed(0)
     system = stage.build(info)
-    trainer = bench_step.build_trainer(system, info, Precision(config.precision), device)
+    trainer = bench_step.build_trainer(system, info, Precision.of(config.precision, device), device)
     spec = LoaderSpec(stage.data, system.sizes, [0], 1, info.group_size, pinned=device.type != "cpu")
     source: BatchSource = open_mixed_loader(datasets, spec, [0])
     batches = DeviceBatches(source, device, trainer.precision.weights) if spec.pinned else source

@@ -12,7 +12,7 @@ from t2idist.config.ranges import RangeError, check_ranges
 from t2idist.config.strict import from_dict, to_dict
 
 EXPORT_BY_SYSTEM, EXPORT_R_PRECISION = "auto", "r_precision"
-_Precision = Literal["bfloat16", "float32", "float64"]
+_Precision = Literal["auto", "bfloat16", "float32", "float64"]
 PRECISIONS: tuple[_Precision, ...] = get_args(_Precision)
 METRICS = ("fid", "kid", "is", "prdc", "r_precision", "clip_r", "damsm_r", "memorisation")
 """The metrics of evaluate/score.py."""
@@ -218,7 +218,10 @@ class ScoresConfig:
     best: str = "kid"
     """metric by which the best weights are kept; "" keeps none"""
     share: float = 0.02
-    """largest share of the machine's time for scoring, over all its cores; scores that do not fit are skipped"""
+    """largest share of the machine's time for scoring, over all its cores; scores that do not fit are skipped.
+
+    1: no limit, and a stage ends when its last weights are scored.
+    """
 
     def __post_init__(self) -> None:
         check_ranges(self, above_0="n real train share")
@@ -294,8 +297,9 @@ class RunConfig:
     storage: str = "runs"
     """folder or URL for run folders"""
     seed: int = 0
-    precision: _Precision = "bfloat16"
-    """one of `PRECISIONS`; bfloat16 is autocast, the weights stay float32"""
+    precision: _Precision = "auto"
+    """one of `PRECISIONS`; bfloat16 is autocast, the weights stay float32; auto is bfloat16 if all devices that start
+    the run have instructions for it, else float32"""
     tf32: bool = False
     """let float32 products and convolutions on CUDA round their inputs to 10 bits"""
     deterministic: bool = False

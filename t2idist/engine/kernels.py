@@ -1,4 +1,7 @@
-"""How exact CUDA's kernels are. The settings hold for the whole process; they have no effect on CPUs."""
+"""How exact kernels are, and what a device computes fast.
+
+The settings of CUDA's kernels hold for the whole process; they have no effect on CPUs.
+"""
 
 from __future__ import annotations
 
@@ -23,3 +26,12 @@ def use_deterministic_kernels(deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether a device has instructions for products in bfloat16; without them they are slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        return any(bool(value) for name, value in torch.cpu.get_capabilities().items() if "bf16" in name)
+    return True

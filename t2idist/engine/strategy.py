@@ -10,7 +10,7 @@ DeepSpeed. This file has the single worker and DDP; engine/zero.py has DeepSpeed
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.adam import adam
 
 from t2idist.contract import Adam, Role
+from t2idist.engine.kernels import multiplies_bfloat16
 from t2idist.engine.world import World
 
 
@@ -29,6 +30,12 @@ class Precision:
 
     name: str
     """float32, float64, or bfloat16 (float32 weights, matrix products in bfloat16)."""
+
+    @classmethod
+    def of(cls, name: str, device: torch.device) -> Self:
+        """Return a precision by its name in a configuration: "auto" is what the device computes fast."""
+        fast = "bfloat16" if multiplies_bfloat16(device) else "float32"
+        return cls(fast if name == "auto" else name)
 
     @property
     def weights(self) -> torch.dtype:

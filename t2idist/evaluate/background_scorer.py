@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import queue
 import subprocess
@@ -84,10 +85,11 @@ class BackgroundScorer:
 
     def close(self, finished: bool) -> None:
         """End the process. If the stage is finished, first wait while the process has time left for the last scores."""
-        timeout = 0.0
+        timeout: float | None = 0.0
         if finished:
             self._send({"end": True})
-            timeout = self._share * (time.monotonic() - self._started) + GRACE_SECONDS
+            elapsed = time.monotonic() - self._started
+            timeout = self._share * elapsed + GRACE_SECONDS if self._share < 1 else None
         try:
             self._process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -151,7 +153,7 @@ class TimeShare:
     """Limits work to a share of the time: a call sleeps until the work so far is within it.
 
     Args:
-        share: largest share of the time.
+        share: largest share of the time; 1 is no limit.
         used: returns the seconds of work so far. None counts all time outside of `exclude` (the use of an accelerator
             cannot be measured).
         clock: returns the time in seconds.
@@ -168,14 +170,16 @@ class TimeShare:
         self._share, self._clock, self._sleep = share, clock, sleep
         self._started, self._excluded = clock(), 0.0
         self._used = used if used is not None else lambda: clock() - self._started - self._excluded
-        self.unlimited = False
+        self.unlimited = share == 1
 
     def __call__(self) -> None:
-        while not self.unlimited and self.seconds_left() < 0:
+        while self.seconds_left() < 0:
             self.exclude(lambda: self._sleep(POLL_SECONDS))
 
     def seconds_left(self) -> float:
         """Return how many seconds of work are within the share now."""
+        if self.unlimited:
+            return math.inf
         return self._share * (self._clock() - self._started) - self._used()
 
     def exclude(self, wait: Callable[[], T]) -> T:
@@ -204,10 +208,11 @@ def main(messages: IO[str]) -> int:
         for line in messages:
             message = json.loads(line)
             if message.get("end"):  # training is over and its worker waits
-                time_share.unlimited = True
-                timer = threading.Timer(max(time_share.seconds_left(), 0.0), os._exit, (EXIT_OUT_OF_TIME,))
-                timer.daemon = True
-                timer.start()
+                if not time_share.unlimited:
+                    timer = threading.Timer(max(time_share.seconds_left(), 0.0), os._exit, (EXIT_OUT_OF_TIME,))
+                    timer.daemon = True
+                    timer.start()
+                    time_share.unlimited = True
                 waiting.put(None)
                 return
             waiting.put(message)

@@ -310,6 +310,8 @@ def _check_same_run(config: RunConfig, opened: Mapping[str, Sequence[Dataset]]) 
         stage.update(
             {f.name: f.default for f in fields(StageConfig) if f.default is not MISSING and f.name not in stage}
         )
+    if config.precision == "auto":  # a run keeps the precision of its start
+        stored["precision"] = config.precision
     adjustable_data = ADJUSTABLE_DATA + (PLACES_OF_DATA if same_data else ())
     before = _fixed(stored, adjustable_data)
     now = _fixed(to_dict(config), adjustable_data)

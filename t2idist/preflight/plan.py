@@ -162,6 +162,9 @@ def page(config: RunConfig, text: str) -> str:
     precision = config.precision
     if precision == "float64":
         raise ValueError("--plan: precision is float64, which is for tests; plan bfloat16 or float32")
+    if precision == "auto":
+        precision = "bfloat16" if "bfloat16" in hardware.model.tflops else "float32"
+        config = replace(config, precision=precision)
     if precision not in hardware.model.tflops:
         raise ValueError(f"--plan: the {hardware.name} has no bfloat16; give precision=float32")
     efficiency = hardware.efficiency or EFFICIENCY[precision]

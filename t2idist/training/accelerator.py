@@ -1,10 +1,21 @@
-"""The accelerator of a worker: whether torch can use it, and who else does."""
+"""The device of a worker: whether torch can use it, who else does, and the precision of a run on it."""
 
 from __future__ import annotations
 
+import logging
 import os
+from dataclasses import replace
 
 import torch
+
+from t2idist import storage
+from t2idist.config import RunConfig
+from t2idist.config.strict import parse_yaml
+from t2idist.engine.strategy import Precision
+from t2idist.engine.world import World
+from t2idist.training.stages import run_url
+
+logger = logging.getLogger(__name__)
 
 _ALLOCATOR = "PYTORCH_ALLOC_CONF"
 _OWN_SHARE = 0.9
@@ -56,3 +67,23 @@ def describe(device: torch.device) -> str:
         return str(device)
     properties = torch.cuda.get_device_properties(device)
     return f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB)"
+
+
+def with_precision(config: RunConfig, world: World) -> RunConfig:
+    """Replace precision "auto", alike on all workers.
+
+    At the start of a run it becomes bfloat16 if the devices of all workers have instructions for it, else float32. A
+    resumed run keeps the precision of its start, whatever its devices are now.
+    """
+    if config.precision != "auto":
+        return config
+    url = storage.join(run_url(config), "config.yaml")
+    started = None
+    if world.is_main and storage.exists(url):
+        started = parse_yaml(storage.read_bytes(url).decode(), url).get("precision")
+    if started := world.broadcast_object(started):
+        return replace(config, precision=started)
+    slow = "float32" in world.all_gather_object(Precision.of("auto", world.device).name)
+    if slow and world.is_main:
+        logger.info("precision: float32, because a device of this run has no instructions for bfloat16")
+    return replace(config, precision="float32" if slow else "bfloat16")

@@ -120,7 +120,8 @@ class _RunWorker:
     """A run on one worker."""
 
     def __init__(self, config: RunConfig, world: World, context: WorkerContext, warnings: RecentWarnings) -> None:
-        self.config, self.world, self.context, self.warnings = config, world, context, warnings
+        self.world, self.context, self.warnings = world, context, warnings
+        self.config = config = accelerator.with_precision(config, world)
         self.environment = environment_info(world.size, world.device)
         data = open_unrecorded_data(config)  # on all workers: one that draws data takes longer than others may wait
         self.attempt = self._record(data) if world.is_main else None

@@ -45,7 +45,7 @@ def changed(path: str, value: object) -> dict[str, object]:
         ("stages.a.images", 1.5, "stages.a.images: 1.5; expected a whole number"),
         ("data.flip", 1, "data.flip: 1; expected true or false"),
         ("data.crop", 0.5, "data.crop: 0.5; allowed are 1"),
-        ("precision", "float16", "^precision: 'float16'; expected 'bfloat16' or 'float32' or 'float64'"),
+        ("precision", "float16", "^precision: 'float16'; expected 'auto' or 'bfloat16' or 'float32' or 'float64'"),
         ("strategy", "fsdp", "^strategy: 'fsdp'; expected 'ddp' or 'deepspeed'"),
         ("checkpoint.when_busy", "stop", "^checkpoint.when_busy: 'stop'; expected 'wait' or 'skip'"),
         ("stages.a.export_best", "best", "^stages.a.export_best: 'best'; expected 'auto' or 'r_precision' or 'last'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,7 @@ def test_work_takes_its_share_of_the_time(measured: bool) -> None:
     clock.work(100.0)
     time_share()
     assert clock.now == before + 100.0, "no sleep when the share is unlimited"
+    assert time_share.seconds_left() == TimeShare(1.0, lambda: clock.worked).seconds_left() == math.inf
 
 
 @pytest.fixture(scope="module")

@@ -100,6 +100,12 @@ def test_a_step_takes_as_long_as_its_submission() -> None:
     assert stage.step_seconds == pytest.approx(stage.submit_seconds + exposed)
 
 
+def test_plan_of_automatic_precision_takes_what_the_gpu_has() -> None:
+    config = load("gan_cls", ["data.source="])
+    assert "1 x t4, float32, ddp" in plan.page(config, "1xt4").splitlines()[0]
+    assert "1 x l4, bfloat16, ddp" in plan.page(config, "1xl4").splitlines()[0]
+
+
 def plan_page(text: str, *settings: str) -> str:
     return plan.page(stages.with_absolute_paths(load("attngan", ["preset=coco", *settings])), text)
 
@@ -129,7 +135,7 @@ def test_plan_of_the_paper_run_on_eight_gpus() -> None:
         ("1xh10", (), "h10: no such kind; did you mean 'h100'"),
         ("1xh100,gbits=2", (), "gbits: unknown key; did you mean 'gbit'"),
         ("1xh100,efficiency=2", (), "efficiency=2; give 0 to 1"),
-        ("1xt4", (), "the t4 has no bfloat16; give precision=float32"),
+        ("1xt4", ("precision=bfloat16",), "the t4 has no bfloat16; give precision=float32"),
         ("1xh100", ("precision=float64",), "precision is float64"),
     ],
 )

@@ -1,18 +1,23 @@
-"""Workers whose accelerator is missing or too small end the run with one sentence."""
+"""Workers whose accelerator is missing or too small end the run with one sentence; the precision that devices have."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from t2idist.config.strict import to_yaml
 from t2idist.engine import kernels
 from t2idist.engine.trainer import Trainer
+from t2idist.engine.world import World
+from t2idist.preflight import dry_run
 from t2idist.training import accelerator, worker
 from tests.helpers.runs import load_config
+from tests.helpers.worker_processes import Workers
 
 CPU = torch.device("cpu")
 
@@ -77,3 +82,47 @@ def test_memory_settings_of_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> No
     assert "expandable_segments:True" in ours and "pinned_max_round_threshold_mb:64" in ours
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:False")
     assert accelerator.allocator_settings() == {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}
+
+
+def set_capabilities(monkeypatch: pytest.MonkeyPatch, **capabilities: bool) -> None:
+    monkeypatch.setattr(
+        torch.cpu, "get_capabilities", lambda: {"cpu_name": "a processor", "avx2": True, **capabilities}
+    )
+
+
+def precisions(world: World, folder: str) -> list[str]:
+    """Return, on one of several workers of which the last has no bfloat16, the precisions of three configurations."""
+    slow = world.rank == world.size - 1
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        set_capabilities(monkeypatch, avx512_bf16=not slow)
+        configs = [load_config(Path(folder), f"precision={name}") for name in ("auto", "bfloat16", "float64")]
+        return [accelerator.with_precision(config, world).precision for config in configs]
+
+
+def test_a_run_starts_in_bfloat16_if_all_devices_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: Workers
+) -> None:
+    config = load_config(tmp_path, "precision=auto")
+    for capabilities, expected in (
+        ({"avx512_bf16": False, "amx_bf16": False}, "float32"),
+        ({"avx512_bf16": True, "amx_bf16": False}, "bfloat16"),
+        ({}, "float32"),
+    ):
+        set_capabilities(monkeypatch, **capabilities)
+        assert accelerator.with_precision(config, World(device=CPU)).precision == expected
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert accelerator.with_precision(config, World(device=torch.device("cuda"))).precision == "float32"
+    assert workers.run(2, precisions, str(tmp_path)) == [["float32", "bfloat16", "float64"]] * 2
+
+
+def test_a_resumed_run_keeps_its_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(tmp_path, "precision=auto")
+    folder = tmp_path / "runs/tiny"
+    folder.mkdir(parents=True)
+    for started, has_bfloat16 in (("float32", True), ("bfloat16", False)):
+        set_capabilities(monkeypatch, amx_bf16=has_bfloat16)
+        (folder / "config.yaml").write_text(to_yaml(replace(config, precision=started)))
+        assert accelerator.with_precision(config, World(device=CPU)).precision == started
+        dry_run.check(config, None)
+        with pytest.raises(ValueError, match=f"precision: 'float64', but the run .* was started with '{started}'"):
+            dry_run.check(replace(config, precision="float64"), None)

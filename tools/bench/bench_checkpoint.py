@@ -101,7 +101,8 @@ def main() -> int:
     run = configuration.load(options.system, [f"preset={options.preset}", EMPTY_STORAGE])
     stage_name = next(name for name, stage in run.stages.items() if stage.system == options.system)
     system, info = build_system(run, stage_name, options.vocabulary_size)
-    trainer = build_trainer(system, info, Precision(run.precision), torch.device(options.device))
+    device = torch.device(options.device)
+    trainer = build_trainer(system, info, Precision.of(run.precision, device), device)
     size = sum(tensor.numel() * tensor.element_size() for tensor in trainer.state().values())
     print(
         f"{options.system} preset={options.preset}: {size / 1e9:.2f} GB of state, {options.threads} threads, "

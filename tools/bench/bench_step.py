@@ -291,12 +291,11 @@ def make_benchmark(name: str, options: argparse.Namespace) -> StepBenchmark:
     device = torch.device(options.device)
     system, info = build_system(run, stage, options.vocabulary_size)
     if name == "authors":
-        trainer = build_trainer(
-            system, info, Precision(options.precision or reference_steps.FLOAT32.name), device, TimedReferenceTrainer
-        )
+        precision = Precision.of(options.precision or reference_steps.FLOAT32.name, device)
+        trainer = build_trainer(system, info, precision, device, TimedReferenceTrainer)
     else:
         keep_freed_memory()
-        trainer = build_trainer(system, info, Precision(options.precision or run.precision), device)
+        trainer = build_trainer(system, info, Precision.of(options.precision or run.precision, device), device)
     return StepBenchmark(trainer, synthetic_batch(system.sizes, info))
 
 

@@ -50,7 +50,7 @@ def run_worker(
         group_size=info.group_size,
         share=Share.of(world, size),
         world=world,
-        precision=Precision(run.precision),
+        precision=Precision.of(run.precision, world.device),
         zero=zero,
     )
     batch = synthetic_batch(system.sizes, info)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install t2idist on a fresh Linux machine, in ~/t2idist-venv; aws.yaml and gcp.yaml run this on every machine.
-#   setup_machine.sh WHEEL [PACKAGE ...]     WHEEL with its "scores" extra, and further packages, at pinned versions
+#   setup_machine.sh WHEEL [PACKAGE ...]     WHEEL with its extras "scores" and "serve", and further packages, at pinned versions
 # A second run with the same arguments changes nothing.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -19,7 +19,7 @@ fi
 if [[ ! -x $venv/bin/python ]]; then
   "$uv" venv --quiet --python 3.11 --seed "$venv"
 fi
-"$uv" pip install --quiet --python "$venv/bin/python" --constraint "$here/constraints.txt" "${wheel}[scores]" "$@"
+"$uv" pip install --quiet --python "$venv/bin/python" --constraint "$here/constraints.txt" "${wheel}[scores,serve]" "$@"
 "$venv/bin/python" -c 'import ray, t2idist; print(f"t2idist {t2idist.__version__}, Ray {ray.__version__}")'
 # a cloud may install the driver while the machine starts; Ray would count a GPU that nothing can use yet
 if command -v lspci >/dev/null && lspci | grep -Eqi '(3d|vga).*nvidia'; then

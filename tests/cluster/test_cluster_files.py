@@ -313,7 +313,7 @@ def test_setup_machine_installs_the_wheel_with_pinned_versions(tmp_path: Path) -
         done = script("setup_machine.sh", str(tmp_path / "t2idist.whl"), "boto3", env=env)
         assert done.returncode == 0, done.stderr
     calls = (tmp_path / ".local/bin/calls").read_text()
-    assert f"--constraint {CLUSTER}/constraints.txt {tmp_path}/t2idist.whl\\[scores\\] boto3" in calls
+    assert f"--constraint {CLUSTER}/constraints.txt {tmp_path}/t2idist.whl\\[scores,serve\\] boto3" in calls
     lines = (tmp_path / ".bashrc").read_text().splitlines()
     assert lines == ["export PATH=$HOME/t2idist-venv/bin:$PATH", "export RAY_AUTH_MODE=token"]
 

@@ -108,7 +108,11 @@ def test_a_full_queue_answers_503(on_ray: Served) -> None:
 
 
 def ask_many(client: Client, count: int, wanted: dict[tuple[str, int], list[bytes]]) -> Counter[str]:
-    """Ask from 16 clients, some of which leave; returns how many answers were right, wrong, refused and lost."""
+    """Ask from 16 clients, some of which leave; returns how many answers were right, wrong, refused and lost.
+
+    While the queue is full, as it may be until a new replica is ready, clients wait and ask again.
+    """
+    deadline = time.monotonic() + 240
     rng = random.Random(3)
     asked = [(rng.choice(TEXTS), rng.randrange(SEEDS), rng.choice((1, 1, 2, 4))) for _ in range(count)]
 
@@ -122,6 +126,9 @@ def ask_many(client: Client, count: int, wanted: dict[tuple[str, int], list[byte
             return "left"
         try:
             answer = client.draw(text=text, seed=seed, n=n)
+            while answer.status == 503 and time.monotonic() < deadline:
+                time.sleep(float(answer.headers["retry-after"]))
+                answer = client.draw(text=text, seed=seed, n=n)
         except (OSError, http.client.HTTPException):  # also an answer that was cut off
             return "lost"
         if answer.status != 200:

@@ -33,7 +33,6 @@ MODULES = {
     "WorkerHealthCheckFailedError": "ray.train.v2._internal.exceptions",  # Ray 2.60: a worker's process has ended
     "WorkerHealthCheckTimeoutError": "ray.train.v2._internal.exceptions",  # Ray 2.60: it does not respond
     "WorkerGroupStartupFailedError": "ray.train.v2._internal.exceptions",  # Ray 2.60: the controller then tries again
-    "get_env_vars_to_propagate": "ray.train.v2._internal.constants",  # Ray 2.60: Ray Train's own, for its controller
     "get_train_context": "ray.train.v2._internal.execution.context",  # Ray 2.60: execution_context
 }
 """Module of each name."""

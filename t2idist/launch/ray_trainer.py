@@ -1,4 +1,4 @@
-"""Ray's TorchTrainer with our scaling policies and, on a cluster that the run started itself, without idle actors."""
+"""Ray's TorchTrainer with our scaling policies, in the driver's process, without idle actors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from ray.exceptions import RayError
 from ray.train import ScalingConfig
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from t2idist.launch import interfaces
 from t2idist.launch.callbacks import CheckNodes
@@ -26,7 +25,6 @@ from t2idist.launch.ray_internals import (
     Worker,
     WorkerGroup,
     WorkerGroupStartupFailedError,
-    get_env_vars_to_propagate,
 )
 from t2idist.launch.resources import NodeLiveness, schedulable_nodes
 from t2idist.launch.worker_pool import WorkerPool
@@ -148,10 +146,6 @@ class PooledWorkerGroup(WorkerGroup):  # type: ignore[misc]
         ranked: list[Any] = self._assign_worker_ranks(workers, starting_world_rank, world_size, replica_group_size)
         return ranked
 
-
-class InProcessWorkerGroup(PooledWorkerGroup):
-    """Worker group of a controller in this process; workers use the environment that their cluster was started with."""
-
     def _init_train_context_on_workers(
         self, workers: list[Any], sync_actor: Any, train_context_args: dict[str, list[Any]]
     ) -> None:
@@ -171,8 +165,8 @@ class InProcessWorkerGroup(PooledWorkerGroup):
         ray.get(calls)
 
 
-class PooledController(TrainController):  # type: ignore[misc]
-    """Controller whose groups and scaling policy share the callbacks' `WorkerPool` and `NodeLiveness`."""
+class InProcessController(TrainController):  # type: ignore[misc]
+    """Controller in the driver's process; its groups and scaling policy share the `WorkerPool` and `NodeLiveness`."""
 
     worker_group_cls = PooledWorkerGroup
 
@@ -183,17 +177,12 @@ class PooledController(TrainController):  # type: ignore[misc]
         super().__init__(*args, scaling_policy=scaling_policy, callbacks=callbacks, **settings)
 
 
-class InProcessController(PooledController):
-    """Controller in the driver's process, with which its workers and their cluster end in any case."""
-
-    worker_group_cls = InProcessWorkerGroup
-
-
 class RayTrainer(TorchTrainer):
     """Ray's trainer with `SkipDrainingNodes` for elastic runs, and without actors that have nothing to do.
 
-    Each such actor takes seconds to start: the one that serves Ray datasets and, on a cluster that ends with the run,
-    the ones that reserve its nodes, clean up placement groups and control the workers.
+    Each such actor takes seconds to start: the one that serves Ray datasets, the one that controls the workers, which
+    end with the driver's process in any case, the one that removes the placement groups of a dead controller and, on a
+    cluster that ends with the run, the one that reserves its nodes.
     """
 
     def __init__(self, *args: Any, liveness: NodeLiveness, own_cluster: bool, **settings: Any) -> None:
@@ -205,19 +194,12 @@ class RayTrainer(TorchTrainer):
             settings["scaling_policy"] = SkipDrainingNodes(self.scaling_config, self._liveness)
         elif self._own_cluster:
             settings["scaling_policy"] = FixedLocalScaling(self.scaling_config)
-        if self._own_cluster:
-            # workers receive the context with its callbacks; used callbacks hold threads, so we pass unused copies
-            settings["train_run_context"] = copy.deepcopy(settings["train_run_context"])
-            controller = InProcessController(**settings)
-            asyncio.run(controller.run())
-            return controller.get_result()
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        environment = {"env_vars": get_env_vars_to_propagate() | {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"}}
-        actor = ray.remote(num_cpus=0)(PooledController).options(scheduling_strategy=here, runtime_env=environment)
-        remote = actor.remote(**settings)
-        ray.get(remote.run.remote())
-        return ray.get(remote.get_result.remote())
+        # workers receive the context with its callbacks; used callbacks hold threads, so we pass unused copies
+        settings["train_run_context"] = copy.deepcopy(settings["train_run_context"])
+        controller = InProcessController(**settings)
+        asyncio.run(controller.run())
+        return controller.get_result()
 
     def _create_default_callbacks(self) -> list[Any]:
-        idle = (DatasetsCallback, PlacementGroupCleanerCallback) if self._own_cluster else (DatasetsCallback,)
+        idle = (DatasetsCallback, PlacementGroupCleanerCallback)
         return [each for each in super()._create_default_callbacks() if not isinstance(each, idle)]  # type: ignore[misc]

@@ -91,7 +91,7 @@ def _fit(
             try:
                 trainer = _trainer(config, run_id, folder, own, stop, on_sigterm)
                 reservation.acquire(f"train-{trainer.train_run_context.run_id}")  # type: ignore[attr-defined]
-                with on_sigterm.on_sigterm() if own else contextlib.nullcontext():
+                with on_sigterm.on_sigterm():
                     stopped = trainer.fit().return_value  # type: ignore[attr-defined]
                 break
             except WorkerGroupError as error:
@@ -160,7 +160,7 @@ def _trainer(
             name=config.name,
             storage_path=folder,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            logging_config=LoggingConfig(log_level="WARNING" if own else "INFO"),  # type: ignore[call-arg]
+            logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
             callbacks=[
                 callbacks.CheckNodes(liveness),  # type: ignore[list-item]
                 callbacks.WatchDrainingNodes(),  # type: ignore[list-item]

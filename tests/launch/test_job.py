@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from t2idist.engine.checkpoint import export
 from t2idist.observability import prometheus
 from tests.helpers import small_systems
 from tests.helpers.ray_head import Head, ray_head
-from tests.helpers.runs import ROOT, check_finished, write_recipe
+from tests.helpers.runs import ROOT, check_finished, images_in_progress, write_recipe
 from tests.helpers.wheel import install_wheel
 
 WARNING = "is joined without a token (RAY_AUTH_MODE is not set)"
@@ -151,6 +152,23 @@ def test_an_installed_wheel_trains_on_an_open_cluster_with_one_warning(
     assert f"the Ray cluster at {open_head.address} (this machine) {WARNING}" in warnings[0]
     assert trained(tmp_path)
     assert not (open_head.home / ".ray").exists()
+
+
+@pytest.mark.slow
+def test_sigterm_on_a_joined_cluster_saves_the_state(open_head: Head, tmp_path: Path) -> None:
+    file = write_recipe(tmp_path, cluster={"workers": 2, "cpus_per_worker": 1, "address": open_head.address})
+    command = [sys.executable, "-m", "t2idist.run", str(file), "stages.attngan.images=100000"]
+    at = tmp_path / "runs/tiny"
+    with subprocess.Popen(command, cwd="/", env=open_head.env, stderr=subprocess.PIPE, text=True) as driver:
+        while images_in_progress(at, "attngan") < 80:
+            assert driver.poll() is None
+            time.sleep(0.1)
+        driver.terminate()
+        stderr = driver.communicate(timeout=60)[1]
+    match = re.search(r"ended on request, saved at (\d+) images; run the same command again to resume\n$", stderr)
+    assert driver.returncode == 143 and match is not None and int(match[1]) >= 80, stderr
+    newest = sorted((at / "attngan/checkpoints").iterdir())[-1]
+    assert int(newest.name.partition("-")[0]) == int(match[1])
 
 
 @pytest.mark.slow  # tests/launch/test_auth.py has the refusal

@@ -66,13 +66,12 @@ USED = {
     "WorkerGroupStartupFailedError": [],
     "WorkerHealthCheckFailedError": [],
     "WorkerHealthCheckTimeoutError": [],
-    "get_env_vars_to_propagate": [],
     "get_train_context": [],
 }
 OURS = [
     *(callbacks.StopOnSigterm, callbacks.PauseBeforeResize, callbacks.CheckNodes, callbacks.StartTimeout),
     *(ray_trainer.SkipDrainingNodes, ray_trainer.FixedLocalScaling, ray_trainer.PooledWorkerGroup),
-    *(ray_trainer.InProcessWorkerGroup, ray_trainer.RayTrainer, worker_pool.WorkerPool, recovery.RecordRecovery),
+    *(ray_trainer.InProcessController, ray_trainer.RayTrainer, worker_pool.WorkerPool, recovery.RecordRecovery),
     *(ray_trainer.NodeInterfaceBackend, callbacks.WatchDrainingNodes, health.WorkerHealth, worker_pool.PooledWorker),
 ]
 NOT_RAYS = {"on_sigterm", "_request_stop", "_cancel", "_begin", "take", "prepare", "unprepared"}

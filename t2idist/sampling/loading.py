@@ -83,8 +83,8 @@ def open_device(name: str, option: str = "--device") -> torch.device:
     """Return the device of this name, given as `option`. Raises ValueError if this machine does not have it."""
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
+        torch.zeros(1, device=device).item()  # "meta" has no values
+    except (RuntimeError, AssertionError, TypeError):
         raise ValueError(f"{option} {name}: not available on this machine") from None
     allow_tf32(False)
     return device

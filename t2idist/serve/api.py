@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import io
 import zipfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from importlib import resources
 from typing import Annotated, Any, TypeVar
 
@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 import t2idist
+from t2idist import storage
 from t2idist.observability.command import describe_error
 from t2idist.serve.drawer import Drawer, Drawing
 from t2idist.serve.gate import Gate, GateConfig
@@ -47,7 +48,7 @@ def create_app(drawer: Drawer, gate: GateConfig) -> ASGIApp:
     app = FastAPI(
         title="t2idist", version=t2idist.__version__, docs_url=None, redoc_url=None, lifespan=lifespan
     )  # its pages of documentation would load scripts from the network
-    _add_errors(app)
+    _add_errors(app, drawer)
     _add_page(app)
     _add_model(app, drawer)
     _add_drawing(app, drawer)
@@ -96,6 +97,7 @@ def _add_drawing(app: FastAPI, drawer: Drawer) -> None:
 
         A PNG file equals the one that `t2idist sample` writes for the same options.
         """
+        _check_parameters(request, ())
         kind = _accepted(request, (JSON, PNG, ZIP))
         count = 1 if body.to is None and not body.interpolate_noise else 2
         if kind == PNG and (body.n != 1 or count != 1 or body.scale == "all"):
@@ -127,8 +129,9 @@ def _add_drawing(app: FastAPI, drawer: Drawer) -> None:
         outlines: Annotated[bool, Query(description="translate the outlines of the image")] = False,
     ) -> Response:
         """Translate the image file that is the body: JSON, or by the Accept header a PNG."""
+        _check_parameters(request, ("set", "clear", "domain", "to", "outlines"))
         kind = _accepted(request, (JSON, PNG))
-        content_type = request.headers.get("content-type", "")
+        content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if not content_type.startswith("image/") and content_type != "application/octet-stream":
             return _problem(415, "the body must be an image file, with a header such as Content-Type: image/png")
         body = await request.body()
@@ -138,6 +141,16 @@ def _add_drawing(app: FastAPI, drawer: Drawer) -> None:
         if kind == PNG:
             return Response(translated.png_bytes(), media_type=PNG)
         return Response(translated.model_dump_json(), media_type=JSON)
+
+
+def _check_parameters(request: Request, known: tuple[str, ...]) -> None:
+    """Raise ValueError for a parameter of the URL that is not known, or is given twice and holds one value."""
+    for name, values in ((name, request.query_params.getlist(name)) for name in request.query_params):
+        if name not in known:
+            given = f"there are {', '.join(known)}" if known else "give it in the JSON body"
+            raise ValueError(f"the URL has no parameter {name[:100]!r}; {given}")
+        if len(values) > 1 and name not in ("set", "clear"):
+            raise ValueError(f"{name} is given {len(values)} times; give it once")
 
 
 def _accepted(request: Request, kinds: tuple[str, ...]) -> str:
@@ -173,9 +186,11 @@ def _zip(drawing: Drawing) -> bytes:
 
 
 # ------------------------------------------------------------ errors
-def _add_errors(app: FastAPI) -> None:
+def _add_errors(app: FastAPI, drawer: Drawer) -> None:
+    where = storage.redact(drawer.config.export)
+
     async def invalid(_: Request, error: Exception) -> Response:
-        return _problem(422, describe_error(error))
+        return _problem(422, describe_error(error).replace(where, drawer.card.name))  # clients need not know the folder
 
     async def misread(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
@@ -186,11 +201,13 @@ def _add_errors(app: FastAPI) -> None:
 
     async def http(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        if error.status_code == 400:  # FastAPI could not parse the body, and does not say why
+            return _problem(422, "the body is not JSON: give an object in UTF-8, of usual depth and numbers")
         names = {
             404: "there is no such path; see /openapi.json",
-            405: "it has another method; see /openapi.json",
+            405: f"this path has the method {(error.headers or {}).get('Allow', '')}; see /openapi.json",
         }
-        return _problem(error.status_code, names.get(error.status_code, str(error.detail)))
+        return _problem(error.status_code, names.get(error.status_code, str(error.detail)), error.headers)
 
     async def failed(_: Request, error: Exception) -> Response:
         return _problem(500, f"drawing failed: {type(error).__name__}; the log of the server says more")
@@ -202,7 +219,7 @@ def _add_errors(app: FastAPI) -> None:
     app.add_exception_handler(Exception, failed)  # Starlette raises it again, so that it is logged
 
 
-def _problem(status: int, sentence: str, headers: dict[str, str] | None = None) -> JSONResponse:
+def _problem(status: int, sentence: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     return JSONResponse({"error": sentence}, status, headers)
 
 
@@ -215,7 +232,9 @@ def _describe_first(error: RequestValidationError) -> str:
         return f"the body is not JSON: {first.get('ctx', {}).get('error', 'it does not parse')}"
     if kind == "extra_forbidden":
         return f"there is no field {name!r}; there are {', '.join(DrawRequest.model_fields)}"
-    if kind in ("int_type", "int_parsing", "int_from_float"):
+    if kind == "model_attributes_type":
+        return f'{name} is {given}; give an object, such as {{"text": "a red heart"}}'
+    if kind in ("int_type", "int_parsing", "int_parsing_size", "int_from_float"):
         return f"{name} is {given}; give a whole number"
     if kind == "missing":
         return f"{name} is missing"

@@ -15,6 +15,7 @@ from t2idist.observability.command import command
 
 TOKEN_VARIABLE = "T2IDIST_SERVE_TOKEN"
 MIN_TOKEN_CHARACTERS = 16
+MAX_PORT = 65535
 NEEDED = ("fastapi", "uvicorn")
 
 
@@ -46,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-megapixels", type=int, default=32, metavar="N", help="pixels of an uploaded image (default: 32)")
     add = parser.add_argument_group("on Ray").add_argument
     add("--replicas", type=int, default=1, metavar="N", help="processes that draw (default: 1)")
-    add("--cpus-per-replica", type=float, default=1.0, metavar="N", help="cores of each (default: 1)")
+    add("--cpus-per-replica", type=float, metavar="N", help="cores of each (default: 1)")
     add("--gpus-per-replica", type=float, metavar="N", help="part of a GPU for each (default: 1 with --device cuda)")
     add("--address", default="", help="Ray cluster to join, such as auto (default: Ray is started for this server)")
     return parser
@@ -74,7 +75,8 @@ def _run(options: argparse.Namespace) -> int:
     gate = GateConfig(options.host, None if token is None else hash_of(token), config.upload_bytes)
     sock = bind(options.host, options.port)
     port = sock.getsockname()[1]
-    where = f"http://{options.host}:{port}"
+    address = options.host.strip("[]")
+    where = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
     if options.local:
         from t2idist.serve.api import create_app
         from t2idist.serve.local import serve
@@ -101,6 +103,12 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("cpus_per_replica", "gpus_per_replica"):
         if (value := vars(options)[name]) is not None and not 0 <= value < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} {value}: give 0 or more")
+    if not 0 <= options.port <= MAX_PORT:
+        raise ValueError(f"--port {options.port}: give a port from 1 to {MAX_PORT}, or 0: any that is free")
+    if options.cpus_per_replica is None:
+        options.cpus_per_replica = 1.0
+    elif options.local:
+        raise ValueError("--cpus-per-replica is for Ray; remove it or --local")
     if options.local and (options.replicas > 1 or options.address or options.gpus_per_replica is not None):
         raise ValueError("--replicas, --gpus-per-replica and --address are for Ray; remove them or --local")
 
@@ -117,9 +125,13 @@ def _token(options: argparse.Namespace) -> str | None:
 
     source, token = f"the variable {TOKEN_VARIABLE}", os.environ.get(TOKEN_VARIABLE, "").strip()
     if options.token_file is not None:
-        source, token = f"--token-file {options.token_file}", Path(options.token_file).read_text().strip()
+        source = f"--token-file {options.token_file}"
+        try:
+            token = Path(options.token_file).read_bytes().decode("ascii", "replace").strip()
+        except OSError as error:
+            raise ValueError(f"{source}: {error.strerror}; give a file that holds the token") from None
         if not token:
-            raise ValueError(f"{source}: is empty")
+            raise ValueError(f"{source}: is empty; write a token of {MIN_TOKEN_CHARACTERS} or more characters to it")
     if not token:
         if not is_loopback(options.host):
             raise ValueError(

@@ -10,7 +10,7 @@ import ipaddress
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -83,6 +83,8 @@ class Gate:
         if refusal is not None:
             await _answer(*refusal, receive, send)
             return
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}  # uvicorn sends the headers only
         body = _Body(receive, limit)
 
         async def send_with_headers(message: Message) -> None:
@@ -105,20 +107,20 @@ class Gate:
         if is_loopback(self._config.host) and not self._names_loopback(host):
             return 421, f"the Host header is {host[:100]!r}; this server answers under {self._config.host} only"
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _split(origin).netloc != host:
             return 403, f"the request comes from a page of {origin[:100]!r}, not from this server's page"
         if scope["path"] not in OPEN_PATHS and not self._has_token(headers):
             return 401, "this server needs its token, as the header Authorization: Bearer TOKEN"
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > limit:
             return 413, str(TooLarge(limit))
-        is_json = headers.get("content-type", "").partition(";")[0].strip() == "application/json"
+        is_json = headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
         if scope["method"] == "POST" and scope["path"] != UPLOAD_PATH and not is_json:
             return 415, "the body must be JSON, with the header Content-Type: application/json"
         return None
 
     def _names_loopback(self, host: str) -> bool:
-        name = urlsplit(f"//{host}").hostname or ""
+        name = _split(f"//{host}").hostname or ""
         return is_loopback(name) or name == self._config.host
 
     def _has_token(self, headers: Mapping[str, str]) -> bool:
@@ -161,6 +163,14 @@ async def _answer(status: int, sentence: str, receive: Receive, send: Send) -> N
             while (await receive()).get("more_body", False):
                 pass
     await send({"type": "http.response.body", "body": b""})
+
+
+def _split(url: str) -> SplitResult:
+    """Split a URL; an invalid one, such as http://[, has no parts."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
 
 
 def _size(limit: int) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 
 import uvicorn
 from starlette.types import ASGIApp
 
 BACKLOG = 2048
+NO_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+"""This machine does not have the address."""
 SECONDS_TO_FINISH = 10
 """How long a server that is stopped goes on with the requests that it has."""
 
@@ -20,10 +23,12 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         sock.bind((host.strip("[]"), port))
         sock.listen(BACKLOG)  # without this, a second server could bind to the same address
-    except (OSError, OverflowError) as error:
+    except (OSError, UnicodeError) as error:
         sock.close()
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ValueError(f"--host {host} --port {port}: {reason}; give another --port (0: any that is free)") from None
+        reason = getattr(error, "strerror", None) or "not a valid name"
+        of_host = not isinstance(error, OSError) or isinstance(error, socket.gaierror) or error.errno in NO_ADDRESS
+        remedy = "--host, an address of this machine" if of_host else "--port (0: any that is free)"
+        raise ValueError(f"--host {host} --port {port}: {reason}; give another {remedy}") from None
     return sock
 
 

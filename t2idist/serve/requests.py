@@ -23,9 +23,7 @@ class DrawRequest(BaseModel):
     text: Annotated[StrictStr | None, Field(description="the sentence; null for a model without text")] = None
     n: Annotated[StrictInt, Field(description="number of images, each of other noise")] = BATCH_IMAGES
     seed: Annotated[StrictInt, Field(description="equal seeds give equal images")] = 0
-    truncation: Annotated[
-        StrictFloat | StrictInt | None, Field(description="redraw noise of a magnitude above this")
-    ] = None
+    truncation: Annotated[StrictFloat | None, Field(description="redraw noise of a magnitude above this")] = None
     scale: Annotated[Literal["largest", "all"], Field(description="image sizes to return")] = "largest"
     attention: Annotated[StrictBool, Field(description="also return the attention map of each word")] = False
     to: Annotated[
@@ -62,7 +60,7 @@ class DrawRequest(BaseModel):
     @property
     def truncation_or_none(self) -> float:
         """The truncation as a number; infinity if there is none."""
-        return float("inf") if self.truncation is None else float(self.truncation)
+        return float("inf") if self.truncation is None else self.truncation
 
 
 class Map(BaseModel):

@@ -60,8 +60,8 @@ def test_the_files_are_those_of_the_command(attngan: Client, served: dict[str, s
     answer = attngan.draw(text=FIRST, n=6, seed=3, scale="all")
     assert [file for files in answer.files for file in files] == written
     assert answer.json["images"][0]["sizes"] == [16, 32] and answer.json["words"] == ["a", "red", "heart"]
-    (one,) = command_files(tmp_path / "one", url, *options, "--n", "1", "--truncation", "0.5").values()
-    png = attngan.ask("/draw", {"text": FIRST, "n": 1, "seed": 3, "truncation": 0.5}, Accept="image/png")
+    (one,) = command_files(tmp_path / "one", url, *options, "--n", "1", "--truncation", "1").values()
+    png = attngan.ask("/draw", {"text": FIRST, "n": 1, "seed": 3, "truncation": 1}, Accept="image/png")
     assert (png.headers["content-type"], png.body) == ("image/png", one)
     archive = attngan.ask("/draw", {"text": FIRST, "n": 6, "seed": 3, "scale": "all"}, Accept="application/zip")
     with zipfile.ZipFile(io.BytesIO(archive.body)) as files:
@@ -153,6 +153,10 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"text": FIRST, "seed": "x"}, "seed is 'x'; give a whole number"),
     ({"text": FIRST, "truncation": 0}, "truncation 0: give at least 0.01"),
     ({"text": FIRST, "truncation": float("nan")}, "truncation nan: give at least 0.01"),
+    ({"text": FIRST, "truncation": 10**400}, "truncation is 1000"),
+    ({"text": FIRST, "truncation": "1"}, "truncation is '1'; input should be a valid number"),
+    ({"text": "\ud800 red"}, "this sentence has characters that are not valid Unicode; give it as UTF-8"),
+    ({"text": FIRST, "to": "\ud800 red"}, "this sentence has characters that are not valid Unicode"),
     ({"text": FIRST, "number": 3}, "there is no field 'number'; there are text, n, seed"),
     ({"text": FIRST, "steps": 3}, "steps is for to and interpolate_noise"),
     ({"text": FIRST, "to": SECOND, "steps": 1}, "steps 1: give at least 2, the two ends"),
@@ -174,15 +178,34 @@ def test_what_is_no_request_is_answered_in_a_sentence(attngan: Client) -> None:
     long = b'"' + b"a" * (2 << 20) + b'"'
     cases = [
         (attngan.ask("/draw", b"{", Content_Type="application/json"), 422, "the body is not JSON: "),
+        (attngan.ask("/draw", b"[]", Content_Type="Application/JSON"), 422, "the body is []; give an object, such as"),
+        (attngan.ask("/draw", b'{"text": "\xff"}', Content_Type="application/json"), 422, "give an object in UTF-8"),
+        (attngan.ask("/draw", b"[" * 100_000, Content_Type="application/json"), 422, "the body is not JSON"),
+        (attngan.ask("/draw", b'{"n": 1%s}' % (b"0" * 5000), Content_Type="application/json"), 422, "is not JSON"),
+        (attngan.ask("/draw?n=1", {"text": FIRST}), 422, "the URL has no parameter 'n'; give it in the JSON body"),
         (attngan.ask("/draw", b"{}", Content_Type="text/plain"), 415, "the body must be JSON"),
         (attngan.ask("/draw", long, Content_Type="application/json"), 413, "larger than 1 MB"),
-        (attngan.ask("/draw"), 405, "it has another method"),
+        (attngan.ask("/draw"), 405, "this path has the method POST"),
         (attngan.ask("/nowhere"), 404, "there is no such path"),
         (attngan.ask("/draw", {"text": FIRST, "n": 2}, Accept="image/png"), 422, "Accept: image/png is for one image"),
         (attngan.ask("/translate", b"x", Content_Type="image/png"), 422, "this export does not translate images"),
     ]
     for answer, status, sentence in cases:
         assert (answer.status, sentence in answer.error) == (status, True), answer.body
+    assert attngan.ask("/draw").headers["allow"] == "POST"
+
+
+def test_a_server_is_watched_by_head_requests(attngan: Client) -> None:
+    for path in ("/", "/healthz", "/model"):
+        head, got = attngan.ask(path, method="HEAD"), attngan.ask(path)
+        assert (head.status, head.body) == (200, b"")
+        assert head.headers["content-length"] == got.headers["content-length"]
+
+
+def test_answers_do_not_name_the_folder_of_the_export(served: dict[str, str], attngan: Client) -> None:
+    for answer in (attngan.draw(), attngan.ask("/translate", b"x", Content_Type="image/png")):
+        assert answer.error.startswith(("attngan: ", "text is missing: attngan "))
+        assert served["attngan"] not in answer.error
 
 
 def test_a_full_queue_answers_503_in_a_sentence(served: dict[str, str]) -> None:
@@ -272,6 +295,10 @@ def test_an_upload_that_cannot_be_used_is_answered_in_a_sentence(stargan: Client
         ("?set=Wings", b"", kind, 422, "'Wings' is not among the attributes"),
         ("", b"", kind, 422, "give set or clear: Black_Hair"),
         ("?set=Smiling&domain=x", b"", kind, 422, "domain is 'x'; give a whole number"),
+        (f"?set=Smiling&domain={'9' * 5000}", b"", kind, 422, "give a whole number"),
+        ("?set=Smiling&domain=0&domain=1", b"", kind, 422, "domain is given 2 times; give it once"),
+        ("?set=Smiling&claer=x", b"", kind, 422, "the URL has no parameter 'claer'; there are set, clear, domain, to"),
+        ("?set=Smiling", b"not an image", "IMAGE/PNG", 422, "image: does not decode: not JPEG"),
         ("?to=x", b"", kind, 422, "this export has no domains to translate to"),
         ("?set=Smiling", b"x", "multipart/form-data", 415, "the body must be an image file"),
         ("?set=Smiling", b"x" * (2 << 20), kind, 413, "larger than 1 MB"),
@@ -353,13 +380,13 @@ def test_a_token_is_needed_for_all_but_the_page(served: dict[str, str]) -> None:
 
 def test_pages_of_other_sites_are_refused(attngan: Client) -> None:
     port = attngan.url.rpartition(":")[2]
-    for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", ""):
+    for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "[::1", "[zz]", ""):
         answer = attngan.ask("/model", Host=host)
         assert answer.status in (400, 421), "DNS rebinding"
     for host in ("localhost", f"localhost:{port}", f"127.0.0.1:{port}", "[::1]"):
         assert attngan.ask("/model", Host=host).status == 200
     body = {"text": FIRST, "n": 1}
-    for origin in ("http://evil.example", "null", f"http://localhost:{port}"):
+    for origin in ("http://evil.example", "null", "http://[", f"http://localhost:{port}"):
         answer = attngan.ask("/draw", body, Origin=origin)
         assert answer.status == 403 and "comes from a page of" in answer.error
     assert attngan.ask("/draw", body, Origin=attngan.url).status == 200

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from t2idist.sampling import sample
-from t2idist.serve import cli
+from t2idist.serve import cli, local
 from tests.helpers.served import Client, command
 from tests.helpers.wheel import install_wheel
 from tests.sampling.conftest import FIRST
@@ -45,15 +46,27 @@ def test_misuse_is_answered_in_a_sentence(
         for local in (["--local"], []):
             sentence = refused(capsys, *local, "--export", served["attngan"], "--port", port)
             assert f"--port {port}: Address already in use; give another --port" in sentence
-    assert "--port 70000" in refused(capsys, *export, "--port", "70000")
+    assert "--port 70000: give a port from 1 to 65535, or 0" in refused(capsys, *export, "--port", "70000")
+    monkeypatch.setenv(cli.TOKEN_VARIABLE, "a-token-of-20-letters")
+    for host in ("203.0.113.1", "a..b"):  # an address for documentation, and no valid name
+        assert "give another --host, an address of this machine" in refused(capsys, *export, "--host", host)
+    monkeypatch.delenv(cli.TOKEN_VARIABLE)
     assert "other machines could draw" in refused(capsys, *export, "--host", "0.0.0.0")
     short = tmp_path / "short"
     short.write_text("short\n")
     assert "give at least 16 ASCII characters" in refused(capsys, *export, "--token-file", str(short))
-    assert "No such file" in refused(capsys, *export, "--token-file", str(tmp_path / "none"))
+    (tmp_path / "binary").write_bytes(b"\xff" * 20)
+    for file, sentence in (
+        ("none", "none: No such file or directory; give a file that holds the token"),
+        (".", "Is a directory; give a file that holds the token"),
+        ("binary", "binary: give at least 16 ASCII characters"),
+    ):
+        assert sentence in refused(capsys, *export, "--token-file", str(tmp_path / file))
+    assert "--device meta: not available" in refused(capsys, *export, "--device", "meta")
     assert "--max-images 0: give at least 1" in refused(capsys, *export, "--max-images", "0")
     assert "more than --queue 8 holds" in refused(capsys, *export, "--queue", "8", "--max-images", "9")
     assert "are for Ray; remove them or --local" in refused(capsys, *export, "--replicas", "2")
+    assert "is for Ray; remove it or --local" in refused(capsys, *export, "--cpus-per-replica", "2")
     assert "--encoder" in refused(capsys, *export, "--encoder", "minilm")
     assert "this machine has 0 GPUs" in refused(
         capsys, "--export", served["attngan"], "--port", "0", "--gpus-per-replica", "0.5"
@@ -67,6 +80,17 @@ def test_a_missing_extra_is_named_with_its_command(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "fastapi" else find(name))
     sentence = refused(capsys, "--local", "--export", served["attngan"])
     assert "install them with: pip install t2idist[serve]" in sentence
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_the_address_that_is_printed_is_a_url(
+    served: dict[str, str], capsys: Capture, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    if not socket.has_ipv6:
+        pytest.skip("no IPv6 on this machine")
+    monkeypatch.setattr(local, "serve", lambda app, sock: sock.close())
+    assert cli.main(["--local", "--export", served["attngan"], "--host", host, "--port", "0"]) == 0
+    assert re.search(r" at http://\[::1\]:\d+ ", capsys.readouterr().out)
 
 
 @pytest.mark.whole

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from numbers import Real
+
 import torch
 from PIL import Image
 
@@ -36,8 +39,14 @@ def check_count(count: int, option: str) -> None:
 
 def check_truncation(truncation: float | None, option: str) -> None:
     """Raise ValueError if noise cannot be limited to this magnitude; None is no limit."""
-    if truncation is not None and not truncation >= MIN_TRUNCATION:
-        raise ValueError(f"{option} {truncation}: give at least {MIN_TRUNCATION}")
+    if truncation is None:
+        return
+    if not isinstance(truncation, Real):
+        raise ValueError(f"{option} is {truncation!r}; give a number")
+    if not truncation >= MIN_TRUNCATION:
+        raise ValueError(f"{option} {truncation:g}: give at least {MIN_TRUNCATION}")
+    if sys.float_info.max < truncation < float("inf"):
+        raise ValueError(f"{option}: the number has too many digits; give at most {sys.float_info.max:.0e}")
 
 
 def images_per_batch(captions: Captions) -> int:

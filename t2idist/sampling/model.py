@@ -8,7 +8,7 @@ import operator
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import SupportsIndex
 
 import numpy as np
@@ -117,7 +117,7 @@ class Model:
             domain: index of the data set with these attributes.
             to: domain to translate to, of a model that translates between domains; None: the only one it has.
         """
-        change = change_of(self.loaded, _names(set), _names(clear), _whole_number("domain", domain), to)
+        change = change_of(self.loaded, _names("set", set), _names("clear", clear), _whole_number("domain", domain), to)
         pixels = _read(image, self.loaded.system.sizes[-1])
         return to_pil(change.apply(self.loaded, pixels, self._device))
 
@@ -188,7 +188,9 @@ def _warn(messages: Sequence[str]) -> None:
         warnings.warn(message, UserWarning, stacklevel=level)
 
 
-def _names(given: str | Sequence[str]) -> tuple[str, ...]:
+def _names(name: str, given: str | Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(given, Iterable):
+        raise ValueError(f"{name} is {given!r}; give the name of an attribute, or a list of them")
     return (given,) if isinstance(given, str) else tuple(given)
 
 

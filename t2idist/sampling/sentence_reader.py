@@ -82,7 +82,10 @@ class SentenceReader:
 
     def read(self, sentences: Sequence[Sentence]) -> ReadSentences:
         """Encode the sentences that can be drawn; says what is wrong with the others."""
-        vectors = None if self.encoder is None else self.encoder.encode([sentence.text for sentence in sentences])
+        vectors = None
+        if self.encoder is not None:  # it does not see what is refused anyway, such as a file given by mistake
+            given = [each.text if unreadable_sentence(each, None) is None else "" for each in sentences]
+            vectors = self.encoder.encode(given)
         found = [
             self._problem(sentence, None if vectors is None else vectors[index])
             for index, sentence in enumerate(sentences)

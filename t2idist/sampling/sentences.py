@@ -27,6 +27,7 @@ class Sentence:
 
     def __str__(self) -> str:
         text = self.text if len(self.text) <= _MAX_QUOTED else f"{self.text[:_MAX_QUOTED]}..."
+        text = text.encode(errors="backslashreplace").decode()  # a message can be written everywhere
         return f'{self.origin}: "{text}"' if self.origin else f'"{text}"'
 
 
@@ -50,10 +51,21 @@ def unreadable_sentence(sentence: Sentence, vocabulary: Vocabulary | None) -> st
     """
     if len(sentence.text) > MAX_CHARACTERS:
         return f"{sentence}: this sentence has {len(sentence.text):,} characters; at most {MAX_CHARACTERS:,} are read"
+    if not is_unicode(sentence.text):
+        return f"{sentence}: this sentence has characters that are not valid Unicode; give it as UTF-8"
     if vocabulary is None or known_words(vocabulary, sentence.text):
         return None
     words = _quote(vocabulary.unknown_words(sentence.text))
     return f"{sentence}: no word of this sentence is in the vocabulary of the export{': ' if words else ''}{words}"
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether a text has no lone surrogates: bytes of a command line that are not UTF-8, or bad JSON."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def warnings_about(

@@ -304,10 +304,10 @@ def change_of(
     """Return the change of an image that these arguments name. Raises ValueError if they do not fit the export."""
     where = storage.redact(loaded.url)
     if isinstance(loaded.system, SupportsDomains):
-        if set_names or clear_names:
-            raise ValueError(f"{where}: this export translates between domains; give to, not set or clear")
+        if set_names or clear_names or domain:
+            raise ValueError(f"{where}: this export translates between domains; give to, not set, clear or domain")
         return DomainChange.of(loaded, to, option="")
-    if to is not None:
+    if to is not None and isinstance(loaded.system, SupportsTranslate):
         raise ValueError(f"{where}: this export has no domains to translate to; give set or clear")
     return AttributeChanges.of(loaded, set_names, clear_names, domain, option="")
 
@@ -345,8 +345,8 @@ def _run(options: argparse.Namespace) -> int:
     loaded = load_export(options.export, device)
     change: AttributeChanges | DomainChange
     if isinstance(loaded.system, SupportsDomains):
-        if options.set or options.clear:
-            raise ValueError("--set and --clear are for exports of stargan; this one has --to")
+        if options.set or options.clear or options.domain:
+            raise ValueError("--set, --clear and --domain are for exports of stargan; this one has --to")
         change = DomainChange.of(loaded, options.to, option="--")
     else:
         if options.to is not None or options.outlines:

@@ -78,7 +78,8 @@ def test_cyclegan_trains_on_two_attributes_and_translates(
     for invalid, message in (
         ([], "give --to; this export translates to blue and red"),
         (["--to", "green"], "--to green: there is no such domain; this export translates to blue and red"),
-        (["--set", "red"], "--set and --clear are for exports of stargan; this one has --to"),
+        (["--to", "red", "--domain", "1"], "--set, --clear and --domain are for exports of stargan"),
+        (["--set", "red"], "--set, --clear and --domain are for exports of stargan; this one has --to"),
     ):
         assert translate.main([*arguments, *invalid]) == 2
         assert message in capsys.readouterr().err

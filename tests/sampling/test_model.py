@@ -149,6 +149,10 @@ INVALID: list[tuple[str, dict[str, Any], str]] = [
     ("attngan", {"text": FIRST, "n": "4"}, "n is '4'; give a whole number"),
     ("attngan", {"text": FIRST, "seed": "x"}, "seed is 'x'; give a whole number"),
     ("attngan", {"text": FIRST, "truncation": 0}, "truncation 0: give at least 0.01"),
+    ("attngan", {"text": FIRST, "truncation": "1"}, "truncation is '1'; give a number"),
+    ("attngan", {"text": FIRST, "truncation": 10**400}, "truncation: the number has too many digits"),
+    ("attngan", {"text": "\ud800 red"}, r"\\ud800 red\": this sentence has characters that are not valid Unicode"),
+    ("reads_vectors", {"text": "\ud800 red"}, "this sentence has characters that are not valid Unicode"),
     ("unconditional", {"text": FIRST}, "this export is unconditional; give no text"),
     ("damsm", {"text": FIRST}, "this export does not generate images; give that of a generator"),
     ("stargan", {"text": FIRST}, r"translates images and generates none from sentences; use translate\(\)"),
@@ -165,6 +169,20 @@ def test_draw_refuses_bad_input_in_one_sentence(
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
 
 
+def test_the_encoder_does_not_see_what_is_refused(
+    more_exports: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = t2idist.load(more_exports["reads_vectors"], encoder=more_exports["encoder"])
+    encoder = model._reader.encoder
+    seen: list[str] = []
+    encode = encoder.encode  # type: ignore[union-attr]
+    monkeypatch.setattr(encoder, "encode", lambda texts: (seen.extend(texts), encode(texts))[1])
+    for text in (LONG[:10_001], "\ud800 red"):
+        with pytest.raises(ValueError, match="this sentence has"):
+            model.draw(text)
+    assert seen == ["", ""]
+
+
 def test_ten_thousand_characters_are_read_and_named_in_short(exports: dict[str, str]) -> None:
     with pytest.warns(UserWarning, match="and 2,47[0-9] more|'re'") as caught:
         t2idist.load(exports["attngan"]).draw(LONG[:10_000], n=1)
@@ -174,6 +192,8 @@ def test_ten_thousand_characters_are_read_and_named_in_short(exports: dict[str, 
 def test_load_refuses_bad_input_in_one_sentence(more_exports: dict[str, str], tmp_path: Path) -> None:
     cases: list[tuple[str, dict[str, Any], str]] = [
         (str(tmp_path), {}, "no export here"),
+        (str(Path(more_exports["attngan"]) / "export.json"), {}, "no export here"),
+        (more_exports["attngan"], {"device": "meta"}, "device meta: not available on this machine"),
         (more_exports["attngan"], {"device": "abacus"}, "device abacus: not available on this machine"),
         (more_exports["attngan"], {"encoder": more_exports["encoder"]}, "encoder: this export has its own"),
         (more_exports["unconditional"], {"encoder": more_exports["encoder"]}, "encoder: .* reads no sentences; remove"),
@@ -256,6 +276,8 @@ def test_translate_refuses_bad_input_in_one_sentence(more_exports: dict[str, str
         (np.zeros((8, 8, 3)), changes, "image is a ndarray; give a path, a URL or a PIL image"),
         (None, changes, "image is a NoneType"),
         (image, {}, "give set or clear: Black_Hair, Blond_Hair, Smiling"),
+        (image, {"set": None}, "set is None; give the name of an attribute, or a list of them"),
+        (image, {"clear": 5}, "clear is 5; give the name of an attribute"),
         (image, {"set": "Wings"}, "'Wings' is not among the attributes that this export changes: Black_Hair"),
         (image, {"clear": "Wings"}, "'Wings' is not among"),
         (image, {"set": "Smiling", "clear": "Smiling"}, "set Smiling: it conflicts with the other changes"),
@@ -269,6 +291,8 @@ def test_translate_refuses_bad_input_in_one_sentence(more_exports: dict[str, str
         assert "\n" not in str(raised.value)
     with pytest.raises(ValueError, match="attngan: this export does not translate images"):
         t2idist.load(more_exports["attngan"]).translate(image, set="Smiling")
+    with pytest.raises(ValueError, match="unconditional: this export does not translate images"):
+        t2idist.load(more_exports["unconditional"]).translate(image, to="red")
     with pytest.raises(ValueError, match="'stargan' has no text encoder"):
         model.embed(FIRST)
 

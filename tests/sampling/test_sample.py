@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,12 @@ def test_unknown_words_are_reported(
     assert sample_attngan(exports, tmp_path, "--text", "two zeppelins") == 2
     error = capsys.readouterr().err
     assert "no word of this sentence" in error and error.count("\n") == 1
+    assert sample_attngan(exports, tmp_path, "--text", os.fsdecode(b"\xff red heart")) == 2
+    error = capsys.readouterr().err
+    assert (
+        error
+        == 'sample: "\\udcff red heart": this sentence has characters that are not valid Unicode; give it as UTF-8\n'
+    )
 
 
 def test_invalid_exports_give_one_sentence(
@@ -222,7 +229,7 @@ INVALID: list[tuple[list[str], str]] = [
     (["--text", FIRST, "--n", "1000000"], "--n 1000000: give at least 1 and at most 1000"),
     (["--text", FIRST, "--interpolate-noise", "--steps", "1001"], "--steps 1001: give at least 1 and at most 1000"),
     (["--text", "a red heart " * 900], '..": this sentence has 10,800 characters; at most 10,000 are read'),
-    (["--text", FIRST, "--truncation", "0"], "--truncation 0.0: give at least 0.01"),
+    (["--text", FIRST, "--truncation", "0"], "--truncation 0: give at least 0.01"),
     (["--text", FIRST, "--truncation", "nan"], "--truncation nan"),
     (["--text", "a {} heart"], "give words for it with --change-word"),
     (["--text", FIRST, "--change-word", "red"], "has no {}"),

@@ -73,7 +73,7 @@ def read_index(url: str) -> dict[str, Any]:
     index_url = storage.join(url, INDEX)
     try:
         index = storage.read_json(index_url)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{storage.redact(url)}: no export here ({INDEX} is missing)") from None
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise ValueError(f"{storage.redact(index_url)}: not an export index of format {FORMAT}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from t2idist.training.stages import StageRun
 
 OF_PRDC = ("precision", "recall", "density", "coverage")
 _LARGER_IS_BETTER = ("is", *OF_PRDC, "r_precision", "clip_r", "damsm_r", "val/r_precision")
+MAX_TRIALS = 9999
+"""A trial's name has four digits."""
 SCORES_PER_TRIAL = 9
 """Scores of a trial if the recipe does not say how often; the first is at the first rung of ASHA."""
 
@@ -104,6 +105,8 @@ def make(recipe: str, overrides: Sequence[str], options: SweepOptions) -> SweepP
         raise ValueError(f"--trials {options.trials}; give at least 1")
     fixed, space = search_space.split_overrides(overrides)
     search_space.check(fixed, space)
+    if min(options.trials, search_space.combinations(space) or options.trials) > MAX_TRIALS:
+        raise ValueError(f"--trials {options.trials}; give at most {MAX_TRIALS:,}")
     _check_keys(space)
     if recipe.endswith((".yaml", ".yml")):
         recipe = str(Path(recipe).absolute())
@@ -173,29 +176,33 @@ def _measured_stage(config: RunConfig, options: SweepOptions) -> str:
         )
     built = {name: _build(config, name) for name in names}
     for name, system in built.items():
-        if slash and (system is None or prefix in (*system.roles, "val")):
+        if slash and (isinstance(system, ValueError) or prefix in (*system.roles, "val")):
             return name
         if not slash and isinstance(system, SupportsSample) and not isinstance(system, SupportsInvert):
             return name  # a system that inverts a generator shows the images of that one
     if slash:
-        prefixes = sorted({role for system in built.values() if system for role in system.roles} | {"val"})
+        built_roles = [system.roles for system in built.values() if not isinstance(system, ValueError)]
+        prefixes = sorted({"val"}.union(*built_roles))
         raise ValueError(
             f"--metric {options.metric}: the log of {', '.join(names)} has no '{prefix}/...'; its metrics begin with "
             f"{', '.join(f'{role}/' for role in prefixes)}"
         )
+    if errors := [system for system in built.values() if isinstance(system, ValueError)]:
+        raise errors[-1]  # of the earliest stage
     raise ValueError(
         f"--metric {options.metric}: {config.stages[names[0]].system} does not generate images from captions; give a "
         "metric of its log, such as val/r_precision"
     )
 
 
-def _build(config: RunConfig, name: str) -> System | None:
-    """Build the system of a stage without weights; None if that needs the data."""
+def _build(config: RunConfig, name: str) -> System | ValueError:
+    """Build the system of a stage without weights; returns the error if its settings are invalid or need the data."""
     stage = StageRun(config, name)
     stage.model_config()
-    with contextlib.suppress(ValueError):
+    try:
         return dry_run.build_on_meta(stage, dry_run.UNKNOWN)
-    return None
+    except ValueError as error:
+        return error
 
 
 def _direction(options: SweepOptions) -> str:

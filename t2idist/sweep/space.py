@@ -63,7 +63,9 @@ def split_overrides(overrides: Iterable[str]) -> tuple[list[str], Space]:
     space: Space = {}
     for override in overrides:
         key, equals, text = override.partition("=")
-        found = _parse(text.strip(), override) if equals and key else None
+        if not equals or not key:
+            raise ValueError(f"{override!r}: expected key.path=value")
+        found = _parse(text.strip(), override)
         if found is None:
             fixed.append(override)
         elif key in space:
@@ -95,7 +97,9 @@ def _parse_range(kind: str, text: str, source: str) -> Range:
         low, high = (float(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"{source}: expected {kind}(low,high) with two numbers") from None
-    if not (math.isfinite(low) and math.isfinite(high)) or low >= high:
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"{source}: expected {kind}(low,high) with two finite numbers")
+    if low >= high:
         raise ValueError(f"{source}: the first number must be below the second; give {kind}(low,high)")
     if kind == "loguniform" and low <= 0:
         raise ValueError(f"{source}: loguniform needs numbers above 0; use uniform")
@@ -157,7 +161,9 @@ def _describe(domain: Choice | Range) -> str:
 def check(fixed: Sequence[str], space: Space) -> None:
     """Raise ValueError if nothing is swept."""
     if all(isinstance(domain, Choice) and len(domain.values) == 1 for domain in space.values()):
-        given = f"; {fixed[0]} is one value" if fixed else ""
+        keys = [*describe(space).items(), *(text.split("=", 1) for text in fixed)]
+        single = [f"{key}={text}" for key, text in keys if key not in ("name", "storage", "preset")]
+        given = f"; {single[0]} is one value" if single else ""
         raise ValueError(
             f"no key to sweep{given}: give one or more of key=[a,b,c], key=uniform(a,b), key=loguniform(a,b)"
         )

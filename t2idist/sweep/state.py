@@ -129,7 +129,13 @@ def read(url: str) -> Sweep | None:
         values = storage.read_json(storage.join(url, FILE))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return from_dict(Sweep, values)
+    try:
+        return from_dict(Sweep, values)
+    except ValueError as error:
+        where = storage.redact(storage.join(url, FILE))
+        raise ValueError(
+            f"{where}: not the state of a sweep: {error}; restore the file or give another name="
+        ) from None
 
 
 def write(url: str, sweep: Sweep) -> None:

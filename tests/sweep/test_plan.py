@@ -67,6 +67,8 @@ def test_a_trial_ends_with_the_measured_stage() -> None:
     [
         ([], {}, "no key to sweep"),
         ([RATE], {"trials": 0}, "--trials 0; give at least 1"),
+        (["seed=randint(1,9)"], {"trials": 10**9}, "--trials 1000000000; give at most 9,999"),
+        (["stages.attngan.model.base_size=[15,16]"], {}, "stages.attngan: base_size is 15"),
         ([RATE], {"metric": "beauty"}, "--metric beauty: no such score in training; there are fid, kid"),
         ([RATE], {"metric": "nobody/loss"}, "has no 'nobody/...'; its metrics begin with .*discriminator.*generator/"),
         ([RATE], {"metric": "generator/adversarial_16"}, "give --mode min or --mode max"),

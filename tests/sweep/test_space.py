@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 
@@ -76,7 +77,9 @@ def test_lists_give_every_combination_once() -> None:
         ("a=[1,", "not valid YAML"),
         ("a=uniform(2,1)", "the first number must be below the second"),
         ("a=uniform(1)", "expected uniform\\(low,high\\) with two numbers"),
-        ("a=uniform(0,inf)", "the first number must be below the second"),
+        ("a=uniform(0,inf)", "a=uniform\\(0,inf\\): expected uniform\\(low,high\\) with two finite numbers"),
+        ("a", "'a': expected key.path=value"),
+        ("=[1,2]", "'=\\[1,2\\]': expected key.path=value"),
         ("a=loguniform(0,1)", "loguniform needs numbers above 0; use uniform"),
         ("a=randint(0.5,2)", "randint needs whole numbers; use uniform"),
         ("a=normal(0,1)", "no such range; there are uniform"),
@@ -98,3 +101,10 @@ def test_a_key_is_given_once() -> None:
 def test_a_sweep_needs_a_key_with_several_values(overrides: list[str]) -> None:
     with pytest.raises(ValueError, match="no key to sweep.*give one or more of key=\\[a,b,c\\]"):
         space.check(*space.split_overrides(overrides))
+
+
+@pytest.mark.parametrize("override", ["a=[1]", "a=[1,1]", "a=uniform(1,2", "a=1,2", "a={1,2}"])
+def test_the_key_that_was_meant_to_be_swept_is_named(override: str) -> None:
+    written = "a=[1]" if override == "a=[1,1]" else override
+    with pytest.raises(ValueError, match=f"no key to sweep; {re.escape(written)} is one value: give"):
+        space.check(*space.split_overrides(["storage=/runs", "name=x", override]))

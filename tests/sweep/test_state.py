@@ -104,6 +104,13 @@ def test_another_sweep_of_the_same_name_is_refused(
         state.open_sweep(plan_of(tmp_path, *overrides, **options))
 
 
+def test_a_damaged_file_of_a_sweep_is_named(tmp_path: Path) -> None:
+    for content in ("{", "[]", '{"recipe": "gan_cls"}'):
+        (tmp_path / state.FILE).write_text(content)
+        with pytest.raises(ValueError, match=f"{tmp_path}/sweep.json: not "):
+            state.read(str(tmp_path))
+
+
 def test_the_run_folders_are_the_truth(tmp_path: Path) -> None:
     sweep = example()
     write_run(tmp_path, Trial(4, {}, images=48, value=0.25))

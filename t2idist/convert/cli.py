@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -122,8 +123,18 @@ def _push(options: argparse.Namespace) -> None:
         _, _, inside = hub.split(options.to)
         if inside:
             raise ValueError(f"--to {options.to}: give a repository: hf://USER/NAME")
+    elif options.to.startswith(("http://", "https://")):
+        raise ValueError(f"--to {storage.redact(options.to)}: give a repository as hf://USER/NAME, or a folder")
     elif storage.list_dir(options.to):
         raise ValueError(f"--to {storage.redact(options.to)}: is not empty; use another folder")
+    for option, pattern, values in (
+        ("--licence", r"[A-Za-z0-9.-]+", [options.licence]),
+        ("--dataset", r"[\w.-]+/[\w.-]+", options.dataset),
+    ):
+        for value in values:
+            if not re.fullmatch(pattern, value):
+                example = "cc-by-4.0" if option == "--licence" else "USER/NAME"
+                raise ValueError(f"{option} {value!r}: not a name of the Hub; give one such as {example}")
     facts = card.CardFacts(options.to, options.licence, options.data_licence, tuple(options.dataset))
     loaded = load_export(options.export, torch.device("cpu"), options.system)
     with tempfile.TemporaryDirectory(prefix="t2idist-push-") as temporary:

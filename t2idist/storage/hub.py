@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 SCHEME = "hf"
 SUFFIXES = (".safetensors", ".json", ".md", ".txt", ".png", ".webp")
 _URL = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/(.+))?")
+_EXPECTED = "expected hf://USER/NAME, or hf://USER/NAME@REVISION"
 _INSTALL = "pip install 't2idist[hub]'"
 
 
@@ -20,7 +22,7 @@ def split(url: str) -> tuple[str, str | None, str]:
     """Return the repository, the revision (None: the newest) and the path in it. Raises ValueError."""
     match = _URL.fullmatch(url.rstrip("/"))
     if match is None:
-        raise ValueError(f"{url}: expected hf://USER/NAME, or hf://USER/NAME@REVISION")
+        raise ValueError(f"{url}: {_EXPECTED}")
     return match[1], match[2], match[3] or ""
 
 
@@ -33,6 +35,8 @@ def local_file(url: str) -> Path:
         ConnectionError: the Hub does not answer, or refuses.
     """
     repository, revision, name = split(url)
+    if not name:  # of hf://NAME/export.json
+        raise ValueError(f"{url}: {_EXPECTED}")
     if not name.endswith(SUFFIXES):
         raise ValueError(
             f"{url}: only {', '.join(SUFFIXES)} files are read from the Hub; a file of another kind, such as a pickle, "
@@ -48,7 +52,7 @@ def local_file(url: str) -> Path:
 def publish(folder: Path, url: str, *, private: bool, message: str) -> str:
     """Upload the files of a folder to a repository, which is created if needed; return the address of the commit.
 
-    Raises ValueError and ConnectionError as `local_file` does.
+    Raises ValueError and ConnectionError as `local_file` does, and PermissionError without a login that may write.
     """
     repository, revision, _ = split(url)
     with _errors(url):
@@ -76,5 +80,11 @@ def _errors(url: str) -> Iterator[None]:
     except errors.HFValidationError:
         raise ValueError(f"{url}: not a valid name of a repository") from None
     except Exception as error:  # of the client's HTTP library, which depends on its version
+        if (status := getattr(getattr(error, "response", None), "status_code", 0)) in (401, 403):
+            raise PermissionError(
+                errno.EACCES,
+                f"the Hub refuses access (status {status}); log in with hf auth login, or set HF_TOKEN",
+                url,
+            ) from None
         lines = str(error).splitlines() or [type(error).__name__]
         raise ConnectionError(f"{url}: {lines[0][:200]}") from None

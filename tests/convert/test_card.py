@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -143,8 +144,39 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(
     error = capsys.readouterr().err
     assert error.startswith("t2idist convert push: hf://ann/hearts: ") and error.count("\n") == 1
     assert "hf_secret" not in error
-    for wrong in ("hf://hearts", "hf://ann/hearts/more"):
+    for wrong, sentence in (
+        ("hf://hearts", "expected hf://USER/NAME"),
+        ("hf://ann/hearts/more", "give a repository: hf://USER/NAME"),
+        ("https://huggingface.co/ann/hearts", "give a repository as hf://USER/NAME, or a folder"),
+    ):
         assert push(stage, wrong) == 2
+        assert sentence in capsys.readouterr().err
+    for option, value in (
+        ("--licence", ""),
+        ("--licence", "mit\nx: y"),
+        ("--dataset", "birds"),
+        ("--dataset", "a/b/c"),
+    ):
+        assert push(stage, str(tmp_path / "card"), option, value) == 2
+        assert f"{option} {value!r}: not a name of the Hub; give one such as " in capsys.readouterr().err
+    assert not (tmp_path / "card").exists()
+    with pytest.raises(ValueError, match="hf://hearts/export.json: expected hf://USER/NAME"):
+        t2idist.load("hf://hearts")
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_push_without_login_is_told_how_to_log_in(
+    stage: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], status: int
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        error = RuntimeError(f"{status} Client Error")
+        error.response = SimpleNamespace(status_code=status)  # type: ignore[attr-defined]
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refuse)
+    assert push(stage, "hf://ann/hearts") == 2
+    error = capsys.readouterr().err
+    assert f"hf://ann/hearts: the Hub refuses access (status {status}); log in with hf auth login" in error
 
 
 def test_a_missing_client_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

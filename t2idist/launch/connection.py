@@ -131,15 +131,20 @@ def start_local_cluster(cluster: ClusterConfig, prepare: Callable[[], T]) -> Ite
 def _own_ray(cpus: int, gpus: int | None = None) -> Iterator[None]:
     """Start Ray on this machine; `gpus` None: as many as there are."""
     with tempfile.TemporaryDirectory(prefix="t2idist-ray-", ignore_cleanup_errors=True) as folder:
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            num_gpus=gpus,
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            _temp_dir=folder,
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                num_gpus=gpus,
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                _temp_dir=folder,
+            )
+        except Exception as error:
+            if type(error) is not Exception:  # Ray raises this one if its processes do not start in time
+                raise
+            raise RuntimeError(f"Ray did not start; try again when this machine is less busy: {error}") from error
         try:
             yield
         finally:

@@ -56,3 +56,15 @@ def test_the_user_may_switch_the_token_off_unless_it_is_required(home: Path, mon
     with connection._authentication(required=True):
         assert os.environ["RAY_AUTH_MODE"] == "token"
     assert os.environ["RAY_AUTH_MODE"] == "disabled"
+
+
+def test_ray_that_does_not_start_is_answered_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: object) -> None:
+        raise Exception("The current node timed out during startup.")  # as Ray does
+
+    monkeypatch.setattr(ray, "init", init)
+    with (
+        pytest.raises(RuntimeError, match="Ray did not start; try again when this machine is less busy: The current"),
+        connection.start_ray(1, with_gpus=False),
+    ):
+        pass

@@ -7,6 +7,7 @@ export PATH=$HOME/t2idist-venv/bin:$PATH
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$HOME/.ray/auth_token RAY_USAGE_STATS_ENABLED=0
 # a node that does not respond is declared dead after 3 x (2 s + 2 s)
 export RAY_health_check_period_ms=2000 RAY_health_check_timeout_ms=2000 RAY_health_check_failure_threshold=3
+export RAY_JOB_STOP_WAIT_TIME_S=60 # of `ray job stop`: a run saves its state meanwhile
 role=${1:-}
 cloud=${2:-}
 if [[ ! -s $RAY_AUTH_TOKEN_PATH ]]; then

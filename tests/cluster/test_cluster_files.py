@@ -143,6 +143,13 @@ def test_deleted_pods_drain_their_node_within_the_grace_period() -> None:
         assert names[f"RAY_health_check_{name}"] == value
 
 
+def test_a_stopped_job_has_the_time_to_save_its_state() -> None:
+    (item,) = kinds("RayCluster")
+    (container,) = item["spec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    assert {"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": "60"} in container["env"]
+    assert "export RAY_JOB_STOP_WAIT_TIME_S=60" in (CLUSTER / "start_ray.sh").read_text()
+
+
 def test_kubernetes_pods_are_locked_down() -> None:
     (item,), (job,) = kinds("RayCluster"), kinds("RayJob")
     for spec in (item["spec"], job["spec"]["rayClusterSpec"]):
@@ -313,7 +320,7 @@ def test_setup_machine_installs_the_wheel_with_pinned_versions(tmp_path: Path) -
         done = script("setup_machine.sh", str(tmp_path / "t2idist.whl"), "boto3", env=env)
         assert done.returncode == 0, done.stderr
     calls = (tmp_path / ".local/bin/calls").read_text()
-    assert f"--constraint {CLUSTER}/constraints.txt {tmp_path}/t2idist.whl\\[scores,serve\\] boto3" in calls
+    assert f"--constraint {CLUSTER}/constraints.txt {tmp_path}/t2idist.whl\\[scores\\,serve\\] boto3" in calls
     lines = (tmp_path / ".bashrc").read_text().splitlines()
     assert lines == ["export PATH=$HOME/t2idist-venv/bin:$PATH", "export RAY_AUTH_MODE=token"]
 

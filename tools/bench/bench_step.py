@@ -7,8 +7,9 @@
 default both are measured, with their ratio. They run in turns, so that other load on the machine affects both, each in
 its own process, because ours changes how memory is kept. The best step of each counts, and phases are those of that
 step. Frozen networks have random weights. Operations are counted on meta tensors; the peak is measured as a product of
-two bfloat16 matrices on this machine. On an accelerator the host only waits after all steps: "host" is the time until
-it has submitted them, which limits the step if both are about equal, and phases come from events of further steps.
+two matrices on this machine, in bfloat16 if it has instructions for it, else in float32. On an accelerator the host
+only waits after all steps: "host" is the time until it has submitted them, which limits the step if both are about
+equal, and phases come from events of further steps.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ sys.path.insert(0, str(ROOT))
 from t2idist import config as configuration
 from t2idist.config import RunConfig
 from t2idist.contract import Batch, BuildInfo, Captions, DataInfo, System
+from t2idist.engine.kernels import multiplies_bfloat16
 from t2idist.engine.strategy import Precision
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import Share, World
@@ -320,9 +322,13 @@ def measure(benchmarks: Mapping[str, StepBenchmark | RemoteBenchmark], steps: in
 
 
 def peak_flops(device: torch.device, seconds: float = 1.0) -> float:
-    """Return the operations per second of the fastest product of two bfloat16 matrices within `seconds`."""
+    """Return the operations per second of the fastest product of two matrices within `seconds`.
+
+    They are bfloat16, or float32 if the device has no instructions for bfloat16.
+    """
+    dtype = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
     size, products = (MATRIX, PRODUCTS) if device.type == "cpu" else (DEVICE_MATRIX, DEVICE_PRODUCTS)
-    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         synchronise(device)
@@ -358,9 +364,7 @@ def print_table(results: Mapping[str, Measurement], images: int, flops: float, p
         "first step": lambda result: 1e3 * result.first_seconds,
         "memory of a step, MiB": lambda result: result.memory / 2**20,
         "images/s": lambda result: images / result.seconds,
-        f"% of {peak / 1e12:.2f} TFLOP/s (bfloat16 matmul)": lambda result: (
-            100 * flops * images / peak / result.seconds
-        ),
+        f"% of {peak / 1e12:.2f} TFLOP/s (matrix product)": lambda result: 100 * flops * images / peak / result.seconds,
     }
     for name, value in rows.items():
         print(f"{name:46}" + "".join(f"{value(result):16.1f}" for result in results.values()))

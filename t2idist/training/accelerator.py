@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -74,16 +75,27 @@ def with_precision(config: RunConfig, world: World) -> RunConfig:
 
     At the start of a run it becomes bfloat16 if the devices of all workers have instructions for it, else float32. A
     resumed run keeps the precision of its start, whatever its devices are now.
+
+    Raises:
+        ValueError: the run is in bfloat16, and a CPU has no instructions for it: torch lacks some of its operations.
     """
-    if config.precision != "auto":
-        return config
-    url = storage.join(run_url(config), "config.yaml")
-    started = None
-    if world.is_main and storage.exists(url):
-        started = parse_yaml(storage.read_bytes(url).decode(), url).get("precision")
-    if started := world.broadcast_object(started):
-        return replace(config, precision=started)
     slow = "float32" in world.all_gather_object(Precision.of("auto", world.device).name)
-    if slow and world.is_main:
-        logger.info("precision: float32, because a device of this run has no instructions for bfloat16")
-    return replace(config, precision="float32" if slow else "bfloat16")
+    precision: Any = config.precision
+    if precision == "auto":
+        precision = world.broadcast_object(_precision_of_start(config) if world.is_main else None)
+    if precision is None:
+        precision = "float32" if slow else "bfloat16"
+        if slow and world.is_main:
+            logger.info("precision: float32, because a device of this run has no instructions for bfloat16")
+    elif precision == "bfloat16" and slow and world.device.type == "cpu":
+        remedy = "give precision=auto or float32"
+        if config.precision == "auto":
+            remedy = "the run was started with it: continue on other machines, or give name=ANOTHER for a new run"
+        raise ValueError(f"precision: bfloat16, but a CPU of this run has no instructions for it; {remedy}")
+    return replace(config, precision=precision)
+
+
+def _precision_of_start(config: RunConfig) -> Any:
+    """Return the precision that a run was started with; None if it has not been started."""
+    url = storage.join(run_url(config), "config.yaml")
+    return parse_yaml(storage.read_bytes(url).decode(), url).get("precision") if storage.exists(url) else None

@@ -13,6 +13,7 @@ import torch
 
 from t2idist.evaluate import score
 from tests.helpers import device_checks
+from tests.helpers.hardware import needs_bfloat16
 from tests.helpers.runs import check_finished, run_command, write_recipe
 from tools.bench import bench_sample, bench_step
 
@@ -46,7 +47,14 @@ def test_checks_pass_on_the_cpu(name: str) -> None:
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("name", [name for name in device_checks.CHECKS if name not in device_checks.QUICK])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=needs_bfloat16) if name in device_checks.IN_BFLOAT16 else name
+        for name in device_checks.CHECKS
+        if name not in device_checks.QUICK
+    ],
+)
 def test_longer_checks_pass_on_the_cpu(name: str) -> None:
     device_checks.CHECKS[name](torch.device("cpu"))
 

@@ -15,6 +15,7 @@ from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import World
 from t2idist.nn.fast.torch_internals import TorchDispatchMode, tree_leaves
 from tests.helpers import small_systems
+from tests.helpers.hardware import needs_bfloat16
 from tests.helpers.worker_processes import Workers
 from tests.systems.test_systems import full_state, labels, relative_distances
 
@@ -46,6 +47,7 @@ def test_parts_in_float32() -> None:
     check_equal(train(SINGLE, "attngan", "float32", 1), train(SINGLE, "attngan", "float32", None), 1e-4)
 
 
+@needs_bfloat16
 def test_parts_in_bfloat16() -> None:
     at_once, in_parts = (train(SINGLE, "attngan", "bfloat16", groups)[0] for groups in (None, 1))
 

@@ -23,6 +23,7 @@ from t2idist.engine.world import Share, World
 from tests.config.test_config import MINIMAL
 from tests.engine.test_guard import NonFiniteGan
 from tests.helpers import small_systems, toy_gan
+from tests.helpers.hardware import needs_bfloat16
 from tests.helpers.runs import check_finished, run_command, train_with_killed_worker, write_recipe
 from tests.helpers.worker_processes import Workers
 from tools.bench import bench_zero
@@ -124,6 +125,7 @@ def test_only_clipped_parameters_have_small_moments(workers: Workers) -> None:
     assert float(clipped[moment("head.weight")].norm()) > 0.02
 
 
+@needs_bfloat16
 def test_bfloat16_equals_ddp(workers: Workers) -> None:
     expected = workers.run(2, state_after, "attngan", 0, "bfloat16")[0]
     assert largest_difference(workers.run(2, state_after, "attngan", 2, "bfloat16")[0], expected) < 1e-4

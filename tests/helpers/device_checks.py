@@ -313,6 +313,8 @@ CHECKS: dict[str, Callable[[torch.device], None]] = {
 }
 QUICK = tuple(CHECKS)[:6]
 """Checks of a second or two on a CPU."""
+IN_BFLOAT16 = (bfloat16_is_close_to_float64.__name__, the_host_never_waits.__name__)
+"""Checks of a CPU that need its instructions for bfloat16."""
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from t2idist.engine.checkpoint.manager import CheckpointManager
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import World
 from tests.helpers import small_systems, toy_gan
+from tests.helpers.hardware import needs_bfloat16
 from tests.helpers.worker_processes import Workers
 
 
@@ -111,6 +112,7 @@ def test_resume_on_other_worker_counts_gives_the_same_state(workers: Workers, tm
         assert max(relative_distances(other, whole).values(), default=0.0) < 1e-9
 
 
+@needs_bfloat16
 @pytest.mark.parametrize("system", labels())
 def test_bfloat16_training_stays_finite(system: str) -> None:
     trainer = small_systems.trainer(SINGLE, system, "bfloat16", groups=2)

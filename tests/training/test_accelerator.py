@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from t2idist.config import RunConfig
 from t2idist.config.strict import to_yaml
 from t2idist.engine import kernels
 from t2idist.engine.trainer import Trainer
@@ -90,13 +91,15 @@ def set_capabilities(monkeypatch: pytest.MonkeyPatch, **capabilities: bool) -> N
     )
 
 
-def precisions(world: World, folder: str) -> list[str]:
-    """Return, on one of several workers of which the last has no bfloat16, the precisions of three configurations."""
+def precisions(world: World, config: RunConfig) -> list[str]:
+    """Return, on one of several workers of which the last has no bfloat16, the precisions of two configurations."""
     slow = world.rank == world.size - 1
     with pytest.MonkeyPatch.context() as monkeypatch:
         set_capabilities(monkeypatch, avx512_bf16=not slow)
-        configs = [load_config(Path(folder), f"precision={name}") for name in ("auto", "bfloat16", "float64")]
-        return [accelerator.with_precision(config, world).precision for config in configs]
+        found = [accelerator.with_precision(replace(config, precision=name), world) for name in ("auto", "float64")]
+        with pytest.raises(ValueError, match="^precision: bfloat16, but a CPU of this run .*; give precision=auto or"):
+            accelerator.with_precision(replace(config, precision="bfloat16"), world)
+        return [each.precision for each in found]
 
 
 def test_a_run_starts_in_bfloat16_if_all_devices_have_it(
@@ -112,17 +115,22 @@ def test_a_run_starts_in_bfloat16_if_all_devices_have_it(
         assert accelerator.with_precision(config, World(device=CPU)).precision == expected
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     assert accelerator.with_precision(config, World(device=torch.device("cuda"))).precision == "float32"
-    assert workers.run(2, precisions, str(tmp_path)) == [["float32", "bfloat16", "float64"]] * 2
+    assert workers.run(2, precisions, config) == [["float32", "float64"]] * 2
 
 
 def test_a_resumed_run_keeps_its_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(tmp_path, "precision=auto")
     folder = tmp_path / "runs/tiny"
     folder.mkdir(parents=True)
-    for started, has_bfloat16 in (("float32", True), ("bfloat16", False)):
-        set_capabilities(monkeypatch, amx_bf16=has_bfloat16)
+    for started in ("float32", "bfloat16"):
+        set_capabilities(monkeypatch, amx_bf16=True)
         (folder / "config.yaml").write_text(to_yaml(replace(config, precision=started)))
         assert accelerator.with_precision(config, World(device=CPU)).precision == started
         dry_run.check(config, None)
         with pytest.raises(ValueError, match=f"precision: 'float64', but the run .* was started with '{started}'"):
             dry_run.check(replace(config, precision="float64"), None)
+    set_capabilities(monkeypatch, amx_bf16=False)
+    with pytest.raises(
+        ValueError, match="the run was started with it: continue on other machines, or give name=ANOTHE"
+    ):
+        accelerator.with_precision(config, World(device=CPU))

@@ -24,6 +24,7 @@ from t2idist.nn.fast.blocks import LastDimGLU
 from t2idist.nn.fast.convolution import conv2d, gradient_of_images
 from t2idist.nn.fast.layers import AcceleratorConv2d, CachedCast, FastConv2d, clear_cached_casts, use_fast_layers
 from t2idist.nn.stargan import PatchDiscriminator
+from tests.helpers.hardware import needs_bfloat16
 
 
 @pytest.mark.parametrize(
@@ -252,6 +253,7 @@ def test_gradient_of_images_leaves_out_those_of_weights() -> None:
         assert gradients[0] is not None and (gradients[1] is None) is inside
 
 
+@needs_bfloat16
 def test_accelerator_convolution_equals_autocast_bitwise() -> None:
     torch.manual_seed(0)
     for plain in (nn.Conv2d(4, 8, 3, padding="same", padding_mode="reflect"), nn.Conv2d(4, 8, (1, 3), groups=2)):

@@ -124,6 +124,15 @@ def _is_text_of_bytes(data: bytes) -> bool:
         return others <= (1 - _LATIN_SHARE) * (len(data) - data.count(0))
 
 
+def is_utf8(text: str) -> bool:
+    """Check that a text has no surrogates, which stand for bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def undecodable(text: bytes | str, encoding: str | None = None) -> str | None:
     """Say which byte of a text is not of its encoding, and what would read it; None if all are.
 

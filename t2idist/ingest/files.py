@@ -53,15 +53,6 @@ def is_unsafe(name: str) -> bool:
     return empty or not parts[0] or ".." in parts or bool(_SCHEME.match(name)) or bool(_UNPRINTABLE.search(name))
 
 
-def is_utf8(name: str) -> bool:
-    """Check that a name has no surrogates, which stand for bytes that are not UTF-8."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def walk(url: str, skipped: list[str] | None = None) -> Iterator[str]:
     """Yield the relative names of all files below a folder, in an order that is the same on disk and in a store.
 

@@ -18,7 +18,8 @@ from typing import Any, BinaryIO
 
 from t2idist.data.sample_format import KEY_PATTERN
 from t2idist.data.statistics import Finding
-from t2idist.ingest.files import ByteRange, is_utf8
+from t2idist.data.text_files import is_utf8
+from t2idist.ingest.files import ByteRange
 from t2idist.ingest.rejects import Effect, Reason, Reject
 
 _CACHE_KIB = 16 << 10

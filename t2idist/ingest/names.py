@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from t2idist import storage
-from t2idist.ingest.files import is_image, is_unsafe, is_utf8, walk
+from t2idist.data.text_files import is_utf8
+from t2idist.ingest.files import is_image, is_unsafe, walk
 from t2idist.ingest.listing import Listing
 from t2idist.ingest.rejects import Reason
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from t2idist import storage
 from t2idist.config import EXPORT_R_PRECISION, ClusterConfig, DataConfig, RunConfig, StageConfig
-from t2idist.config.strict import parse_yaml, to_dict, to_yaml
+from t2idist.config.strict import to_dict, to_yaml
 from t2idist.contract import DataInfo, SupportsDomains, SupportsEmbed, SupportsTranslate, System, is_text_conditional
 from t2idist.data import sources, statistics
 from t2idist.data.mixing import data_info, is_unpaired, training_sets
@@ -24,7 +24,7 @@ from t2idist.engine.checkpoint import pretrained
 from t2idist.evaluate import best_weights, in_training
 from t2idist.nn.init import shapes_only
 from t2idist.training import resume, run_data, trackers
-from t2idist.training.stages import StageRun, check_uses, run_url, stages_of
+from t2idist.training.stages import StageRun, check_uses, run_url, stages_of, stored_config
 
 ADJUSTABLE = ("about", "storage", "report", "checkpoint", "cluster", "guard", "strategy", "zero", "gradients")
 ADJUSTABLE_STAGE = (
@@ -299,10 +299,9 @@ def _check_same_run(config: RunConfig, opened: Mapping[str, Sequence[Dataset]]) 
     """
     recorded = run_data.read(run_url(config))
     same_data = all(bool(datasets) and stage in recorded for stage, datasets in opened.items())
-    url = storage.join(run_url(config), "config.yaml")
-    if not storage.exists(url):
+    stored = stored_config(config)
+    if stored is None:
         return
-    stored = parse_yaml(storage.read_bytes(url).decode(), url)
     newer = {f.name: f.default for f in fields(RunConfig) if isinstance(f.default, bool | int | str)}
     stored = {**newer, **stored}  # runs of older versions lack newer keys
     stored["data"] = {**to_dict(DataConfig()), **stored["data"]}

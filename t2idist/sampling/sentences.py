@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from t2idist import storage
-from t2idist.data.text_files import decode_text
+from t2idist.data.text_files import decode_text, is_utf8
 from t2idist.data.tokenizer import Vocabulary, known_words
 from t2idist.observability.command import describe_error
 
@@ -51,21 +51,12 @@ def unreadable_sentence(sentence: Sentence, vocabulary: Vocabulary | None) -> st
     """
     if len(sentence.text) > MAX_CHARACTERS:
         return f"{sentence}: this sentence has {len(sentence.text):,} characters; at most {MAX_CHARACTERS:,} are read"
-    if not is_unicode(sentence.text):
+    if not is_utf8(sentence.text):
         return f"{sentence}: this sentence has characters that are not valid Unicode; give it as UTF-8"
     if vocabulary is None or known_words(vocabulary, sentence.text):
         return None
     words = _quote(vocabulary.unknown_words(sentence.text))
     return f"{sentence}: no word of this sentence is in the vocabulary of the export{': ' if words else ''}{words}"
-
-
-def is_unicode(text: str) -> bool:
-    """Return whether a text has no lone surrogates: bytes of a command line that are not UTF-8, or bad JSON."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def warnings_about(

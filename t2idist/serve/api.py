@@ -20,7 +20,7 @@ import t2idist
 from t2idist import storage
 from t2idist.observability.command import describe_error
 from t2idist.serve.drawer import Drawer, Drawing
-from t2idist.serve.gate import Gate, GateConfig
+from t2idist.serve.gate import Gate, GateConfig, media_type
 from t2idist.serve.queue import FullQueue
 from t2idist.serve.requests import DrawRequest, DrawResponse, Health, ModelCard, Problem, TranslateResponse
 
@@ -131,7 +131,7 @@ def _add_drawing(app: FastAPI, drawer: Drawer) -> None:
         """Translate the image file that is the body: JSON, or by the Accept header a PNG."""
         _check_parameters(request, ("set", "clear", "domain", "to", "outlines"))
         kind = _accepted(request, (JSON, PNG))
-        content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        content_type = media_type(request.headers)
         if not content_type.startswith("image/") and content_type != "application/octet-stream":
             return _problem(415, "the body must be an image file, with a header such as Content-Type: image/png")
         body = await request.body()

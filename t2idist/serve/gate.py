@@ -114,7 +114,7 @@ class Gate:
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > limit:
             return 413, str(TooLarge(limit))
-        is_json = headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
+        is_json = media_type(headers) == "application/json"
         if scope["method"] == "POST" and scope["path"] != UPLOAD_PATH and not is_json:
             return 415, "the body must be JSON, with the header Content-Type: application/json"
         return None
@@ -163,6 +163,11 @@ async def _answer(status: int, sentence: str, receive: Receive, send: Send) -> N
             while (await receive()).get("more_body", False):
                 pass
     await send({"type": "http.response.body", "body": b""})
+
+
+def media_type(headers: Mapping[str, str]) -> str:
+    """Return the media type of a body, such as image/png, without its parameters."""
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def _split(url: str) -> SplitResult:

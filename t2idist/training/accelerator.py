@@ -9,12 +9,10 @@ from typing import Any
 
 import torch
 
-from t2idist import storage
 from t2idist.config import RunConfig
-from t2idist.config.strict import parse_yaml
 from t2idist.engine.strategy import Precision
 from t2idist.engine.world import World
-from t2idist.training.stages import run_url
+from t2idist.training.stages import stored_config
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +80,8 @@ def with_precision(config: RunConfig, world: World) -> RunConfig:
     slow = "float32" in world.all_gather_object(Precision.of("auto", world.device).name)
     precision: Any = config.precision
     if precision == "auto":
-        precision = world.broadcast_object(_precision_of_start(config) if world.is_main else None)
+        stored = stored_config(config) if world.is_main else None
+        precision = world.broadcast_object(stored and stored.get("precision"))
     if precision is None:
         precision = "float32" if slow else "bfloat16"
         if slow and world.is_main:
@@ -93,9 +92,3 @@ def with_precision(config: RunConfig, world: World) -> RunConfig:
             remedy = "the run was started with it: continue on other machines, or give name=ANOTHER for a new run"
         raise ValueError(f"precision: bfloat16, but a CPU of this run has no instructions for it; {remedy}")
     return replace(config, precision=precision)
-
-
-def _precision_of_start(config: RunConfig) -> Any:
-    """Return the precision that a run was started with; None if it has not been started."""
-    url = storage.join(run_url(config), "config.yaml")
-    return parse_yaml(storage.read_bytes(url).decode(), url).get("precision") if storage.exists(url) else None

@@ -10,7 +10,7 @@ from typing import Any
 
 from t2idist import storage, systems
 from t2idist.config import DataConfig, RunConfig, StageConfig
-from t2idist.config.strict import from_dict, to_dict
+from t2idist.config.strict import from_dict, parse_yaml, to_dict
 from t2idist.contract import BuildInfo, DataInfo, System
 from t2idist.data.shards import Dataset
 from t2idist.data.sources import is_folder, open_datasets
@@ -24,6 +24,15 @@ RUN_ID = "run_id.json"
 
 def run_url(config: RunConfig) -> str:
     return storage.join(config.storage, config.name)
+
+
+def stored_config(config: RunConfig) -> dict[str, Any] | None:
+    """Return the settings that the folder of a run records; None if the run has not been started."""
+    url = storage.join(run_url(config), "config.yaml")
+    stored: dict[str, Any] | None = None
+    if storage.exists(url):
+        stored = parse_yaml(storage.read_bytes(url).decode(), url)
+    return stored
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ MODULES = {
     "RayTrainWorker": "ray.train.v2._internal.execution.worker_group.worker",  # Ray 2.60: get_metadata()
     "Worker": "ray.train.v2._internal.execution.worker_group",  # Ray 2.60: Worker(actor, metadata, resources)
     "WorkerStatus": "ray.train.v2._internal.execution.worker_group.poll",  # Ray 2.60: result of poll_status()
-    "WorkerGroup": "ray.train.v2._internal.execution.worker_group",  # Ray 2.60: _create_workers()
+    "WorkerGroup": "ray.train.v2._internal.execution.worker_group",  # Ray 2.60: SynchronizationActor, _create_workers()
+    "WorkerGroupState": "ray.train.v2._internal.execution.worker_group.state",  # Ray 2.60: _shutdown_sync_actor()
     "WorkerHealthCheckFailedError": "ray.train.v2._internal.exceptions",  # Ray 2.60: a worker's process has ended
     "WorkerHealthCheckTimeoutError": "ray.train.v2._internal.exceptions",  # Ray 2.60: it does not respond
     "WorkerGroupStartupFailedError": "ray.train.v2._internal.exceptions",  # Ray 2.60: the controller then tries again

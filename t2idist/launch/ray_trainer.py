@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from t2idist.launch.ray_internals import (
     Worker,
     WorkerGroup,
     WorkerGroupStartupFailedError,
+    WorkerGroupState,
 )
 from t2idist.launch.resources import NodeLiveness, schedulable_nodes
 from t2idist.launch.worker_pool import WorkerPool
@@ -112,6 +114,29 @@ class FixedLocalScaling(FixedScalingPolicy):  # type: ignore[misc]
         pass
 
 
+class _NoSynchronizationActor:
+    """In place of Ray Train's actor through which workers agree on what they report: ours report nothing to Ray.
+
+    Every group would start it anew, in a process that imports torch while the group's workers need the cores.
+    """
+
+    @classmethod
+    def options(cls, **options: Any) -> type[_NoSynchronizationActor]:
+        return cls
+
+    @classmethod
+    def remote(cls, **settings: Any) -> _NoSynchronizationActor:
+        return cls()
+
+    def kill(self) -> None:
+        """Do nothing: there is no process."""
+
+
+def _leave_out_synchronization_actor() -> None:
+    vars(sys.modules[WorkerGroup.__module__])["SynchronizationActor"] = _NoSynchronizationActor
+    vars(sys.modules[WorkerGroupState.__module__])["_shutdown_sync_actor"] = _NoSynchronizationActor.kill
+
+
 class PooledWorkerGroup(WorkerGroup):  # type: ignore[misc]
     """Worker group whose processes come from the `WorkerPool` among its callbacks, and `WorkerHealth` checks them."""
 
@@ -149,10 +174,10 @@ class PooledWorkerGroup(WorkerGroup):  # type: ignore[misc]
     def _init_train_context_on_workers(
         self, workers: list[Any], sync_actor: Any, train_context_args: dict[str, list[Any]]
     ) -> None:
-        """Do as Ray Train does, without the controller actor, which workers query for what they reported: nothing."""
+        """Do as Ray Train does, without its actors for what workers report: nothing."""
         common = {
             "train_run_context": self._train_run_context,
-            "synchronization_actor": sync_actor,
+            "synchronization_actor": None,
             "storage_context": self._storage_context,
             "worker_callbacks": self._worker_callbacks_to_propagate,
             "controller_actor": None,
@@ -181,8 +206,8 @@ class RayTrainer(TorchTrainer):
     """Ray's trainer with `SkipDrainingNodes` for elastic runs, and without actors that have nothing to do.
 
     Each such actor takes seconds to start: the one that serves Ray datasets, the one that controls the workers, which
-    end with the driver's process in any case, the one that removes the placement groups of a dead controller and, on a
-    cluster that ends with the run, the one that reserves its nodes.
+    end with the driver's process in any case, the one that removes the placement groups of a dead controller, the one
+    of `_NoSynchronizationActor` and, on a cluster that ends with the run, the one that reserves its nodes.
     """
 
     def __init__(self, *args: Any, liveness: NodeLiveness, own_cluster: bool, **settings: Any) -> None:
@@ -196,6 +221,7 @@ class RayTrainer(TorchTrainer):
             settings["scaling_policy"] = FixedLocalScaling(self.scaling_config)
         # workers receive the context with its callbacks; used callbacks hold threads, so we pass unused copies
         settings["train_run_context"] = copy.deepcopy(settings["train_run_context"])
+        _leave_out_synchronization_actor()
         controller = InProcessController(**settings)
         asyncio.run(controller.run())
         return controller.get_result()

@@ -78,10 +78,13 @@ def alive_nodes() -> dict[str, dict[str, float]]:
     return {node["NodeID"]: node["Resources"] for node in nodes if node["Alive"]}
 
 
-def worker_slots(per_worker: Mapping[str, float]) -> int:
-    """Return how many workers of these resources fit onto the schedulable nodes; a worker never spans two nodes."""
-    needs, nodes = nonzero(per_worker).items(), schedulable_nodes().values()
-    return sum(min(int(resources.get(kind, 0.0) / amount + 1e-9) for kind, amount in needs) for resources in nodes)
+def worker_slots(per_worker: Mapping[str, float]) -> dict[str, int]:
+    """Return how many workers of these resources fit onto each schedulable node; a worker never spans two nodes."""
+    needs = nonzero(per_worker).items()
+    return {
+        node: min(int(has.get(kind, 0.0) / amount + 1e-9) for kind, amount in needs)
+        for node, has in schedulable_nodes().items()
+    }
 
 
 def nonzero(resources: Mapping[str, float]) -> dict[str, float]:

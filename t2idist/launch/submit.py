@@ -73,15 +73,23 @@ def submit(config: RunConfig, stop: StopAfter | None, on_progress: OnProgress, o
         folder = tempfile.TemporaryDirectory(prefix="t2idist-train-", ignore_cleanup_errors=True)
         clear_fatal(config)
         _wait_for_resources(config, 0.0 if own else config.cluster.wait_seconds)
+        pool = WorkerPool(_environment(config), config.cluster.spare_processes(own), config.cluster.start_seconds)
+        pool.start_first(resources.worker_slots(_per_worker(config.cluster)), config.cluster.workers[1])
         run_id = _run_id(config)
         if not own:
             shared_folders.warn_if_uploaded(config)
             shared_folders.check(config)
-        _fit(config, run_id, stack.enter_context(folder), own, stop, on_progress)
+        _fit(config, run_id, stack.enter_context(folder), own, stop, on_progress, pool)
 
 
 def _fit(
-    config: RunConfig, run_id: str, folder: str, own: bool, stop: StopAfter | None, on_progress: OnProgress
+    config: RunConfig,
+    run_id: str,
+    folder: str,
+    own: bool,
+    stop: StopAfter | None,
+    on_progress: OnProgress,
+    pool: WorkerPool,
 ) -> None:
     """Run the trainer to its end, again if Ray's controller fails, which FailureConfig does not cover."""
     on_sigterm, stopped = callbacks.StopOnSigterm(), None
@@ -89,7 +97,7 @@ def _fit(
     with _Progress(config, on_progress), resources.Reservation(run_url(config), config.cluster) as reservation:
         for retry in range(config.cluster.max_failures + 1):
             try:
-                trainer = _trainer(config, run_id, folder, own, stop, on_sigterm)
+                trainer = _trainer(config, run_id, folder, own, stop, on_sigterm, pool)
                 reservation.acquire(f"train-{trainer.train_run_context.run_id}")  # type: ignore[attr-defined]
                 with on_sigterm.on_sigterm():
                     stopped = trainer.fit().return_value  # type: ignore[attr-defined]
@@ -112,35 +120,46 @@ def _fit(
 def _wait_for_resources(config: RunConfig, wait_seconds: float) -> None:
     """Wait until the smallest number of workers fits onto the cluster; raises ValueError after `wait_seconds`."""
     cluster = config.cluster
-    per_worker = {"CPU": cluster.cpus_per_worker, "GPU": float(cluster.gpus_per_worker)}
-    smallest = cluster.workers[0]
+    per_worker, smallest = _per_worker(cluster), cluster.workers[0]
     needed = ", ".join(f"{amount:g} {kind}" for kind, amount in resources.nonzero(per_worker).items())
-    if resources.worker_slots(per_worker) >= smallest:
+    if _room(cluster) >= smallest:
         return
     if wait_seconds:
         logger.info("waiting at most %.0f s for room for %d workers of %s", wait_seconds, smallest, needed)
     deadline = time.monotonic() + wait_seconds
     with resources.request_workers(per_worker, smallest):
-        while resources.worker_slots(per_worker) < smallest:
+        while _room(cluster) < smallest:
             if time.monotonic() >= deadline:
                 nodes = resources.schedulable_nodes().values()
                 total = " and ".join(f"{sum(n.get(kind, 0.0) for n in nodes):g} {kind}" for kind in per_worker)
                 raise ValueError(
                     f"cluster.workers: {smallest} workers of {needed} each are needed; the cluster has {total} on "
-                    f"{len(nodes)} node{'s' * (len(nodes) != 1)}, room for {resources.worker_slots(per_worker)} workers"
+                    f"{len(nodes)} node{'s' * (len(nodes) != 1)}, room for {_room(cluster)} workers"
                 )
             time.sleep(_POLL_SECONDS)
 
 
+def _room(cluster: ClusterConfig) -> int:
+    """Return how many workers fit onto the Ray cluster."""
+    return sum(resources.worker_slots(_per_worker(cluster)).values())
+
+
+def _per_worker(cluster: ClusterConfig) -> dict[str, float]:
+    return {"CPU": cluster.cpus_per_worker, "GPU": float(cluster.gpus_per_worker)}
+
+
 def _trainer(
-    config: RunConfig, run_id: str, folder: str, own: bool, stop: StopAfter | None, on_sigterm: callbacks.StopOnSigterm
+    config: RunConfig,
+    run_id: str,
+    folder: str,
+    own: bool,
+    stop: StopAfter | None,
+    on_sigterm: callbacks.StopOnSigterm,
+    pool: WorkerPool,
 ) -> RayTrainer:
     """Build Ray's trainer. `folder` takes Ray's own notes of this attempt; the run's state is in our checkpoints."""
     cluster = config.cluster
     smallest, largest = cluster.workers
-    per_worker = {"CPU": cluster.cpus_per_worker}
-    if cluster.gpus_per_worker:
-        per_worker["GPU"] = float(cluster.gpus_per_worker)
     liveness = resources.NodeLiveness(RayReplicaStore(run_id), cluster.start_seconds if smallest == largest else 0)
     return RayTrainer(
         _work,
@@ -149,7 +168,7 @@ def _trainer(
             num_workers=smallest if smallest == largest else (smallest, largest),  # type: ignore[arg-type]
             elastic_resize_monitor_interval_s=cluster.grow_after_seconds,  # type: ignore[call-arg]
             use_gpu=bool(cluster.gpus_per_worker),
-            resources_per_worker=per_worker,
+            resources_per_worker=resources.nonzero(_per_worker(cluster)),
         ),
         torch_config=NodeInterfaceConfig(
             gpus=bool(cluster.gpus_per_worker), timeout_s=max(1, int(cluster.hung_after_seconds))
@@ -169,7 +188,7 @@ def _trainer(
                 callbacks.PauseBeforeResize(cluster.start_seconds),  # type: ignore[list-item]
                 on_sigterm,  # type: ignore[list-item]
                 recovery.RecordRecovery(),  # type: ignore[list-item]
-                WorkerPool(_environment(config), cluster.spare_processes(own), cluster.start_seconds),  # type: ignore[list-item]
+                pool,  # type: ignore[list-item]
             ],
         ),
     )

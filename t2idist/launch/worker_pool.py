@@ -216,6 +216,21 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         self._started, self._nodes = 0.0, set[str]()
         """When the group started to train, on which nodes; no nodes: their spare processes are started."""
 
+    def __deepcopy__(self, memo: object) -> WorkerPool:
+        """Return an empty pool: processes are not copied."""
+        return WorkerPool(self._environment, self._spares, self._start_seconds)
+
+    def start_first(self, slots: Mapping[str, int], largest: int) -> None:
+        """Start the processes of the first group, if it will have all of the cluster: they load while it is set up.
+
+        Args:
+            slots: How many workers fit onto each node.
+            largest: Number of workers of the largest group.
+        """
+        if sum(slots.values()) <= largest:
+            for node, count in slots.items():
+                self._prepare(node, count)
+
     def take(self, group: PlacementGroup, indices: Sequence[int], gpus: float) -> tuple[list[Any], list[Any]]:
         """Return a process for each of these bundles of a placement group, and Ray's metadata of each.
 
@@ -236,9 +251,7 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
     def prepare(self, nodes: Iterable[str]) -> None:
         """Start spare processes on these nodes, as many as are missing."""
         for node in nodes:
-            for _ in range(self._spares - sum(each.node == node for each in self._free)):
-                actor = self._start(node)
-                self._free.append(_Process(actor, node, None, actor.prepare.remote()))
+            self._prepare(node, self._spares - sum(each.node == node for each in self._free))
 
     def unprepared(self, nodes: Collection[str]) -> set[str]:
         """Return the nodes among these whose spare process is not ready yet; start those that are missing."""
@@ -305,6 +318,11 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         best = max(usable, key=lambda each: (each.accelerator_ids is not None, each.actor in self._prepared))
         self._free.remove(best)
         return best.actor
+
+    def _prepare(self, node: str, count: int) -> None:
+        for _ in range(count):
+            actor = self._start(node)
+            self._free.append(_Process(actor, node, None, actor.prepare.remote()))
 
     def _start(self, node: str) -> Any:
         strategy = NodeAffinitySchedulingStrategy(node, soft=False)

@@ -87,7 +87,7 @@ def _run_on_cluster(
 ) -> None:
     cluster = made.config.cluster
     per_worker = {"CPU": cluster.cpus_per_worker, "GPU": float(cluster.gpus_per_worker)}
-    room = resources.worker_slots(per_worker) // cluster.workers[0]
+    room = sum(resources.worker_slots(per_worker).values()) // cluster.workers[0]
     if not room:
         raise ValueError(
             f"cluster.workers: the cluster has no room for a trial of {cluster.workers[0]} workers with "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,7 @@ USED = {
     ],
     "WorkerStatus": ["error"],
     "WorkerGroupStartupFailedError": [],
+    "WorkerGroupState": [],  # its module has _shutdown_sync_actor, see below
     "WorkerHealthCheckFailedError": [],
     "WorkerHealthCheckTimeoutError": [],
     "get_train_context": [],
@@ -76,7 +78,7 @@ OURS = [
 ]
 NOT_RAYS = {"on_sigterm", "_request_stop", "_cancel", "_begin", "take", "prepare", "unprepared"}
 NOT_RAYS |= {"_pop", "_start", "_check", "_drop_superfluous", "_end_stopped", "is_prepared", "assign", "recycle"}
-NOT_RAYS |= {"check"}
+NOT_RAYS |= {"check", "start_first", "_prepare"}
 
 
 def test_every_name_imports_and_has_what_we_use() -> None:
@@ -85,6 +87,10 @@ def test_every_name_imports_and_has_what_we_use() -> None:
         value = getattr(ray_internals, name)
         assert [attribute for attribute in attributes if not hasattr(value, attribute)] == [], name
     assert hasattr(_raylet.InnerGcsClient, "drain_node")
+    group, state = (
+        sys.modules[each.__module__] for each in (ray_internals.WorkerGroup, ray_internals.WorkerGroupState)
+    )
+    assert hasattr(group, "SynchronizationActor") and hasattr(state, "_shutdown_sync_actor")
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = ray_internals.Nothing
 

@@ -51,7 +51,8 @@ ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
 def wait(workers, seconds):
     overrides = ["preset=demo", "stages.dcgan.groups=3", f"cluster.workers={workers}", "cluster.cpus_per_worker=2"]
     submit._wait_for_resources(config.load("dcgan", overrides), seconds)
-slots = resources.worker_slots
+def slots(per_worker):
+    return sum(resources.worker_slots(per_worker).values())
 assert slots({"CPU": 2, "GPU": 0}) == 1 and slots({"CPU": 0.5}) == 6 and slots({"GPU": 1}) == 0
 with ThreadPoolExecutor(1) as pool:
     waiting = pool.submit(wait, 2, 90)

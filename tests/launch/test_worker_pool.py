@@ -16,12 +16,17 @@ from t2idist.observability import process
 
 ROOT = Path(__file__).parents[2]
 SOURCE = """
-import os, time, ray
+import copy, os, time, ray
 from ray.util.placement_group import placement_group
 from t2idist.launch.worker_pool import PooledWorker, WorkerPool, _Process
 ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
 node = ray.get_runtime_context().get_node_id()
 pool = WorkerPool({"WHOSE": "the run's"}, spares=1, start_seconds=60)
+pool.start_first({node: 2}, 1)
+assert not pool._free, "a cluster with room for more than the largest group: its nodes are not known yet"
+pool.start_first({node: 2}, 2)
+started = [each.actor for each in pool._free]
+assert len(started) == 2 and not copy.deepcopy(pool)._free
 group = placement_group([{"CPU": 1, "GPU": 1}] * 2)
 ray.get(group.ready())
 
@@ -29,6 +34,7 @@ def pids(processes):
     return ray.get([process.execute.remote(os.getpid) for process in processes])
 
 first, facts = pool.take(group, [0, 1], 1)
+assert {*first} == {*started} and not pool._free
 assert sorted(fact.accelerator_ids["GPU"] for fact in facts) == [["0"], ["1"]]
 assert ray.get([process.execute.remote(os.getenv, "WHOSE") for process in first]) == ["the run's"] * 2
 assert pool.unprepared({node}) == {node}

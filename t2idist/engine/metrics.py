@@ -113,6 +113,12 @@ class MetricLogger:
         for tracker in self._trackers:
             tracker.pictures(images_seen, urls)
 
+    def log_scores(self, images_seen: int, scores: Mapping[str, float]) -> None:
+        """Hand scores of the weights after so many images to the trackers, as ``scores/...``. Threads may call it."""
+        values = {f"scores/{name}": value for name, value in scores.items()}
+        for tracker in self._trackers:
+            tracker.metrics(images_seen, values, now())
+
     def exclude_seconds(self, seconds: float) -> None:
         """Leave time that was not training (evaluation, checkpoints) out of the images per second."""
         start, images = self._window

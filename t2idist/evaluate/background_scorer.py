@@ -41,6 +41,8 @@ GRACE_SECONDS = 5.0
 EXIT_OUT_OF_TIME = 3
 """Exit status of the process if its share of the time was not enough."""
 T = TypeVar("T")
+OnScores = Callable[[int, Mapping[str, float]], None]
+"""Takes the images that scored weights have seen, and the scores by name."""
 
 
 class BackgroundScorer:
@@ -50,12 +52,19 @@ class BackgroundScorer:
         config: what is scored.
         folder: URL of the stage.
         index: returns the index of an export of the stage at a number of images.
+        on_scores: called with every score of this attempt, from another thread.
 
     Raises:
         ValueError: the configuration is invalid.
     """
 
-    def __init__(self, config: ScoresConfig, folder: str, index: Callable[[int], dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        config: ScoresConfig,
+        folder: str,
+        index: Callable[[int], dict[str, Any]],
+        on_scores: OnScores = lambda images, scores: None,
+    ) -> None:
         check(config)
         self._stage, self._folder = folder, storage.join(folder, SCORED_FOLDER)
         self._index, self._share = index, config.share
@@ -67,9 +76,12 @@ class BackgroundScorer:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "t2idist.evaluate.background_scorer"],
             stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             env=environment,
             text=True,
         )
+        self._follower = threading.Thread(target=self._follow, args=(on_scores,), name="scores", daemon=True)
+        self._follower.start()
         self._send({"folder": folder, "config": asdict(config)})
 
     def submit(self, nets: Mapping[str, nn.Module], images: int, *, last: bool) -> None:
@@ -95,8 +107,15 @@ class BackgroundScorer:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._follower.join(GRACE_SECONDS)
         if finished and self._process.returncode != 0:
             logger.warning("the last weights were not scored: that would take more than scores.share of the time")
+
+    def _follow(self, on_scores: OnScores) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            message = json.loads(line)
+            on_scores(message["images"], message["scores"])
 
     def _send(self, message: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None
@@ -196,8 +215,13 @@ def _cpu_seconds() -> float:
 
 
 def main(messages: IO[str]) -> int:
-    """Run the process: score the exports that `messages`, one JSON object per line, name, until it ends."""
+    """Run the process: score the exports that `messages`, one JSON object per line, name, until it ends.
+
+    Its standard output is a JSON object per score; what libraries print goes to standard error.
+    """
     os.nice(10)
+    results = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     torch.set_num_threads(1)
     first = json.loads(messages.readline())
     config, folder = from_dict(ScoresConfig, first["config"]), first["folder"]
@@ -226,23 +250,25 @@ def main(messages: IO[str]) -> int:
             newer = waiting.get()
             ended, message = ended or newer is None, newer or message
         if message is not None:
-            score_export(config, folder, message, time_share)
+            scores = score_export(config, folder, message, time_share)
+            if scores is not None:
+                print(json.dumps({"images": message["images"], "scores": scores}), file=results, flush=True)
         if ended:
             return 0
 
 
 def score_export(
     config: ScoresConfig, folder: str, message: Mapping[str, Any], before_chunk: Callable[[], None]
-) -> None:
-    """Score one export, record the result, and keep only the best export."""
+) -> dict[str, float] | None:
+    """Score one export, record the result, and keep only the best export; return the scores, None if there are none."""
     scored = storage.join(folder, SCORED_FOLDER)
     _clean(folder, message["images"], message["export"])
     try:
         result = score_in_background(score_settings(config, message["export"], scored), before_chunk)
     except ValueError as error:
         print(f"scores of {message['images']} images: {error}", file=sys.stderr)
-        return
-    values = {row["name"]: row["value"] for row in result["scores"]}
+        return None
+    values: dict[str, float] = {row["name"]: row["value"] for row in result["scores"]}
     lines = [line for line in read_scores(folder) if line["images"] != message["images"]]
     lines.append({"images": message["images"], **values, "protocol": result["protocol"]})
     lines.sort(key=lambda line: int(line["images"]))
@@ -254,6 +280,7 @@ def score_export(
         url = f"{SCORED_FOLDER}/{message['images']:012d}"
         storage.write_json(storage.join(scored, BEST_FILE), {**best, "export": url})
     _clean(folder, message["images"])
+    return values
 
 
 def _better(metric: str, value: float, than: float) -> bool:

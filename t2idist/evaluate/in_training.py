@@ -30,7 +30,7 @@ from t2idist.data.mixing import training_sets
 from t2idist.data.shards import Dataset
 from t2idist.data.tokenizer import Vocabulary, known_words
 from t2idist.evaluate import background_scorer, best_weights
-from t2idist.evaluate.background_scorer import BackgroundScorer
+from t2idist.evaluate.background_scorer import BackgroundScorer, OnScores
 from t2idist.evaluate.diversity import WITHIN, Diversity
 from t2idist.evaluate.r_precision import metric_name, validation_score
 from t2idist.sampling.figures import attention_figure, grid, png_bytes, stack_figures
@@ -121,6 +121,7 @@ class InTrainingEvaluator:
         device: device of the networks.
         index: returns the index of an export of the stage at a number of images.
         on_pictures: called with the images seen and the URLs of the sample images that were written.
+        on_scores: called with the images that scored weights have seen, and the scores by name; from another thread.
     """
 
     def __init__(
@@ -133,6 +134,7 @@ class InTrainingEvaluator:
         device: torch.device,
         index: Callable[[int], dict[str, Any]],
         on_pictures: Callable[[int, Sequence[str]], None] = lambda images_seen, urls: None,
+        on_scores: OnScores = lambda images_seen, scores: None,
     ) -> None:
         self._on_pictures = on_pictures
         self._system, self._device, self._seed = system, device, config.seed
@@ -159,7 +161,7 @@ class InTrainingEvaluator:
         self._last_images = settings.steps * settings.images_per_step
         if settings.scores_every_images:
             check_scores(system, config, stage)
-            self._scorer = BackgroundScorer(config.scores, folder, index)
+            self._scorer = BackgroundScorer(config.scores, folder, index, on_scores)
 
     @functools.cached_property
     def _diversity(self) -> Diversity | None:

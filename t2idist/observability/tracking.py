@@ -147,6 +147,8 @@ class BackgroundTracker:
         self._ending = self._abandoned = self._warned = self._dropped = False
         self._busy_since: float | None = None
         self._position: Position | None = None
+        self._newest = -1
+        """Images seen at the newest point that was handed over."""
         self._handed_over: deque[tuple[float, int]] = deque()
         self._thread = threading.Thread(target=self._work, name=f"{service.name} tracker", daemon=True)
         self._thread.start()
@@ -245,14 +247,15 @@ class BackgroundTracker:
         if stored is None or run_id != known:
             stored = Position(self._service.target, run_id)
             self._store.save(stored)
-        self._position = stored
+        self._position, self._newest = stored, stored.images
         self._service.describe()
 
     def _deliver_points(self, points: Sequence[Point]) -> None:
         if self._abandoned:  # perhaps another process or thread continues the tracker's run
             return
         self._service.metrics(points)
-        self._handed_over.append((time.monotonic(), points[-1].images_seen))
+        self._newest = max(self._newest, *(point.images_seen for point in points))  # scores come later than metrics
+        self._handed_over.append((time.monotonic(), self._newest))
         self._save_position(self._service.durable_seconds)
 
     def _save_position(self, older_than_seconds: float) -> None:

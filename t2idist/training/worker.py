@@ -219,10 +219,11 @@ class _StageWorker:
             raise ValueError(self._out_of_memory()) from error
         finally:
             batches.close()
-            if log is not None:
-                log.close(ended)
-            if evaluator is not None:
-                evaluator.close(finished=trainer.step == stage.settings.steps)
+            with contextlib.ExitStack() as stack:  # closed in reverse order: the last scores go to the trackers too
+                if log is not None and evaluator is not None:
+                    stack.callback(log.close, ended)
+                    stack.callback(evaluator.close, finished=trainer.step == stage.settings.steps)
+                    log.flush()
         if trainer.step >= stage.settings.steps:
             self._export(evaluator, log)
         elif log is not None:
@@ -312,7 +313,7 @@ class _StageWorker:
         stage, device = self._stage, self._world.device
         return InTrainingEvaluator(
             self._system, self._datasets, self._config, stage.name, stage.url, device, self._export_index,
-            log.log_pictures,
+            log.log_pictures, log.log_scores,
         )  # fmt: skip
 
     def _open_log(self) -> MetricLogger:

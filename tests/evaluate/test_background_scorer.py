@@ -78,7 +78,13 @@ def wait_for(folder: Path, count: int, scorer: BackgroundScorer) -> None:
 @pytest.mark.whole
 def test_newest_weights_are_scored_and_the_best_export_is_kept(tmp_path: Path, index: dict[str, Any]) -> None:
     config = ScoresConfig(metrics=("kid",), n=24, real=24, share=1.0)
-    scorer = BackgroundScorer(config, str(tmp_path), lambda images: {**index, "images": images})
+    told: list[tuple[int, dict[str, float]]] = []
+    scorer = BackgroundScorer(
+        config,
+        str(tmp_path),
+        lambda images: {**index, "images": images},
+        lambda images, scores: told.append((images, dict(scores))),
+    )
     networks = nets()
     scorer.submit(networks, 100, last=False)
     scorer.submit(networks, 150, last=False)
@@ -95,6 +101,7 @@ def test_newest_weights_are_scored_and_the_best_export_is_kept(tmp_path: Path, i
     lines = read_scores(str(tmp_path))
     assert [line["images"] for line in lines] == [100, 200, 300]
     assert lines[0]["kid"] == lines[2]["kid"] != lines[1]["kid"] and lines[0]["protocol"]["generated"] == 24
+    assert told == [(line["images"], {"kid": line["kid"]}) for line in lines], "also the last ones"
     best = read_best(str(tmp_path))
     assert best is not None and best["metric"] == "kid"
     assert best["value"] == min(line["kid"] for line in lines)

@@ -261,10 +261,12 @@ def test_a_server_that_goes_away_gets_what_it_missed(
         wait_for(lambda: "MLflow failed" in caplog.text)
         server.start()
         log(logger, 4)
+        logger.log_scores(2, {"kid": 0.25})  # a score comes when training has gone on
         logger.close(DONE)
         assert caplog.text.count("MLflow") == 1
+        assert json.loads(file.read_text())["images"] == 4
         run_id = json.loads(file.read_text())["run_id"]
-        expected = stored_points(tmp_path / "gan")
+        expected = {**stored_points(tmp_path / "gan"), "scores/kid": Counter([(2, 0.25)])}
         expected["val/r_5"] = expected.pop("val/r@5")
         assert mlflow_points(server.url, run_id) == expected
     finally:

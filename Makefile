@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: demo demo-long test test-quick test-slow bench lint clean
 
-# DAMSM and AttnGAN on the embedded data, then its scores: about ten minutes on two cores.
+# DAMSM and AttnGAN on the embedded data, then its scores: about 16 minutes on two cores, with the installation.
 demo: $(INSTALLED)
 	$(BIN)/python -m t2idist.run attngan storage=runs
 	$(BIN)/python tools/score_demo.py runs/attngan-demo --judge runs/attngan-demo/judge/export

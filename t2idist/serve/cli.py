@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> int:
     if any(importlib.util.find_spec(name) is None for name in NEEDED):
-        raise ValueError("the libraries that serve are not installed; install them with: pip install t2idist[serve]")
+        raise ValueError("the libraries that serve are not installed; install them with: pip install 't2idist[serve]'")
     _check(options)
     from t2idist.serve.drawer import Drawer, ServeConfig
     from t2idist.serve.gate import GateConfig, hash_of

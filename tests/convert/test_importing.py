@@ -236,7 +236,7 @@ def test_mismatched_files_are_refused() -> None:
         assert "\n" not in str(caught.value)
 
     assert_refused("attngan: missing text; add the file with --from FILE", generator)
-    assert_refused("attngan: none of the files contains its generator", text)
+    assert_refused("attngan: none of the files contains its generator; add it with --from FILE", text)
     assert_refused(
         r"netG\.pth and attngan/netG\.pth: both contain a generator; use only one", generator, generator, text
     )

@@ -79,7 +79,7 @@ def test_a_missing_extra_is_named_with_its_command(
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "fastapi" else find(name))
     sentence = refused(capsys, "--local", "--export", served["attngan"])
-    assert "install them with: pip install t2idist[serve]" in sentence
+    assert "install them with: pip install 't2idist[serve]'" in sentence
 
 
 @pytest.mark.parametrize("host", ["::1", "[::1]"])

@@ -33,7 +33,10 @@ def from_pickle(url: str, seconds: float = TIMEOUT_SECONDS) -> Vocabulary:
     except ValueError:
         raise ValueError(f"{file}: the process that read it exited with status {process.returncode}") from None
     if "error" in answer:
-        raise ValueError(f"{file}: not a readable captions.pickle: {answer['error']}")
+        raise ValueError(
+            f"{file}: not a readable captions.pickle: {answer['error']}; --vocabulary FILE takes a text with one word "
+            "per line"
+        )
     return _vocabulary(answer["words"], file)
 
 

@@ -102,9 +102,9 @@ def _match_layout(layouts: Sequence[WeightsLayout], files: Sequence[Checkpoint])
             known = ", ".join(sorted({kind.network for kind in kinds}))
             raise ValueError(
                 f"{file.file}: its tensor names (the first is '{next(iter(file.weights))}') match no network of "
-                f"{layouts[0].system}; the networks are {known}"
+                f"{layouts[0].system}; the networks are {known}; is --system right?"
             )
-    raise ValueError(f"{layouts[0].system}: none of the files contains its generator")
+    raise ValueError(f"{layouts[0].system}: none of the files contains its generator; add it with --from FILE")
 
 
 def _file_layouts(layout: WeightsLayout) -> list[tuple[str, FileLayout]]:
@@ -146,7 +146,8 @@ def _vocabulary_words(matched: FilesByLayout, vocabulary: Vocabulary | None) -> 
                 )
             if len(vocabulary) != rows:
                 raise ValueError(
-                    f"{file.file}: has a vocabulary of {rows} words; the given vocabulary has {len(vocabulary)}"
+                    f"{file.file}: has a vocabulary of {rows} words; the given vocabulary has {len(vocabulary)}; "
+                    "give the one of the data set on which these weights were trained"
                 )
     return (END_TOKEN,) if vocabulary is None else vocabulary.words
 

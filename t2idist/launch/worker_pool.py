@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -190,6 +190,8 @@ class _Process:
     """None: it has not used any device."""
     prepared: Any
     """Result of `PooledWorker.prepare`; None: it has trained."""
+    since: float = field(default_factory=time.monotonic)
+    """When it was started or had trained, as `time.monotonic()`."""
 
     def has_started(self) -> bool:
         return self.prepared is None or bool(ray.wait([self.prepared], timeout=0)[0])
@@ -329,16 +331,21 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         return ray.remote(num_cpus=0)(PooledWorker).options(scheduling_strategy=strategy).remote(self._environment)
 
     def _check(self, nodes: Collection[str]) -> None:
-        """Find out which processes of these nodes are ready to train; end those without memory or a response."""
+        """Find out which processes of these nodes are ready to train; end those without memory or a response.
+
+        One that has not trained yet may be silent as long as a start may take: imports hold up its other threads.
+        """
         alive = alive_nodes()
         elsewhere = [each for each in self._free if each.node in alive and each.node not in nodes]
         here = [each for each in self._free if each.node in alive and each.node in nodes]
         started = [each for each in here if each.has_started()]
         starting = [each for each in here if each not in started]
         pings = {each.actor.is_prepared.remote(): each for each in started if each.has_memory()}
-        ready, _ = ray.wait(list(pings), num_returns=len(pings), timeout=_RESPONSE_SECONDS) if pings else ([], [])
+        ready, silent = ray.wait(list(pings), num_returns=len(pings), timeout=_RESPONSE_SECONDS) if pings else ([], [])
         answers = {pings[ping]: result_or_none(ping, _RESPONSE_SECONDS) for ping in ready}
-        keep = elsewhere + starting + [each for each, answer in answers.items() if answer is not None]
+        young = time.monotonic() - self._start_seconds
+        loading = [pings[ping] for ping in silent if pings[ping].prepared is not None and pings[ping].since > young]
+        keep = elsewhere + starting + loading + [each for each, answer in answers.items() if answer is not None]
         _kill(each.actor for each in self._free if each not in keep)
         self._free = keep
         self._prepared = {each.actor for each, answer in answers.items() if answer}

@@ -16,7 +16,7 @@ from t2idist.observability import process
 
 ROOT = Path(__file__).parents[2]
 SOURCE = """
-import copy, os, time, ray
+import copy, os, signal, time, ray
 from ray.util.placement_group import placement_group
 from t2idist.launch.worker_pool import PooledWorker, WorkerPool, _Process
 ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
@@ -51,6 +51,16 @@ assert pids(second) == pids([kept, spare]), "the survivor has its GPU again, the
 assert [fact.accelerator_ids for fact in again] == [fact.accelerator_ids for fact in facts]
 third, _ = pool.take(group, [0], 1)
 assert not set(pids(third)) & set(pids(second))
+pool.prepare({node})
+(fresh,) = pool._free
+(pid,) = pids([fresh.actor])
+os.kill(pid, signal.SIGSTOP)
+assert pool.unprepared({node}) == {node} and pool._free == [fresh], "an import may keep it from answering"
+os.kill(pid, signal.SIGKILL)
+deadline = time.monotonic() + 30
+while fresh in pool._free and time.monotonic() < deadline:
+    pool.unprepared({node})
+assert fresh not in pool._free, "it has ended"
 ray.shutdown()
 """
 

@@ -114,7 +114,7 @@ class MetricLogger:
             tracker.pictures(images_seen, urls)
 
     def log_scores(self, images_seen: int, scores: Mapping[str, float]) -> None:
-        """Hand scores of the weights after so many images to the trackers, as ``scores/...``. Threads may call it."""
+        """Hand the scores of the weights at an image count to the trackers, as ``scores/...``, from any thread."""
         values = {f"scores/{name}": value for name, value in scores.items()}
         for tracker in self._trackers:
             tracker.metrics(images_seen, values, now())

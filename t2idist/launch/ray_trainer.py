@@ -117,7 +117,7 @@ class FixedLocalScaling(FixedScalingPolicy):  # type: ignore[misc]
 class _NoSynchronizationActor:
     """In place of Ray Train's actor through which workers agree on what they report: ours report nothing to Ray.
 
-    Every group would start it anew, in a process that imports torch while the group's workers need the cores.
+    Ray Train starts one for every group, and its process imports torch while the workers need the cores.
     """
 
     @classmethod

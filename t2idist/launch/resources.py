@@ -78,13 +78,23 @@ def alive_nodes() -> dict[str, dict[str, float]]:
     return {node["NodeID"]: node["Resources"] for node in nodes if node["Alive"]}
 
 
-def worker_slots(per_worker: Mapping[str, float]) -> dict[str, int]:
+def per_worker(cluster: ClusterConfig) -> dict[str, float]:
+    """Return the resources of a worker."""
+    return {"CPU": cluster.cpus_per_worker, "GPU": float(cluster.gpus_per_worker)}
+
+
+def worker_slots(needed: Mapping[str, float]) -> dict[str, int]:
     """Return how many workers of these resources fit onto each schedulable node; a worker never spans two nodes."""
-    needs = nonzero(per_worker).items()
+    needs = nonzero(needed).items()
     return {
         node: min(int(has.get(kind, 0.0) / amount + 1e-9) for kind, amount in needs)
         for node, has in schedulable_nodes().items()
     }
+
+
+def room(cluster: ClusterConfig) -> int:
+    """Return how many workers of a run fit onto the Ray cluster."""
+    return sum(worker_slots(per_worker(cluster)).values())
 
 
 def nonzero(resources: Mapping[str, float]) -> dict[str, float]:
@@ -93,9 +103,9 @@ def nonzero(resources: Mapping[str, float]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def request_workers(per_worker: Mapping[str, float], workers: int) -> Iterator[None]:
+def request_workers(needed: Mapping[str, float], workers: int) -> Iterator[None]:
     """Ask Ray's autoscaler, if the cluster has one, for room for `workers` workers while the block runs."""
-    request_resources(bundles=[nonzero(per_worker)] * workers)
+    request_resources(bundles=[nonzero(needed)] * workers)
     try:
         yield
     finally:

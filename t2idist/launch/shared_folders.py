@@ -89,12 +89,8 @@ def _files(config: RunConfig) -> dict[str, tuple[str, str]]:
 
 
 def _worker_nodes(config: RunConfig) -> list[str]:
-    needs = {"CPU": config.cluster.cpus_per_worker, "GPU": float(config.cluster.gpus_per_worker)}
-    return [
-        node
-        for node, has in resources.schedulable_nodes().items()
-        if all(has.get(kind, 0.0) >= amount for kind, amount in resources.nonzero(needs).items())
-    ]
+    slots = resources.worker_slots(resources.per_worker(config.cluster))
+    return [node for node, count in slots.items() if count]
 
 
 def _address(node: str) -> str:

@@ -74,7 +74,7 @@ def submit(config: RunConfig, stop: StopAfter | None, on_progress: OnProgress, o
         clear_fatal(config)
         _wait_for_resources(config, 0.0 if own else config.cluster.wait_seconds)
         pool = WorkerPool(_environment(config), config.cluster.spare_processes(own), config.cluster.start_seconds)
-        pool.start_first(resources.worker_slots(_per_worker(config.cluster)), config.cluster.workers[1])
+        pool.start_first(resources.worker_slots(resources.per_worker(config.cluster)), config.cluster.workers[1])
         run_id = _run_id(config)
         if not own:
             shared_folders.warn_if_uploaded(config)
@@ -120,32 +120,23 @@ def _fit(
 def _wait_for_resources(config: RunConfig, wait_seconds: float) -> None:
     """Wait until the smallest number of workers fits onto the cluster; raises ValueError after `wait_seconds`."""
     cluster = config.cluster
-    per_worker, smallest = _per_worker(cluster), cluster.workers[0]
+    per_worker, smallest = resources.per_worker(cluster), cluster.workers[0]
     needed = ", ".join(f"{amount:g} {kind}" for kind, amount in resources.nonzero(per_worker).items())
-    if _room(cluster) >= smallest:
+    if resources.room(cluster) >= smallest:
         return
     if wait_seconds:
         logger.info("waiting at most %.0f s for room for %d workers of %s", wait_seconds, smallest, needed)
     deadline = time.monotonic() + wait_seconds
     with resources.request_workers(per_worker, smallest):
-        while _room(cluster) < smallest:
+        while resources.room(cluster) < smallest:
             if time.monotonic() >= deadline:
                 nodes = resources.schedulable_nodes().values()
                 total = " and ".join(f"{sum(n.get(kind, 0.0) for n in nodes):g} {kind}" for kind in per_worker)
                 raise ValueError(
                     f"cluster.workers: {smallest} workers of {needed} each are needed; the cluster has {total} on "
-                    f"{len(nodes)} node{'s' * (len(nodes) != 1)}, room for {_room(cluster)} workers"
+                    f"{len(nodes)} node{'s' * (len(nodes) != 1)}, room for {resources.room(cluster)} workers"
                 )
             time.sleep(_POLL_SECONDS)
-
-
-def _room(cluster: ClusterConfig) -> int:
-    """Return how many workers fit onto the Ray cluster."""
-    return sum(resources.worker_slots(_per_worker(cluster)).values())
-
-
-def _per_worker(cluster: ClusterConfig) -> dict[str, float]:
-    return {"CPU": cluster.cpus_per_worker, "GPU": float(cluster.gpus_per_worker)}
 
 
 def _trainer(
@@ -161,6 +152,16 @@ def _trainer(
     cluster = config.cluster
     smallest, largest = cluster.workers
     liveness = resources.NodeLiveness(RayReplicaStore(run_id), cluster.start_seconds if smallest == largest else 0)
+    hooks: list[Any] = [  # Ray declares another type, which has none of their methods
+        callbacks.CheckNodes(liveness),
+        callbacks.WatchDrainingNodes(),
+        WorkerHealth(cluster, liveness),
+        callbacks.StartTimeout(cluster.start_seconds),
+        callbacks.PauseBeforeResize(cluster.start_seconds),
+        on_sigterm,
+        recovery.RecordRecovery(),
+        pool,
+    ]
     return RayTrainer(
         _work,
         train_loop_config={"config": to_dict(config), "run_id": run_id, "stop": stop and to_dict(stop)},
@@ -168,7 +169,7 @@ def _trainer(
             num_workers=smallest if smallest == largest else (smallest, largest),  # type: ignore[arg-type]
             elastic_resize_monitor_interval_s=cluster.grow_after_seconds,  # type: ignore[call-arg]
             use_gpu=bool(cluster.gpus_per_worker),
-            resources_per_worker=resources.nonzero(_per_worker(cluster)),
+            resources_per_worker=resources.nonzero(resources.per_worker(cluster)),
         ),
         torch_config=NodeInterfaceConfig(
             gpus=bool(cluster.gpus_per_worker), timeout_s=max(1, int(cluster.hung_after_seconds))
@@ -180,16 +181,7 @@ def _trainer(
             storage_path=folder,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
-            callbacks=[
-                callbacks.CheckNodes(liveness),  # type: ignore[list-item]
-                callbacks.WatchDrainingNodes(),  # type: ignore[list-item]
-                WorkerHealth(cluster, liveness),  # type: ignore[list-item]
-                callbacks.StartTimeout(cluster.start_seconds),  # type: ignore[list-item]
-                callbacks.PauseBeforeResize(cluster.start_seconds),  # type: ignore[list-item]
-                on_sigterm,  # type: ignore[list-item]
-                recovery.RecordRecovery(),  # type: ignore[list-item]
-                pool,  # type: ignore[list-item]
-            ],
+            callbacks=hooks,
         ),
     )
 

@@ -86,15 +86,14 @@ def _run_on_cluster(
     made: SweepPlan, sweep: Sweep, pending: list[Trial], follower: Follower, concurrent: int | None
 ) -> None:
     cluster = made.config.cluster
-    per_worker = {"CPU": cluster.cpus_per_worker, "GPU": float(cluster.gpus_per_worker)}
-    room = sum(resources.worker_slots(per_worker).values()) // cluster.workers[0]
+    room = resources.room(cluster) // cluster.workers[0]
     if not room:
         raise ValueError(
             f"cluster.workers: the cluster has no room for a trial of {cluster.workers[0]} workers with "
             f"{cluster.cpus_per_worker:g} CPUs and {cluster.gpus_per_worker} GPUs each"
         )
     # a trial of several workers gets its resources from Ray Train; Ray Tune reserves only a byte of memory for it
-    reserved = resources.nonzero(per_worker) if _is_local(made) else {"memory": 1.0}
+    reserved = resources.nonzero(resources.per_worker(cluster)) if _is_local(made) else {"memory": 1.0}
     if made.shared and not all(export.exists(_shared_export(made, name)) for name in made.shared):
         print(f"training what all trials share: {', '.join(made.shared)}, in {made.shared_name}", flush=True)
         tune.train_to_end(_shared_job(made, sweep), reserved)

@@ -25,7 +25,7 @@ def rgb(pixels: np.ndarray) -> np.ndarray:
 
 
 def gray_noise(width: int, height: int, sigma: float = 60) -> Image.Image:
-    """Return the same noise at every call; `Image.effect_noise` draws anew."""
+    """Return noise that is the same at every call; that of `Image.effect_noise` is not."""
     values = np.random.default_rng(width).normal(128, sigma, (height, width))
     return Image.fromarray(values.clip(0, 255).astype(np.uint8))
 

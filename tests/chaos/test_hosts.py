@@ -82,6 +82,19 @@ def test_random_schedule_has_every_kind_and_few_lost_clusters() -> None:
     assert {fault.kind for fault in faults.random_schedule(11, 5, 12, 24)} == set(faults.KINDS)
     steps = faults.nan_steps(long)
     assert len(set(steps)) == len(steps) == counts["nan"]
+    by_clock = faults.random_schedule(200, 5, 12, 24, 30.0)
+    assert Counter(fault.kind for fault in by_clock) == counts
+    assert all((fault.after == 30.0) == (fault.step is None) == (fault.kind != "nan") for fault in by_clock)
+
+
+def test_medians_are_of_faults_that_came_alone() -> None:
+    def recovery(seconds: float | None, *causes: str) -> history.Recovery:
+        first_step = None if seconds is None else 100.0 + seconds
+        return history.Recovery(list(causes), 100.0, 5, 3, 0, first_step=first_step, lost_steps=2)
+
+    alone = [recovery(seconds, f"kill_worker on host {host}") for host, seconds in ((1, 4.0), (2, 9.0), (3, 5.0))]
+    lines = chaos.medians([*alone, recovery(50.0, "kill_driver", "nan"), recovery(None, "nan")])
+    assert lines == ["kill_worker: 3 times, first new step after 5.0 s (median; 4.0 to 9.0), at most 2 steps lost"]
 
 
 @pytest.mark.whole

@@ -1,7 +1,7 @@
 """Inject faults into a run on several hosts of this machine, and compare the result with an undisturbed run.
 
     python tools/chaos/chaos.py --schedule "30:kill_host:2 60:stop_worker:1" [--steps 120] [key.path=value ...]
-    python tools/chaos/chaos.py --random 10 --seed 1 [--json FILE] [--keep FOLDER]
+    python tools/chaos/chaos.py --random 10 --seed 1 [--gap-seconds 30] [--json FILE] [--keep FOLDER]
 
 Each host is a network namespace with a Ray node (needs root and iproute2); the run folder is in an object store. A
 schedule is a list of WHEN:KIND[:HOST]: WHEN is a step ("30"), or seconds after the previous fault ("+8s"). Kinds:
@@ -19,10 +19,10 @@ schedule is a list of WHEN:KIND[:HOST]: WHEN is a step ("30"), or seconds after 
 
 A lost host comes back after --return-seconds at the latest. Printed for each recovery: when the fault was injected,
 when workers ended, when the new group trained, its first new step, and lost steps; then the goodput (steps kept x
-median step time / wall time). Checked: the run ends by itself (its last driver with status 0), its ledger and its
-checkpoints are complete, and its exports equal those of an undisturbed run of the same recipe on one worker (in
-float64: in float32, even undisturbed runs on three workers differ by 0.1 of a norm after 60 steps). Exit status 1 if a
-check fails.
+median step time / wall time) and, for each kind of fault that came alone, the median. Checked: the run ends by itself
+(its last driver with status 0), its ledger and its checkpoints are complete, and its exports equal those of an
+undisturbed run of the same recipe on one worker (in float64: in float32, even undisturbed runs on three workers differ
+by 0.1 of a norm after 60 steps). Exit status 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -192,8 +194,24 @@ def _collect(failures: list[str], what: str) -> Iterator[None]:
         failures.append(f"{what}: {error}")
 
 
+def medians(recoveries: Sequence[Recovery]) -> list[str]:
+    """Return a line for each kind of fault that came alone: seconds to the first new step, steps lost."""
+    kinds: dict[str, list[Recovery]] = {}
+    for recovery in recoveries:
+        if len(recovery.causes) == 1 and recovery.first_step is not None:
+            kinds.setdefault(re.sub(r" on host \d+| \d+", "", recovery.causes[0]), []).append(recovery)
+    lines = []
+    for kind, them in kinds.items():
+        seconds = sorted(each.first_step - each.began for each in them if each.first_step is not None)
+        lines.append(
+            f"{kind}: {len(them)} times, first new step after {statistics.median(seconds):.1f} s (median; "
+            f"{seconds[0]:.1f} to {seconds[-1]:.1f}), at most {max(each.lost_steps for each in them)} steps lost"
+        )
+    return lines
+
+
 def print_result(result: Result) -> None:
-    for text in result.warnings:
+    for text in (*result.warnings, *medians(result.recoveries)):
         print(text)
     print(
         f"{result.steps} steps of {result.median_step_seconds:.3f} s in {result.wall_seconds:.1f} s: "
@@ -241,6 +259,9 @@ def main() -> int:
     parser.add_argument("--hosts", type=int, default=3)
     parser.add_argument("--steps", type=int, help="of the GAN (default: enough for the schedule)")
     parser.add_argument("--gap-steps", type=int, default=24, help="most steps between two random faults")
+    parser.add_argument(
+        "--gap-seconds", type=float, default=0.0, help="time between two random faults (default: counted in steps)"
+    )
     parser.add_argument("--return-seconds", type=float, default=15.0, help="how long a lost host stays down")
     parser.add_argument("--limit-seconds", type=float, default=7200.0, help="a run that takes longer fails")
     parser.add_argument("--keep", type=Path, help="folder for the reference run and the hosts' logs")
@@ -252,7 +273,9 @@ def main() -> int:
     try:
         schedule = parse_schedule(arguments.schedule, arguments.hosts)
         if arguments.random:
-            schedule += random_schedule(arguments.random, arguments.seed, 12, arguments.gap_steps)
+            schedule += random_schedule(
+                arguments.random, arguments.seed, 12, arguments.gap_steps, arguments.gap_seconds
+            )
         # training continues while a fault waits for its target, so that later faults come later than scheduled
         steps = arguments.steps or max([fault.step or 0 for fault in schedule], default=20) + 40 + 15 * len(schedule)
         result = run(

@@ -70,11 +70,15 @@ def parse_schedule(text: str, hosts: int) -> list[Fault]:
     return schedule
 
 
-def random_schedule(count: int, seed: int, first_step: int, gap_steps: int) -> list[Fault]:
-    """Draw `count` faults of mixed kinds; one in five follows within seconds of the previous one.
+def random_schedule(count: int, seed: int, first_step: int, gap_steps: int, gap_seconds: float = 0.0) -> list[Fault]:
+    """Draw `count` faults of mixed kinds.
 
     Of twenty, one is kill_head, two are kill_driver, and the others are equally frequent; the first eleven have every
     kind once.
+
+    Args:
+        gap_steps: Most steps between two faults; one in five follows within seconds of the previous one.
+        gap_seconds: If not 0, every fault but nan follows this long after the previous one, about every `gap_steps`.
     """
     generator = random.Random(seed)
     kinds: list[str] = []
@@ -84,6 +88,10 @@ def random_schedule(count: int, seed: int, first_step: int, gap_steps: int) -> l
     schedule: list[Fault] = []
     step = first_step
     for number, kind in enumerate(kinds[:count]):
+        if gap_seconds:
+            at = first_step + gap_steps * number if kind == "nan" else None
+            schedule.append(Fault(kind, at, 0.0 if kind == "nan" else gap_seconds))
+            continue
         if number and generator.random() < 0.2 and kind != "nan":
             schedule.append(Fault(kind, None, generator.uniform(0.5, 20.0)))
             continue
@@ -295,14 +303,20 @@ class FaultInjector:
 
 
 def inject_faults(schedule: list[Fault], history: RunHistory, injector: FaultInjector, limit: float) -> list[str]:
-    """Inject the scheduled faults until the last driver ends, at most `limit` seconds; returns what failed."""
-    pending, last = list(schedule), 0.0
+    """Inject the scheduled faults until the last driver ends, at most `limit` seconds; returns what failed.
+
+    They are injected in the order of the schedule, except for nan: it is in the recipe, and needs no other fault.
+    """
+    pending, last = [fault for fault in schedule if fault.kind != "nan"], 0.0
+    nan = sorted(nan_steps(schedule))
     while injector.running:
         time.sleep(POLL_SECONDS)
         history.poll()
         injector.update()
         if history.now() > limit:
             return [f"the run did not end within {limit:g} s: {log_tail(history.cluster)}"]
+        if nan and history.stage == STAGE and history.step >= nan[0]:
+            injector.inject(Fault("nan", nan.pop(0), 0.0))
         if not pending or history.stage != STAGE or history.state != "training":
             continue
         first = pending[0]
@@ -315,6 +329,7 @@ def inject_faults(schedule: list[Fault], history: RunHistory, injector: FaultInj
     history.poll()
     history.close()
     injector.end_all()
+    pending += [Fault("nan", step, 0.0) for step in nan]
     failures = [f"the run ended before {len(pending)} of the faults; use more --steps"] if pending else []
     if injector.driver.returncode != 0:
         failures.insert(0, f"the driver ended with status {injector.driver.returncode}: {log_tail(history.cluster)}")

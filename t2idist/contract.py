@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from t2idist.config.ranges import check_ranges as check_ranges
+from t2idist.nn.images import make_pyramid, to_float
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -72,6 +73,8 @@ class Batch:
     """Index of the stage's data set that all samples are from."""
     partners: tuple[Tensor, ...] = ()
     """Like `images`, a second image of each sample; empty unless the data has pairs or the system `SupportsDomains`."""
+    pyramid_sizes: tuple[int, ...] = ()
+    """If not empty: `images` is one uint8 tensor (N, S, S, 4) on the host, of which `to` makes these sizes."""
 
     @property
     def group_size(self) -> int:
@@ -81,22 +84,19 @@ class Batch:
         """Move the batch to `device`; uint8 images become `dtype` in [-1, 1] there."""
         return replace(
             self,
-            images=tuple(to_float(image.to(device, non_blocking=True), dtype) for image in self.images),
-            partners=tuple(to_float(image.to(device, non_blocking=True), dtype) for image in self.partners),
+            images=self._on_device(self.images, device, dtype),
+            partners=self._on_device(self.partners, device, dtype),
+            pyramid_sizes=(),
             captions=self.captions.to(device, dtype),
             class_ids=self.class_ids.to(device, non_blocking=True),
             attributes=self.attributes.to(device, dtype, non_blocking=True),
         )
 
-
-def to_float(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Convert uint8 images to floats in [-1, 1]; floats keep their values."""
-    return images.to(dtype).div_(127.5).sub_(1.0) if images.dtype == torch.uint8 else images.to(dtype)
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Convert images in [-1, 1] to uint8; values outside are clamped."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
+    def _on_device(self, images: tuple[Tensor, ...], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        there = [image.to(device, non_blocking=True) for image in images]
+        if self.pyramid_sizes:
+            return tuple(image for pixels in there for image in make_pyramid(pixels, self.pyramid_sizes, dtype))
+        return tuple(to_float(image, dtype) for image in there)
 
 
 # ------------------------------------------------------------ systems

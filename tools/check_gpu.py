@@ -337,9 +337,9 @@ def loader(options: argparse.Namespace) -> None:
     torch.manual_seed(0)
     system = stage.build(info)
     trainer = bench_step.build_trainer(system, info, Precision.of(config.precision, device), device)
-    spec = LoaderSpec(stage.data, system.sizes, [0], 1, info.group_size, pinned=device.type != "cpu")
+    spec = LoaderSpec(stage.data, system.sizes, [0], 1, info.group_size, for_device=device.type != "cpu")
     source: BatchSource = open_mixed_loader(datasets, spec, [0])
-    batches = DeviceBatches(source, device, trainer.precision.weights) if spec.pinned else source
+    batches = DeviceBatches(source, device, trainer.precision.weights) if spec.for_device else source
     trainer.run_step(next(batches))
     bench_step.synchronise(device)
     waited, start, steps = batches.wait_seconds, time.perf_counter(), 0

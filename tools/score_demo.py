@@ -20,12 +20,13 @@ from torch import Tensor
 from t2idist import storage
 from t2idist.config import DataConfig, RunConfig
 from t2idist.config.strict import from_dict, parse_yaml
-from t2idist.contract import Batch, SupportsEmbed, SupportsSample, to_float
+from t2idist.contract import Batch, SupportsEmbed, SupportsSample
 from t2idist.data.loader import LoadedSplit, load_split
 from t2idist.data.sources import open_dataset
 from t2idist.evaluate.attribute_classifier import balanced_accuracy, classify, train_classifier, trait_classes
 from t2idist.evaluate.earlier_scores import SCORES_FILE, keep_rows
 from t2idist.evaluate.r_precision import embed_batch, r_precision
+from t2idist.nn.images import to_float
 from t2idist.observability.command import command
 from t2idist.report import report
 from t2idist.sampling.attribute_edits import TRAITS

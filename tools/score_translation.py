@@ -20,7 +20,7 @@ from torch import Tensor
 from t2idist import storage
 from t2idist.config import RunConfig
 from t2idist.config.strict import from_dict
-from t2idist.contract import SupportsTranslate, to_float
+from t2idist.contract import SupportsTranslate
 from t2idist.data.loader import load_split
 from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_datasets
@@ -31,6 +31,7 @@ from t2idist.evaluate.attribute_classifier import (
     trait_classes,
 )
 from t2idist.evaluate.earlier_scores import SCORES_FILE, keep_rows
+from t2idist.nn.images import to_float
 from t2idist.observability.command import command
 from t2idist.report import report, run_folder
 from t2idist.sampling.attribute_edits import NOT_APPLICABLE, AttributeEditor, Trait

@@ -35,20 +35,26 @@ class BatchBuffer:
     """Host memory of one batch; several threads may fill different rows.
 
     Args:
+        sizes: Pixels of each side of the images, lowest first.
         paired: Whether every sample has two images.
-        pinned: Whether the memory is page-locked: only from such memory an accelerator copies while the host goes on.
+        for_device: The batch goes to an accelerator. Its memory is page-locked: only from such memory the device copies
+            while the host goes on. It has images of the largest size, of which the device makes the others.
     """
 
     def __init__(
         self, samples: int, sizes: Sequence[int], max_words: int, attributes: int, vector_dim: int,
-        paired: bool = False, pinned: bool = False,
+        paired: bool = False, for_device: bool = False,
     ) -> None:  # fmt: skip
+        pinned = for_device and torch.accelerator.is_available()
+
         def zeros(*shape: int, dtype: torch.dtype) -> NDArray[Any]:
             array: NDArray[Any] = torch.zeros(samples, *shape, dtype=dtype, pin_memory=pinned).numpy()
             return array
 
-        self.images = [zeros(3, size, size, dtype=torch.uint8) for size in sizes]
-        self.partners = [zeros(3, size, size, dtype=torch.uint8) for size in sizes if paired]
+        self.pyramid_sizes = tuple(sizes) if for_device else ()
+        shapes = [(sizes[-1], sizes[-1], 4)] if for_device else [(3, size, size) for size in sizes]
+        self.images = [zeros(*shape, dtype=torch.uint8) for shape in shapes]
+        self.partners = [zeros(*shape, dtype=torch.uint8) for shape in shapes if paired]
         self.tokens = zeros(max_words, dtype=torch.int64)
         self.lengths = np.ones(samples, dtype=np.int64)
         self.class_ids = zeros(dtype=torch.int64)
@@ -96,6 +102,7 @@ class BatchBuffer:
             ids=tuple(self.ids),
             groups=groups,
             partners=tuple(torch.from_numpy(image) for image in self.partners),
+            pyramid_sizes=self.pyramid_sizes,
         )
 
 
@@ -127,26 +134,30 @@ class SampleTransform:
     def vector_dim(self) -> int:
         return 0 if self.vector_info is None else self.vector_info.dim
 
-    def new_buffer(self, samples: int, sizes: Sequence[int], pinned: bool = False) -> BatchBuffer:
+    def new_buffer(self, samples: int, sizes: Sequence[int], for_device: bool = False) -> BatchBuffer:
         """Allocate a buffer of that many rows, with images of these sizes."""
         paired = self.pairs is not None
-        return BatchBuffer(samples, sizes, self.max_words, len(self.attributes), self.vector_dim, paired, pinned)
+        return BatchBuffer(samples, sizes, self.max_words, len(self.attributes), self.vector_dim, paired, for_device)
 
     def fill(self, buffer: BatchBuffer, tasks: Sequence[RowTask]) -> None:
         """Fill consecutive rows; record those that cannot be filled in `buffer.bad`."""
-        size = buffer.images[-1].shape[-1]
+        rows = slice(tasks[0].row, tasks[-1].row + 1)
         pyramids = [buffer.images, *([buffer.partners] if buffer.partners else [])]
-        images = np.zeros((len(pyramids), len(tasks), size, size), dtype=np.uint32)
+        if buffer.pyramid_sizes:
+            images = [pixels[rows].view(np.uint32)[..., 0] for (pixels,) in pyramids]
+        else:
+            size = buffer.images[-1].shape[-1]
+            images = [np.zeros((len(tasks), size, size), dtype=np.uint32) for _ in pyramids]
         for place, task in enumerate(tasks):
             try:
-                self._fill_row(buffer, task, images[:, place])
+                self._fill_row(buffer, task, [of_kind[place] for of_kind in images])
             except ValueError as error:
                 buffer.bad[task.row] = str(error)
-        rows = slice(tasks[0].row, tasks[-1].row + 1)
-        for of_kind, pyramid in zip(images, pyramids, strict=True):
-            fill_pyramid(of_kind, [image[rows] for image in pyramid])
+        if not buffer.pyramid_sizes:
+            for of_kind, pyramid in zip(images, pyramids, strict=True):
+                fill_pyramid(of_kind, [image[rows] for image in pyramid])
 
-    def _fill_row(self, buffer: BatchBuffer, task: RowTask, images: NDArray[np.uint32]) -> None:
+    def _fill_row(self, buffer: BatchBuffer, task: RowTask, images: Sequence[NDArray[np.uint32]]) -> None:
         row, sample = task.row, task.sample
         buffer.ids[row] = self.split.keys[task.index]
         if isinstance(sample, BadSample):
@@ -154,15 +165,17 @@ class SampleTransform:
         tokens, length, caption = self.encode_caption(task.index, task.bits)
         if self.vector_info is not None:
             buffer.vectors[row] = self._sentence_vector(self.vector_info, task, sample.vectors, caption)
-        size = images.shape[-1]
+        size = images[0].shape[-1]
         if isinstance(sample, EncodedImage):
             whole = self.pairs is Pairs.STORED  # half of an image at a fraction of its size may end within a pixel
             sample = decode(sample, None if whole else shorter_side(size, self.crop))
             if self.decoded_cache is not None:
                 self.decoded_cache.put(task.index, sample)
         stored = halves(sample) if self.pairs is Pairs.STORED else (sample,)
-        cropped = [crop_and_flip(each, size, self.crop, self.flip, task.bits, self.random_crop) for each in stored]
-        images[...] = [outlines(cropped[0]), *cropped] if self.pairs is Pairs.OUTLINES else cropped
+        for each, out in zip(stored, images[-len(stored) :], strict=True):
+            crop_and_flip(each, size, self.crop, self.flip, task.bits, self.random_crop, out)
+        if self.pairs is Pairs.OUTLINES:
+            images[0][...] = outlines(images[1])
         buffer.tokens[row], buffer.lengths[row] = tokens, length
         buffer.class_ids[row] = self.split.class_ids[task.index]
         buffer.attributes[row, [self.attributes[name] for name in self.split.attributes(task.index)]] = 1.0

@@ -58,8 +58,8 @@ class LoaderSpec:
     split: str = "train"
     training: bool = True
     """Draw crop, flip, caption and words at random; otherwise centre crop and first caption."""
-    pinned: bool = False
-    """As in `BatchBuffer`, for batches that go to an accelerator."""
+    for_device: bool = False
+    """As in `BatchBuffer`: the batches go to an accelerator."""
 
     def __post_init__(self) -> None:
         groups = sorted(set(self.groups))
@@ -107,7 +107,7 @@ class Loader(Iterator[Batch]):
         budget_bytes = (spec.config.prefetch_mib << 20) // 2  # half for encoded samples, half for batches
         ahead = max(READ_SAMPLES, budget_bytes // len(self._groups) // max(reader.mean_bytes, 1))
         self._lanes = {group: Lane(group, order, reader, self._read_pool, ahead) for group in self._groups}
-        batch_bytes = transform.new_buffer(1, spec.sizes).nbytes * order.group_size * len(self._groups)
+        batch_bytes = transform.new_buffer(1, spec.sizes, spec.for_device).nbytes * order.group_size * len(self._groups)
         fewest, most = _BATCHES_AHEAD
         self._queue: queue.Queue[_PendingBatch | BaseException] = queue.Queue(
             max(fewest, min(most, budget_bytes // batch_bytes))
@@ -191,7 +191,7 @@ class Loader(Iterator[Batch]):
 
     def _submit_step(self, step: int) -> _PendingBatch:
         size = self._order.group_size
-        buffer = self._transform.new_buffer(size * len(self._groups), self._spec.sizes, self._spec.pinned)
+        buffer = self._transform.new_buffer(size * len(self._groups), self._spec.sizes, self._spec.for_device)
         work = []
         for place, group in enumerate(self._groups):
             indices = self._order.sample_indices(step, group)

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from t2idist import storage
 from t2idist.config import DataConfig
-from t2idist.contract import ReferenceImage, to_float
+from t2idist.contract import ReferenceImage
 from t2idist.data.image_file import UnusableImage, read_rgb
 from t2idist.data.loader import load_split
 from t2idist.data.pairs import outlines
 from t2idist.data.samples import DecodedImage
 from t2idist.data.sources import open_dataset
 from t2idist.data.transforms import crop_and_flip, fill_pyramid, pixels_of
+from t2idist.nn.images import to_float
 
 
 def image_of_file(data: bytes, size: int, name: str, *, as_outlines: bool = False) -> Tensor:

@@ -99,6 +99,7 @@ def crop_and_flip(
     flip: bool,
     bits: NDArray[np.uint64] | None,
     random_crop: bool = True,
+    out: NDArray[np.uint32] | None = None,
 ) -> NDArray[np.uint32]:
     """Resize the shorter side to round(crop * size), then crop to (size, size) and flip.
 
@@ -109,6 +110,7 @@ def crop_and_flip(
         flip: Whether to mirror half of the images.
         bits: (8,) random bits for the position of the crop and the flip; None: centre crop, no flip.
         random_crop: Whether to draw the position of the crop; else the centre.
+        out: (size, size), where the result is written; None: a new array.
 
     Returns:
         (size, size), as `DecodedImage.pixels`; never a view of them.
@@ -131,10 +133,12 @@ def crop_and_flip(
         box = (left / fraction, top / fraction, right / fraction, bottom / fraction)
         image = Image.frombuffer("RGB", shape, np.ascontiguousarray(pixels), "raw", "RGBX", 0, 1)
         pixels = pixels_of(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
-    pixels = np.array(pixels, order="C")
+    if out is None:
+        out = np.empty((size, size), np.uint32)
+    out[...] = pixels
     if flip and bits is not None and int(bits[FLIP]) & 1:
-        pixels = torch.flip(torch.from_numpy(pixels.view(np.int32)), (1,)).numpy().view(np.uint32)  # NumPy's is slow
-    return pixels
+        out[...] = torch.flip(torch.from_numpy(out.view(np.int32)), (1,)).numpy().view(np.uint32)  # NumPy's is slow
+    return out
 
 
 def fill_pyramid(images: NDArray[np.uint32], outputs: Sequence[NDArray[np.uint8]]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from t2idist.contract import to_float
+from t2idist.nn.images import to_float
 from t2idist.sampling.attribute_edits import NOT_APPLICABLE, TRAITS, Trait
 
 

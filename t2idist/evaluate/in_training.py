@@ -22,7 +22,6 @@ from t2idist.contract import (
     SupportsTranslate,
     System,
     is_text_conditional,
-    to_float,
     uses_sentence_vectors,
 )
 from t2idist.data.loader import load_split
@@ -33,6 +32,7 @@ from t2idist.evaluate import background_scorer, best_weights
 from t2idist.evaluate.background_scorer import BackgroundScorer, OnScores
 from t2idist.evaluate.diversity import WITHIN, Diversity
 from t2idist.evaluate.r_precision import metric_name, validation_score
+from t2idist.nn.images import to_float
 from t2idist.sampling.figures import attention_figure, grid, png_bytes, stack_figures
 from t2idist.sampling.generate import GaussianNoise, empty_captions, encode_captions, eval_mode, generate
 from t2idist.sampling.translate import DomainGrid, TranslationGrid

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from t2idist.contract import Batch, SupportsEmbed, to_float
+from t2idist.contract import Batch, SupportsEmbed
+from t2idist.nn.images import to_float
 from t2idist.sampling.generate import eval_mode
 
 CANDIDATES = 100

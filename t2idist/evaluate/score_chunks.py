@@ -26,8 +26,6 @@ from t2idist.contract import (
     SupportsEmbed,
     SupportsSample,
     is_text_conditional,
-    to_float,
-    to_uint8,
     uses_sentence_vectors,
 )
 from t2idist.data.loader import load_split
@@ -43,6 +41,7 @@ from t2idist.evaluate.feature_extractors import (
     WeightsFile,
     open_extractor,
 )
+from t2idist.nn.images import to_float, to_uint8
 from t2idist.sampling.generate import GaussianNoise, empty_captions, encode_captions, generate
 from t2idist.sampling.loading import LoadedExport, load_export
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from t2idist import storage
-from t2idist.contract import to_float
 from t2idist.data.shards import Dataset
 from t2idist.evaluate import score_chunks
 from t2idist.evaluate.distribution_metrics import nearest_neighbours
 from t2idist.evaluate.metrics import MetricCalculator, RPrecisionResult
 from t2idist.evaluate.score_chunks import GENERATED, REAL, TRAIN, ScoreJob
+from t2idist.nn.images import to_float
 from t2idist.sampling.figures import grid, png_bytes
 
 ROWS = 8

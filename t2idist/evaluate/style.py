@@ -22,9 +22,10 @@ from t2idist import storage
 from t2idist.config import DataConfig
 from t2idist.config.arguments import command_parser
 from t2idist.config.strict import from_dict
-from t2idist.contract import Batch, SupportsInvert, to_float
+from t2idist.contract import Batch, SupportsInvert
 from t2idist.data.loader import load_split
 from t2idist.data.sources import open_dataset
+from t2idist.nn.images import to_float
 from t2idist.nn.text_encoders import sentence_vectors
 from t2idist.observability.command import command, describe_error
 from t2idist.observability.progress_bar import track

@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from t2idist import storage
-from t2idist.contract import to_uint8
 from t2idist.data.single_image import image_of_file
+from t2idist.nn.images import to_uint8
 from t2idist.observability.command import describe_error
 
 BACKGROUND = (255, 255, 255)

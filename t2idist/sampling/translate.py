@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from t2idist import storage
 from t2idist.config.arguments import command_parser
-from t2idist.contract import SupportsDomains, SupportsTranslate, System, to_float
+from t2idist.contract import SupportsDomains, SupportsTranslate, System
 from t2idist.data.loader import load_split
 from t2idist.data.shards import Dataset
+from t2idist.nn.images import to_float
 from t2idist.observability.command import command
 from t2idist.observability.progress_bar import track
 from t2idist.sampling.attribute_edits import AttributeEditor

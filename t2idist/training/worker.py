@@ -339,11 +339,11 @@ class _StageWorker:
             total_groups=trainer.share.groups,
             group_size=trainer.group_size,
             step0=trainer.step,
-            pinned=self._world.device.type != "cpu",
+            for_device=self._world.device.type != "cpu",
         )
         seeds = [derive_seed(stage.seed, stage.name, "data", *([i] if i else [])) for i in range(len(datasets))]
         source: BatchSource = open_mixed_loader(datasets, spec, seeds, unpaired=is_unpaired(self._system))
-        if spec.pinned:
+        if spec.for_device:
             source = DeviceBatches(source, self._world.device, trainer.precision.weights)
         return TrackedBatches(
             source,

@@ -15,7 +15,15 @@ from t2idist.data.loader import load_split
 from t2idist.data.order import Order
 from t2idist.data.shards import Dataset
 from t2idist.data.transforms import fill_pyramid
-from tests.helpers.shard_sets import assert_batches_equal, make_loader, make_sample, png_image, take_batches, write_set
+from tests.helpers.shard_sets import (
+    assert_batches_equal,
+    assert_same_on_device,
+    make_loader,
+    make_sample,
+    png_image,
+    take_batches,
+    write_set,
+)
 
 
 def test_loader_follows_the_order_and_each_epoch_has_each_sample(small_set: Dataset):
@@ -118,6 +126,16 @@ def test_bad_samples_are_replaced_from_their_group_and_quarantined(tmp_path: Pat
             assert torch.equal(patched.images[1][row], patched.images[1][source])
             assert torch.equal(patched.captions.tokens[row], patched.captions.tokens[source])
     assert seen == 12
+
+
+def test_batches_for_a_device_have_pixels_of_which_it_makes_the_pyramid(tmp_path: Path):
+    samples = [make_sample(n, image=b"not an image" if n == 7 else None) for n in range(30)]
+    dataset = write_set(tmp_path / "set", samples)
+    plain = take_batches(make_loader(dataset, [0, 1, 2, 3]), 3)
+    for_device = take_batches(make_loader(dataset, [0, 1, 2, 3], for_device=True), 3)
+    for one, other in zip(plain, for_device, strict=True):
+        assert [image.shape for image in other.images] == [(24, 16, 16, 4)]
+        assert_same_on_device(one, other)
 
 
 def test_group_without_a_good_sample_raises_with_names(tmp_path: Path):

@@ -21,7 +21,7 @@ from t2idist.data.sample_format import SampleRecord
 from t2idist.data.samples import DecodedImage
 from t2idist.data.shards import Dataset
 from t2idist.data.sources import open_dataset
-from tests.helpers.shard_sets import make_loader, make_sample, png_image, take_batches, write_set
+from tests.helpers.shard_sets import assert_same_on_device, make_loader, make_sample, png_image, take_batches, write_set
 
 CONFIG = DataConfig(max_words=5, threads=2)
 
@@ -101,6 +101,14 @@ def test_outlines_make_pairs_of_any_set(single: Dataset) -> None:
         assert set(colours.unique().tolist()) <= {0, 255} and torch.equal(colours[:, 0], colours[:, 2])
 
 
+def test_pairs_for_a_device_are_the_same(pairs: Dataset, single: Dataset) -> None:
+    for dataset in (pairs, replace(single, outlines=True)):
+        loaders = [make_loader(dataset, [0, 1, 2, 3], for_device=each) for each in (False, True)]
+        assert_same_on_device(*(take_batches(loader, 1)[0] for loader in loaders))
+    domains = single.having("red"), single.having("blue")
+    assert_same_on_device(*(take(open_unpaired(domains, [0], for_device=each), 1)[0] for each in (False, True)))
+
+
 def test_outlines_of_pairs_are_refused(pairs: Dataset) -> None:
     with pytest.raises(ValueError, match="data.outlines: true, but .* has pairs already; give false"):
         open_dataset(DataConfig(source=pairs.url, outlines=True))
@@ -129,8 +137,8 @@ def test_a_view_has_the_samples_with_an_attribute(single: Dataset) -> None:
         single.having("purple")
 
 
-def open_unpaired(datasets: tuple[Dataset, ...], groups: list[int], step0: int = 0) -> Any:
-    spec = LoaderSpec(CONFIG, sizes=(8, 16), groups=groups, total_groups=4, group_size=6, step0=step0)
+def open_unpaired(datasets: tuple[Dataset, ...], groups: list[int], step0: int = 0, **changed: Any) -> Any:
+    spec = LoaderSpec(CONFIG, sizes=(8, 16), groups=groups, total_groups=4, group_size=6, step0=step0, **changed)
     return open_mixed_loader(datasets, spec, (3, 11), unpaired=True)
 
 

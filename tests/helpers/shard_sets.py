@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,3 +61,15 @@ def assert_batches_equal(one: Batch, other: Batch) -> None:
         for b in (one, other)
     ]
     assert all(torch.equal(a, b) for a, b in zip(*tensors, strict=True))
+
+
+def assert_same_on_device(host: Batch, for_device: Batch) -> None:
+    """Check a batch for a device against one for the host: labels and largest images equal, others up to rounding."""
+    assert for_device.pyramid_sizes == tuple(image.shape[-1] for image in host.images)
+    one, other = (batch.to(torch.device("cpu"), torch.float32) for batch in (host, for_device))
+    assert not other.pyramid_sizes
+    for pyramid, made in ((one.images, other.images), (one.partners, other.partners)):
+        assert [image.shape for image in pyramid] == [image.shape for image in made]
+        assert all(float((a - b).abs().max()) <= 1.001 / 127.5 for a, b in zip(pyramid, made, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(pyramid[-1:], made[-1:], strict=True))
+    assert_batches_equal(replace(one, images=()), replace(other, images=()))

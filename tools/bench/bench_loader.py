@@ -7,7 +7,8 @@ All do the same work on the same JPEGs (shorter side 304, quality 95): decode, r
 64/128/256 as uint8 planes, a caption as token ids, batches of 20. Each runs in its own process on one core, in turns.
 `bare` is the share of Pillow in this work, on bytes in memory. webdataset and MosaicML streaming are used as in their
 documentation, without and with a worker process, and the better of the two counts; streaming is skipped if it is not
-installed. "decoded cache" is an epoch after that in which the cache was filled. --store also reads from a SeaweedFS
+installed. "decoded cache" is an epoch after that in which the cache was filled; "for a GPU"
+the loader yields the largest size, of which the device makes the pyramid. --store also reads from a SeaweedFS
 server (on the other cores). Then the time spent waiting for data is measured with steps of --step-seconds, and the
 memory after each of three epochs.
 
@@ -140,10 +141,10 @@ def rate(batches: Iterator[Any], count: int) -> float:
 
 
 # ------------------------------------------------------------------------------------------------ loaders
-def open_ours(url: str, step0: int = 0, cache: str | None = None) -> Loader:
+def open_ours(url: str, cache: str | None = None, for_device: bool = False) -> Loader:
     gib = 64.0 if cache else 0.0
     config = DataConfig(source=url, max_words=MAX_WORDS, threads=1, crop=SIDE / CROP, cache=cache, cache_gib=gib)
-    spec = LoaderSpec(config, SIZES, groups=[0], total_groups=1, group_size=BATCH, step0=step0)
+    spec = LoaderSpec(config, SIZES, groups=[0], total_groups=1, group_size=BATCH, for_device=for_device)
     return open_loader(Dataset.open(url), spec, seed=1)
 
 
@@ -154,14 +155,14 @@ def time_ours(url: str, samples: int) -> float:
     return images_per_second
 
 
-def time_cached(url: str, samples: int, filled: bool) -> float:
+def time_cached(url: str, samples: int, filled: bool, for_device: bool = False) -> float:
     """Return the images per second with a cache of decoded images, from which an epoch was read before or not."""
     with tempfile.TemporaryDirectory(prefix="t2idist-bench-") as cache:
         if filled:
             with open_ours(url, cache=cache) as loader:
                 for _ in range(samples // BATCH + 1):
                     next(loader)
-        with open_ours(url, cache=cache) as loader:
+        with open_ours(url, cache, for_device) as loader:
             return rate(loader, samples // BATCH - (0 if filled else 2 * WARM_BATCHES))
 
 
@@ -315,6 +316,7 @@ def measure_one(variant: str, folder: Path, url: str, samples: int, step_seconds
     functions: dict[str, Any] = {
         "ours": lambda: time_ours(url, samples),
         "decoded": lambda: time_cached(url, samples, filled=True),
+        "decoded_for_device": lambda: time_cached(url, samples, filled=True, for_device=True),
         "filling": lambda: time_cached(url, samples, filled=False),
         "bare": lambda: time_bare(str(folder / "shards"), samples),
         "webdataset": lambda: time_webdataset(folder, samples, int(workers)),
@@ -342,6 +344,7 @@ def run(folder: Path, options: argparse.Namespace) -> None:
         "ours, local disk": ["ours"],
         "ours, filling the cache": ["filling"],
         "ours, decoded cache": ["decoded"],
+        "ours, decoded cache, for a GPU": ["decoded_for_device"],
         "bare Pillow": ["bare"],
         "webdataset": ["webdataset:0", "webdataset:1"],
     }

@@ -26,6 +26,8 @@ from tools.chaos.hosts import Cluster
 RUN, STAGE = "chaos", "attngan"
 QUIET_STEPS = 4
 """After this many steps, and after the fault is over, the run counts as not restarted by it."""
+RESTART_SECONDS = 15.0
+"""A worker that was hit counts as lost without a restart only after this time."""
 
 
 # ------------------------------------------------------------------------------------------------ observation
@@ -88,7 +90,8 @@ class RunHistory:
 
     def record_fault(self, cause: str, victims: Sequence[int], duration_seconds: float) -> None:
         self._victims |= set(victims)
-        self._quiet_from = max(self._quiet_from, self.now() + duration_seconds)
+        quiet_after = max(duration_seconds, RESTART_SECONDS if victims else 0.0)
+        self._quiet_from = max(self._quiet_from, self.now() + quiet_after)
         if self._open is None:
             self._begin([])
         assert self._open is not None

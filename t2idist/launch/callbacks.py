@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 _PAUSE_SECONDS = 60.0
 _POLL_SECONDS = 0.25
 _RESPONSE_SECONDS = 10.0
+_PAUSE_RESPONSE_SECONDS = 3.0
 _SHUTDOWN_SECONDS = "5"
 _DRAINING_POLL_SECONDS = 2.0
 
@@ -123,9 +124,11 @@ class _RunningWorkers(WorkerGroupCallback):  # type: ignore[misc]
         self._workers = []
 
 
-def call_workers(workers: list[Any], function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Call `function` in the process of every worker; raises RayError if one does not respond."""
-    return list(ray.get([worker.execute_async(function, *args) for worker in workers], timeout=_RESPONSE_SECONDS))
+def call_workers(
+    workers: list[Any], function: Callable[..., Any], *args: Any, seconds: float = _RESPONSE_SECONDS
+) -> list[Any]:
+    """Call `function` in the process of every worker; raises RayError if one does not respond within `seconds`."""
+    return list(ray.get([worker.execute_async(function, *args) for worker in workers], timeout=seconds))
 
 
 class StopOnSigterm(_RunningWorkers):
@@ -195,7 +198,7 @@ class PauseBeforeResize(_RunningWorkers, ControllerCallback):  # type: ignore[mi
             return
         deadline = time.monotonic() + self._within_seconds
         try:
-            while not all(call_workers(self._workers, _request_pause)):
+            while not all(call_workers(self._workers, _request_pause, seconds=_PAUSE_RESPONSE_SECONDS)):
                 if time.monotonic() > deadline:
                     logger.warning("workers did not pause within %.0f s; replacing them anyway", self._within_seconds)
                     return
@@ -234,7 +237,7 @@ class WatchDrainingNodes(_RunningWorkers):
 
 
 class CheckNodes(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
-    """Lets Ray Train start workers only when it is known which nodes respond, and on no other nodes."""
+    """Lets Ray Train start workers only when it is known which nodes respond, and not on nodes that are left out."""
 
     def __init__(self, liveness: NodeLiveness) -> None:
         self.liveness = liveness
@@ -246,8 +249,8 @@ class CheckNodes(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         self.liveness.check()
 
     def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> dict[str, str] | None:
-        silent = sorted(self.liveness.silent)
-        return {ray_internals.RAY_NODE_ID_KEY: f"!in({','.join(silent)})"} if silent else None
+        left_out = sorted(self.liveness.silent | self.liveness.unprepared)
+        return {ray_internals.RAY_NODE_ID_KEY: f"!in({','.join(left_out)})"} if left_out else None
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         with contextlib.suppress(RayError):  # the new group has failed already

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -32,7 +32,7 @@ from t2idist.launch.resources import NodeLiveness, schedulable_nodes
 from t2idist.launch.worker_pool import WorkerPool
 from t2idist.training import accelerator
 
-_PREPARED_POLL_SECONDS = 2.0
+_UNPREPARED_POLL_SECONDS = 2.0
 
 
 class NodeInterfaceBackend(TorchConfig().backend_cls):  # type: ignore[misc]
@@ -69,15 +69,17 @@ class SkipDrainingNodes(ElasticScalingPolicy):  # type: ignore[misc]
     """Ray Train's elastic policy, restricted to nodes that respond and are not draining.
 
     The answer of Ray's coordinator may be seconds old, and it counts draining nodes. Workers that already run on a
-    draining node stay there as long as it lives. While a group trains, a new node counts once a process there is ready.
+    draining node stay there as long as it lives. A new node, and one that has lost its worker, count once a process
+    there is ready: the others train meanwhile.
     """
 
     def __init__(self, scaling_config: ScalingConfig, liveness: NodeLiveness) -> None:
         super().__init__(scaling_config)
         self.liveness = liveness
         self._in_use: set[str] = set()
-        self._unprepared: set[str] = set()
         self.pool: WorkerPool | None = None
+        self._usual = scaling_config
+        self._soon = replace(scaling_config, elastic_resize_monitor_interval_s=_UNPREPARED_POLL_SECONDS)  # type: ignore[call-arg]
 
     def make_decision_for_non_running_worker_group(self) -> Any:
         self._in_use = set()
@@ -85,11 +87,8 @@ class SkipDrainingNodes(ElasticScalingPolicy):  # type: ignore[misc]
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
         self._in_use = {worker.metadata.node_id for worker in worker_group_state.workers}
-        self._unprepared = set()
-        decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
-        if self._unprepared:  # look again soon, not after elastic_resize_monitor_interval_s
-            self._latest_monitor_time -= self.scaling_config.elastic_resize_monitor_interval_s - _PREPARED_POLL_SECONDS
-        return decision
+        self.scaling_config = self._soon if self.liveness.unprepared else self._usual
+        return super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
 
     def _get_reserved_resources(self) -> dict[str, dict[str, float]] | None:
         self.liveness.check()
@@ -98,10 +97,22 @@ class SkipDrainingNodes(ElasticScalingPolicy):  # type: ignore[misc]
             usable = (schedulable_nodes().keys() - self.liveness.silent) | self._in_use
         except RayError:  # the next poll may succeed
             return None
-        if self._in_use and self.pool is not None:  # training goes on while processes on new nodes get ready
-            self._unprepared = self.pool.unprepared(usable - self._in_use)
-            usable -= self._unprepared
-        return None if reserved is None else {node: has for node, has in reserved.items() if node in usable}
+        if reserved is None or self._in_use & self.liveness.silent:  # a worker is about to be declared lost
+            return None
+        reserved = {node: has for node, has in reserved.items() if node in usable}
+        return self._on_prepared_nodes(reserved)
+
+    def _on_prepared_nodes(self, reserved: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+        """Leave out the nodes on which no process is ready, unless the others are too few."""
+        self.liveness.unprepared = set()
+        if self.pool is None or not self.pool.has_trained:
+            return reserved
+        unprepared = self.pool.unprepared(reserved.keys() - self._in_use)
+        others = {node: has for node, has in reserved.items() if node not in unprepared}
+        if self._count_possible_workers(others) < self.scaling_config.min_workers:  # type: ignore[attr-defined]
+            return reserved
+        self.liveness.unprepared = unprepared
+        return others
 
 
 class FixedLocalScaling(FixedScalingPolicy):  # type: ignore[misc]

@@ -42,6 +42,8 @@ class NodeLiveness:
         self._pinged = -math.inf
         self.silent: set[str] = set()
         """Ids of the nodes that count as alive and whose replica actors did not respond to the last ping."""
+        self.unprepared: set[str] = set()
+        """Ids of the nodes that the next group leaves out, because no process there is ready to train."""
 
     def ping(self) -> set[str]:
         """Ping every replica actor once; return, and keep as `silent`, the nodes that count as alive in silence."""

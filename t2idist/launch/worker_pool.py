@@ -256,10 +256,16 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
             self._prepare(node, self._spares - sum(each.node == node for each in self._free))
 
     def unprepared(self, nodes: Collection[str]) -> set[str]:
-        """Return the nodes among these whose spare process is not ready yet; start those that are missing."""
+        """Return the nodes among these on which processes load and none is ready; start those that are missing."""
         self.prepare(nodes)
         self._check(nodes)
-        return {each.node for each in self._free if each.actor not in self._prepared} & set(nodes)
+        ready = {each.node for each in self._free if each.actor in self._prepared}
+        return ({each.node for each in self._free} & set(nodes)) - ready
+
+    @property
+    def has_trained(self) -> bool:
+        """Whether a group has trained; before, no process is ready."""
+        return self._started > 0
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
         self._drop_superfluous()
@@ -278,8 +284,8 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         workers = worker_group.get_workers()
         self._end_stopped(workers, status)
         _kill(workers[rank].actor for rank in lost)
-        addresses = [workers[rank].metadata.node_ip for rank in lost]
         kept = [worker for rank, worker in enumerate(workers) if rank not in lost]
+        addresses = [workers[rank].metadata.node_ip for rank in lost] + _silent_addresses(kept)
         calls = {worker.actor.recycle.remote(_RECYCLE_SECONDS, addresses): worker for worker in kept}
         limit = _RECYCLE_SECONDS + _RESPONSE_SECONDS
         ready, pending = ray.wait(list(calls), num_returns=len(calls), timeout=limit) if calls else ([], [])
@@ -360,6 +366,13 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
             else:
                 _kill([each.actor])
         self._free = keep
+
+
+def _silent_addresses(workers: Sequence[Any]) -> list[str]:
+    """Return the addresses of the workers that do not respond, such as one whose node is lost since the last poll."""
+    pings = {worker.actor.is_prepared.remote(): worker.metadata.node_ip for worker in workers}
+    silent = ray.wait(list(pings), num_returns=len(pings), timeout=_RESPONSE_SECONDS)[1] if pings else []
+    return [pings[ping] for ping in silent]
 
 
 def _accelerators(group: PlacementGroup, indices: Sequence[int], gpus: float) -> list[list[str]]:

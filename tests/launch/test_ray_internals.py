@@ -76,7 +76,7 @@ OURS = [
     *(ray_trainer.InProcessController, ray_trainer.RayTrainer, worker_pool.WorkerPool, recovery.RecordRecovery),
     *(ray_trainer.NodeInterfaceBackend, callbacks.WatchDrainingNodes, health.WorkerHealth, worker_pool.PooledWorker),
 ]
-NOT_RAYS = {"on_sigterm", "_request_stop", "_cancel", "_begin", "take", "prepare", "unprepared"}
+NOT_RAYS = {"on_sigterm", "_request_stop", "_cancel", "_begin", "take", "prepare", "unprepared", "_on_prepared_nodes"}
 NOT_RAYS |= {"_pop", "_start", "_check", "_drop_superfluous", "_end_stopped", "is_prepared", "assign", "recycle"}
 NOT_RAYS |= {"check", "start_first", "_prepare"}
 

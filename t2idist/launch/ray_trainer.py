@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import sys
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,6 +80,8 @@ class SkipDrainingNodes(ElasticScalingPolicy):  # type: ignore[misc]
         self.liveness = liveness
         self._in_use: set[str] = set()
         self.pool: WorkerPool | None = None
+        self._looked = 0.0
+        """When nodes were last looked for, as `time.monotonic()`."""
         self._usual = scaling_config
         self._soon = replace(scaling_config, elastic_resize_monitor_interval_s=_UNPREPARED_POLL_SECONDS)  # type: ignore[call-arg]
 
@@ -88,7 +92,18 @@ class SkipDrainingNodes(ElasticScalingPolicy):  # type: ignore[misc]
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
         self._in_use = {worker.metadata.node_id for worker in worker_group_state.workers}
         self.scaling_config = self._soon if self.liveness.unprepared else self._usual
+        if worker_group_state.num_workers < self.scaling_config.max_workers:  # type: ignore[attr-defined]
+            self._prepare_new_nodes()
         return super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
+
+    def _prepare_new_nodes(self) -> None:
+        """Start processes on nodes that a larger group can have, so that they are ready when it is due."""
+        if self.pool is None or time.monotonic() < self._looked + _UNPREPARED_POLL_SECONDS:
+            return
+        self._looked = time.monotonic()
+        with contextlib.suppress(RayError):
+            reserved = super()._get_reserved_resources() or {}
+            self.pool.prepare((schedulable_nodes().keys() & reserved.keys()) - self._in_use - self.liveness.silent)
 
     def _get_reserved_resources(self) -> dict[str, dict[str, float]] | None:
         self.liveness.check()

@@ -48,6 +48,7 @@ USED = {
     "PlacementGroupCleanerCallback": [],
     "TrainController": ["get_result", "run", "worker_group_cls"],
     "ElasticScalingPolicy": [
+        "_count_possible_workers",
         "_get_reserved_resources",
         "make_decision_for_non_running_worker_group",
         "make_decision_for_running_worker_group",
@@ -76,7 +77,17 @@ OURS = [
     *(ray_trainer.InProcessController, ray_trainer.RayTrainer, worker_pool.WorkerPool, recovery.RecordRecovery),
     *(ray_trainer.NodeInterfaceBackend, callbacks.WatchDrainingNodes, health.WorkerHealth, worker_pool.PooledWorker),
 ]
-NOT_RAYS = {"on_sigterm", "_request_stop", "_cancel", "_begin", "take", "prepare", "unprepared", "_on_prepared_nodes"}
+NOT_RAYS = {
+    "on_sigterm",
+    "_request_stop",
+    "_cancel",
+    "_begin",
+    "take",
+    "prepare",
+    "unprepared",
+    "_on_prepared_nodes",
+    "_prepare_new_nodes",
+}
 NOT_RAYS |= {"_pop", "_start", "_check", "_drop_superfluous", "_end_stopped", "is_prepared", "assign", "recycle"}
 NOT_RAYS |= {"check", "start_first", "_prepare"}
 

@@ -33,7 +33,7 @@ class Captions:
     tokens: Tensor
     """(N, max_words) int64, 0 = padding."""
     lengths: Tensor
-    """(N,) int64, at least 1; always on the host, where packing reads them."""
+    """(N,) int64, at least 1."""
     vectors: Tensor
     """(N, D) float32, the sentence vectors of the data; D is 0 if it has none."""
 
@@ -44,9 +44,9 @@ class Captions:
         return Captions(self.tokens[rows], self.lengths[rows], self.vectors[rows])
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Captions:
-        """Move all but the lengths to `device`; the vectors become `dtype`."""
-        tokens = self.tokens.to(device, non_blocking=True)
-        return Captions(tokens, self.lengths, self.vectors.to(device, dtype, non_blocking=True))
+        """Move the captions to `device`; the vectors become `dtype`."""
+        tokens, lengths = (each.to(device, non_blocking=True) for each in (self.tokens, self.lengths))
+        return Captions(tokens, lengths, self.vectors.to(device, dtype, non_blocking=True))
 
     def repeat_each(self, times: int) -> Captions:
         """Repeat every caption `times` times, the repetitions of one caption contiguous."""
@@ -78,7 +78,7 @@ class Batch:
 
     @property
     def group_size(self) -> int:
-        return len(self.ids) // self.groups
+        return len(self.class_ids) // self.groups
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
         """Move the batch to `device`; uint8 images become `dtype` in [-1, 1] there."""
@@ -260,14 +260,11 @@ class Sample:
 class Train(Protocol):
     """All that the step of a system sees of the engine."""
 
-    @property
-    def images(self) -> int:
-        """Images seen before this step, over all workers."""
-        ...
+    def decide(self, rule: Callable[[int, int], T]) -> T:
+        """Return ``rule(step, images)`` of the steps done and the images seen, over all workers, before this step.
 
-    @property
-    def step(self) -> int:
-        """Steps done before this one."""
+        A step depends on these numbers in no other way: one that is recorded is repeated while its decisions are equal.
+        """
         ...
 
     def forward(self, role: str, fn: Callable[Concatenate[Any, P], T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -41,6 +41,7 @@ from t2idist.data.loader import LoaderSpec
 from t2idist.data.mixing import data_info, open_mixed_loader
 from t2idist.engine.batches import BatchSource
 from t2idist.engine.device_batches import DeviceBatches
+from t2idist.engine.step_graphs import CudaGraphRecorder, Record
 from t2idist.engine.strategy import Precision
 from t2idist.engine.world import Share, World
 from t2idist.losses.penalties import gradient_penalty
@@ -93,9 +94,13 @@ def synchronised_seconds(device: torch.device, run: Callable[[], Any], repeats: 
 
 
 def make_benchmark(
-    system: str, preset: str, groups: int, options: argparse.Namespace, way: str = "best"
+    system: str, preset: str, groups: int, options: argparse.Namespace, way: str = "best", record: Record | None = None
 ) -> bench_step.StepBenchmark:
-    """Create a training step of several groups on the device; with `way` "authors", of one group."""
+    """Create a training step of several groups on the device; with `way` "authors", of one group.
+
+    Args:
+        record: As of `Trainer`.
+    """
     words = [system, "--preset", preset, "--device", options.device, *(["--group-size", "2"] if options.tiny else [])]
     arguments = bench_step.build_parser().parse_args([*words, "--threads", "1"])
     if way == "authors":
@@ -105,7 +110,7 @@ def make_benchmark(
     world = World(device=torch.device(options.device))
     trainer = bench_step.TimedTrainer(
         built, stage="check", seed=0, group_size=info.group_size, share=Share.of(world, groups), world=world,
-        precision=Precision.of(run.precision, world.device),
+        precision=Precision.of(run.precision, world.device), record=record,
     )  # fmt: skip
     batch = bench_step.synthetic_batch(built.sizes, info, groups * info.group_size)
     return bench_step.StepBenchmark(trainer, replace(batch, groups=groups))
@@ -274,6 +279,19 @@ def timings(options: argparse.Namespace) -> None:
             except RuntimeError as error:
                 record(options, name, one_line(error))
     torch.backends.cudnn.benchmark = True
+    for system, preset, groups in chosen if device.type == "cuda" else ():
+        name = f"{system} {preset}, {groups} groups, CUDA graphs"
+        try:
+            benchmark = make_benchmark(system, preset, groups, options, record=CudaGraphRecorder())
+            benchmark.timed_steps(10)  # until all ways in which steps differ are recorded
+            graphs = benchmark.trainer.graphs
+            assert graphs is not None
+            if graphs.failure:
+                record(options, name, graphs.failure)
+            else:
+                _time_steps(options, name, benchmark, device)
+        except RuntimeError as error:
+            record(options, name, one_line(error))
     system, preset, _ = chosen[0]
     _time_steps(
         options, f"{system} {preset}, the authors' way", make_benchmark(system, preset, 1, options, "authors"), device

@@ -304,6 +304,9 @@ class RunConfig:
     """let float32 products and convolutions on CUDA round their inputs to 10 bits"""
     deterministic: bool = False
     """on CUDA, use slower kernels that add in a fixed order, so that a resumed run has the same weights"""
+    cuda_graphs: Literal["never", "auto"] = "never"
+    """auto: on CUDA and with one worker, record a step once and repeat it, if it equals a launched one; may change on
+    resume"""
     strategy: Literal["ddp", "deepspeed"] = "ddp"
     """either "ddp" (every worker has the whole optimizer) or "deepspeed"; may change when the run resumes"""
     zero: int = 0

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from t2idist.engine.groups import running_statistics
-from t2idist.nn.fast.torch_internals import foreach_copy_, foreach_lerp_
+from t2idist.nn.fast.torch_internals import foreach_add, foreach_add_, foreach_copy_, foreach_lerp_, foreach_mul_
 
 
 class Average:
@@ -29,15 +29,21 @@ class Average:
         self._without_statistics = _pairs(averages, values, [name for name in floating if name not in statistics])
         self._copied = _pairs(averages, values, [name for name in averages if name not in set(floating)])
 
-    def update(self, decay: float, *, with_statistics: bool) -> None:
+    def update(self, weight: float | Tensor, *, with_statistics: bool) -> None:
         """Move the average.
 
         Args:
+            weight: of the present values; a number, or () on the device.
             with_statistics: whether to average BatchNorm's running statistics too.
         """
         with torch.no_grad():
             averages, values = self._averaged if with_statistics else self._without_statistics
-            foreach_lerp_(averages, values, 1 - decay)
+            if isinstance(weight, Tensor):
+                steps = foreach_add(values, averages, alpha=-1)
+                foreach_mul_(steps, weight)
+                foreach_add_(averages, steps)
+            else:
+                foreach_lerp_(averages, values, weight)
             if self._copied[0]:
                 foreach_copy_(*self._copied)
 

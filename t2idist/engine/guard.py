@@ -36,7 +36,7 @@ class Guard:
 
     def start_step(self) -> None:
         self._saved.copy_(self.buffers)
-        self._found_inf = torch.zeros_like(self._found_inf)
+        self._found_inf.zero_()
 
     def scale_loss(self, loss: Tensor, weight: float) -> Tensor:
         """Return the weighted loss to differentiate. If it is not finite, its gradients are NaN on every worker."""
@@ -51,14 +51,18 @@ class Guard:
         """
         norm = torch.stack(foreach_norm(list(gradients))).double().norm()
         found_inf = (~norm.isfinite()).float()
-        self._found_inf = torch.maximum(self._found_inf, found_inf)
+        torch.maximum(self._found_inf, found_inf, out=self._found_inf)
         return found_inf, norm
 
     def end_step(self) -> None:
         """Restore the buffers if an update of this step was skipped, and count."""
         torch.where(self._found_inf > 0, self._saved, self.buffers, out=self.buffers)
         self._skipped_steps += self._found_inf
-        self._skips_in_a_row = (self._skips_in_a_row + self._found_inf) * self._found_inf
+        self._skips_in_a_row.add_(self._found_inf).mul_(self._found_inf)
+
+    def state(self) -> tuple[Tensor, ...]:
+        """Return the tensors that a step changes, live."""
+        return self.buffers, self._skipped_steps, self._skips_in_a_row
 
     @property
     def skipped_steps(self) -> int:

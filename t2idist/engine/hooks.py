@@ -178,7 +178,8 @@ class ReportMetrics(Hook):
         trainer = self._state.trainer
         if (skips := trainer.guard.skips_in_a_row) >= self._guard.skips_in_a_row:
             raise Diverged(
-                f"{skips} steps in a row up to step {trainer.step} were not finite; first: {trainer.first_nonfinite}"
+                f"{skips} steps in a row up to step {trainer.step} were not finite; first: "
+                f"{trainer.reports.first_nonfinite}"
             )
 
 

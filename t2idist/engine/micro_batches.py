@@ -162,13 +162,8 @@ class _Part:
         self.forwards[role](net)
 
     # -------------------------------------------------------------------------------------------- contract.Train
-    @property
-    def images(self) -> int:
-        return self._trainer.images
-
-    @property
-    def step(self) -> int:
-        return self._trainer.step
+    def decide(self, rule: Callable[[int, int], T]) -> T:
+        return self._trainer.decide(rule)
 
     def forward(self, role: str, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         assert role not in self._in_update, f"{role}: a second forward before apply"

@@ -75,7 +75,7 @@ class Strategy(Protocol):
         """
         ...
 
-    def step(self, lr: float, found_inf: Tensor) -> None:
+    def step(self, lr: float | Tensor, found_inf: Tensor) -> None:
         """Clip the gradients and update the weights.
 
         Args:
@@ -124,7 +124,7 @@ class DDPStrategy:
             gradients.append(parameter.grad)
         return gradients
 
-    def step(self, lr: float, found_inf: Tensor) -> None:
+    def step(self, lr: float | Tensor, found_inf: Tensor) -> None:
         if self._role.clip_norm is not None:
             clipped = [p for name, p in self._trained.items() if name.startswith(self._role.clip_prefix)]
             nn.utils.clip_grad_norm_(clipped, self._role.clip_norm)
@@ -206,7 +206,7 @@ class FusedAdam:
                 rows.append([*(_in_memory_order(t, parameter) for t in tensors), state["step"]])
             self._groups.append((group, [list(column) for column in zip(*rows, strict=True)]))
 
-    def step(self, lr: float, found_inf: Tensor) -> None:
+    def step(self, lr: float | Tensor, found_inf: Tensor) -> None:
         """Update the parameters by their gradients.
 
         Args:
@@ -253,7 +253,7 @@ def state_bytes(optimizer: torch.optim.Adam) -> int:
     return sum(value.nbytes for state in optimizer.state.values() for value in state.values())
 
 
-def set_up_step(optimizer: torch.optim.Adam, lr: float, found_inf: Tensor) -> None:
+def set_up_step(optimizer: torch.optim.Adam, lr: float | Tensor, found_inf: Tensor) -> None:
     """Set the learning rate and `found_inf` for the next step of fused Adam.
 
     If `found_inf` is 1, the step is skipped on the device, without a host sync.

@@ -7,31 +7,30 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from t2idist.contract import Frozen, Role, System
+from t2idist.contract import Batch, Frozen, Role, System
 from t2idist.engine.ema import Average
 from t2idist.engine.groups import convert_layers, track_statistics
 from t2idist.engine.guard import Guard
 from t2idist.engine.memory import GroupMemory
 from t2idist.engine.micro_batches import MicroBatches
+from t2idist.engine.networks import for_evaluation, frozen_parameters, select_networks
 from t2idist.engine.noise import Noise
+from t2idist.engine.reports import GRADIENTS, StepReports
 from t2idist.engine.schedule import ema_decay, lr_factor
+from t2idist.engine.step_graphs import Inputs, Record, StepGraphs
 from t2idist.engine.strategy import DDPStrategy, Precision, Strategy, loss_with_gradients
 from t2idist.engine.world import Share, World, weighted_mean
 from t2idist.engine.zero import ZeroStrategy
 from t2idist.nn.fast.layers import clear_cached_casts, use_fast_layers
 
-GRADIENTS = "gradients of "
-"""Prefix of a report of a role's gradient norm, as it is named if it is not finite."""
-NORM = "norm/"
-"""Prefix of the metric that these reports become."""
+T = TypeVar("T")
 
 
 @dataclass
@@ -67,6 +66,7 @@ class Trainer:
         zero: 0 for DDP; 1 or 2 for this ZeRO stage of DeepSpeed, if there are several workers.
         gradients: dtype in which DDP sends gradients between the workers, if it is less exact than they are.
         micro_batch_groups: groups that a worker computes at once (None: all).
+        record: records a step as a graph, if this is the only worker and computes all groups at once.
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class Trainer:
         zero: int = 0,
         gradients: torch.dtype = torch.float32,
         micro_batch_groups: int | None = None,
+        record: Record | None = None,
     ) -> None:
         self._gradients = gradients
         self.system, self.world, self.share, self.precision, self.zero = system, world, share, precision, zero
@@ -97,8 +98,12 @@ class Trainer:
         self._micro_batches: MicroBatches | None = None
         if micro_batch_groups is not None and micro_batch_groups < share.largest:  # on all workers alike
             self._micro_batches = MicroBatches(self, micro_batch_groups, nets)
-        self._reports: list[tuple[int, str, Tensor]] = []
-        self.first_nonfinite = ""
+        self.reports = StepReports()
+        self._noted: Inputs | None = None
+        self._numbers: Iterator[Tensor] | None = None
+        self._launched = False
+        at_once = world.group is None and self._micro_batches is None
+        self.graphs = StepGraphs(self, record) if record is not None and at_once else None
 
     # -------------------------------------------------------------------------------------------- set-up
     def _prepare(self, net: nn.Module) -> nn.Module:
@@ -151,17 +156,21 @@ class Trainer:
     def _apply(self, role: str, scaled: Tensor) -> None:
         state = self._role_states[role]
         found_inf, norm = self.guard.check(state.strategy.backward(scaled))
-        self._reports.append((self.step, f"{GRADIENTS}{role}", norm))
+        self.reports.add(self.step, f"{GRADIENTS}{role}", norm)
         optimizer = state.role.optimizer
-        state.strategy.step(optimizer.lr * lr_factor(optimizer.schedule, self.images), found_inf)
+        lr = self._number(lambda: optimizer.lr * lr_factor(optimizer.schedule, self.images))
+        state.strategy.step(lr, found_inf)
         clear_cached_casts(state.role.net)
         if state.ema is not None:
-            half_life, images_per_step = state.role.ema_half_life_images, self.group_size * self.share.groups
-            assert half_life is not None
-            decay = ema_decay(half_life, images_per_step, self.images, state.role.ema_rampup)
             copies = state.role.ema_copies_statistics
             state.average = state.average or Average(state.ema, state.role.net, copies_statistics=copies)
-            state.average.update(decay, with_statistics=not self._momentum)
+            weight = self._number(lambda: 1 - self._ema_decay(state.role))
+            state.average.update(weight, with_statistics=not self._momentum)
+
+    def _ema_decay(self, role: Role) -> float:
+        half_life, images_per_step = role.ema_half_life_images, self.group_size * self.share.groups
+        assert half_life is not None
+        return ema_decay(half_life, images_per_step, self.images, role.ema_rampup)
 
     def update(self, role: str, fn: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """`forward` of a function that returns the loss, then `apply` (`Train.update`); return the detached loss."""
@@ -189,7 +198,51 @@ class Trainer:
 
     def report(self, name: str, value: Tensor) -> None:
         """Log a scalar; `reduce_reports` averages it (`Train.report`)."""
-        self._reports.append((self.step, name, value.detach()))
+        self.reports.add(self.step, name, value)
+
+    def decide(self, rule: Callable[[int, int], T]) -> T:
+        """Return ``rule(step, images)`` (`Train.decide`)."""
+        result = rule(self.step, self.images)
+        if self._noted is not None:
+            self._noted.decisions.append((rule, result))
+        return result
+
+    # -------------------------------------------------------------------------------------------- for recorded steps
+    def _number(self, value: Callable[[], float]) -> float | Tensor:
+        """Return a number that differs from step to step; in a recorded step, a tensor that holds it."""
+        if self._noted is not None:
+            self._noted.numbers.append(value)
+        return value() if self._numbers is None else next(self._numbers)
+
+    @contextlib.contextmanager
+    def noting(self, inputs: Inputs) -> Iterator[None]:
+        """Within the context, note what a step asks for."""
+        self._noted, self.noise_source.noted = inputs, inputs.draws
+        try:
+            yield
+        finally:
+            self._noted, self.noise_source.noted = None, None
+
+    @contextlib.contextmanager
+    def given(self, noise: Sequence[Tensor], numbers: Tensor) -> Iterator[None]:
+        """Within the context, a step gets these tensors in place of its draws and numbers."""
+        self._numbers, self.noise_source.given = iter(numbers.unbind()), noise
+        try:
+            yield
+        finally:
+            self._numbers, self.noise_source.given = None, None
+
+    def drop_casts(self) -> None:
+        """Forget the copies of weights in the precision of the computation that launched steps have left."""
+        if self._launched:
+            self._launched = False
+            for state in self._role_states.values():
+                clear_cached_casts(state.role.net)
+
+    def abandon_step(self) -> None:
+        """Forget a step that ended with an error."""
+        for state in self._role_states.values():
+            state.in_update, state.ema_forward = False, None
 
     # -------------------------------------------------------------------------------------------- for micro-batches
     def role_network(self, role: str) -> nn.Module:
@@ -232,15 +285,23 @@ class Trainer:
                 momentum. If 0, their statistics are averages of the live networks' statistics.
         """
         self._momentum = momentum
+        on_device = batch.to(self.world.device, self.precision.weights)
+        if self.graphs is not None and not momentum:
+            self.graphs.run_step(on_device)
+        else:
+            self.launch_step(on_device)
+        self.step += 1
+
+    def launch_step(self, batch: Batch) -> None:
+        """Run the operations of one step on a batch on the device."""
+        self._launched = True
         self.noise_source.start(self.step)
         self.guard.start_step()
-        on_device = batch.to(self.world.device, self.precision.weights)
         if self._micro_batches is not None:
-            self._micro_batches.run_step(on_device, momentum)
+            self._micro_batches.run_step(batch, self._momentum)
         else:
-            self._run_at_once(on_device, momentum)
+            self._run_at_once(batch, self._momentum)
         self.guard.end_step()
-        self.step += 1
 
     def _run_at_once(self, batch: Any, momentum: float) -> None:
         self.system.step(batch, self)
@@ -253,30 +314,8 @@ class Trainer:
                 state.ema_forward = None
 
     def reduce_reports(self) -> dict[str, float]:
-        """Average the reports since the last call, over steps and, weighted by share, over workers. A collective.
-
-        "norm/<role>" is the 2-norm of the role's averaged gradients before clipping. Values that are not finite are
-        left out; `first_nonfinite` names those of the first step that had any.
-        """
-        reports, self._reports = self._reports, []
-        values = _values([value for _, _, value in reports])
-        finite: dict[str, list[float]] = {}
-        nonfinite: list[tuple[int, bool, str]] = []  # losses sort before gradients
-        for (step, name, _), value in zip(reports, values, strict=True):
-            if not math.isfinite(value):
-                nonfinite.append((step, name.startswith(GRADIENTS), name))
-            else:
-                finite.setdefault(name.replace(GRADIENTS, NORM, 1), []).append(value)
-        means = {name: math.fsum(of_name) / len(of_name) for name, of_name in finite.items()}
-        gathered = self.world.all_gather_object(
-            (self.share.fraction, means, [entry for entry in nonfinite if entry[0] == nonfinite[0][0]])
-        )
-        firsts = sorted({entry for _, _, entries in gathered for entry in entries})
-        if firsts:
-            step = firsts[0][0]
-            self.first_nonfinite = ", ".join(name for at, _, name in firsts if at == step) + f" in step {step}"
-        names = dict.fromkeys(name for _, means, _ in gathered for name in means)
-        return {name: _mean([(share, means[name]) for share, means, _ in gathered if name in means]) for name in names}
+        """Average the reports since the last call, over steps and, weighted by share, over workers. A collective."""
+        return self.reports.reduce(self.world, self.share)
 
     def evaluation_nets(self) -> dict[str, nn.Module]:
         """Copy the networks to export or to evaluate: EMA weights if the role has an EMA, averaged buffers, eval mode.
@@ -287,12 +326,12 @@ class Trainer:
         for name in self.system.exports:
             if name in self._frozen:
                 net = self._frozen[name]
-                nets[name] = _for_evaluation(net, f"{name}/frozen/", buffers) if net.training else net
+                nets[name] = for_evaluation(net, f"{name}/frozen/", buffers) if net.training else net
                 continue
             role, _, part = name.partition(".")
             state = self._role_states[role]
             kind, source = ("net", state.role.net) if state.ema is None else ("ema", state.ema)
-            net = _for_evaluation(source, f"{role}/{kind}/", buffers)
+            net = for_evaluation(source, f"{role}/{kind}/", buffers)
             nets[part.rpartition(".")[2] or role] = net.get_submodule(part)
         return nets
 
@@ -354,49 +393,3 @@ class Trainer:
             return {}
         prefix = f"local/{self.world.rank}_of_{self.world.size}"
         return {f"{prefix}/{key}": buffer for key, buffer in self._float_buffers().items()}
-
-
-def _for_evaluation(source: nn.Module, prefix: str, buffers: Mapping[str, Tensor]) -> nn.Module:
-    """Copy a network, in eval mode, with those of the buffers whose name has the prefix."""
-    net = copy.deepcopy(source).eval().requires_grad_(False)
-    own = {key.removeprefix(prefix): value for key, value in buffers.items() if key.startswith(prefix)}
-    net.load_state_dict(own, strict=False)
-    return net
-
-
-def select_networks(
-    names: Sequence[str], frozen: Mapping[str, nn.Module], trained: Mapping[str, nn.Module]
-) -> list[nn.Module]:
-    """Return networks by name: that of a frozen one, else ``role`` or ``role.part`` of the trained ones."""
-    nets = []
-    for name in names:
-        role, _, part = name.partition(".")
-        nets.append(frozen[name] if name in frozen else trained[role].get_submodule(part))
-    return nets
-
-
-@contextlib.contextmanager
-def frozen_parameters(nets: Sequence[nn.Module]) -> Iterator[None]:
-    """Within the context, compute no gradients for the weights of these networks."""
-    weights = [p for net in nets for p in net.parameters() if p.requires_grad]
-    for weight in weights:
-        weight.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for weight in weights:
-            weight.requires_grad_(True)
-
-
-def _values(scalars: Sequence[Tensor]) -> list[float]:
-    """Return the values of scalars on one device, with a few launches for all."""
-    kinds = list({scalar.dtype for scalar in scalars})
-    order = sorted(range(len(scalars)), key=lambda i: kinds.index(scalars[i].dtype))
-    of_kinds = [torch.stack([scalar for scalar in scalars if scalar.dtype == kind]).double() for kind in kinds]
-    ordered = torch.cat(of_kinds).tolist() if of_kinds else []
-    values = dict(zip(order, ordered, strict=True))
-    return [values[i] for i in range(len(scalars))]
-
-
-def _mean(weighted: list[tuple[float, float]]) -> float:
-    return math.fsum(weight * value for weight, value in weighted) / math.fsum(weight for weight, _ in weighted)

@@ -126,7 +126,7 @@ class ZeroStrategy:
         self._norms = self._world.sum(torch.stack(squares)).sqrt()
         return [self._norms]
 
-    def step(self, lr: float, found_inf: Tensor) -> None:
+    def step(self, lr: float | Tensor, found_inf: Tensor) -> None:
         if self._clip_norm is not None:
             factor = (self._clip_norm / (self._norms[0] + 1e-6)).clamp(max=1.0)
             foreach_mul_(self._gradients(0), factor.float())

@@ -21,7 +21,6 @@ def word_cross_entropy(logits: Tensor, tokens: Tensor, lengths: Tensor, groups: 
     """
     count, length = tokens.shape
     terms = F.cross_entropy(upcast(logits).flatten(0, 1), tokens.flatten(), reduction="none").view(count, length)
-    lengths = lengths.to(tokens.device, non_blocking=True)
     present = torch.arange(length, device=tokens.device) < lengths.unsqueeze(1)
     group_means = (terms * present).view(groups, -1).sum(1) / lengths.view(groups, -1).sum(1)
     return group_means.mean()

@@ -131,8 +131,8 @@ def word_similarity(
     Returns:
         (G, I, J), without the factor gamma_ranking of eq. 11.
     """
-    past = torch.arange(words.shape[3]) >= lengths.unsqueeze(2)
-    past = past.to(words.device, non_blocking=True)[:, None, :, :, None]
+    past = torch.arange(words.shape[3], device=words.device) >= lengths.unsqueeze(2)
+    past = past[:, None, :, :, None]
     scores = torch.einsum("gjdt,gidr->gijtr", words, regions)  # eq. 7
     over_words = scores.masked_fill(past, float("-inf")).softmax(dim=3)  # eq. 8
     attention = (gamma_attention * over_words).softmax(dim=4)  # eq. 9
@@ -154,7 +154,7 @@ def word_losses(
     Args:
         regions: (N, D, R).
         words: (N, D, T).
-        lengths: (N,), on the host.
+        lengths: (N,).
         class_ids: (N,).
     """
     with no_autocast(regions):
@@ -215,7 +215,7 @@ def damsm_loss(
         whole: Image codes (N, D).
         words: (N, D, T).
         sentences: (N, D).
-        lengths: (N,), on the host.
+        lengths: (N,).
         class_ids: (N,).
     """
     by_words = word_losses(regions, words, lengths, class_ids, groups, gammas)

@@ -54,7 +54,6 @@ def encode_characters(letters: Tensor, tokens: Tensor, lengths: Tensor, characte
     sizes = (words > 0).sum(2)
     character = torch.arange(spaced.shape[2], device=tokens.device)
     word = torch.arange(tokens.shape[1], device=tokens.device)
-    lengths = lengths.to(tokens.device, non_blocking=True)
     ends = (word + 1 < lengths[:, None])[:, :, None] & (character == sizes[:, :, None])
     spaced = torch.where(ends, _CHARACTER_IDS[" "], spaced)
     used = (word < lengths[:, None])[:, :, None] & (spaced > 0)

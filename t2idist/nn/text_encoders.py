@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from t2idist.nn.char_encoder import char_text_encoder
-from t2idist.nn.fast import lstm as fast
+from t2idist.nn.fast import lstm
 from t2idist.nn.precision import no_autocast, upcast
 
 MIN_NORM = 1e-8
@@ -20,8 +19,8 @@ MIN_NORM = 1e-8
 class BiLSTM(nn.Module):
     """AttnGAN's text encoder (section 3.2): embedding, dropout, one bidirectional LSTM layer.
 
-    tokens (N, T) int64 with 0 = padding, lengths (N,) at least 1, on the host -> words (N, embedding_dim, T) and
-    sentence (N, embedding_dim), as `bidirectional_lstm`.
+    tokens (N, T) int64 with 0 = padding, lengths (N,) at least 1 -> words (N, embedding_dim, T) and sentence
+    (N, embedding_dim), as `fast.lstm.bidirectional_lstm`.
     """
 
     def __init__(self, vocabulary_size: int, embedding_dim: int, word_dim: int, dropout: float) -> None:
@@ -36,29 +35,7 @@ class BiLSTM(nn.Module):
     def forward(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         embedded = self.drop(self.encoder(tokens))
         with no_autocast(embedded):
-            run = fast.bidirectional_lstm if embedded.is_cpu else bidirectional_lstm
-            return run(self.rnn, embedded, lengths)
-
-
-def bidirectional_lstm(rnn: nn.LSTM, embedded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Run a one-layer bidirectional LSTM over packed captions.
-
-    Captions are sorted here on the host: if torch sorted them, the host would wait for the device.
-
-    Args:
-        embedded: (N, T, word_dim).
-        lengths: (N,), at least 1, on the host.
-
-    Returns:
-        Words (N, embedding_dim, T), zero past the length, and sentence (N, embedding_dim), the last state of both
-        directions.
-    """
-    ordered, order = lengths.cpu().sort(descending=True)
-    sort, restore = (index.to(embedded.device, non_blocking=True) for index in (order, order.argsort()))
-    packed = pack_padded_sequence(embedded[sort], ordered, batch_first=True)
-    states, (last, _) = rnn(packed)
-    words, _ = pad_packed_sequence(states, batch_first=True, total_length=embedded.shape[1])
-    return words[restore].transpose(1, 2), torch.cat([last[0], last[1]], dim=1)[restore]
+            return lstm.bidirectional_lstm(self.rnn, embedded, lengths)
 
 
 def damsm_text_encoder(config: Mapping[str, Any], vocabulary_size: int) -> BiLSTM:

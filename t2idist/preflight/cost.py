@@ -6,14 +6,14 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
 from t2idist.contract import Batch, Captions, KeepsMemory, System
-from t2idist.engine.trainer import frozen_parameters, select_networks
+from t2idist.engine.networks import frozen_parameters, select_networks
 from t2idist.nn.fast.layers import use_fast_layers
 from t2idist.nn.fast.torch_internals import TorchDispatchMode, tree_leaves, tree_map_only
 
@@ -21,6 +21,8 @@ UPDATE_LAUNCHES = 30
 """Operations of Adam, clipping, the average and the check of an update of a role, each of which takes whole lists."""
 _MAX_STEPS = 50
 META = torch.device("meta")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,8 @@ class _MetaTrain:
         shapes = system.memory if isinstance(system, KeepsMemory) else {}
         self._memory = {name: torch.empty(1, *shape, device=META) for name, shape in shapes.items()}
 
-    @property
-    def images(self) -> int:
-        return self.step * self._group_size
+    def decide(self, rule: Callable[[int, int], T]) -> T:
+        return rule(self.step, self.step * self._group_size)
 
     def forward(self, role: str, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return fn(self._nets[role], *args, **kwargs)
@@ -161,8 +162,8 @@ def _launches(func: Any, args: Sequence[Any]) -> int:
 class _MetaMode(TorchDispatchMode):
     """Lets integer tensors with data be used with meta tensors, and counts operations.
 
-    Captions are packed as if all had full length. PyTorch's FlopCounterMode uses the same table of operations, but its
-    module tracking fails if a step computes a gradient (a penalty).
+    PyTorch's FlopCounterMode uses the same table of operations, but its module tracking fails if a step computes a
+    gradient (a penalty).
     """
 
     def __init__(self) -> None:
@@ -172,18 +173,13 @@ class _MetaMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten._pack_padded_sequence.default:
-            data, _, batch_first = args
-            data = data.transpose(0, 1) if batch_first else data
-            words, captions = data.shape[:2]
-            return data.reshape(words * captions, *data.shape[2:]), torch.full((words,), captions)
         if func is torch.ops.aten._to_copy.default and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
             return torch.zeros(args[0].shape, dtype=args[0].dtype)
         if func in _INDEXING:
             args = (args[0], [i for index in args[1] for i in _mask_to_indices(index)], *args[2:])
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         mixed = any(t.is_meta for t in tensors) and any(not t.is_meta for t in tensors)
-        if mixed and "pack" not in func.name():
+        if mixed:
             args, kwargs = tree_map_only(Tensor, lambda t: t if t.is_meta else t.to(META), (args, kwargs))
         output = func(*args, **kwargs)
         if func._overloadpacket in flop_registry:

@@ -26,7 +26,18 @@ from t2idist.nn.init import shapes_only
 from t2idist.training import resume, run_data, trackers
 from t2idist.training.stages import StageRun, check_uses, run_url, stages_of, stored_config
 
-ADJUSTABLE = ("about", "storage", "report", "checkpoint", "cluster", "guard", "strategy", "zero", "gradients")
+ADJUSTABLE = (
+    "about",
+    "storage",
+    "report",
+    "checkpoint",
+    "cluster",
+    "guard",
+    "strategy",
+    "zero",
+    "gradients",
+    "cuda_graphs",
+)
 ADJUSTABLE_STAGE = (
     "images",
     "max_groups_per_worker",

@@ -97,7 +97,7 @@ class GanOptions:
         """
         seen = self.augmented(train, fake)
         reference = self.augmented(train, real) if self.relativistic else None
-        kept = self.top_k if train.images >= self.top_k_start_images else 1.0
+        kept = train.decide(lambda step, images: self.top_k if images >= self.top_k_start_images else 1.0)
         with train.frozen(role) as discriminator:
             kind = replace(self.logit_loss, kept=kept)
             return generator_loss(logits_of, discriminator, seen, *condition, kind=kind, real=reference, groups=groups)
@@ -134,7 +134,7 @@ class GanOptions:
             real: (N, 3, S, S), as `fake`, which gets no gradient.
             suffix: Appended to the reported names.
         """
-        weights = {"r1": self.r1_weight_in(train.step), "ma_gp": self.ma_gp_weight}
+        weights = {"r1": train.decide(lambda step, images: self.r1_weight_in(step)), "ma_gp": self.ma_gp_weight}
         due = [name for name, weight in weights.items() if weight]
         losses = functools.partial(losses, kind=self.logit_loss)
         real, fake = self.augmented(train, real), self.augmented(train, fake.detach())

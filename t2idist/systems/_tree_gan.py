@@ -139,19 +139,20 @@ class TreeGan:
 def longest_captions_first(batch: Batch) -> Batch:
     """Sort the samples of each group by the length of their captions, as the released code does.
 
-    Its mismatched pairs and its attention masks depend on the order. Captions of one length keep theirs.
+    Its mismatched pairs and its attention masks depend on the order. Captions of one length keep theirs. Sample keys
+    are left out: the host would have to wait for the order.
     """
     lengths = batch.captions.lengths.view(batch.groups, -1)
     order = lengths.sort(dim=1, descending=True, stable=True).indices
-    order = (order + torch.arange(batch.groups).unsqueeze(1) * batch.group_size).flatten()  # on the host, as lengths
-    rows = order.to(batch.class_ids.device, non_blocking=True)
+    starts = torch.arange(batch.groups, device=order.device) * batch.group_size
+    rows = (order + starts.unsqueeze(1)).flatten()
     return replace(
         batch,
         images=tuple(images[rows] for images in batch.images),
-        captions=batch.captions[order],
+        captions=batch.captions[rows],
         class_ids=batch.class_ids[rows],
         attributes=batch.attributes[rows],
-        ids=tuple(batch.ids[row] for row in order.tolist()),
+        ids=(),
     )
 
 

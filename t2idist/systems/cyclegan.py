@@ -138,9 +138,10 @@ class CycleGan:
         slots = (draws[..., 0] * self.config.pool_size).long().clamp(max=self.config.pool_size - 1)
         groups = torch.arange(len(pool), device=fake.device)
         seen = fake.nan_to_num().view(len(pool), -1, *fake.shape[1:]).clone()  # a step that diverges leaves no trace
+        first = train.decide(lambda step, images: min(step * self._group_size, self.config.pool_size))
         for position in range(self._group_size):
             new = seen[:, position].clone()
-            stored = train.step * self._group_size + position
+            stored = first + position
             if stored < self.config.pool_size:
                 pool[:, stored] = new
                 continue

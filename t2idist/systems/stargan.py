@@ -114,8 +114,7 @@ class StarGan:
         target = shuffled(own, train.noise(1).squeeze(1), batch.groups)
         target_condition, own_condition = self._condition(target, domain), self._condition(own, domain)
         mixing = torch.special.ndtr(train.noise(1).squeeze(1))  # uniform in [0, 1]
-        round_number = train.step // len(self.labels) + 1  # data sets take turns within a round
-        if round_number % self.config.discriminator_steps == 0:
+        if train.decide(self._updates_generator):
             fake, reconstructed = train.forward("generator", _cycle, real, target_condition, own_condition)
         else:
             with torch.no_grad(), train.frozen("generator") as net:
@@ -123,6 +122,10 @@ class StarGan:
         self._update_discriminator(real, fake.detach(), own, mixing, domain, train)
         if reconstructed is not None:
             train.apply("generator", self._generator_loss(real, fake, reconstructed, target, domain, train))
+
+    def _updates_generator(self, step: int, images: int) -> bool:
+        round_number = step // len(self.labels) + 1  # data sets take turns within a round
+        return round_number % self.config.discriminator_steps == 0
 
     def _update_discriminator(
         self, real: Tensor, fake: Tensor, own: Tensor, mixing: Tensor, domain: int, train: Train

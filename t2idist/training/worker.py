@@ -38,6 +38,7 @@ from t2idist.engine.kernels import allow_tf32, use_deterministic_kernels
 from t2idist.engine.metrics import MetricLogger, append_lines
 from t2idist.engine.noise import derive_seed
 from t2idist.engine.preemption import Poll, PreemptionHandler, StopRequested
+from t2idist.engine.step_graphs import CudaGraphRecorder
 from t2idist.engine.strategy import Precision
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import Share, World
@@ -261,6 +262,7 @@ class _StageWorker:
 
     def _build_trainer(self, rollback: int) -> Trainer:
         stage = self._stage
+        graphs = self._config.cuda_graphs == "auto" and self._world.device.type == "cuda"
         return Trainer(
             self._system,
             stage=stage.name,
@@ -272,6 +274,7 @@ class _StageWorker:
             zero=self._config.zero,
             gradients=getattr(torch, self._config.gradients),
             micro_batch_groups=self._config.groups_at_once(stage.settings),
+            record=CudaGraphRecorder() if graphs else None,
         )
 
     def _open_checkpoints(self) -> CheckpointManager:

@@ -221,7 +221,7 @@ def test_resume_rejects_settings_that_change_the_mathematics(tmp_path: Path) -> 
     (folder / "config.yaml").write_text(to_yaml(config))
     overrides = [f"storage={tmp_path}", "data.source=emoji"]
     adjustable = ("cluster.workers=[1,1]", "stages.attngan.images=99", "data.threads=1", "checkpoint.keep=3")
-    for same in (*adjustable, "gradients=bfloat16"):
+    for same in (*adjustable, "gradients=bfloat16", "cuda_graphs=auto"):
         dry_run.check(stages.with_absolute_paths(load("attngan", [*overrides, same])), None)
     for other in ("seed=9", "stages.attngan.group_size=9", "stages.attngan.model.z_dim=9", "data.max_words=9"):
         with pytest.raises(ValueError, match="was started with .*; give name=ANOTHER for a new run"):
@@ -231,7 +231,7 @@ def test_resume_rejects_settings_that_change_the_mathematics(tmp_path: Path) -> 
 def test_run_of_an_older_version_lacks_newer_settings(tmp_path: Path) -> None:
     overrides = [f"storage={tmp_path}", "data.source=emoji"]
     config = stages.with_absolute_paths(load("attngan", overrides))
-    newer = ("tf32", "deterministic", "gradients")
+    newer = ("tf32", "deterministic", "gradients", "cuda_graphs")
     stored = {key: value for key, value in to_dict(config).items() if key not in newer}
     folder = tmp_path / config.name
     folder.mkdir()

@@ -66,7 +66,7 @@ def run_with_nonfinite_step(
     skips_after = guard.skips_in_a_row
     train_steps(trainer, 3)
     reports = trainer.reduce_reports() | {"skipped": guard.skipped_steps}
-    return before, after, skips_after, guard.skips_in_a_row, trainer.first_nonfinite, reports
+    return before, after, skips_after, guard.skips_in_a_row, trainer.reports.first_nonfinite, reports
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -22,8 +22,9 @@ from t2idist.engine.checkpoint.manager import CheckpointManager
 from t2idist.engine.ema import Average
 from t2idist.engine.groups import GroupedBatchNorm, convert_layers
 from t2idist.engine.noise import Noise
+from t2idist.engine.reports import stack_scalars
 from t2idist.engine.strategy import Precision
-from t2idist.engine.trainer import Trainer, _values
+from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import Share, World
 from t2idist.storage import objects
 from tests.helpers import toy_gan
@@ -338,7 +339,7 @@ def test_average_equals_the_formula_bitwise(with_statistics: bool, copies: bool)
         with torch.no_grad():
             for value in net.state_dict().values():
                 value.copy_(step + torch.rand(value.shape) if value.is_floating_point() else value + 1)
-        average.update(0.9, with_statistics=with_statistics)
+        average.update(1 - 0.9, with_statistics=with_statistics)
         for name, value in net.state_dict().items():
             if not value.is_floating_point() or (copies and "running" in name):
                 expected[name] = value.clone()
@@ -352,7 +353,9 @@ def test_reports_keep_their_values_and_their_order() -> None:
     given = [torch.tensor(0.1), torch.tensor(2, dtype=torch.int64), torch.tensor(0.3).bfloat16(),
              torch.tensor(0.1, dtype=torch.float64), torch.tensor(float("nan")), torch.tensor(0.7)]  # fmt: skip
     expected = [float(value) for value in given]
-    assert [f"{value}" for value in _values(given)] == [f"{value}" for value in expected] and _values([]) == []
+    stacked, order = stack_scalars(given)
+    assert [f"{value}" for value in stacked.tolist()] == [f"{expected[index]}" for index in order]
+    assert sorted(order) == list(range(len(given))) and stack_scalars([])[1] == []
 
 
 def test_export_round_trip_and_error_messages(tmp_path: Path) -> None:

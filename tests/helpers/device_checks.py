@@ -22,6 +22,7 @@ from t2idist.config import CheckpointConfig
 from t2idist.contract import Batch, BuildInfo, Frozen, Role, Train
 from t2idist.engine.checkpoint.manager import CheckpointManager
 from t2idist.engine.device_batches import DeviceBatches
+from t2idist.engine.step_graphs import CudaGraphRecorder
 from t2idist.engine.strategy import Precision
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import Share, World
@@ -233,17 +234,32 @@ def a_system_without_buffers_trains(device: torch.device) -> None:
     assert_close(states[1], states[0], 1e-9)
 
 
-def packed_captions_equal_rows(device: torch.device) -> None:
-    """The text encoder's LSTM: packed captions on the device, whole rows on the CPU."""
+def captions_are_encoded_as_on_the_cpu(device: torch.device) -> None:
+    """The text encoder's LSTM, in float64."""
     net = small_systems.build("damsm").roles["damsm"].net.get_submodule("text").double().eval()
     captions = toy_gan.batch(0, range(2), 5).captions
     results = []
     with torch.no_grad():
         for at in (CPU, device):
-            words, sentence = net.to(at)(captions.tokens.to(at), captions.lengths)[:2]
+            words, sentence = net.to(at)(captions.tokens.to(at), captions.lengths.to(at))[:2]
             results.append((words.cpu(), sentence.cpu()))
     for expected, actual in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def recorded_steps_equal_launched_ones(device: torch.device) -> None:
+    """Ten steps in float64 with CUDA graphs, and without; on a CPU there are none."""
+    record = CudaGraphRecorder() if device.type == "cuda" else None
+    for label in ("damsm", "attngan", "stackgan_pp-options", "stargan"):
+        states = []
+        for each in (None, record):
+            trainer = small_systems.trainer(World(device=device), label, "float64", record=each)
+            for _ in range(10):
+                trainer.run_step(small_systems.toy_batch(trainer))
+            states.append(snapshot(trainer))
+            graphs = trainer.graphs
+            assert graphs is None or (graphs.repeated_steps > 2 and not graphs.failure), f"{label}: {graphs.failure}"
+        assert_close(states[1], states[0], 1e-5)
 
 
 def penalties_have_the_gradients_of_the_cpu(device: torch.device) -> None:
@@ -302,10 +318,11 @@ CHECKS: dict[str, Callable[[torch.device], None]] = {
         checkpoints_load_bitwise_on_either_device,
         a_nan_changes_nothing,
         a_system_without_buffers_trains,
-        packed_captions_equal_rows,
+        captions_are_encoded_as_on_the_cpu,
         penalties_have_the_gradients_of_the_cpu,
         device_batches_equal_host_batches,
         four_groups_equal_those_of_the_cpu,
+        recorded_steps_equal_launched_ones,
         micro_batches_equal_all_groups_at_once,
         bfloat16_is_close_to_float64,
         the_host_never_waits,

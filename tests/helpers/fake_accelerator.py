@@ -1,16 +1,20 @@
 """A fake accelerator: run training steps on a device that does not exist, on a machine without one.
 
     python -m tests.helpers.fake_accelerator attngan [stargan ...]
+    python -m tests.helpers.fake_accelerator --recorded STEPS attngan [...]
 
 Tensors on the device "fake" wrap tensors of the host. An operation that mixes tensors of both devices fails, as on an
 accelerator. Whatever would block the host until the device is done is counted as a sync: reading values or sizes,
 copies to the host, and copies from the host that are not marked as non-blocking or, above 64 KiB, are not from
 page-locked memory. Recurrent layers run on the host and are not counted: accelerators have kernels for them. Prints
-each system's reports of a step, and its syncs, as JSON. Runs in its own process: PyTorch cannot unregister a device.
+each system's reports of a step, and its syncs, as JSON; with --recorded, how steps that are recorded and repeated
+(engine/step_graphs.py) differ from launched ones, on small systems. Runs in its own process: PyTorch cannot unregister
+a device.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -25,6 +29,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 from t2idist.engine.strategy import Precision
+from t2idist.engine.world import World
+from tests.helpers import small_systems
 from tools.bench import bench_step
 
 DEVICE = "fake"
@@ -38,8 +44,6 @@ VALUE_DEPENDENT = (
     "repeat_interleave",
 )
 """Operations whose result or its size depends on values. So do boolean masks as indices."""
-HOST_LENGTHS = ("_pack_padded_sequence", "_pad_packed_sequence")
-"""Operations that take lengths on the host together with tensors on the device."""
 _STAGED_BYTES = 64 * 1024
 """CUDA copies at most this much to a buffer of its own and lets the host go on."""
 VOCABULARY = 50
@@ -78,11 +82,30 @@ class FakeDevice(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.syncs: list[str] = []
+        self._recording: list[tuple[Any, Any, Any, Any]] | None = None
         self._pinned: dict[int, Tensor] = {}
 
     def pin(self, *tensors: Tensor) -> None:
         """Let these tensors of the host stand for page-locked ones."""
         self._pinned |= {tensor.data_ptr(): tensor for tensor in tensors}
+
+    def record(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Record the operations of a step, as `step_graphs.Record`. Also runs them.
+
+        Raises:
+            RuntimeError: The step blocks the host or copies from it: a CUDA graph could not be captured.
+        """
+        self._recording = []
+        try:
+            step()
+            return functools.partial(repeat, self._recording)
+        finally:
+            self._recording = None
+
+    def _note_sync(self, text: str) -> None:
+        self.syncs.append(text)
+        if self._recording is not None:
+            raise RuntimeError(f"{text} in a recorded step")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -90,7 +113,7 @@ class FakeDevice(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         fakes = [leaf for leaf in tensors if isinstance(leaf, FakeTensor)]
         requested = kwargs.get("device")
-        if fakes and requested is None and name not in ("copy_", *HOST_LENGTHS):
+        if fakes and requested is None and name != "copy_":
             for tensor in tensors:
                 if tensor.dim() and not isinstance(tensor, FakeTensor):
                     raise RuntimeError(f"{func}: a tensor {tuple(tensor.shape)} on the host meets one on the device")
@@ -98,16 +121,21 @@ class FakeDevice(TorchDispatchMode):
         masked = name.startswith("index") and any(tensor.dtype == torch.bool for tensor in fakes[1:])
         copied_to_host = not on_device or (name == "copy_" and not isinstance(args[0], FakeTensor))
         if fakes and (name in VALUE_DEPENDENT or masked or copied_to_host):
-            self.syncs.append(name)
+            self._note_sync(name)
         if on_device and name in ("_to_copy", "copy_"):
             source = args[1] if name == "copy_" else args[0]
-            if not isinstance(source, FakeTensor) and not self._is_fast(name, source, args, kwargs):
-                self.syncs.append(f"{name} from the host: {tuple(source.shape)}")
+            copied = not isinstance(source, FakeTensor)
+            if copied and (self._recording is not None or not self._is_fast(name, source, args, kwargs)):
+                self._note_sync(f"{name} from the host: {tuple(source.shape)}")
         if requested is not None:
             kwargs["device"] = torch.device("cpu")
         page_locked = kwargs.pop("pin_memory", None)
         with _disable_current_modes():
-            out = func(*(to_host(arg) for arg in args), **{key: to_host(arg) for key, arg in kwargs.items()})
+            host_args, host_kwargs = to_host(args), to_host(kwargs)
+            recorded = tree_map(alias, (host_args, host_kwargs)) if self._recording is not None else ()
+            out = func(*host_args, **host_kwargs)
+            if self._recording is not None and torch.Tag.inplace_view not in func.tags:
+                self._recording.append((func, *recorded, tree_map(alias, out)))
         if page_locked:
             self.pin(out)
         if name == "copy_":
@@ -117,14 +145,27 @@ class FakeDevice(TorchDispatchMode):
         if torch.Tag.inplace_view in func.tags:  # such as unsqueeze_: the wrapper has the new shape, too
             with _disable_current_modes(), no_dispatch():
                 return func(*args, **kwargs)
-        if name == "_pack_padded_sequence":
-            return FakeTensor(out[0]), out[1]
         in_place = {id(tensor.host): tensor for tensor in fakes}
         return tree_map(lambda leaf: in_place[id(leaf)] if id(leaf) in in_place else to_fake(leaf), out)
 
     def _is_fast(self, name: str, source: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
         non_blocking = kwargs.get("non_blocking", args[2] if name == "copy_" and len(args) > 2 else False)
         return bool(non_blocking) and (source.nbytes <= _STAGED_BYTES or source.data_ptr() in self._pinned)
+
+
+def alias(leaf: Any) -> Any:
+    """Return another tensor on the same memory, whose shape no later operation changes; everything else as it is."""
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+
+def repeat(recording: Sequence[tuple[Any, Any, Any, Any]]) -> None:
+    """Run recorded operations again, on the same tensors; their results overwrite those of the first time."""
+    with torch.no_grad(), _disable_current_modes():
+        for func, args, kwargs, out in recording:
+            new = func(*args, **kwargs)
+            for old, value in zip(tree_leaves(out), tree_leaves(new), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != value.data_ptr():
+                    old.copy_(value)
 
 
 def to_host(tree: Any) -> Any:
@@ -195,15 +236,44 @@ def run_step(name: str, device: str, fake: FakeDevice | None = None) -> tuple[di
     if fake is not None:
         fake.pin(*batch.images, batch.captions.tokens, batch.captions.vectors, batch.class_ids, batch.attributes)
     trainer.run_step(batch)
-    first_report, first_sync = len(trainer._reports), 0 if fake is None else len(fake.syncs)
+    first_report, first_sync = len(trainer.reports.pending), 0 if fake is None else len(fake.syncs)
     trainer.run_step(batch)
     step_syncs = [] if fake is None else fake.syncs[first_sync:]  # before the next line reads values
-    return {name: float(value) for _, name, value in trainer._reports[first_report:]}, step_syncs
+    return {name: float(value) for _, name, value in trainer.reports.pending[first_report:]}, step_syncs
+
+
+def run_recorded(label: str, fake: FakeDevice, steps: int) -> dict[str, Any]:
+    """Run steps of a small system launched and recorded: how far the states are apart, the reports, the failure."""
+    world = World(device=torch.device(DEVICE))
+    trainers = [small_systems.trainer(world, label, "float64", record=record) for record in (None, fake.record)]
+    before = {name: value.clone() for name, value in trainers[0].state().items()}
+    for trainer in trainers:
+        for step in range(steps):  # one step between repeated ones is always launched
+            trainer.run_step(small_systems.toy_batch(trainer), momentum=0.1 if step == steps - 4 else 0.0)
+    launched, recorded = (trainer.state() for trainer in trainers)
+    apart = {}
+    for name, value in launched.items():
+        moved = float((value - before[name]).double().norm())
+        apart[name] = float((recorded[name] - value).double().norm()) / max(moved, 1e-12)
+    graphs = trainers[1].graphs
+    assert graphs is not None
+    return {
+        "apart": max(apart.values()),
+        "where": max(apart, key=lambda name: apart[name]),
+        "reports": [trainer.reduce_reports() for trainer in trainers],
+        "failure": graphs.failure,
+        "repeated": graphs.repeated_steps,
+    }
 
 
 def main(names: Sequence[str]) -> None:
     # before the first backward pass, in which PyTorch counts the devices
     _setup_privateuseone_for_python_backend(DEVICE, BackendModule())
+    if names[0] == "--recorded":
+        labels = names[2:]
+        with FakeDevice() as device, DeviceKernels():
+            print(json.dumps({label: run_recorded(label, device, int(names[1])) for label in labels}))
+        return
     results: dict[str, Any] = {name: {"host": run_step(name, "cpu")[0]} for name in names}
     for name in names:
         with FakeDevice() as device, DeviceKernels():

@@ -28,7 +28,7 @@ class NanAttnGan(attngan.AttnGan):
         self.nan_samples = dict(zip(config.nan_steps, config.nan_samples, strict=True))
 
     def step(self, batch: Batch, train: Train) -> None:
-        is_nan = self.nan_samples.get(train.step) in batch.ids
+        is_nan = train.decide(lambda step, images: self.nan_samples.get(step)) in batch.ids
         super().step(batch, _NanLoss(train) if is_nan else train)  # type: ignore[arg-type]
 
 

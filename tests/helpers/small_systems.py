@@ -11,8 +11,9 @@ from torch import nn
 
 from t2idist.config import RunConfig
 from t2idist.config.strict import from_dict, to_dict
-from t2idist.contract import DataInfo, System
+from t2idist.contract import Batch, DataInfo, System
 from t2idist.engine.checkpoint import export
+from t2idist.engine.step_graphs import Record
 from t2idist.engine.strategy import Precision
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import Share, World
@@ -309,6 +310,7 @@ def trainer(
     groups: int = GROUPS,
     micro_batch_groups: int | None = None,
     zero: int = 0,
+    record: Record | None = None,
 ) -> Trainer:
     """Build a trainer: of the system itself in float64, unless it is `ALWAYS_SMOOTH`, else of `build_smooth`."""
     share = Share.of(world, groups)
@@ -322,12 +324,17 @@ def trainer(
         precision=Precision(precision),
         zero=zero,
         micro_batch_groups=micro_batch_groups,
+        record=record,
     )
+
+
+def toy_batch(trainer: Trainer) -> Batch:
+    """Return the toy data of a trainer's next step."""
+    data = DATA_INFOS.get(trainer.noise_source.stage, toy_gan.DATA_INFO)
+    return toy_gan.batch(trainer.step, trainer.share.lanes, GROUP_SIZE, trainer.system.sizes, MAX_WORDS, data)
 
 
 def run_steps(trainer: Trainer, count: int) -> None:
     """Train on toy batches, with both kinds of BatchNorm averages."""
-    data = DATA_INFOS.get(trainer.noise_source.stage, toy_gan.DATA_INFO)
     for _ in range(count):
-        batch = toy_gan.batch(trainer.step, trainer.share.lanes, GROUP_SIZE, trainer.system.sizes, MAX_WORDS, data)
-        trainer.run_step(batch, momentum=1 / (trainer.step + 1) if trainer.step % 3 else 0.0)
+        trainer.run_step(toy_batch(trainer), momentum=1 / (trainer.step + 1) if trainer.step % 3 else 0.0)

@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from t2idist.contract import Role
 from t2idist.engine.schedule import ema_decay, lr_factor
@@ -27,7 +28,7 @@ from t2idist.losses import adversarial
 from t2idist.losses.adversarial import ConditionalDiscriminator, JointDiscriminator, JointLosses, LogitLoss, PairLosses
 from t2idist.losses.matching import WrongPairs
 from t2idist.losses.penalties import gradient_penalty
-from t2idist.nn import blocks, text_encoders
+from t2idist.nn import blocks
 from t2idist.nn.fast import blocks as fast_blocks
 from t2idist.nn.fast import lstm, word_attention
 from t2idist.nn.stargan import PatchDiscriminator
@@ -50,7 +51,7 @@ class ReferenceStrategy(DDPStrategy):
             foreach=False,
         )
 
-    def step(self, lr: float, found_inf: Tensor) -> None:
+    def step(self, lr: float | Tensor, found_inf: Tensor) -> None:
         if self._role.clip_norm is not None:
             clipped = [p for name, p in self._trained.items() if name.startswith(self._role.clip_prefix)]
             nn.utils.clip_grad_norm_(clipped, self._role.clip_norm, foreach=False)
@@ -94,7 +95,7 @@ def reference_losses() -> Iterator[None]:
     """Compute layers and losses as the released code does, while the context is open."""
     with (
         mock.patch.object(word_attention, "word_similarity", word_similarity),
-        mock.patch.object(lstm, "bidirectional_lstm", text_encoders.bidirectional_lstm),
+        mock.patch.object(lstm, "bidirectional_lstm", bidirectional_lstm),
         mock.patch.object(fast_blocks, "joint_conv2d", blocks.joint_conv2d),
         mock.patch.object(fast_blocks, "up_conv2d", blocks.up_conv2d),
         mock.patch.object(stackgan_pp, "joint_losses", joint_losses),
@@ -102,6 +103,14 @@ def reference_losses() -> Iterator[None]:
         mock.patch.object(stargan.StarGan, "_discriminator_losses", stargan_discriminator_losses),
     ):
         yield
+
+
+def bidirectional_lstm(rnn: nn.LSTM, embedded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Run the LSTM over packed captions; arguments and results as in nn/fast/lstm.py."""
+    packed = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
+    states, (last, _) = rnn(packed)
+    words, _ = pad_packed_sequence(states, batch_first=True, total_length=embedded.shape[1])
+    return words.transpose(1, 2), torch.cat([last[0], last[1]], dim=1)
 
 
 def word_similarity(

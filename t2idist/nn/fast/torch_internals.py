@@ -19,6 +19,7 @@ __all__ = [
     "InstanceNormBase",
     "TorchDispatchMode",
     "foreach_add",
+    "foreach_add_",
     "foreach_copy_",
     "foreach_lerp_",
     "foreach_mul_",
@@ -33,6 +34,7 @@ CHECKED_VERSIONS = ("2.13", "2.14")
 
 # one operation for a list of tensors
 foreach_add = torch._foreach_add
+foreach_add_ = torch._foreach_add_
 foreach_copy_ = torch._foreach_copy_
 foreach_lerp_ = torch._foreach_lerp_
 foreach_mul_ = torch._foreach_mul_

@@ -41,11 +41,10 @@ def _group_similarity(
     The region context c = sum_r weights_r region_r is never formed: c.e = weights . scores, and |c|^2 comes from the
     regions' Gram matrix, which is smaller than c if there are fewer regions than dimensions.
     """
-    device, (images, dim, positions) = words.device, regions.shape
-    ordered, order = lengths.cpu().sort()
+    images, dim, positions = regions.shape
+    ordered, order = lengths.sort()
     caption = order.repeat_interleave(ordered)
     word = torch.arange(len(caption)) - (ordered.cumsum(0) - ordered).repeat_interleave(ordered)
-    caption, word = caption.to(device, non_blocking=True), word.to(device, non_blocking=True)
     kept = words.transpose(1, 2)[caption, word]  # (P, D), the P words of all captions, shortest caption first
     scores = (kept @ regions.transpose(0, 1).reshape(dim, -1)).view(-1, images, positions)
     distinct, counts = ordered.unique_consecutive(return_counts=True)

@@ -51,10 +51,14 @@ class BatchBuffer:
             array: NDArray[Any] = torch.zeros(samples, *shape, dtype=dtype, pin_memory=pinned).numpy()
             return array
 
+        def pixels(*shape: int) -> NDArray[np.uint8]:  # `fill` writes all of them
+            array: NDArray[np.uint8] = torch.empty(samples, *shape, dtype=torch.uint8, pin_memory=pinned).numpy()
+            return array
+
         self.pyramid_sizes = tuple(sizes) if for_device else ()
         shapes = [(sizes[-1], sizes[-1], 4)] if for_device else [(3, size, size) for size in sizes]
-        self.images = [zeros(*shape, dtype=torch.uint8) for shape in shapes]
-        self.partners = [zeros(*shape, dtype=torch.uint8) for shape in shapes if paired]
+        self.images = [pixels(*shape) for shape in shapes]
+        self.partners = [pixels(*shape) for shape in shapes if paired]
         self.tokens = zeros(max_words, dtype=torch.int64)
         self.lengths = np.ones(samples, dtype=np.int64)
         self.class_ids = zeros(dtype=torch.int64)

@@ -7,8 +7,8 @@ All do the same work on the same JPEGs (shorter side 304, quality 95): decode, r
 64/128/256 as uint8 planes, a caption as token ids, batches of 20. Each runs in its own process on one core, in turns.
 `bare` is the share of Pillow in this work, on bytes in memory. webdataset and MosaicML streaming are used as in their
 documentation, without and with a worker process, and the better of the two counts; streaming is skipped if it is not
-installed. "decoded cache" is an epoch after that in which the cache was filled; "for a GPU"
-the loader yields the largest size, of which the device makes the pyramid. --store also reads from a SeaweedFS
+installed. "decoded cache" is the third epoch, the cache being filled in the first; "for a GPU" the
+loader yields the largest size, of which the device makes the pyramid. --store also reads from a SeaweedFS
 server (on the other cores). Then the time spent waiting for data is measured with steps of --step-seconds, and the
 memory after each of three epochs.
 
@@ -43,6 +43,7 @@ from t2idist.data.sample_format import SampleRecord
 from t2idist.data.shard_writer import write_shards
 from t2idist.data.shards import Dataset
 from t2idist.data.statistics import problems_of
+from t2idist.nn.fast.memory import keep_freed_memory
 from t2idist.observability.command import command
 from tools.bench.bench_sharding import photograph
 from tools.bench.made_up_set import write_made_up_set
@@ -156,14 +157,12 @@ def time_ours(url: str, samples: int) -> float:
 
 
 def time_cached(url: str, samples: int, filled: bool, for_device: bool = False) -> float:
-    """Return the images per second with a cache of decoded images, from which an epoch was read before or not."""
-    with tempfile.TemporaryDirectory(prefix="t2idist-bench-") as cache:
-        if filled:
-            with open_ours(url, cache=cache) as loader:
-                for _ in range(samples // BATCH + 1):
-                    next(loader)
-        with open_ours(url, cache, for_device) as loader:
-            return rate(loader, samples // BATCH - (0 if filled else 2 * WARM_BATCHES))
+    """Return the images per second with a cache of decoded images: of its first epoch or, if `filled`, of the third."""
+    epoch = samples // BATCH
+    with tempfile.TemporaryDirectory(prefix="t2idist-bench-") as cache, open_ours(url, cache, for_device) as loader:
+        for _ in range(2 * epoch if filled else 0):
+            next(loader)
+        return rate(loader, epoch - (0 if filled else 2 * WARM_BATCHES))
 
 
 def time_bare(url: str, samples: int) -> float:
@@ -313,6 +312,7 @@ def run_child(arguments: list[str], core: int, env: dict[str, str]) -> Any:
 
 def measure_one(variant: str, folder: Path, url: str, samples: int, step_seconds: float) -> Any:
     name, _, workers = variant.partition(":")
+    keep_freed_memory()  # as in training
     functions: dict[str, Any] = {
         "ours": lambda: time_ours(url, samples),
         "decoded": lambda: time_cached(url, samples, filled=True),

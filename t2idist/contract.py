@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from t2idist.config.ranges import check_ranges as check_ranges
-from t2idist.nn.images import make_pyramid, to_float
+from t2idist.nn.images import move_images
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -80,23 +80,22 @@ class Batch:
     def group_size(self) -> int:
         return len(self.class_ids) // self.groups
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the batch."""
+        return [*self.images, *self.partners, *vars(self.captions).values(), self.class_ids, self.attributes]
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
         """Move the batch to `device`; uint8 images become `dtype` in [-1, 1] there."""
         return replace(
             self,
-            images=self._on_device(self.images, device, dtype),
-            partners=self._on_device(self.partners, device, dtype),
+            images=move_images(self.images, device, dtype, self.pyramid_sizes),
+            partners=move_images(self.partners, device, dtype, self.pyramid_sizes),
             pyramid_sizes=(),
             captions=self.captions.to(device, dtype),
             class_ids=self.class_ids.to(device, non_blocking=True),
             attributes=self.attributes.to(device, dtype, non_blocking=True),
         )
-
-    def _on_device(self, images: tuple[Tensor, ...], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        there = [image.to(device, non_blocking=True) for image in images]
-        if self.pyramid_sizes:
-            return tuple(image for pixels in there for image in make_pyramid(pixels, self.pyramid_sizes, dtype))
-        return tuple(to_float(image, dtype) for image in there)
 
 
 # ------------------------------------------------------------ systems

@@ -60,7 +60,8 @@ class BatchBuffer:
         self.images = [pixels(*shape) for shape in shapes]
         self.partners = [pixels(*shape) for shape in shapes if paired]
         self.tokens = zeros(max_words, dtype=torch.int64)
-        self.lengths = np.ones(samples, dtype=np.int64)
+        self.lengths = zeros(dtype=torch.int64)
+        self.lengths[...] = 1
         self.class_ids = zeros(dtype=torch.int64)
         self.attributes = zeros(attributes, dtype=torch.float32)
         self.vectors = zeros(vector_dim, dtype=torch.float32)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from t2idist.contract import Batch
 from t2idist.engine.batches import BatchSource
@@ -45,7 +44,7 @@ class DeviceBatches:
         self._ahead = self._copy()
         current = torch.accelerator.current_stream(self._device)
         current.wait_event(copied)
-        for tensor in _tensors(batch):
+        for tensor in batch.tensors:
             tensor.record_stream(current)  # type: ignore[arg-type]
         return batch
 
@@ -57,9 +56,3 @@ class DeviceBatches:
 
     def close(self) -> None:
         self._source.close()
-
-
-def _tensors(batch: Batch) -> tuple[Tensor, ...]:
-    """Return the tensors of a batch that are on its device."""
-    labels = batch.captions.tokens, batch.captions.vectors, batch.class_ids, batch.attributes
-    return *batch.images, *batch.partners, *labels

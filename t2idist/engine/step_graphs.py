@@ -127,7 +127,7 @@ class StepGraphs:
 
     def _repeat(self, graph: _Graph, batch: Batch) -> None:
         trainer = self._trainer
-        foreach_copy_(_tensors(graph.batch), _tensors(batch))
+        foreach_copy_(graph.batch.tensors, batch.tensors)
         trainer.noise_source.start(trainer.step)
         for tensor, draw in zip(graph.noise, graph.inputs.draws, strict=True):
             trainer.noise_source.draw_into(tensor, draw)
@@ -243,13 +243,8 @@ def _distance(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
     return float(torch.stack(squares).sum().sqrt())
 
 
-def _tensors(batch: Batch) -> list[Tensor]:
-    captions = batch.captions.tokens, batch.captions.lengths, batch.captions.vectors
-    return [*batch.images, *batch.partners, *captions, batch.class_ids, batch.attributes]
-
-
 def _shape_of(batch: Batch) -> tuple[Any, ...]:
-    return batch.groups, batch.domain, *(tensor.shape for tensor in _tensors(batch))
+    return batch.groups, batch.domain, *(tensor.shape for tensor in batch.tensors)
 
 
 def _copy_of(batch: Batch) -> Batch:

@@ -9,6 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def move_images(
+    images: Sequence[Tensor], device: torch.device, dtype: torch.dtype, pyramid_sizes: Sequence[int] = ()
+) -> tuple[Tensor, ...]:
+    """Move uint8 images to a device, as floats in [-1, 1]; with `pyramid_sizes`, make the pyramid of each there."""
+    there = [image.to(device, non_blocking=True) for image in images]
+    if pyramid_sizes:
+        return tuple(level for image in there for level in make_pyramid(image, pyramid_sizes, dtype))
+    return tuple(to_float(image, dtype) for image in there)
+
+
 def to_float(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Convert uint8 images to floats in [-1, 1]; floats keep their values."""
     return images.to(dtype).div_(127.5).sub_(1.0) if images.dtype == torch.uint8 else images.to(dtype)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from t2idist.contract import Batch
-from t2idist.engine import device_batches
 from t2idist.engine.device_batches import DeviceBatches
 from tests.helpers import toy_gan
 
@@ -64,7 +63,7 @@ def test_the_next_batch_is_copied_before_the_current_one_is_used(monkeypatch: py
         assert torch.equal(got.images[0], batch.to(torch.device("cpu"), torch.float32).images[0])
     step = ["load", "copy on the side stream", "current stream waits"]
     assert recorder.calls == ["load", "copy on the side stream", *step, *step]
-    assert len(recorded) == 2 * len(device_batches._tensors(got))
+    assert len(recorded) == 2 * len(got.tensors)
     assert (batches.samples_read, batches.bad_reads, batches.wait_seconds) == (3, 1, 0.5)
     assert batches.quarantine == source.quarantine
     batches.close()

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 
 from t2idist.launch import ray_internals
 from t2idist.launch.ray_internals import ControllerCallback, WorkerGroupCallback
@@ -186,9 +186,9 @@ class PauseBeforeResize(_RunningWorkers, ControllerCallback):  # type: ignore[mi
     replica is lost.
     """
 
-    def __init__(self, within_seconds: float) -> None:
+    def __init__(self, within_seconds: float, liveness: NodeLiveness) -> None:
         super().__init__()
-        self._within_seconds = within_seconds
+        self._within_seconds, self._liveness = within_seconds, liveness
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
         self._workers = []
@@ -197,14 +197,18 @@ class PauseBeforeResize(_RunningWorkers, ControllerCallback):  # type: ignore[mi
         if not self._workers:
             return
         deadline = time.monotonic() + self._within_seconds
-        try:
-            while not all(call_workers(self._workers, _request_pause, seconds=_PAUSE_RESPONSE_SECONDS)):
-                if time.monotonic() > deadline:
-                    logger.warning("workers did not pause within %.0f s; replacing them anyway", self._within_seconds)
+        nodes = {worker.metadata.node_id for worker in self._workers}
+        while time.monotonic() < deadline:
+            try:
+                if all(call_workers(self._workers, _request_pause, seconds=_PAUSE_RESPONSE_SECONDS)):
                     return
-                time.sleep(_POLL_SECONDS)
-        except RayError:  # one has just died; the new group resumes from an earlier replica
-            return
+            except GetTimeoutError:
+                if self._liveness.ping() & nodes:  # a node has just been lost; the others resume from a replica
+                    return
+            except RayError:  # so has a worker
+                return
+            time.sleep(_POLL_SECONDS)
+        logger.warning("workers did not pause within %.0f s; replacing them anyway", self._within_seconds)
 
 
 class WatchDrainingNodes(_RunningWorkers):

@@ -28,9 +28,6 @@ from t2idist.observability.command import in_main_thread
 
 T = TypeVar("T")
 
-_PLACEMENT_SECONDS = 5.0
-"""A node may have been lost since the number of workers was decided: then it is decided anew."""
-
 logger = logging.getLogger(__name__)
 
 
@@ -162,13 +159,12 @@ def thread_settings(cluster: ClusterConfig) -> dict[str, str]:
 
 def _settings(cluster: ClusterConfig) -> dict[str, str]:
     """Return Ray's environment variables; Ray Train passes its own on to its controller and workers."""
-    elastic = cluster.workers[0] < cluster.workers[1]
     return {
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # an actor that starts with every group; WatchDrainingNodes does it
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": f"{min(0.5, cluster.dead_seconds / 5):g}",
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{cluster.dead_seconds:g}",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{_PLACEMENT_SECONDS if elastic else cluster.start_seconds:g}",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{cluster.start_seconds:g}",
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import math
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -35,6 +36,10 @@ from t2idist.launch.worker_pool import WorkerPool
 from t2idist.training import accelerator
 
 _UNPREPARED_POLL_SECONDS = 2.0
+_LEAST_SHARE = 1 / 3
+"""Of the workers for which there is room: with fewer on prepared nodes, the next group waits for the others."""
+_PLACEMENT_SECONDS = 5.0
+"""Ray has placed a group by then, unless a node was lost since its size was decided; doubled at each attempt."""
 
 
 class NodeInterfaceBackend(TorchConfig().backend_cls):  # type: ignore[misc]
@@ -72,27 +77,31 @@ class SkipDrainingNodes(ElasticScalingPolicy):  # type: ignore[misc]
 
     The answer of Ray's coordinator may be seconds old, and it counts draining nodes. Workers that already run on a
     draining node stay there as long as it lives. A new node, and one that has lost its worker, count once a process
-    there is ready: the others train meanwhile.
+    there is ready: the others train meanwhile, if they are enough.
     """
 
     def __init__(self, scaling_config: ScalingConfig, liveness: NodeLiveness) -> None:
         super().__init__(scaling_config)
         self.liveness = liveness
-        self._in_use: set[str] = set()
         self.pool: WorkerPool | None = None
-        self._looked = 0.0
-        """When nodes were last looked for, as `time.monotonic()`."""
-        self._usual = scaling_config
-        self._soon = replace(scaling_config, elastic_resize_monitor_interval_s=_UNPREPARED_POLL_SECONDS)  # type: ignore[call-arg]
+        self._in_use: set[str] = set()
+        """Nodes of the group that trains."""
+        self._workers = 0
+        """Its size."""
+        self._looked = self._loading_since = 0.0
+        """When new nodes were last looked for, and since when processes load on nodes; `time.monotonic()`."""
+        self._patient = scaling_config
+        self._eager = replace(scaling_config, elastic_resize_monitor_interval_s=_UNPREPARED_POLL_SECONDS)  # type: ignore[call-arg]
 
     def make_decision_for_non_running_worker_group(self) -> Any:
-        self._in_use = set()
+        self._in_use, self._workers = set(), 0
         return super().make_decision_for_non_running_worker_group()
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
         self._in_use = {worker.metadata.node_id for worker in worker_group_state.workers}
-        self.scaling_config = self._soon if self.liveness.unprepared else self._usual
-        if worker_group_state.num_workers < self.scaling_config.max_workers:  # type: ignore[attr-defined]
+        self._workers = worker_group_state.num_workers
+        self.scaling_config = self._eager if self.liveness.unprepared else self._patient
+        if self._workers < self.scaling_config.max_workers:  # type: ignore[attr-defined]
             self._prepare_new_nodes()
         return super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
 
@@ -108,25 +117,39 @@ class SkipDrainingNodes(ElasticScalingPolicy):  # type: ignore[misc]
     def _get_reserved_resources(self) -> dict[str, dict[str, float]] | None:
         self.liveness.check()
         reserved: dict[str, dict[str, float]] | None = super()._get_reserved_resources()
+        if reserved is None:
+            return None
+        if self._in_use & self.liveness.silent:  # a worker is about to be declared lost, or responds again soon
+            self._latest_monitor_time = -math.inf
+            return None
         try:
             usable = (schedulable_nodes().keys() - self.liveness.silent) | self._in_use
+            return self._on_prepared_nodes({node: has for node, has in reserved.items() if node in usable})
         except RayError:  # the next poll may succeed
             return None
-        if reserved is None or self._in_use & self.liveness.silent:  # a worker is about to be declared lost
-            return None
-        reserved = {node: has for node, has in reserved.items() if node in usable}
-        return self._on_prepared_nodes(reserved)
 
-    def _on_prepared_nodes(self, reserved: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-        """Leave out the nodes on which no process is ready, unless the others are too few."""
-        self.liveness.unprepared = set()
-        if self.pool is None or not self.pool.has_trained:
+    def _on_prepared_nodes(self, reserved: dict[str, dict[str, float]]) -> dict[str, dict[str, float]] | None:
+        """Leave out the nodes on which processes load, unless the others are too few.
+
+        While a group trains, return None as long as more nodes may soon be ready: one resize costs less than two.
+        """
+        before, self.liveness.unprepared = self.liveness.unprepared, set()
+        if self.pool is None or not self.pool.has_trained or not (self._in_use or self.pool.keeps_processes):
             return reserved
         unprepared = self.pool.unprepared(reserved.keys() - self._in_use)
         others = {node: has for node, has in reserved.items() if node not in unprepared}
-        if self._count_possible_workers(others) < self.scaling_config.min_workers:  # type: ignore[attr-defined]
-            return reserved
+        count, now = self._count_possible_workers(others), time.monotonic()
+        if not self._in_use:
+            enough = max(self.scaling_config.min_workers, _LEAST_SHARE * self._count_possible_workers(reserved))  # type: ignore[attr-defined]
+            if count < enough:
+                return reserved
+        if unprepared and not before:
+            self._loading_since = now
         self.liveness.unprepared = unprepared
+        if self._in_use and unprepared:
+            interval = self._patient.elastic_resize_monitor_interval_s  # type: ignore[attr-defined]
+            if count <= self._workers or now < self._loading_since + interval:
+                return None
         return others
 
 
@@ -165,6 +188,14 @@ def _leave_out_synchronization_actor() -> None:
 
 class PooledWorkerGroup(WorkerGroup):  # type: ignore[misc]
     """Worker group whose processes come from the `WorkerPool` among its callbacks, and `WorkerHealth` checks them."""
+
+    def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> Any:
+        """Also set how long to wait for it; a run with a range of workers then decides anew."""
+        if scaling_config.min_workers < scaling_config.max_workers:
+            pool = next(callback for callback in self._callbacks if isinstance(callback, WorkerPool))
+            seconds = _PLACEMENT_SECONDS * 2**pool.starts_in_a_row
+            self._worker_group_start_timeout_s: float = min(self._worker_group_start_timeout_s, seconds)
+        return super()._create_placement_group(scaling_config, worker_group_context)
 
     def _poll_workers_and_collect_errors(self, timeout: float | None) -> list[Any]:
         health = next(callback for callback in self._callbacks if isinstance(callback, WorkerHealth))
@@ -226,6 +257,12 @@ class InProcessController(TrainController):  # type: ignore[misc]
             scaling_policy.pool = next(callback for callback in callbacks if isinstance(callback, WorkerPool))
             scaling_policy.liveness = next(each.liveness for each in callbacks if isinstance(each, CheckNodes))
         super().__init__(*args, scaling_policy=scaling_policy, callbacks=callbacks, **settings)
+
+    def _make_and_handle_scaling_decision_for_non_running_worker_group(self, controller_state: Any) -> Any:
+        """End the old group before the size of the next one is decided: its healthy processes count."""
+        if self._worker_group is not None:
+            self._shutdown_worker_group()
+        return super()._make_and_handle_scaling_decision_for_non_running_worker_group(controller_state)
 
 
 class RayTrainer(TorchTrainer):

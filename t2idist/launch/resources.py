@@ -6,7 +6,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -14,6 +14,7 @@ from ray import PlacementGroupID
 from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from t2idist import storage
 from t2idist.config import ClusterConfig
@@ -177,6 +178,23 @@ def remove_placement_groups(groups: Iterable[str]) -> None:
     for group in groups:
         with contextlib.suppress(RayError):
             remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group)))
+
+
+def accelerator_ids(group: PlacementGroup, indices: Sequence[int], gpus: float) -> list[list[str]]:
+    """Return the ids of the GPUs that each bundle has reserved."""
+    if not gpus:
+        return [[] for _ in indices]
+    calls = []
+    for index in indices:
+        strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+        task = ray.remote(num_cpus=0, num_gpus=gpus)(_gpu_ids).options(scheduling_strategy=strategy)
+        calls.append(task.remote())
+    return list(ray.get(calls))
+
+
+def _gpu_ids() -> list[str]:
+    """Run as a task in a bundle: return the ids of its GPUs."""
+    return [str(each) for each in ray.get_runtime_context().get_accelerator_ids()["GPU"]]
 
 
 def _coordinator() -> Any:

@@ -73,7 +73,10 @@ def submit(config: RunConfig, stop: StopAfter | None, on_progress: OnProgress, o
         folder = tempfile.TemporaryDirectory(prefix="t2idist-train-", ignore_cleanup_errors=True)
         clear_fatal(config)
         _wait_for_resources(config, 0.0 if own else config.cluster.wait_seconds)
-        pool = WorkerPool(_environment(config), config.cluster.spare_processes(own), config.cluster.start_seconds)
+        pool = WorkerPool(
+            _environment(config), config.cluster.spare_processes(own), config.cluster.start_seconds,
+            keeps_processes=config.strategy != "deepspeed",
+        )  # fmt: skip
         pool.start_first(resources.worker_slots(resources.per_worker(config.cluster)), config.cluster.workers[1])
         run_id = _run_id(config)
         if not own:
@@ -157,7 +160,7 @@ def _trainer(
         callbacks.WatchDrainingNodes(),
         WorkerHealth(cluster, liveness),
         callbacks.StartTimeout(cluster.start_seconds),
-        callbacks.PauseBeforeResize(cluster.start_seconds),
+        callbacks.PauseBeforeResize(cluster.start_seconds, liveness),
         on_sigterm,
         recovery.RecordRecovery(),
         pool,

@@ -24,7 +24,7 @@ import ray
 from ray.exceptions import RayError
 from ray.train import get_context
 from ray.util.placement_group import PlacementGroup, placement_group_table
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from t2idist.engine.checkpoint.replica_protocol import CHECKPOINT_THREAD, REPLICA_THREAD
 from t2idist.launch import callbacks, interfaces
@@ -38,7 +38,7 @@ from t2idist.launch.ray_internals import (
     get_train_context,
 )
 from t2idist.launch.replica_store import result_or_none
-from t2idist.launch.resources import alive_nodes
+from t2idist.launch.resources import accelerator_ids, alive_nodes
 from t2idist.observability import process
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,9 @@ logger = logging.getLogger(__name__)
 _RECYCLE_SECONDS = 3.0
 _POLL_SECONDS = 0.05
 _RESPONSE_SECONDS = 2.0
+_LOADING_RESPONSE_SECONDS = 0.3
+"""Of a process that may be loading: imports hold up its other threads."""
+_SHORT_OF_MEMORY_SECONDS = 30.0
 _SPARES_AFTER_SECONDS = 10.0
 """After the start of a group: its first steps need the cores."""
 _MEMORY_SHARE = 0.1
@@ -208,10 +211,18 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         environment: Of the worker processes.
         spares: Prepared processes that every node is to have beside those of the group.
         start_seconds: How long a process may take to start.
+        keeps_processes: Whether processes can serve another group.
     """
 
-    def __init__(self, environment: Mapping[str, str], spares: int, start_seconds: float) -> None:
+    def __init__(
+        self, environment: Mapping[str, str], spares: int, start_seconds: float, keeps_processes: bool = True
+    ) -> None:
         self._environment, self._spares, self._start_seconds = dict(environment), spares, start_seconds
+        self.keeps_processes = keeps_processes
+        self.starts_in_a_row = -1
+        """Groups that were started since one has trained, without the present one."""
+        self._short_of_memory: dict[str, float] = {}
+        """Nodes without the memory for a spare process, and when that was found, as `time.monotonic()`."""
         self._free: list[_Process] = []
         self._prepared: set[Any] = set()
         """Those of `_free` that are ready to train."""
@@ -220,7 +231,7 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
 
     def __deepcopy__(self, memo: object) -> WorkerPool:
         """Return an empty pool: processes are not copied."""
-        return WorkerPool(self._environment, self._spares, self._start_seconds)
+        return WorkerPool(self._environment, self._spares, self._start_seconds, self.keeps_processes)
 
     def start_first(self, slots: Mapping[str, int], largest: int) -> None:
         """Start the processes of the first group, if it will have all of the cluster: they load while it is set up.
@@ -240,7 +251,7 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
             RayError: a process has ended meanwhile, or does not respond.
         """
         nodes = placement_group_table(group)["bundles_to_node_id"]
-        accelerators = _accelerators(group, indices, gpus)
+        accelerators = accelerator_ids(group, indices, gpus)
         self._check({nodes[index] for index in indices})
         processes = [self._pop(nodes[index], ids) for index, ids in zip(indices, accelerators, strict=True)]
         assigned = [each.assign.remote(ids) for each, ids in zip(processes, accelerators, strict=True)]
@@ -252,22 +263,32 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
 
     def prepare(self, nodes: Iterable[str]) -> None:
         """Start spare processes on these nodes, as many as are missing."""
+        recently = time.monotonic() - _SHORT_OF_MEMORY_SECONDS
         for node in nodes:
-            self._prepare(node, self._spares - sum(each.node == node for each in self._free))
+            if self._short_of_memory.get(node, recently) <= recently:
+                self._prepare(node, self._spares - sum(each.node == node for each in self._free))
 
     def unprepared(self, nodes: Collection[str]) -> set[str]:
-        """Return the nodes among these on which processes load and none is ready; start those that are missing."""
+        """Return the nodes among these on which a process loads and none is ready; start those that are missing.
+
+        A process that has loaded for longer than a start may take does not count: its node is not waited for.
+        """
         self.prepare(nodes)
         self._check(nodes)
         ready = {each.node for each in self._free if each.actor in self._prepared}
-        return ({each.node for each in self._free} & set(nodes)) - ready
+        young = time.monotonic() - self._start_seconds
+        return ({each.node for each in self._free if each.since > young} & set(nodes)) - ready
 
     @property
     def has_trained(self) -> bool:
         """Whether a group has trained; before, no process is ready."""
         return self._started > 0
 
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        self.starts_in_a_row += 1
+
     def after_worker_group_training_start(self, worker_group: Any) -> None:
+        self.starts_in_a_row = -1
         self._drop_superfluous()
         self._started = time.monotonic()
         self._nodes = {worker.metadata.node_id for worker in worker_group.get_workers()}
@@ -346,8 +367,14 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         here = [each for each in self._free if each.node in alive and each.node in nodes]
         started = [each for each in here if each.has_started()]
         starting = [each for each in here if each not in started]
-        pings = {each.actor.is_prepared.remote(): each for each in started if each.has_memory()}
-        ready, silent = ray.wait(list(pings), num_returns=len(pings), timeout=_RESPONSE_SECONDS) if pings else ([], [])
+        short = [each for each in started if not each.has_memory()]
+        self._short_of_memory |= {each.node: time.monotonic() for each in short}
+        pings = {each.actor.is_prepared.remote(): each for each in started if each not in short}
+        trained = [ping for ping, each in pings.items() if each.prepared is None]
+        if trained:
+            ray.wait(trained, num_returns=len(trained), timeout=_RESPONSE_SECONDS)
+        seconds = _LOADING_RESPONSE_SECONDS
+        ready, silent = ray.wait(list(pings), num_returns=len(pings), timeout=seconds) if pings else ([], [])
         answers = {pings[ping]: result_or_none(ping, _RESPONSE_SECONDS) for ping in ready}
         young = time.monotonic() - self._start_seconds
         loading = [pings[ping] for ping in silent if pings[ping].prepared is not None and pings[ping].since > young]
@@ -359,7 +386,7 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
     def _drop_superfluous(self) -> None:
         """End the processes that hold a device which the group does not use, and more than the spares of a node."""
         keep: list[_Process] = []
-        for each in self._free:
+        for each in sorted(self._free, key=lambda each: each.actor not in self._prepared):
             same_node = sum(other.node == each.node for other in keep)
             if not each.accelerator_ids and same_node < self._spares:
                 keep.append(each)
@@ -369,27 +396,14 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
 
 
 def _silent_addresses(workers: Sequence[Any]) -> list[str]:
-    """Return the addresses of the workers that do not respond, such as one whose node is lost since the last poll."""
+    """Return the addresses of the workers that do not respond, such as one whose node is lost since the last poll.
+
+    Not the address of this node: the others report to it.
+    """
     pings = {worker.actor.is_prepared.remote(): worker.metadata.node_ip for worker in workers}
     silent = ray.wait(list(pings), num_returns=len(pings), timeout=_RESPONSE_SECONDS)[1] if pings else []
-    return [pings[ping] for ping in silent]
-
-
-def _accelerators(group: PlacementGroup, indices: Sequence[int], gpus: float) -> list[list[str]]:
-    """Return the ids of the GPUs that each bundle has reserved."""
-    if not gpus:
-        return [[] for _ in indices]
-    calls = []
-    for index in indices:
-        strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-        task = ray.remote(num_cpus=0, num_gpus=gpus)(_gpu_ids).options(scheduling_strategy=strategy)
-        calls.append(task.remote())
-    return list(ray.get(calls))
-
-
-def _gpu_ids() -> list[str]:
-    """Run as a task in a bundle: return the ids of its GPUs."""
-    return [str(each) for each in ray.get_runtime_context().get_accelerator_ids()["GPU"]]
+    own: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return [pings[ping] for ping in silent if pings[ping] != own]
 
 
 def is_lost(error: BaseException) -> bool:

@@ -54,19 +54,19 @@ class _Worker:
     """Runs functions in this process; `answers` are the results, one per call."""
 
     def __init__(self, *answers: bool) -> None:
-        self.answers = list(answers)
+        self.answers, self.metadata = list(answers), SimpleNamespace(node_id="node")
 
 
 def test_resize_waits_until_all_workers_are_paused(monkeypatch: pytest.MonkeyPatch) -> None:
     functions = []
 
-    def call(workers: list[_Worker], function: object) -> list[bool]:
+    def call(workers: list[_Worker], function: object, seconds: float) -> list[bool]:
         functions.append(function)
         return [worker.answers.pop(0) for worker in workers]
 
     monkeypatch.setattr(callbacks, "call_workers", call)
     monkeypatch.setattr(callbacks, "_POLL_SECONDS", 0.01)
-    callback = callbacks.PauseBeforeResize(10.0)
+    callback = callbacks.PauseBeforeResize(10.0, SimpleNamespace(ping=set))
     callback.before_controller_execute_resize_decision(None)
     assert functions == []  # no workers yet
     workers = _Worker(False, True, True), _Worker(False, False, True)

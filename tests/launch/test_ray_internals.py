@@ -46,7 +46,13 @@ USED = {
     ],
     "DatasetsCallback": [],
     "PlacementGroupCleanerCallback": [],
-    "TrainController": ["get_result", "run", "worker_group_cls"],
+    "TrainController": [
+        "_make_and_handle_scaling_decision_for_non_running_worker_group",
+        "_shutdown_worker_group",
+        "get_result",
+        "run",
+        "worker_group_cls",
+    ],
     "ElasticScalingPolicy": [
         "_count_possible_workers",
         "_get_reserved_resources",
@@ -58,6 +64,7 @@ USED = {
     "Worker": ["execute_async"],
     "WorkerGroup": [
         "_assign_worker_ranks",
+        "_create_placement_group",
         "_create_workers",
         "_init_train_context_on_workers",
         "_poll_workers_and_collect_errors",

@@ -74,7 +74,7 @@ class Batch:
     partners: tuple[Tensor, ...] = ()
     """Like `images`, a second image of each sample; empty unless the data has pairs or the system `SupportsDomains`."""
     pyramid_sizes: tuple[int, ...] = ()
-    """If not empty: `images` is one uint8 tensor (N, S, S, 4) on the host, of which `to` makes these sizes."""
+    """If not empty: `images` and `partners` are one uint8 tensor (N, S, S, 4) each, of which `to` makes these sizes."""
 
     @property
     def group_size(self) -> int:

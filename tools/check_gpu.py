@@ -41,7 +41,7 @@ from t2idist.data.loader import LoaderSpec
 from t2idist.data.mixing import data_info, open_mixed_loader
 from t2idist.engine.batches import BatchSource
 from t2idist.engine.device_batches import DeviceBatches
-from t2idist.engine.step_graphs import CudaGraphRecorder, Record
+from t2idist.engine.step_graphs import CudaGraphRecorder, Recorder
 from t2idist.engine.strategy import Precision
 from t2idist.engine.world import Share, World
 from t2idist.losses.penalties import gradient_penalty
@@ -64,6 +64,8 @@ TIMINGS = (
     ("stackgan_pp", "cub", 1), ("mirrorgan", "cub", 1), ("captioner", "cub", 1), ("dcgan", "demo", 1),
 )  # fmt: skip
 """System, preset and groups of a worker."""
+RECORDED = (("attngan", "cub", 1), ("attngan", "coco", 1), ("stackgan_pp", "cub", 1), ("damsm", "coco", 1))
+"""Those that are also timed with CUDA graphs."""
 SIGTERM_AFTER_SECONDS = 25
 VOCABULARY = 5450
 
@@ -94,12 +96,17 @@ def synchronised_seconds(device: torch.device, run: Callable[[], Any], repeats: 
 
 
 def make_benchmark(
-    system: str, preset: str, groups: int, options: argparse.Namespace, way: str = "best", record: Record | None = None
+    system: str,
+    preset: str,
+    groups: int,
+    options: argparse.Namespace,
+    way: str = "best",
+    recorder: Recorder | None = None,
 ) -> bench_step.StepBenchmark:
     """Create a training step of several groups on the device; with `way` "authors", of one group.
 
     Args:
-        record: As of `Trainer`.
+        recorder: As of `Trainer`.
     """
     words = [system, "--preset", preset, "--device", options.device, *(["--group-size", "2"] if options.tiny else [])]
     arguments = bench_step.build_parser().parse_args([*words, "--threads", "1"])
@@ -110,7 +117,7 @@ def make_benchmark(
     world = World(device=torch.device(options.device))
     trainer = bench_step.TimedTrainer(
         built, stage="check", seed=0, group_size=info.group_size, share=Share.of(world, groups), world=world,
-        precision=Precision.of(run.precision, world.device), record=record,
+        precision=Precision.of(run.precision, world.device), recorder=recorder,
     )  # fmt: skip
     batch = bench_step.synthetic_batch(built.sizes, info, groups * info.group_size)
     return bench_step.StepBenchmark(trainer, replace(batch, groups=groups))
@@ -279,11 +286,11 @@ def timings(options: argparse.Namespace) -> None:
             except RuntimeError as error:
                 record(options, name, one_line(error))
     torch.backends.cudnn.benchmark = True
-    for system, preset, groups in chosen if device.type == "cuda" else ():
+    for system, preset, groups in RECORDED if device.type == "cuda" else ():
         name = f"{system} {preset}, {groups} groups, CUDA graphs"
         try:
-            benchmark = make_benchmark(system, preset, groups, options, record=CudaGraphRecorder())
-            benchmark.timed_steps(10)  # until all ways in which steps differ are recorded
+            benchmark = make_benchmark(system, preset, groups, options, recorder=CudaGraphRecorder())
+            benchmark.timed_steps(24)  # until all ways in which steps differ are recorded
             graphs = benchmark.trainer.graphs
             assert graphs is not None
             if graphs.failure:
@@ -306,11 +313,12 @@ def _time_steps(
     if device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats(device)
     times = benchmark.timed_steps(steps)
-    memory = 0 if device.type == "cpu" else torch.accelerator.max_memory_allocated(device)
+    # reserved: that of recorded steps is never allocated again
+    memory = 0 if device.type == "cpu" else torch.accelerator.max_memory_reserved(device)
     run_times = [micros for times in kernels(benchmark, device).values() for micros in times]
     record(
         options, name, total_ms=round(1e3 * times.seconds, 2), submit_ms=round(1e3 * times.submit_seconds, 2),
-        images_per_second=round(len(benchmark.batch.ids) / times.seconds, 1), peak_gib=round(memory / 2**30, 2),
+        images_per_second=round(len(benchmark.batch.ids) / times.seconds, 1), reserved_gib=round(memory / 2**30, 2),
         launches=len(run_times), busy_ms=round(sum(run_times) / 1e3, 2),
     )  # fmt: skip
 

@@ -185,4 +185,4 @@ def _export(options: argparse.Namespace) -> None:
         inputs = ", ".join(tensor["name"] for tensor in graph["inputs"])
         print(f"  {file}: inputs {inputs}; largest difference from torch {graph['largest_difference']:.1g}")
     if onnx and "text" in config["networks"]:
-        print("  the text encoder is only in safetensors: ONNX cannot express its packed LSTM")
+        print("  the text encoder is only in safetensors: its results are inputs of the ONNX files")

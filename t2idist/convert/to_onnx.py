@@ -123,7 +123,7 @@ class GraphInput:
 def write_onnx(loaded: LoadedExport, to: str) -> dict[str, Any]:
     """Write a system's `sample` (or `translate`, one file per data set) as ONNX, and check it with ONNX Runtime.
 
-    The text encoder is excluded, because ONNX cannot express its packed LSTM; its results are inputs of the graph.
+    The text encoder is left out: its results are inputs of the graph.
 
     Returns:
         A description of the inputs and outputs of each file.

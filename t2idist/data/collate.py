@@ -91,6 +91,7 @@ class BatchBuffer:
         if len(rows) == len(self.ids):
             return self
         selected = BatchBuffer(0, (), 0, 0, 0)
+        selected.pyramid_sizes = self.pyramid_sizes
         selected.images = [image[rows] for image in self.images]
         selected.partners = [image[rows] for image in self.partners]
         labels = (array[rows] for array in self._labels)

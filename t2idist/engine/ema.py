@@ -38,7 +38,7 @@ class Average:
         """
         with torch.no_grad():
             averages, values = self._averaged if with_statistics else self._without_statistics
-            if isinstance(weight, Tensor):
+            if isinstance(weight, Tensor):  # torch has no lerp of lists with one weight for all
                 steps = foreach_add(values, averages, alpha=-1)
                 foreach_mul_(steps, weight)
                 foreach_add_(averages, steps)

@@ -1,21 +1,24 @@
 """Steps recorded as CUDA graphs: the launches of a whole step are repeated by one call.
 
-A step of these systems is some thousand short kernels, and Python needs longer to launch them than a fast GPU to run
-them. A recorded step reads its batch, its noise, its learning rates and the decays of its averages from tensors of its
-own, which are filled before it is repeated. What else a step depends on are its decisions (`Train.decide`) and the
-shape of its batch: there is a graph for each combination, up to `_MOST`.
+A step of these systems is some thousand short kernels, and Python may need longer to launch them than a fast GPU to run
+them. A recorded step reads its batch, its noise, its learning rates and the weights of its averages from tensors of its
+own, which are filled before it is repeated. What else a step depends on is the shape of its batch and its decisions
+(`Train.decide`): there is a graph for each combination that comes again, of `_MOST` the latest ones.
 
-No step is trusted because it could be recorded: the first two repetitions of each graph are compared with the step as
-it is launched without one, from the same state. If a graph cannot be recorded, or moves the state elsewhere, the run
-goes on without graphs, and the log says why.
+No graph is trusted because it could be recorded: its first two repetitions are compared with the step as it is launched
+without one, from the same state. If a step cannot be recorded, or a graph moves the state elsewhere, the run goes on
+without graphs, and the log says why.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,7 +26,7 @@ from torch import Tensor
 from t2idist.contract import Batch, Captions
 from t2idist.engine.noise import Draw
 from t2idist.engine.reports import stack_scalars
-from t2idist.nn.fast.torch_internals import foreach_copy_
+from t2idist.nn.fast.torch_internals import end_allocate_to_pool, foreach_copy_
 
 if TYPE_CHECKING:
     from t2idist.engine.trainer import Trainer
@@ -33,27 +36,37 @@ logger = logging.getLogger(__name__)
 _WARM_UP_STEPS = 3
 """Without graphs, at the start of a stage: cuDNN chooses its kernels, and caches are filled."""
 _CHECKED = 2
-_MOST = 4
+_MOST = 6
+_MOST_RECORDED = 24
 _LARGEST_DEVIATION = 0.2
-"""Of a step: how far a repeated step may end from a launched one. Another batch or other noise is farther away; kernels
-that add in no fixed order are nearer."""
+"""How far a repeated step may end from a launched one, in lengths of the step. With another batch or other noise it is
+farther away; with kernels that add in no fixed order it is nearer."""
 
 Rule = Callable[[int, int], Any]
 
 
-class Record(Protocol):
-    """Records a step."""
+class CannotRecord(Exception):
+    """A step cannot be recorded; the message says why."""
 
-    def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
-        """Return a function that repeats the operations of `step`, on the same tensors.
+
+class Recorder:
+    """Records steps. This one only says how: sub-classes record."""
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[list[str]]:
+        """Within the context, add to the list what in a launched step cannot be recorded."""
+        yield []
+
+    def record(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Return a function that repeats the operations of `step` on the same tensors. It may run them, too.
 
         Raises:
-            RuntimeError: The step does something that cannot be repeated so.
+            RuntimeError: The step does something that cannot be recorded.
         """
-        ...
+        raise NotImplementedError
 
 
-class CudaGraphRecorder:
+class CudaGraphRecorder(Recorder):
     """Records steps on the current CUDA device, without running them.
 
     All graphs share the memory of their activations: one runs at a time, and what it reports is copied at once.
@@ -62,28 +75,67 @@ class CudaGraphRecorder:
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
 
-    def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        # other threads copy batches and checkpoints meanwhile
-        with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
-            step()
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[list[str]]:
+        """Note where the host waits for the device: a step that does must not even be tried to record."""
+        waits: list[str] = []
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                yield waits
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        waits += [f"the host waits in {w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+
+    def record(self, step: Callable[[], None]) -> Callable[[], None]:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        # not torch.cuda.graph: after an error it leaves this thread on its stream, and the allocator in its pool
+        with torch.cuda.stream(stream):
+            # loader threads allocate page-locked memory meanwhile
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            try:
+                step()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):
+                    graph.capture_end()
+                self._leave_pool()
+                raise
+            try:
+                graph.capture_end()
+            except BaseException:
+                self._leave_pool()
+                raise
         return graph.replay
+
+    def _leave_pool(self) -> None:
+        """Let the allocator use its own memory again, if the end of a failed recording has not."""
+        with contextlib.suppress(RuntimeError):
+            end_allocate_to_pool(torch.cuda.current_device(), self._pool)
 
 
 @dataclass
 class Inputs:
-    """The values that differ from step to step, in the order in which a step asks for them."""
+    """What a step asked for, in this order, and the shape of its batch."""
 
+    shape: tuple[Any, ...]
     draws: list[Draw] = field(default_factory=list)
     numbers: list[Callable[[], float]] = field(default_factory=list)
+    """Values that differ from step to step."""
     decisions: list[tuple[Rule, Any]] = field(default_factory=list)
     """Each rule of `Train.decide`, and its result."""
+
+    def fits(self, batch: Batch, step: int, images: int) -> bool:
+        """Return whether another step would do the same operations."""
+        return _shape_of(batch) == self.shape and all(rule(step, images) == value for rule, value in self.decisions)
 
 
 @dataclass(eq=False)
 class _Graph:
-    batch: Batch
     inputs: Inputs
+    batch: Batch
     noise: list[Tensor]
     numbers: Tensor
     """(len(inputs.numbers),) float32."""
@@ -94,36 +146,48 @@ class _Graph:
     """(len(names),) float64."""
     unchecked: int = _CHECKED
 
-    def fits(self, batch: Batch, step: int, images: int) -> bool:
-        alike = _shape_of(batch) == _shape_of(self.batch)
-        return alike and all(rule(step, images) == value for rule, value in self.inputs.decisions)
+
+State = dict[str, Tensor]
 
 
 class StepGraphs:
     """Runs the steps of a trainer, recorded if possible. For one worker that computes all its groups at once."""
 
-    def __init__(self, trainer: Trainer, record: Record) -> None:
-        self._trainer, self._record = trainer, record
+    def __init__(self, trainer: Trainer, recorder: Recorder) -> None:
+        self._trainer, self._recorder = trainer, recorder
         self._graphs: list[_Graph] = []
-        self._steps = 0
+        """The latest used one last."""
+        self._seen: deque[Inputs] = deque(maxlen=_MOST)
+        """Of launched steps; what comes again is recorded."""
+        self._steps = self._recorded = 0
         self.failure = ""
         """Why no steps are recorded any more."""
         self.repeated_steps = 0
+        """Without those that were compared with launched ones."""
 
     def run_step(self, batch: Batch) -> None:
         """Run one step on a batch on the device."""
-        trainer = self._trainer
+        trainer, moment = self._trainer, (self._trainer.step, self._trainer.images)
         self._steps += 1
         if self.failure or self._steps <= _WARM_UP_STEPS:
             trainer.launch_step(batch)
             return
-        graph = next((each for each in self._graphs if each.fits(batch, trainer.step, trainer.images)), None)
-        if graph is None and len(self._graphs) == _MOST:
-            self._give_up(batch, f"steps differ in more than {_MOST} ways")
-        elif graph is None or graph.unchecked:
+        graph = next((each for each in self._graphs if each.inputs.fits(batch, *moment)), None)
+        if graph is not None and not graph.unchecked:
+            self._graphs.remove(graph)
+            self._graphs.append(graph)
+            self._repeat(graph, batch)
+            self.repeated_steps += 1
+        elif graph is not None or any(each.fits(batch, *moment) for each in self._seen):
             self._run_checked(batch, graph)
         else:
-            self._repeat(graph, batch)
+            self._seen.append(self._launch(batch))
+
+    def _launch(self, batch: Batch) -> Inputs:
+        inputs = Inputs(_shape_of(batch))
+        with self._trainer.noting(inputs):
+            self._trainer.launch_step(batch)
+        return inputs
 
     def _repeat(self, graph: _Graph, batch: Batch) -> None:
         trainer = self._trainer
@@ -138,44 +202,36 @@ class StepGraphs:
         graph.repeat()
         for name, value in zip(graph.names, graph.values.clone().unbind(), strict=True):
             trainer.reports.add(trainer.step, name, value)
-        self.repeated_steps += 1
 
+    # ------------------------------------------------------------ recording and checks
     def _run_checked(self, batch: Batch, graph: _Graph | None) -> None:
-        """Launch a step, repeat it with a graph from the same state, and compare."""
-        trainer, inputs = self._trainer, Inputs()
-        launched, deviation, reason = None, "", ""
+        """Launch a step, repeat it with a graph from the same state, and compare. A new graph is recorded before."""
+        trainer = self._trainer
+        before = self._copy_state()
+        with self._recorder.watching() as obstacles:
+            inputs = self._launch(batch)
+        launched, reports = self._copy_state(), list(trainer.reports.pending)
         try:
-            before = self._copy_state()
-        except RuntimeError as error:
-            self._give_up(batch, _text(error))
-            return
-        with trainer.noting(inputs):
-            trainer.launch_step(batch)
-        reports = list(trainer.reports.pending)
-        try:
-            launched = self._copy_state()
-            if graph is None:
-                graph = self._recorded(batch, inputs)
+            if obstacles:
+                raise CannotRecord(obstacles[0])
+            graph = graph or self._record(batch, inputs)
             self._restore(before)
             self._repeat(graph, batch)
-            deviation = self._deviation(before, launched)
-        except RuntimeError as error:
-            reason = _text(error)
-            trainer.abandon_step()
-        trainer.reports.pending = reports
-        if launched is not None:
-            self._restore(launched)
-        if reason:
-            self._stop(reason)
-        elif deviation:
-            self._stop(f"a repeated step moves {deviation} elsewhere than a launched one")
-        elif graph is not None:
+            if part := self._first_deviation(before, launched):
+                raise CannotRecord(f"a repeated step moves {part} elsewhere than a launched one")
             graph.unchecked -= 1
-            if graph not in self._graphs:
-                self._graphs.append(graph)
+        except (RuntimeError, CannotRecord) as error:
+            trainer.abandon_step()
+            self._stop(" ".join(str(error).split())[:300])
+        trainer.reports.pending = reports
+        self._restore(launched)
 
-    def _recorded(self, batch: Batch, inputs: Inputs) -> _Graph:
+    def _record(self, batch: Batch, inputs: Inputs) -> _Graph:
+        """Record a step like the one that has just been launched, and drop the graph that was not used for longest."""
         trainer = self._trainer
+        self._recorded += 1
+        if self._recorded > _MOST_RECORDED:
+            raise CannotRecord(f"steps differ in more than {_MOST} ways, and were recorded {_MOST_RECORDED} times")
         own = _copy_of(batch)
         noise = [trainer.noise_source.empty(draw) for draw in inputs.draws]
         numbers = torch.empty(len(inputs.numbers), device=trainer.world.device)
@@ -192,50 +248,57 @@ class StepGraphs:
             values.append(stacked)
 
         with trainer.given(noise, numbers):
-            repeat = self._record(step)
-        trainer.drop_casts()
-        return _Graph(own, inputs, noise, numbers, repeat, names, values[0])
-
-    def _give_up(self, batch: Batch, reason: str) -> None:
-        self._stop(reason)
-        self._trainer.launch_step(batch)
+            repeat = self._recorder.record(step)
+        graph = _Graph(inputs, own, noise, numbers, repeat, names, values[0])
+        self._graphs = [*self._graphs[1 - _MOST :], graph]
+        return graph
 
     def _stop(self, reason: str) -> None:
         self.failure, self._graphs = reason, []
-        self._trainer.drop_casts()
         logger.warning("steps are launched without CUDA graphs: %s", reason)
 
     # ------------------------------------------------------------ state
-    def _state(self) -> dict[str, Tensor]:
+    def _state(self) -> State:
         trainer = self._trainer
         return {**trainer.state(), **{f"guard/{i}/": tensor for i, tensor in enumerate(trainer.guard.state())}}
 
-    def _copy_state(self) -> dict[str, Tensor]:
-        return {name: tensor.clone() for name, tensor in self._state().items()}
+    def _copy_state(self) -> State:
+        """Copy the state to the host, so that a run needs no more memory on the device than a graph takes."""
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._state().items()}
 
-    def _restore(self, copies: dict[str, Tensor]) -> None:
-        state = self._state()
+    def _restore(self, copies: State) -> None:
         with torch.no_grad():
-            for name, tensor in state.items():
+            for name, tensor in self._state().items():
                 tensor.copy_(copies[name])
         self._trainer.drop_casts()
 
-    def _deviation(self, before: dict[str, Tensor], launched: dict[str, Tensor]) -> str:
+    def _first_deviation(self, before: State, launched: State) -> str:
         """Return the first part of the state that a repeated step moved elsewhere; "" if there is none."""
+        repeated = self._copy_state()
         parts: dict[str, list[str]] = {}
         for name in before:
-            parts.setdefault("/".join(name.split("/")[:2]), []).append(name)
-        state = self._state()
+            if _counts(name, before[name]) and not torch.equal(repeated[name], launched[name]):
+                return name
+            if not _counts(name, before[name]):
+                parts.setdefault(_part_of(name), []).append(name)
         for part, names in parts.items():
-            off = _distance([state[name] for name in names], [launched[name] for name in names])
+            off = _distance([repeated[name] for name in names], [launched[name] for name in names])
             moved = _distance([before[name] for name in names], [launched[name] for name in names])
             if not off <= _LARGEST_DEVIATION * moved + 1e-12:
                 return part
         return ""
 
 
-def _text(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def _counts(name: str, tensor: Tensor) -> bool:
+    """Return whether an entry of the state is a counter, which must be equal."""
+    return not tensor.is_floating_point() or name.endswith("/step") or (name.startswith("guard/") and not tensor.dim())
+
+
+def _part_of(name: str) -> str:
+    """Return the part of the state that an entry is compared with: values of one kind, which move alike."""
+    parts = name.split("/")
+    kind = parts[-1] if parts[1] == "adam" else "statistics" if "running_" in name else "values"
+    return f"{parts[0]}/{parts[1]} ({kind})"
 
 
 def _distance(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:

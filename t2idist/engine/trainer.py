@@ -24,7 +24,7 @@ from t2idist.engine.networks import for_evaluation, frozen_parameters, select_ne
 from t2idist.engine.noise import Noise
 from t2idist.engine.reports import GRADIENTS, StepReports
 from t2idist.engine.schedule import ema_decay, lr_factor
-from t2idist.engine.step_graphs import Inputs, Record, StepGraphs
+from t2idist.engine.step_graphs import Inputs, Recorder, StepGraphs
 from t2idist.engine.strategy import DDPStrategy, Precision, Strategy, loss_with_gradients
 from t2idist.engine.world import Share, World, weighted_mean
 from t2idist.engine.zero import ZeroStrategy
@@ -51,7 +51,7 @@ class _RoleState:
 class Trainer:
     """Runs a system's steps on one worker. Implements `contract.Train`.
 
-    - `images` and `step` count what is done. `memory` holds what groups keep from step to step.
+    - `decide` evaluates rules on the number of the step. `memory` holds what groups keep from step to step.
     - `forward` runs a function of a role's network inside its distributed wrapper; `apply` runs backward, clipping, the
       optimizer step and the EMA; `update` is both. Each role has one forward, then one apply, at a time.
     - `frozen` yields bare networks without gradients to their weights.
@@ -66,7 +66,7 @@ class Trainer:
         zero: 0 for DDP; 1 or 2 for this ZeRO stage of DeepSpeed, if there are several workers.
         gradients: dtype in which DDP sends gradients between the workers, if it is less exact than they are.
         micro_batch_groups: groups that a worker computes at once (None: all).
-        record: records a step as a graph, if this is the only worker and computes all groups at once.
+        recorder: records steps as graphs, if this is the only worker and computes all groups at once.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Trainer:
         zero: int = 0,
         gradients: torch.dtype = torch.float32,
         micro_batch_groups: int | None = None,
-        record: Record | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self._gradients = gradients
         self.system, self.world, self.share, self.precision, self.zero = system, world, share, precision, zero
@@ -103,7 +103,8 @@ class Trainer:
         self._numbers: Iterator[Tensor] | None = None
         self._launched = False
         at_once = world.group is None and self._micro_batches is None
-        self.graphs = StepGraphs(self, record) if record is not None and at_once else None
+        self.graphs = StepGraphs(self, recorder) if recorder is not None and at_once else None
+        """None: every step is launched."""
 
     # -------------------------------------------------------------------------------------------- set-up
     def _prepare(self, net: nn.Module) -> nn.Module:
@@ -131,7 +132,7 @@ class Trainer:
     # -------------------------------------------------------------------------------------------- contract.Train
     @property
     def images(self) -> int:
-        """Images seen by the run, over all workers (`Train.images`)."""
+        """Images seen by the run, over all workers."""
         return self.step * self.group_size * self.share.groups
 
     def forward(self, role: str, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -334,6 +335,10 @@ class Trainer:
             net = for_evaluation(source, f"{role}/{kind}/", buffers)
             nets[part.rpartition(".")[2] or role] = net.get_submodule(part)
         return nets
+
+    def close(self) -> None:
+        """Release the memory of recorded steps, which refer to this trainer."""
+        self.graphs = None
 
     # -------------------------------------------------------------------------------------------- state by name
     def _nets_with_state(self) -> Iterator[tuple[str, nn.Module]]:

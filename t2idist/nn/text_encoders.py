@@ -123,6 +123,5 @@ def unit_scale(text: Tensor) -> Tensor:
 
 
 def padding_mask(lengths: Tensor, words: Tensor) -> Tensor:
-    """lengths (N,), words (N, D, T) -> (N, T) on the device of `words`, true past the end of a caption."""
-    past = torch.arange(words.shape[2], device=lengths.device) >= lengths.unsqueeze(1)
-    return past.to(words.device, non_blocking=True)
+    """lengths (N,), words (N, D, T) -> (N, T), true past the end of a caption."""
+    return torch.arange(words.shape[2], device=words.device) >= lengths.unsqueeze(1)

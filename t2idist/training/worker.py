@@ -220,6 +220,7 @@ class _StageWorker:
             raise ValueError(self._out_of_memory()) from error
         finally:
             batches.close()
+            trainer.close()
             with contextlib.ExitStack() as stack:  # closed in reverse order: the last scores go to the trackers too
                 if log is not None and evaluator is not None:
                     stack.callback(log.close, ended)
@@ -274,7 +275,7 @@ class _StageWorker:
             zero=self._config.zero,
             gradients=getattr(torch, self._config.gradients),
             micro_batch_groups=self._config.groups_at_once(stage.settings),
-            record=CudaGraphRecorder() if graphs else None,
+            recorder=CudaGraphRecorder() if graphs else None,
         )
 
     def _open_checkpoints(self) -> CheckpointManager:

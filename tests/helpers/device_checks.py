@@ -22,7 +22,7 @@ from t2idist.config import CheckpointConfig
 from t2idist.contract import Batch, BuildInfo, Frozen, Role, Train
 from t2idist.engine.checkpoint.manager import CheckpointManager
 from t2idist.engine.device_batches import DeviceBatches
-from t2idist.engine.step_graphs import CudaGraphRecorder
+from t2idist.engine.step_graphs import CudaGraphRecorder, Recorder
 from t2idist.engine.strategy import Precision
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import Share, World
@@ -55,12 +55,28 @@ class PlainSystem:
         train.report("net/loss", train.update("net", loss))
 
 
-def toy_trainer(world: World, plain: bool = False, precision: str = "float64") -> Trainer:
+class FailingRecorder(CudaGraphRecorder):
+    """Records a step that then reads a value of the device."""
+
+    def record(self, step: Callable[[], None]) -> Callable[[], None]:
+        def reads() -> None:
+            step()
+            float(torch.ones(2, device="cuda").sum())
+
+        try:
+            return super().record(reads)
+        except RuntimeError as error:
+            raise RuntimeError("a recorded step reads a value") from error
+
+
+def toy_trainer(
+    world: World, plain: bool = False, precision: str = "float64", recorder: Recorder | None = None
+) -> Trainer:
     torch.manual_seed(3)
     system = PlainSystem() if plain else toy_gan.ToyGan(BuildInfo(GROUP_SIZE, WORDS, toy_gan.DATA_INFO))
     return Trainer(
         system, stage="toy", seed=3, group_size=GROUP_SIZE, share=Share.of(world, GROUPS), world=world,
-        precision=Precision(precision),
+        precision=Precision(precision), recorder=recorder,
     )  # fmt: skip
 
 
@@ -249,17 +265,32 @@ def captions_are_encoded_as_on_the_cpu(device: torch.device) -> None:
 
 def recorded_steps_equal_launched_ones(device: torch.device) -> None:
     """Ten steps in float64 with CUDA graphs, and without; on a CPU there are none."""
-    record = CudaGraphRecorder() if device.type == "cuda" else None
+    recorder = CudaGraphRecorder() if device.type == "cuda" else None
     for label in ("damsm", "attngan", "stackgan_pp-options", "stargan"):
         states = []
-        for each in (None, record):
-            trainer = small_systems.trainer(World(device=device), label, "float64", record=each)
-            for _ in range(10):
+        for each in (None, recorder):
+            trainer = small_systems.trainer(World(device=device), label, "float64", recorder=each)
+            for _ in range(24):
                 trainer.run_step(small_systems.toy_batch(trainer))
             states.append(snapshot(trainer))
             graphs = trainer.graphs
             assert graphs is None or (graphs.repeated_steps > 2 and not graphs.failure), f"{label}: {graphs.failure}"
         assert_close(states[1], states[0], 1e-5)
+
+
+def a_step_that_cannot_be_recorded_is_launched(device: torch.device) -> None:
+    """A recording that fails half-way leaves the device usable, and the state as it was."""
+    if device.type != "cuda":
+        return
+    states = []
+    for recorder in (None, FailingRecorder()):
+        trainer = toy_trainer(World(device=device), recorder=recorder)
+        run_toy_steps(trainer, 30)
+        states.append(snapshot(trainer))
+        assert trainer.graphs is None or "recorded step reads a value" in trainer.graphs.failure
+    assert_close(states[1], states[0], 1e-9)
+    assert int(torch.ones(1 << 20, device=device).sum()) == 1 << 20
+    torch.cuda.empty_cache()
 
 
 def penalties_have_the_gradients_of_the_cpu(device: torch.device) -> None:
@@ -323,6 +354,7 @@ CHECKS: dict[str, Callable[[torch.device], None]] = {
         device_batches_equal_host_batches,
         four_groups_equal_those_of_the_cpu,
         recorded_steps_equal_launched_ones,
+        a_step_that_cannot_be_recorded_is_launched,
         micro_batches_equal_all_groups_at_once,
         bfloat16_is_close_to_float64,
         the_host_never_waits,

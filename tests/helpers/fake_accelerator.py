@@ -1,7 +1,7 @@
 """A fake accelerator: run training steps on a device that does not exist, on a machine without one.
 
     python -m tests.helpers.fake_accelerator attngan [stargan ...]
-    python -m tests.helpers.fake_accelerator --recorded STEPS attngan [...]
+    python -m tests.helpers.fake_accelerator --recorded STEPS PRECISION MUTATION attngan [...]
 
 Tensors on the device "fake" wrap tensors of the host. An operation that mixes tensors of both devices fails, as on an
 accelerator. Whatever would block the host until the device is done is counted as a sync: reading values or sizes,
@@ -14,11 +14,13 @@ a device.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -28,7 +30,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
+from t2idist.engine import step_graphs
+from t2idist.engine.noise import Noise
+from t2idist.engine.step_graphs import Recorder
 from t2idist.engine.strategy import Precision
+from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import World
 from tests.helpers import small_systems
 from tools.bench import bench_step
@@ -90,7 +96,7 @@ class FakeDevice(TorchDispatchMode):
         self._pinned |= {tensor.data_ptr(): tensor for tensor in tensors}
 
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
-        """Record the operations of a step, as `step_graphs.Record`. Also runs them.
+        """Record the operations of a step, as `step_graphs.Recorder`. Also runs them.
 
         Raises:
             RuntimeError: The step blocks the host or copies from it: a CUDA graph could not be captured.
@@ -242,14 +248,31 @@ def run_step(name: str, device: str, fake: FakeDevice | None = None) -> tuple[di
     return {name: float(value) for _, name, value in trainer.reports.pending[first_report:]}, step_syncs
 
 
-def run_recorded(label: str, fake: FakeDevice, steps: int) -> dict[str, Any]:
+class FakeRecorder(Recorder):
+    """Records steps on the fake device; `record` is its method, perhaps changed by a test."""
+
+    def __init__(self, record: Callable[[Callable[[], None]], Callable[[], None]]) -> None:
+        self.record = record  # type: ignore[method-assign]
+
+
+MUTATIONS = {
+    "noise": (Noise, "draw_into", lambda noise, tensor, draw: None),
+    "batch": (step_graphs, "foreach_copy_", lambda own, given: None),
+    "casts": (Trainer, "drop_casts", lambda trainer: None),
+}
+"""What goes wrong if a repeated step reads the noise, the batch or the weights of an earlier one."""
+
+
+def run_recorded(label: str, fake: FakeDevice, steps: int, precision: str, mutation: str) -> dict[str, Any]:
     """Run steps of a small system launched and recorded: how far the states are apart, the reports, the failure."""
     world = World(device=torch.device(DEVICE))
-    trainers = [small_systems.trainer(world, label, "float64", record=record) for record in (None, fake.record)]
+    recorders = None, FakeRecorder(fake.record)
+    trainers = [small_systems.trainer(world, label, precision, recorder=recorder) for recorder in recorders]
     before = {name: value.clone() for name, value in trainers[0].state().items()}
-    for trainer in trainers:
-        for step in range(steps):  # one step between repeated ones is always launched
-            trainer.run_step(small_systems.toy_batch(trainer), momentum=0.1 if step == steps - 4 else 0.0)
+    with mock.patch.object(*MUTATIONS[mutation]) if mutation else contextlib.nullcontext():
+        for trainer in trainers:
+            for step in range(steps):  # some steps between repeated ones are launched
+                trainer.run_step(small_systems.toy_batch(trainer), momentum=0.1 if step % 4 == 1 else 0.0)
     launched, recorded = (trainer.state() for trainer in trainers)
     apart = {}
     for name, value in launched.items():
@@ -270,9 +293,10 @@ def main(names: Sequence[str]) -> None:
     # before the first backward pass, in which PyTorch counts the devices
     _setup_privateuseone_for_python_backend(DEVICE, BackendModule())
     if names[0] == "--recorded":
-        labels = names[2:]
+        steps, precision, mutation, *labels = names[1:]
         with FakeDevice() as device, DeviceKernels():
-            print(json.dumps({label: run_recorded(label, device, int(names[1])) for label in labels}))
+            runs = {label: run_recorded(label, device, int(steps), precision, mutation) for label in labels}
+        print(json.dumps(runs))
         return
     results: dict[str, Any] = {name: {"host": run_step(name, "cpu")[0]} for name in names}
     for name in names:

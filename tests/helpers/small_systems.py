@@ -13,7 +13,7 @@ from t2idist.config import RunConfig
 from t2idist.config.strict import from_dict, to_dict
 from t2idist.contract import Batch, DataInfo, System
 from t2idist.engine.checkpoint import export
-from t2idist.engine.step_graphs import Record
+from t2idist.engine.step_graphs import Recorder
 from t2idist.engine.strategy import Precision
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import Share, World
@@ -310,7 +310,7 @@ def trainer(
     groups: int = GROUPS,
     micro_batch_groups: int | None = None,
     zero: int = 0,
-    record: Record | None = None,
+    recorder: Recorder | None = None,
 ) -> Trainer:
     """Build a trainer: of the system itself in float64, unless it is `ALWAYS_SMOOTH`, else of `build_smooth`."""
     share = Share.of(world, groups)
@@ -324,7 +324,7 @@ def trainer(
         precision=Precision(precision),
         zero=zero,
         micro_batch_groups=micro_batch_groups,
-        record=record,
+        recorder=recorder,
     )
 
 

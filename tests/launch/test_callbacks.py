@@ -1,4 +1,4 @@
-"""Workers are asked to stop on SIGTERM, also those that replace them."""
+"""Callbacks of the controller: stop on SIGTERM, pause before a resize, nodes that are left out."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import os
 import queue
 import signal
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from ray.exceptions import GetTimeoutError
 
-from t2idist.launch import callbacks
+from t2idist.launch import callbacks, ray_internals
 
 
 class _Interrupted(Exception):
@@ -76,3 +78,32 @@ def test_resize_waits_until_all_workers_are_paused(monkeypatch: pytest.MonkeyPat
     callback.before_controller_execute_failure_decision(None)
     callback.before_controller_execute_resize_decision(None)
     assert len(functions) == 3  # after a failure nobody is asked
+
+
+@pytest.mark.parametrize("silent", [set(), {"node"}])
+def test_resize_waits_for_a_busy_worker_but_not_for_a_lost_node(
+    silent: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def call(workers: list[_Worker], function: object, seconds: float) -> list[bool]:
+        calls.append(seconds)
+        if len(calls) == 1:
+            raise GetTimeoutError("no response")
+        return [True]
+
+    monkeypatch.setattr(callbacks, "call_workers", call)
+    monkeypatch.setattr(callbacks, "_POLL_SECONDS", 0.01)
+    callback = callbacks.PauseBeforeResize(10.0, SimpleNamespace(ping=lambda: silent))
+    callback.after_worker_group_training_start(SimpleNamespace(get_workers=lambda: [_Worker()]))
+    callback.before_controller_execute_resize_decision(None)
+    assert calls == [callbacks._PAUSE_RESPONSE_SECONDS] * (1 if silent else 2)
+
+
+def test_workers_are_not_placed_on_nodes_that_are_left_out() -> None:
+    liveness: Any = SimpleNamespace(silent=set(), unprepared=set())
+    check = callbacks.CheckNodes(liveness)
+    assert check.on_controller_start_worker_group(scaling_config=None, num_workers=2) is None
+    liveness.silent, liveness.unprepared = {"b"}, {"a"}
+    selector = check.on_controller_start_worker_group(scaling_config=None, num_workers=2)
+    assert selector == {ray_internals.RAY_NODE_ID_KEY: "!in(a,b)"}

@@ -107,7 +107,7 @@ def reference_losses() -> Iterator[None]:
 
 def bidirectional_lstm(rnn: nn.LSTM, embedded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Run the LSTM over packed captions; arguments and results as in nn/fast/lstm.py."""
-    packed = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
+    packed = pack_padded_sequence(embedded, lengths.cpu(), batch_first=True, enforce_sorted=False)
     states, (last, _) = rnn(packed)
     words, _ = pad_packed_sequence(states, batch_first=True, total_length=embedded.shape[1])
     return words.transpose(1, 2), torch.cat([last[0], last[1]], dim=1)

@@ -53,7 +53,7 @@ def start(
     identities.write_text(json.dumps({"identities": [identity]}))
     ports = {"s3": s3, "master": master, "volume": volume, "filer": filer}
     options = [f"-{kind}.port={port}" for kind, port in ports.items()]
-    options += [f"-dir={folder}", f"-s3.config={identities}", "-volume.max=20", "-master.volumeSizeLimitMB=64"]
+    options += [f"-dir={folder}", f"-s3.config={identities}", "-volume.max=400", "-master.volumeSizeLimitMB=64"]
     # no servers on fixed ports, so that several stores can run; no telemetry
     options += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
     weed = Path(sys.executable).parent / "weed"

@@ -18,6 +18,7 @@ __all__ = [
     "DropoutBase",
     "InstanceNormBase",
     "TorchDispatchMode",
+    "end_allocate_to_pool",
     "foreach_add",
     "foreach_add_",
     "foreach_copy_",
@@ -39,6 +40,7 @@ foreach_copy_ = torch._foreach_copy_
 foreach_lerp_ = torch._foreach_lerp_
 foreach_mul_ = torch._foreach_mul_
 foreach_norm = torch._foreach_norm
+end_allocate_to_pool = torch._C._cuda_endAllocateToPool  # after a recording of a CUDA graph that failed
 # torch.softmax and its gradient with out=
 softmax = torch._softmax
 softmax_backward = torch._softmax_backward_data

@@ -21,6 +21,7 @@ from t2idist.observability import logs
 from t2idist.observability.command import command, describe_error
 
 if TYPE_CHECKING:
+    from t2idist.launch.worker_pool import WorkerPool
     from t2idist.training.options import StopAfter
     from t2idist.training.resume import ResumePoint
 
@@ -109,12 +110,18 @@ def _run(config: RunConfig, options: argparse.Namespace) -> int:
     if warning:
         warning = "" if options.insecure_cluster else f"{warning}; pass --insecure-cluster if its network is private"
     prepare = functools.partial(_prepare, config, options, warning, not address)
-    if prints_only or options.local or address:
+    if prints_only or options.local:
         return _train(prepare(), options)
     from t2idist.launch import connection
 
-    with connection.start_local_cluster(config.cluster, prepare) as submission:
-        return _train(submission, options, own_cluster=True)
+    if not address:
+        with connection.start_local_cluster(config.cluster, prepare) as submission:
+            return _train(submission, options)
+    with connection.join_cluster(config.cluster):
+        from t2idist.launch import first_group
+
+        pool = first_group.start_pool(config, own_cluster=False)  # they load while this one imports torch and checks
+        return _train(prepare(), options, pool)
 
 
 def _cluster_address(config: RunConfig) -> str:
@@ -168,24 +175,24 @@ def _prepare(config: RunConfig, options: argparse.Namespace, warning: str, local
     return _Submission(config, stop_after, resume_point, hook_command, log_context)
 
 
-def _train(submission: _Submission | None, options: argparse.Namespace, own_cluster: bool = False) -> int:
+def _train(submission: _Submission | None, options: argparse.Namespace, pool: WorkerPool | None = None) -> int:
     """Train the run.
 
     Args:
         submission: None if there is nothing to train.
-        own_cluster: Ray was started for this run alone.
+        pool: As for `submit`.
     """
     if submission is None:
         return 0
     if not options.local:
-        return _train_alone(submission, options, own_cluster)
+        return _train_alone(submission, options, pool)
     from t2idist.training import lock
 
     with lock.only_one(submission.config):
-        return _train_alone(submission, options, own_cluster)
+        return _train_alone(submission, options, None)
 
 
-def _train_alone(submission: _Submission, options: argparse.Namespace, own_cluster: bool) -> int:
+def _train_alone(submission: _Submission, options: argparse.Namespace, pool: WorkerPool | None) -> int:
     """Train the run, which no other process trains."""
     from t2idist.engine.preemption import StopRequested
     from t2idist.observability.hook import CommandHook
@@ -206,7 +213,7 @@ def _train_alone(submission: _Submission, options: argparse.Namespace, own_clust
             else:
                 from t2idist.launch import submit
 
-                submit.submit(config, stop_after, notifier.on_progress, own_cluster)
+                submit.submit(config, stop_after, notifier.on_progress, pool)
     except BrokenPipeError:
         raise
     except OSError as error:  # in training, this is a failure, never bad input

@@ -30,17 +30,15 @@ from t2idist.config import ClusterConfig, RunConfig
 from t2idist.config.strict import from_dict, to_dict
 from t2idist.engine.metrics import PROGRESS
 from t2idist.engine.preemption import PreemptionNotice, StopRequested
-from t2idist.launch import callbacks, connection, gpu_failures, one_job, recovery, resources, shared_folders
+from t2idist.launch import callbacks, first_group, gpu_failures, one_job, recovery, resources, shared_folders
 from t2idist.launch.health import WorkerHealth
 from t2idist.launch.ray_trainer import NodeInterfaceConfig, RayTrainer
 from t2idist.launch.replica_store import RayReplicaStore
 from t2idist.launch.worker_pool import WorkerPool, own_accelerator_ids, step_clock, train_in_group
 from t2idist.observability import logs
-from t2idist.observability.environment import COMMIT_VARIABLE
 from t2idist.observability.logs import LogContext
 from t2idist.observability.progress import ProgressPrinter
 from t2idist.observability.prometheus import Gauges
-from t2idist.training import accelerator
 from t2idist.training.lifecycle import OnProgress, clear_fatal, read_fatal
 from t2idist.training.options import StopAfter
 from t2idist.training.stages import RUN_ID, run_url
@@ -50,14 +48,14 @@ logger = logging.getLogger(__name__)
 _POLL_SECONDS = 2.0
 
 
-def submit(config: RunConfig, stop: StopAfter | None, on_progress: OnProgress, own: bool) -> None:
-    """Train the run on the workers of a Ray cluster.
+def submit(config: RunConfig, stop: StopAfter | None, on_progress: OnProgress, pool: WorkerPool | None) -> None:
+    """Train the run on the workers of the Ray cluster that this process is connected to.
 
     Args:
         stop: the stage and number of images after which the run ends early.
         on_progress: called with every progress message.
-        own: whether the cluster was started for this run alone (`connection.start_local_cluster`); if not, the run
-            joins the cluster that its config or environment names.
+        pool: the processes for its workers, on a cluster that the run has joined; None: the cluster was started for
+            this run alone.
 
     Raises:
         ValueError: the cluster has no room for the smallest number of workers, or its nodes do not share the folders of
@@ -66,18 +64,15 @@ def submit(config: RunConfig, stop: StopAfter | None, on_progress: OnProgress, o
         RuntimeError: the run failed.
         StopRequested: the workers were asked to stop.
     """
+    own = pool is None
     with contextlib.ExitStack() as stack:
         if not own:
-            stack.enter_context(connection.join_cluster(config.cluster))
             stack.enter_context(one_job.only_one(config))
         folder = tempfile.TemporaryDirectory(prefix="t2idist-train-", ignore_cleanup_errors=True)
         clear_fatal(config)
         _wait_for_resources(config, 0.0 if own else config.cluster.wait_seconds)
-        pool = WorkerPool(
-            _environment(config), config.cluster.spare_processes(own), config.cluster.start_seconds,
-            keeps_processes=config.strategy != "deepspeed",
-        )  # fmt: skip
-        pool.start_first(resources.worker_slots(resources.per_worker(config.cluster)), config.cluster.workers[1])
+        pool = pool or first_group.start_pool(config, own)
+        first_group.start_first(pool, config.cluster)  # unless there was no room for them before
         run_id = _run_id(config)
         if not own:
             shared_folders.warn_if_uploaded(config)
@@ -187,12 +182,6 @@ def _trainer(
             callbacks=hooks,
         ),
     )
-
-
-def _environment(config: RunConfig) -> dict[str, str]:
-    git = {COMMIT_VARIABLE: os.environ[COMMIT_VARIABLE]} if COMMIT_VARIABLE in os.environ else {}
-    memory = accelerator.allocator_settings() if config.cluster.gpus_per_worker else {}
-    return {**memory, **connection.thread_settings(config.cluster), **git}
 
 
 def _work(settings: dict[str, Any]) -> str | None:

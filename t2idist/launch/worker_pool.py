@@ -233,14 +233,17 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         """Return an empty pool: processes are not copied."""
         return WorkerPool(self._environment, self._spares, self._start_seconds, self.keeps_processes)
 
-    def start_first(self, slots: Mapping[str, int], largest: int) -> None:
+    def start_first(self, slots: Mapping[str, int], workers: tuple[int, int]) -> None:
         """Start the processes of the first group, if it will have all of the cluster: they load while it is set up.
+
+        Does nothing if there are processes.
 
         Args:
             slots: How many workers fit onto each node.
-            largest: Number of workers of the largest group.
+            workers: Numbers of workers of the smallest and the largest group.
         """
-        if sum(slots.values()) <= largest:
+        smallest, largest = workers
+        if not self._free and smallest <= sum(slots.values()) <= largest:
             for node, count in slots.items():
                 self._prepare(node, count)
 

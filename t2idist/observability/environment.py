@@ -12,9 +12,7 @@ from typing import Any
 import torch
 
 import t2idist
-
-COMMIT_VARIABLE = "T2IDIST_GIT"
-"""Environment variable with the commit of a working directory without .git."""
+from t2idist.observability.process import COMMIT_VARIABLE
 
 
 def environment_info(workers: int, device: torch.device) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Names and priorities of threads, as the operating system shows them. Without effect if it is not Linux."""
+"""The process: names and priorities of its threads, as Linux shows them, and variables of its environment."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 
 TRAINING_THREAD = "t2idist-rank"
 """Name of the thread of a worker that trains, followed by the rank of the worker."""
+COMMIT_VARIABLE = "T2IDIST_GIT"
+"""Environment variable with the commit of a working directory without .git."""
 _LOWEST_PRIORITY = 19
 
 

@@ -12,11 +12,11 @@ import torch
 from t2idist.config import RunConfig
 from t2idist.engine.strategy import Precision
 from t2idist.engine.world import World
+from t2idist.nn.fast.memory import allocator_settings
 from t2idist.training.stages import stored_config
 
 logger = logging.getLogger(__name__)
 
-_ALLOCATOR = "PYTORCH_ALLOC_CONF"
 _OWN_SHARE = 0.9
 """Share of the memory that a process has at least if no other process uses the device."""
 
@@ -28,15 +28,6 @@ def prepare(gpus: int) -> None:
     os.environ.update(allocator_settings())
     if not torch.accelerator.is_available():
         raise ValueError(f"cluster.gpus_per_worker: {gpus}, but {_reason()}")
-
-
-def allocator_settings() -> dict[str, str]:
-    """Return the environment variable that sets torch's allocators; a value that the user set stays.
-
-    Device memory is not in fixed blocks: a run that loses workers needs larger ones. Page-locked memory above 64 MiB is
-    not rounded up to a power of two: the copies of the state would take up to twice their size.
-    """
-    return {_ALLOCATOR: os.environ.get(_ALLOCATOR, "expandable_segments:True,pinned_max_round_threshold_mb:64")}
 
 
 def is_usable() -> bool:

@@ -22,9 +22,9 @@ from t2idist.launch.worker_pool import PooledWorker, WorkerPool, _Process
 ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
 node = ray.get_runtime_context().get_node_id()
 pool = WorkerPool({"WHOSE": "the run's"}, spares=1, start_seconds=60)
-pool.start_first({node: 2}, 1)
+pool.start_first({node: 2}, (1, 1))
 assert not pool._free, "a cluster with room for more than the largest group: its nodes are not known yet"
-pool.start_first({node: 2}, 2)
+pool.start_first({node: 2}, (1, 2))
 started = [each.actor for each in pool._free]
 assert len(started) == 2 and not copy.deepcopy(pool)._free
 group = placement_group([{"CPU": 1, "GPU": 1}] * 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import logging
 import os
@@ -117,7 +118,11 @@ def _run(config: RunConfig, options: argparse.Namespace) -> int:
     if not address:
         with connection.start_local_cluster(config.cluster, prepare) as submission:
             return _train(submission, options)
-    with connection.join_cluster(config.cluster):
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(connection.join_cluster(config.cluster))
+        except ConnectionError as error:  # what is wrong with the run itself is said before
+            return _train(prepare(), options, error)
         from t2idist.launch import first_group
 
         pool = first_group.start_pool(config, own_cluster=False)  # they load while this one imports torch and checks
@@ -175,24 +180,28 @@ def _prepare(config: RunConfig, options: argparse.Namespace, warning: str, local
     return _Submission(config, stop_after, resume_point, hook_command, log_context)
 
 
-def _train(submission: _Submission | None, options: argparse.Namespace, pool: WorkerPool | None = None) -> int:
+def _train(
+    submission: _Submission | None, options: argparse.Namespace, joined: WorkerPool | ConnectionError | None = None
+) -> int:
     """Train the run.
 
     Args:
         submission: None if there is nothing to train.
-        pool: As for `submit`.
+        joined: The pool on the cluster that the run has joined, or why it could not; None: there is no such cluster.
     """
     if submission is None:
         return 0
     if not options.local:
-        return _train_alone(submission, options, pool)
+        return _train_alone(submission, options, joined)
     from t2idist.training import lock
 
     with lock.only_one(submission.config):
         return _train_alone(submission, options, None)
 
 
-def _train_alone(submission: _Submission, options: argparse.Namespace, pool: WorkerPool | None) -> int:
+def _train_alone(
+    submission: _Submission, options: argparse.Namespace, joined: WorkerPool | ConnectionError | None
+) -> int:
     """Train the run, which no other process trains."""
     from t2idist.engine.preemption import StopRequested
     from t2idist.observability.hook import CommandHook
@@ -206,6 +215,8 @@ def _train_alone(submission: _Submission, options: argparse.Namespace, pool: Wor
         resume.prepare(config, options.resume_from, submission.resume_point)
     try:
         with run_lifecycle(config, CommandHook(submission.hook_command), stops=stop_after is not None) as notifier:
+            if isinstance(joined, ConnectionError):
+                raise joined
             if options.local:
                 from t2idist.training import local
 
@@ -213,7 +224,7 @@ def _train_alone(submission: _Submission, options: argparse.Namespace, pool: Wor
             else:
                 from t2idist.launch import submit
 
-                submit.submit(config, stop_after, notifier.on_progress, pool)
+                submit.submit(config, stop_after, notifier.on_progress, joined)
     except BrokenPipeError:
         raise
     except OSError as error:  # in training, this is a failure, never bad input

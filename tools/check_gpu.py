@@ -212,7 +212,7 @@ def waits(options: argparse.Namespace) -> None:
             if on_gpu:
                 torch.cuda.set_sync_debug_mode("default")
         for warning in caught:
-            if "synchroniz" in str(warning.message):
+            if "called a synchronizing" in str(warning.message):
                 lines[f"{warning.filename.removeprefix(f'{ROOT}/')}:{warning.lineno}"] += 1
         record(options, system, waits=sum(lines.values()), lines=dict(lines))
     images = torch.zeros(20, 3, 256, 256, dtype=torch.uint8)

@@ -18,18 +18,17 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from t2idist.contract import Batch, Captions
-from t2idist.engine.noise import Draw
-from t2idist.engine.reports import stack_scalars
-from t2idist.nn.fast.torch_internals import end_allocate_to_pool, foreach_copy_
-
-if TYPE_CHECKING:
-    from t2idist.engine.trainer import Trainer
+from t2idist.engine.guard import Guard
+from t2idist.engine.noise import Draw, Noise
+from t2idist.engine.reports import StepReports, stack_scalars
+from t2idist.engine.world import World
+from t2idist.nn.fast.torch_internals import end_allocate_to_pool, foreach_copy_, release_pool
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +40,9 @@ _MOST_RECORDED = 24
 _LARGEST_DEVIATION = 0.2
 """How far a repeated step may end from a launched one, in lengths of the step. With another batch or other noise it is
 farther away; with kernels that add in no fixed order it is nearer."""
+
+_failed_graphs: list[Any] = []
+"""CUDA graphs whose recording failed: torch's allocator of page-locked memory may still refer to them."""
 
 Rule = Callable[[int, int], Any]
 
@@ -86,7 +88,8 @@ class CudaGraphRecorder(Recorder):
                 yield waits
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        waits += [f"the host waits in {w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+        syncs = [warning for warning in caught if "called a synchronizing" in str(warning.message)]
+        waits += [f"the host waits in {warning.filename}:{warning.lineno}" for warning in syncs]
 
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
@@ -98,22 +101,21 @@ class CudaGraphRecorder(Recorder):
             graph.capture_begin(self._pool, capture_error_mode="thread_local")
             try:
                 step()
-            except BaseException:
-                with contextlib.suppress(RuntimeError):
-                    graph.capture_end()
-                self._leave_pool()
-                raise
-            try:
                 graph.capture_end()
             except BaseException:
-                self._leave_pool()
+                self._leave(graph)
                 raise
         return graph.replay
 
-    def _leave_pool(self) -> None:
-        """Let the allocator use its own memory again, if the end of a failed recording has not."""
+    def _leave(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a recording that failed, and let the allocator use its own memory again."""
+        _failed_graphs.append(graph)
         with contextlib.suppress(RuntimeError):
-            end_allocate_to_pool(torch.cuda.current_device(), self._pool)
+            graph.capture_end()
+        device = torch.cuda.current_device()
+        with contextlib.suppress(RuntimeError):  # of the first one if the end of the recording has done both
+            end_allocate_to_pool(device, self._pool)
+            release_pool(device, self._pool)
 
 
 @dataclass
@@ -150,16 +152,41 @@ class _Graph:
 State = dict[str, Tensor]
 
 
+class LaunchingTrainer(Protocol):
+    """What is needed of the trainer (engine/trainer.py)."""
+
+    step: int
+    world: World
+    noise_source: Noise
+    guard: Guard
+    reports: StepReports
+
+    @property
+    def images(self) -> int: ...
+
+    def launch_step(self, batch: Batch) -> None: ...
+
+    def abandon_step(self) -> None: ...
+
+    def drop_casts(self) -> None: ...
+
+    def noting(self, inputs: Inputs) -> contextlib.AbstractContextManager[None]: ...
+
+    def given(self, noise: Sequence[Tensor], numbers: Tensor) -> contextlib.AbstractContextManager[None]: ...
+
+    def state(self) -> State: ...
+
+
 class StepGraphs:
     """Runs the steps of a trainer, recorded if possible. For one worker that computes all its groups at once."""
 
-    def __init__(self, trainer: Trainer, recorder: Recorder) -> None:
+    def __init__(self, trainer: LaunchingTrainer, recorder: Recorder) -> None:
         self._trainer, self._recorder = trainer, recorder
         self._graphs: list[_Graph] = []
         """The latest used one last."""
         self._seen: deque[Inputs] = deque(maxlen=_MOST)
         """Of launched steps; what comes again is recorded."""
-        self._steps = self._recorded = 0
+        self._steps = self._recorded = self._obstructed = 0
         self.failure = ""
         """Why no steps are recorded any more."""
         self.repeated_steps = 0
@@ -210,10 +237,13 @@ class StepGraphs:
         before = self._copy_state()
         with self._recorder.watching() as obstacles:
             inputs = self._launch(batch)
+        if obstacles:  # perhaps of another thread, if it is the first time
+            self._obstructed += 1
+            if self._obstructed > 1:
+                self._stop(obstacles[0])
+            return
         launched, reports = self._copy_state(), list(trainer.reports.pending)
         try:
-            if obstacles:
-                raise CannotRecord(obstacles[0])
             graph = graph or self._record(batch, inputs)
             self._restore(before)
             self._repeat(graph, batch)
@@ -237,19 +267,17 @@ class StepGraphs:
         numbers = torch.empty(len(inputs.numbers), device=trainer.world.device)
         trainer.drop_casts()
         trainer.reports.pending = []
-        names: list[str] = []
-        values: list[Tensor] = []
+        reported: list[tuple[list[str], Tensor]] = []
 
         def step() -> None:
             trainer.launch_step(own)
             reports = trainer.reports.pending
-            stacked, order = stack_scalars([value for _, _, value in reports])
-            names.extend(reports[index][1] for index in order)
-            values.append(stacked)
+            values, order = stack_scalars([value for _, _, value in reports])
+            reported.append(([reports[index][1] for index in order], values))
 
         with trainer.given(noise, numbers):
             repeat = self._recorder.record(step)
-        graph = _Graph(inputs, own, noise, numbers, repeat, names, values[0])
+        graph = _Graph(inputs, own, noise, numbers, repeat, *reported[0])
         self._graphs = [*self._graphs[1 - _MOST :], graph]
         return graph
 

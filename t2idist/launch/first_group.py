@@ -1,4 +1,4 @@
-"""The worker processes of a run's first group, which start before the run is checked. Must not import torch."""
+"""The worker processes of a run's first group; on a cluster that the run joins they start before it imports torch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 from t2idist.config import ClusterConfig, RunConfig
 from t2idist.launch import connection, resources
 from t2idist.launch.worker_pool import WorkerPool
-from t2idist.nn.fast.memory import allocator_settings
 from t2idist.observability.process import COMMIT_VARIABLE
+from t2idist.training.allocator import allocator_settings
 
 
 def start_pool(config: RunConfig, own_cluster: bool) -> WorkerPool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import logging
 import math
 import sys
 import time
@@ -34,6 +35,8 @@ from t2idist.launch.ray_internals import (
 from t2idist.launch.resources import NodeLiveness, schedulable_nodes
 from t2idist.launch.worker_pool import WorkerPool
 from t2idist.training import accelerator
+
+logger = logging.getLogger(__name__)
 
 _UNPREPARED_POLL_SECONDS = 2.0
 _LEAST_SHARE = 1 / 3
@@ -189,6 +192,15 @@ def _leave_out_synchronization_actor() -> None:
 class PooledWorkerGroup(WorkerGroup):  # type: ignore[misc]
     """Worker group whose processes come from the `WorkerPool` among its callbacks, and `WorkerHealth` checks them."""
 
+    def _start(self) -> None:
+        """Start as Ray Train does, which forgets the placement group if a worker is lost once all have been created."""
+        try:
+            super()._start()
+        except BaseException:
+            if self.has_started():
+                end_group(self)
+            raise
+
     def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> Any:
         """Also set how long to wait for it; a run with a range of workers then decides anew."""
         if scaling_config.min_workers < scaling_config.max_workers:
@@ -247,6 +259,15 @@ class PooledWorkerGroup(WorkerGroup):  # type: ignore[misc]
         ray.get(calls)
 
 
+def end_group(group: Any) -> None:
+    """End a worker group: its processes go back to the pool; if that fails, they are killed."""
+    try:
+        group.shutdown()
+    except RayError as error:
+        logger.warning("the workers did not end in an orderly way: %s", error)
+        group.abort()
+
+
 class InProcessController(TrainController):  # type: ignore[misc]
     """Controller in the driver's process; its groups and scaling policy share the `WorkerPool` and `NodeLiveness`."""
 
@@ -261,7 +282,8 @@ class InProcessController(TrainController):  # type: ignore[misc]
     def _make_and_handle_scaling_decision_for_non_running_worker_group(self, controller_state: Any) -> Any:
         """End the old group before the size of the next one is decided: its healthy processes count."""
         if self._worker_group is not None:
-            self._shutdown_worker_group()
+            end_group(self._worker_group)
+            self._worker_group: Any = None
         return super()._make_and_handle_scaling_decision_for_non_running_worker_group(controller_state)
 
 

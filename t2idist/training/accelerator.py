@@ -12,7 +12,7 @@ import torch
 from t2idist.config import RunConfig
 from t2idist.engine.strategy import Precision
 from t2idist.engine.world import World
-from t2idist.nn.fast.memory import allocator_settings
+from t2idist.training.allocator import allocator_settings
 from t2idist.training.stages import stored_config
 
 logger = logging.getLogger(__name__)

@@ -148,7 +148,7 @@ class Counter(Recorder):
 
 
 def test_only_steps_that_come_again_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A decision that is always another one until step 12, and then one of eight in turn."""
+    """A decision that is always another one until step 12, and then one of two in turn."""
     recorder = Counter()
     trainer = small_systems.trainer(World(), "dcgan", "float64", recorder=recorder)
     step = trainer.system.step

@@ -265,7 +265,8 @@ MUTATIONS = {
 
 def run_recorded(label: str, fake: FakeDevice, steps: int, precision: str, mutation: str) -> dict[str, Any]:
     """Run steps of a small system launched and recorded: how far the states are apart, the reports, the failure."""
-    world = World(device=torch.device(DEVICE))
+    # the fake device has no autocast; operations of the host are recorded as well
+    world = World(device=torch.device("cpu" if precision == "bfloat16" else DEVICE))
     recorders = None, FakeRecorder(fake.record)
     trainers = [small_systems.trainer(world, label, precision, recorder=recorder) for recorder in recorders]
     before = {name: value.clone() for name, value in trainers[0].state().items()}

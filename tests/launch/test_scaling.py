@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Collection
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import WorkerCrashedError
 from ray.train import ScalingConfig
 
 from t2idist.launch import ray_internals, ray_trainer, worker_pool
@@ -124,6 +127,36 @@ def test_a_group_with_a_silent_node_is_not_resized(monkeypatch: pytest.MonkeyPat
     assert run.resize("ab", after=31.5) == 3, "it is looked at again soon"
 
 
+# ------------------------------------------------------------ the group
+@pytest.mark.parametrize(("created", "fails"), [(False, False), (True, False), (True, True)])
+def test_a_group_that_fails_at_its_start_keeps_no_placement_group(
+    monkeypatch: pytest.MonkeyPatch, created: bool, fails: bool
+) -> None:
+    """Ray Train itself removes it only if not all workers have been created; the next group would wait for ever."""
+    calls: list[str] = []
+
+    def start(group: Any) -> None:
+        raise WorkerCrashedError
+
+    def shutdown(group: Any) -> None:
+        calls.append("shutdown")
+        if fails:
+            raise WorkerCrashedError
+
+    base = ray_internals.WorkerGroup
+    for name, method in {
+        "_start": start,
+        "shutdown": shutdown,
+        "has_started": lambda group: created,
+        "abort": lambda group: calls.append("abort"),
+    }.items():
+        monkeypatch.setattr(base, name, method)
+    group = ray_trainer.PooledWorkerGroup.__new__(ray_trainer.PooledWorkerGroup)
+    with pytest.raises(WorkerCrashedError):
+        group._start()
+    assert calls == (["shutdown"] if created else []) + (["abort"] if fails else [])
+
+
 # ------------------------------------------------------------ the pool
 class Process:
     """Stands for an actor that is loading."""
@@ -160,3 +193,8 @@ def test_no_process_is_started_soon_again_on_a_node_short_of_memory(monkeypatch:
     clock.monotonic = lambda: 1000.0 + worker_pool._SHORT_OF_MEMORY_SECONDS
     pool.prepare({"a", "b"})
     assert [each.node for each in pool._free] == ["b", "a"]
+
+
+def test_first_processes_start_without_torch() -> None:
+    code = "import sys, t2idist.launch.first_group; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0

@@ -16,7 +16,7 @@ from t2idist.engine import kernels
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import World
 from t2idist.preflight import dry_run
-from t2idist.training import accelerator, worker
+from t2idist.training import accelerator, allocator, worker
 from tests.helpers.runs import load_config
 from tests.helpers.worker_processes import Workers
 
@@ -79,10 +79,10 @@ def test_precision_of_cuda_kernels_follows_the_config() -> None:
 
 def test_memory_settings_of_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
-    ours = accelerator.allocator_settings()["PYTORCH_ALLOC_CONF"]
+    ours = allocator.allocator_settings()["PYTORCH_ALLOC_CONF"]
     assert "expandable_segments:True" in ours and "pinned_max_round_threshold_mb:64" in ours
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:False")
-    assert accelerator.allocator_settings() == {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}
+    assert allocator.allocator_settings() == {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}
 
 
 def set_capabilities(monkeypatch: pytest.MonkeyPatch, **capabilities: bool) -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "foreach_lerp_",
     "foreach_mul_",
     "foreach_norm",
+    "release_pool",
     "softmax",
     "softmax_backward",
     "tree_leaves",
@@ -40,7 +41,9 @@ foreach_copy_ = torch._foreach_copy_
 foreach_lerp_ = torch._foreach_lerp_
 foreach_mul_ = torch._foreach_mul_
 foreach_norm = torch._foreach_norm
-end_allocate_to_pool = torch._C._cuda_endAllocateToPool  # after a recording of a CUDA graph that failed
+# after a recording of a CUDA graph that failed
+end_allocate_to_pool = torch._C._cuda_endAllocateToPool
+release_pool = torch._C._cuda_releasePool
 # torch.softmax and its gradient with out=
 softmax = torch._softmax
 softmax_backward = torch._softmax_backward_data

@@ -19,6 +19,7 @@ from t2idist.engine.world import World
 from t2idist.nn.fast.torch_internals import TorchDispatchMode
 from tests.helpers import small_systems
 
+pytestmark = pytest.mark.whole
 STEPS = 24
 QUICK = ["damsm", "attngan-options", "stargan"]
 OTHERS = [

@@ -195,6 +195,7 @@ def test_no_process_is_started_soon_again_on_a_node_short_of_memory(monkeypatch:
     assert [each.node for each in pool._free] == ["b", "a"]
 
 
+@pytest.mark.whole
 def test_first_processes_start_without_torch() -> None:
     code = "import sys, t2idist.launch.first_group; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0

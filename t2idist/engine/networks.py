@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def for_evaluation(source: nn.Module, prefix: str, buffers: Mapping[str, Tensor]) -> nn.Module:
-    """Copy a network, in eval mode, with those of the buffers whose name has the prefix."""
+    """Copy a network in eval mode; the buffers whose name starts with `prefix` replace its own."""
     net = copy.deepcopy(source).eval().requires_grad_(False)
     own = {key.removeprefix(prefix): value for key, value in buffers.items() if key.startswith(prefix)}
     net.load_state_dict(own, strict=False)
@@ -20,7 +20,7 @@ def for_evaluation(source: nn.Module, prefix: str, buffers: Mapping[str, Tensor]
 def select_networks(
     names: Sequence[str], frozen: Mapping[str, nn.Module], trained: Mapping[str, nn.Module]
 ) -> list[nn.Module]:
-    """Return networks by name: that of a frozen one, else ``role`` or ``role.part`` of the trained ones."""
+    """Return networks by name: of a frozen network, of a trained role, or of a part of one (``role.part``)."""
     nets = []
     for name in names:
         role, _, part = name.partition(".")

@@ -202,7 +202,7 @@ class PooledWorkerGroup(WorkerGroup):  # type: ignore[misc]
             raise
 
     def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> Any:
-        """Also set how long to wait for it; a run with a range of workers then decides anew."""
+        """Also limit the wait for it: a run with a range of workers decides its size again after that time."""
         if scaling_config.min_workers < scaling_config.max_workers:
             pool = next(callback for callback in self._callbacks if isinstance(callback, WorkerPool))
             seconds = _PLACEMENT_SECONDS * 2**pool.starts_in_a_row

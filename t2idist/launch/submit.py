@@ -71,8 +71,10 @@ def submit(config: RunConfig, stop: StopAfter | None, on_progress: OnProgress, p
         folder = tempfile.TemporaryDirectory(prefix="t2idist-train-", ignore_cleanup_errors=True)
         clear_fatal(config)
         _wait_for_resources(config, 0.0 if own else config.cluster.wait_seconds)
-        pool = pool or first_group.start_pool(config, own)
-        first_group.start_first(pool, config.cluster)  # unless there was no room for them before
+        if pool is None:
+            pool = first_group.start_pool(config, own)
+        else:
+            first_group.start_first(pool, config.cluster)  # unless there was no room for them before
         run_id = _run_id(config)
         if not own:
             shared_folders.warn_if_uploaded(config)

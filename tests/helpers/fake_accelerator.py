@@ -165,7 +165,7 @@ def alias(leaf: Any) -> Any:
 
 
 def repeat(recording: Sequence[tuple[Any, Any, Any, Any]]) -> None:
-    """Run recorded operations again, on the same tensors; their results overwrite those of the first time."""
+    """Run recorded operations again on the same tensors, and overwrite their earlier results."""
     with torch.no_grad(), _disable_current_modes():
         for func, args, kwargs, out in recording:
             new = func(*args, **kwargs)

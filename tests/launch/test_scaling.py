@@ -35,7 +35,7 @@ class Pool:
 
 
 class Policy:
-    """The policy on three nodes, with one worker each; its clock stands still."""
+    """The policy on three nodes, with one worker each, and a clock that the test moves."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, workers: tuple[int, int] = (1, 3)) -> None:
         self.now, self.reserved = 1000.0, {node: {"CPU": 1.0} for node in NODES}

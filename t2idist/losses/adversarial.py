@@ -86,21 +86,32 @@ def masked_loss_fake(logits: Tensor, keep: Tensor, groups: int, kind: LogitLoss 
     return ((terms * kept).sum(1) / kept.sum(1).clamp(min=1)).mean()
 
 
+class _ScalarsByName:
+    """What the classes of a discriminator's losses share."""
+
+    def scalars(self) -> dict[str, Tensor]:
+        """Return the losses and accuracies by name."""
+        return {name: value for name, value in vars(self).items() if name != "accepted"}
+
+
 @dataclass(frozen=True)
-class UnconditionalLosses:
+class UnconditionalLosses(_ScalarsByName):
     """A discriminator's mean losses on images without captions, and its accuracies (without gradient)."""
 
     real: Tensor
     fake: Tensor
     accuracy_real: Tensor
     accuracy_fake: Tensor
+    accepted: Tensor
+    """(N,) bool: the logits of real images that are taken for real."""
 
 
 def unconditional_losses(real: Tensor, fake: Tensor, kind: LogitLoss = BCE) -> UnconditionalLosses:
     """Losses from the logits (N,) of real and of generated images."""
     real, fake = kind.compared(real, fake)
-    accuracies = _fraction(real > kind.boundary), _fraction(fake < kind.boundary)
-    return UnconditionalLosses(loss_real(real, kind), loss_fake(fake, kind), *accuracies)
+    accepted = real > kind.boundary
+    accuracies = _fraction(accepted), _fraction(fake < kind.boundary)
+    return UnconditionalLosses(loss_real(real, kind), loss_fake(fake, kind), *accuracies, accepted)
 
 
 def patch_losses(net: nn.Module, real: Tensor, fake: Tensor, kind: LogitLoss = BCE) -> UnconditionalLosses:
@@ -118,7 +129,7 @@ def half_loss(losses: UnconditionalLosses) -> Tensor:
 
 
 @dataclass(frozen=True)
-class PairLosses:
+class PairLosses(_ScalarsByName):
     """A discriminator's mean losses on the three kinds of pairs, and its accuracies (without gradient)."""
 
     real: Tensor
@@ -129,6 +140,8 @@ class PairLosses:
     accuracy_fake: Tensor
     accuracy_matching: Tensor
     """Share of real images with a higher logit for their own condition than for the wrong one."""
+    accepted: Tensor
+    """(N,) bool: the logits of real pairs that are taken for real."""
 
 
 @dataclass(frozen=True)
@@ -222,14 +235,16 @@ def pair_losses(
     """
     as_real, as_fake = kind.compared(own, generated)
     _, as_wrong = kind.compared(matching, other)
+    accepted = as_real > kind.boundary
     return PairLosses(
         real=loss_real(as_real, kind),
         wrong=masked_loss_fake(as_wrong, keep, groups, kind),
         fake=loss_fake(as_fake, kind),
-        accuracy_real=_fraction(as_real > kind.boundary),
+        accuracy_real=_fraction(accepted),
         accuracy_wrong=_fraction(as_wrong < kind.boundary, keep),
         accuracy_fake=_fraction(as_fake < kind.boundary),
         accuracy_matching=_fraction(matching > other, keep),
+        accepted=accepted,
     )
 
 

@@ -25,6 +25,23 @@ class GLU(nn.Module):
         return fast.glu(x)
 
 
+class SkipExcitation(nn.Module):
+    """Scale channels by the first map: (N, first_channels, 4, 4), (N, C, H, W) -> (N, C, H, W).
+
+    Skip-layer excitation (FastGAN: Liu et al. 2021, section 3.1).
+    """
+
+    def __init__(self, first_channels: int, channels: int) -> None:
+        super().__init__()
+        self.scale = nn.Sequential(
+            nn.Conv2d(first_channels, channels, 4), nn.SiLU(), nn.Conv2d(channels, channels, 1), nn.Sigmoid()
+        )
+
+    def forward(self, first: Tensor, features: Tensor) -> Tensor:
+        out: Tensor = features * self.scale(first)
+        return out
+
+
 def conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
     """3x3 convolution that keeps the size, without bias."""
     return nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1, bias=False)

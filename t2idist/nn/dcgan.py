@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t2idist.nn.blocks import LEAKY_SLOPE, conv3x3, down_block, tile
+from t2idist.nn.blocks import LEAKY_SLOPE, SkipExcitation, conv3x3, down_block, tile
 from t2idist.nn.discriminators import LogitConv2d, PairDiscriminator
 
 MIN_IMAGE_SIZE = 16
@@ -75,6 +75,8 @@ class DcganGenerator(nn.Module):
     """z (N, z_dim) and, with text_dim, sentence vectors (N, text_dim) -> images (N, 3, S, S) in [-1, 1].
 
     The plain layout puts the text before z and normalises it; the residual one puts z first and does not.
+
+    skip_excitation: scale the last map by the first one (`SkipExcitation`).
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class DcganGenerator(nn.Module):
         text_dim: int | None = None,
         condition_dim: int = 0,
         residual: bool = False,
+        skip_excitation: bool = False,
     ) -> None:
         super().__init__()
         self.text_first = not residual
@@ -101,14 +104,20 @@ class DcganGenerator(nn.Module):
                 layers.append(BottleneckResidual(inner, nn.ReLU(inplace=True)))
             layers += [nn.ReLU(inplace=True), nn.ConvTranspose2d(inner, outer, 4, stride=2, padding=1, bias=False)]
         self.netG = nn.Sequential(*layers, nn.Tanh())
+        self.excite = SkipExcitation(channels[0], channels[-1]) if skip_excitation else None
 
     def forward(self, z: Tensor, text: Tensor | None = None) -> Tensor:
         seed = z
         if text is not None:
             condition = self.projection(text)
             seed = torch.cat([condition, z] if self.text_first else [z, condition], dim=1)
-        out: Tensor = self.netG(seed)
-        return out
+        if self.excite is None:
+            out: Tensor = self.netG(seed)
+            return out
+        first = self.netG[0](seed)
+        last = self.excite(first, self.netG[1:-2](first))
+        image: Tensor = self.netG[-2:](last)
+        return image
 
 
 def trunk(
@@ -201,6 +210,7 @@ def conditional_generator(config: Mapping[str, Any], text_dim: int, residual: bo
         text_dim=text_dim,
         condition_dim=config["condition_dim"],
         residual=residual,
+        skip_excitation=config.get("skip_excitation", False),  # exports of older versions lack it
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from t2idist.nn.attention import GlobalLocalAttention, WordAttention, attend
-from t2idist.nn.blocks import GLU, GLUResidual, JointConv2d, JointSequential, conv3x3, up_block
+from t2idist.nn.blocks import GLU, GLUResidual, JointConv2d, JointSequential, SkipExcitation, conv3x3, up_block
 from t2idist.nn.conditioning import ConditioningAugmentation
 from t2idist.nn.precision import upcast
 
@@ -75,23 +75,6 @@ class InitStage(nn.Module):
 
     def forward(self, vector: Tensor) -> Tensor:
         return self.grow(self.start(vector))
-
-
-class SkipExcitation(nn.Module):
-    """Scale channels by the first map: (N, first_channels, 4, 4), (N, C, H, W) -> (N, C, H, W).
-
-    Skip-layer excitation (FastGAN: Liu et al. 2021, section 3.1).
-    """
-
-    def __init__(self, first_channels: int, channels: int) -> None:
-        super().__init__()
-        self.scale = nn.Sequential(
-            nn.Conv2d(first_channels, channels, INIT_SIZE), nn.SiLU(), nn.Conv2d(channels, channels, 1), nn.Sigmoid()
-        )
-
-    def forward(self, first: Tensor, features: Tensor) -> Tensor:
-        out: Tensor = features * self.scale(first)
-        return out
 
 
 class JointStage(nn.Module):

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2idist.nn.blocks import JointConv2d, JointSequential, UpConv2d, conv3x3
+from t2idist.nn.blocks import JointConv2d, JointSequential, SkipExcitation, UpConv2d, conv3x3
 from t2idist.nn.conditioning import LinearConditioning
 from t2idist.nn.precision import upcast
 from t2idist.nn.tree import INIT_SIZE, GeneratorOutput
@@ -38,19 +39,26 @@ def num_doublings(size: int, image_size: int) -> int:
 
 
 class Upsampler(nn.Module):
-    """Common end of both generators: `ups` upsampling blocks, each halving the channels, and the image layer."""
+    """Common end of both generators: `ups` upsampling blocks, each halving the channels, and the image layer.
 
-    def __init__(self, channels: int, ups: int) -> None:
+    skip_excitation: scale the last map by the first one (`SkipExcitation`).
+    """
+
+    def __init__(self, channels: int, ups: int, skip_excitation: bool) -> None:
         super().__init__()
         self.ups = ups
         for i in range(ups):
             setattr(self, f"upsample{i + 1}", _upsample(channels >> i, channels >> (i + 1)))
         self.img = nn.Sequential(conv3x3(channels >> ups, 3))
+        self.excite = SkipExcitation(channels, channels >> ups) if skip_excitation else None
 
     def image(self, features: Tensor) -> Tensor:
         """(N, channels, S, S) -> (N, 3, S << ups, S << ups) in [-1, 1], in float32 at least."""
+        first = features
         for i in range(self.ups):
             features = self.get_submodule(f"upsample{i + 1}")(features)
+        if self.excite is not None:
+            features = self.excite(F.adaptive_avg_pool2d(first, INIT_SIZE), features)
         return torch.tanh(upcast(self.img(features)))
 
 
@@ -61,11 +69,19 @@ class StageOneGenerator(Upsampler):
     """
 
     def __init__(
-        self, *, width: int, image_size: int, z_dim: int, text_dim: int, condition_dim: int, compat: str
+        self,
+        *,
+        width: int,
+        image_size: int,
+        z_dim: int,
+        text_dim: int,
+        condition_dim: int,
+        compat: str,
+        skip_excitation: bool = False,
     ) -> None:
         ups = num_doublings(INIT_SIZE, image_size)
         channels = (width // 2) << ups
-        super().__init__(channels, ups)
+        super().__init__(channels, ups, skip_excitation)
         units = channels * INIT_SIZE * INIT_SIZE
         self.ca_net = LinearConditioning(text_dim, condition_dim, compat)
         self.fc = nn.Sequential(
@@ -87,6 +103,7 @@ def stage_one_generator(config: Mapping[str, Any], text_dim: int) -> StageOneGen
         text_dim=text_dim,
         condition_dim=config["condition_dim"],
         compat=config["compat"],
+        skip_excitation=config.get("skip_excitation", False),  # exports of older versions lack it
     )
 
 
@@ -123,9 +140,10 @@ class StageTwoGenerator(Upsampler):
         text_dim: int,
         condition_dim: int,
         compat: str,
+        skip_excitation: bool = False,
     ) -> None:
         channels = 4 * width
-        super().__init__(channels, num_doublings(low_size // 4, image_size))
+        super().__init__(channels, num_doublings(low_size // 4, image_size), skip_excitation)
         self.ca_net = LinearConditioning(text_dim, condition_dim, compat)
         self.encoder = nn.Sequential(
             conv3x3(3, width), nn.ReLU(inplace=True), *_downsample(width, 2 * width), *_downsample(2 * width, channels)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from t2idist.contract import Adam, Schedule, Train, check_ranges
@@ -19,6 +20,8 @@ from t2idist.nn.discriminators import remove_logit_biases
 from t2idist.nn.spectral_norm import add_spectral_norm
 
 CONSTANT = Schedule()
+_AVERAGED_LOGITS = 256
+"""The share of real images that are taken for real is averaged over about so many logits of a group, as in ADA."""
 _LOSSES = {"bce": BCE, "hinge": HINGE, "least_squares": LEAST_SQUARES}
 
 
@@ -37,6 +40,11 @@ class GanOptions:
     """`top_k` applies after this many images."""
     augment: tuple[str, ...] = ()
     """Differentiable augmentation of all images that discriminators see (DiffAugment): color, translation, cutout."""
+    augment_target: float = 0.0
+    """Adaptive augmentation (ADA; Karras et al. 2020): each image is augmented with a probability, 0 at first, that
+    rises while a discriminator takes more than this share of the real images for real, else falls; 0: it is 1."""
+    augment_ramp_images: float = 500_000.0
+    """That probability rises from 0 to 1 in no fewer images."""
     discriminator_norm: Literal["batch", "group", "instance", "spectral", "none"] = "batch"
     """Normalisation of the discriminators; "group": GroupNorm with 8 channels a group; "instance": of each channel of
     each image; "spectral": of the weights."""
@@ -59,13 +67,15 @@ class GanOptions:
             self,
             at_least_1="r1_every",
             at_least_0="r1_weight ma_gp_weight ema_rampup decay_start_images decay_end_images top_k_start_images",
-            share="decay_floor top_k",
-            above_0="top_k",
+            share="decay_floor top_k augment_target",
+            above_0="top_k augment_ramp_images",
         )
         if self.relativistic and self.adversarial_loss == "least_squares":
             raise ValueError("relativistic: true, but adversarial_loss is least_squares; allowed are bce and hinge")
         if unknown := [kind for kind in self.augment if kind not in augmentation.KINDS]:
             raise ValueError(f"augment: '{unknown[0]}'; there are {', '.join(augmentation.KINDS)}")
+        if self.augment_target and not self.augment:
+            raise ValueError("augment_target: there is nothing to adapt; set augment=[color,translation,cutout]")
 
     @property
     def logit_loss(self) -> LogitLoss:
@@ -81,11 +91,33 @@ class GanOptions:
         if self.discriminator_norm == "spectral":
             add_spectral_norm(net)
 
-    def augmented(self, train: Train, images: Tensor) -> Tensor:
-        """Augment images (N, 3, S, S) for a discriminator."""
+    def memory_of(self, roles: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """Return what each group keeps of the discriminators among the roles (`contract.KeepsMemory.memory`)."""
+        discriminators = [role for role in roles if role.startswith("discriminator")]
+        return {_memory_name(role): (2,) for role in discriminators if self.augment_target}
+
+    def augmented(self, train: Train, role: str, images: Tensor) -> Tensor:
+        """Augment images (N, 3, S, S) for the discriminator of this role."""
         if not self.augment:
             return images
-        return augmentation.augment(images, train.noise(augmentation.DRAWS), self.augment)
+        changed = augmentation.augment(images, train.noise(augmentation.DRAWS), self.augment)
+        if not self.augment_target:
+            return changed
+        probabilities = train.memory(_memory_name(role))[:, 0]
+        of_images = probabilities.repeat_interleave(len(images) // len(probabilities)).unsqueeze(1)
+        chosen = torch.special.ndtr(train.noise(1)) < of_images
+        return torch.where(chosen[:, :, None, None], changed, images)
+
+    def adapt_augmentation(self, train: Train, role: str, accepted: Tensor) -> None:
+        """Change each group's probability by the real logits (M,) that the discriminator took for real."""
+        memory = train.memory(_memory_name(role))  # (groups, 2): the probability, and the average share
+        probability, share = memory.unbind(1)
+        of_groups = accepted.view(len(memory), -1).to(memory.dtype)
+        share.lerp_(of_groups.mean(1), min(1.0, of_groups.shape[1] / _AVERAGED_LOGITS))
+        images_per_step = train.decide(lambda step, images: images / step if step else 0.0)
+        change = images_per_step / self.augment_ramp_images
+        probability.add_((share - self.augment_target).sign(), alpha=change).clamp_(0, 1)
+        train.report(f"{role}/augmented", probability.mean())
 
     def adversarial_loss_of(
         self, train: Train, role: str, logits_of: LogitsOf, fake: Tensor, real: Tensor, groups: int, *condition: Tensor
@@ -95,8 +127,8 @@ class GanOptions:
         Args:
             real: (N, 3, S, S), the real images of the batch.
         """
-        seen = self.augmented(train, fake)
-        reference = self.augmented(train, real) if self.relativistic else None
+        seen = self.augmented(train, role, fake)
+        reference = self.augmented(train, role, real) if self.relativistic else None
         kept = train.decide(lambda step, images: self.top_k if images >= self.top_k_start_images else 1.0)
         with train.frozen(role) as discriminator:
             kind = replace(self.logit_loss, kept=kept)
@@ -137,15 +169,21 @@ class GanOptions:
         weights = {"r1": train.decide(lambda step, images: self.r1_weight_in(step)), "ma_gp": self.ma_gp_weight}
         due = [name for name, weight in weights.items() if weight]
         losses = functools.partial(losses, kind=self.logit_loss)
-        real, fake = self.augmented(train, real), self.augmented(train, fake.detach())
+        real, fake = self.augmented(train, role, real), self.augmented(train, role, fake.detach())
         parts, penalties = train.forward(role, _penalised_losses, due, losses, logits_of, real, fake, *args)
         loss = combine(parts)
         for name, penalty in penalties.items():
             train.report(f"{role}/{name}{suffix}", penalty)
             loss = loss + weights[name] * penalty
         train.apply(role, loss)
-        for part, value in vars(parts).items():
+        if self.augment_target:
+            self.adapt_augmentation(train, role, parts.accepted)
+        for part, value in parts.scalars().items():
             train.report(f"{role}/{part}{suffix}", value)
+
+
+def _memory_name(role: str) -> str:
+    return f"augmentation_{role}"
 
 
 def _penalised_losses(

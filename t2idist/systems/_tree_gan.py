@@ -99,6 +99,7 @@ class TreeGan:
             discriminator = make_discriminator(size)
             config.finish_discriminator(discriminator, orthogonal_)
             self.roles[f"discriminator_{size}"] = Role(discriminator, config.adam(config.discriminator_lr))
+        self.memory = config.memory_of(self.roles)
 
     def update_discriminators(
         self,

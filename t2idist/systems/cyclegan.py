@@ -90,7 +90,8 @@ class CycleGan:
             self.roles[f"discriminator_{domain}"] = Role(net, config.adam(config.discriminator_lr))
         self.exports = ("generator.a_to_b", "generator.b_to_a")
         images = (config.pool_size, 3, config.image_size, config.image_size)
-        self.memory = {f"pool_{domain}": images for domain in ("a", "b")} if config.pool_size else {}
+        pools = {f"pool_{domain}": images for domain in ("a", "b")} if config.pool_size else {}
+        self.memory = {**pools, **config.memory_of(self.roles)}
 
     def step(self, batch: Batch, train: Train) -> None:
         real = {"a": batch.images[-1], "b": batch.partners[-1]}

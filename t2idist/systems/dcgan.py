@@ -82,7 +82,7 @@ class Dcgan:
         fake = train.forward("generator", _generate, train.noise(self.config.z_dim), text)
         losses = train.forward("discriminator", _losses, batch.images[-1], fake.detach(), text)
         train.apply("discriminator", losses.real + losses.fake)
-        for part, value in vars(losses).items():
+        for part, value in losses.scalars().items():
             train.report(f"discriminator/{part}", value)
         with train.frozen("discriminator") as discriminator:
             loss = loss_generated(discriminator(fake, text))

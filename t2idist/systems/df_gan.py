@@ -229,6 +229,7 @@ class DfGan:
             "generator": Role(generator, generator_adam, half_life, ema_rampup=config.ema_rampup),
             "discriminator": Role(discriminator, discriminator_adam),
         }
+        self.memory = config.memory_of(self.roles)
 
     def step(self, batch: Batch, train: Train) -> None:
         real, options = batch.images[-1], self.config

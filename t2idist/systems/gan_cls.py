@@ -71,6 +71,8 @@ class Config(GanOptions):
     """Half-life of the generator's EMA; none: no EMA, as published."""
     unit_text: bool = False
     """Scale sentence vectors by `unit_scale`: an encoder trained on cosines leaves their length arbitrary."""
+    skip_excitation: bool = False
+    """Let the generator's first map scale its last one (FastGAN)."""
     compat: Literal["", "authors"] = ""
     """"authors": the released GAN-INT-CLS script, which lacks a LeakyReLU in the residual discriminator and averages
     the generator's loss over captions and half as many interpolations; without `residual`: the port's weights, whose
@@ -123,6 +125,7 @@ class GanCls:
             "discriminator": Role(discriminator, config.adam(config.discriminator_lr, schedule)),
         }
         self.exports = ("generator", *self.frozen)
+        self.memory = config.memory_of(self.roles)
 
     def step(self, batch: Batch, train: Train) -> None:
         text = _sentences.for_step(batch.captions, train, self.frozen, self.config.unit_text)

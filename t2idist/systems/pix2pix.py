@@ -85,6 +85,7 @@ class Pix2Pix:
         }
         self.frozen: dict[str, Frozen] = {}
         self.exports = ("generator",)
+        self.memory = config.memory_of(self.roles)
 
     def step(self, batch: Batch, train: Train) -> None:
         given, wanted = batch.images[-1], batch.partners[-1]

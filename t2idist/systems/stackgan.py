@@ -74,6 +74,8 @@ class Config(GanOptions):
     condition_on_text: bool = False
     """Give the discriminator the sentence vector; as published, it gets the mean of the conditioning Gaussian, which
     the KL divergence pulls to 0."""
+    skip_excitation: bool = False
+    """Let the generator's first map scale its last one (FastGAN)."""
     compat: Literal["", "authors"] = ""
     """"authors": train as the released code, in what docs/released_code.md lists."""
 
@@ -112,6 +114,7 @@ class StackGan:
                 text_dim=text_dim,
                 condition_dim=config.condition_dim,
                 compat=config.compat,
+                skip_excitation=config.skip_excitation,
             )
             self.low_condition_dim = stage1["config"]["condition_dim"]
             self.frozen["stage1"] = Frozen(
@@ -143,6 +146,7 @@ class StackGan:
             "discriminator": Role(discriminator, config.adam(config.discriminator_lr, halving)),
         }
         self.exports = ("generator", *self.frozen)
+        self.memory = config.memory_of(self.roles)
 
     def step(self, batch: Batch, train: Train) -> None:
         sentence = _sentences.for_step(batch.captions, train, self.frozen, self.config.unit_text)

@@ -40,6 +40,8 @@ OPTIONS = {
     "ma_gp_weight": 0.3,
     "ema_rampup": 0.5,
     "augment": ["color", "translation", "cutout"],
+    "augment_target": 0.3,
+    "augment_ramp_images": 60,
     "decay_start_images": 24,
     "decay_end_images": 90,
     "decay_floor": 0.2,
@@ -99,6 +101,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "discriminator_width": 4,
         "z_dim": 6,
         "condition_dim": 5,
+        "skip_excitation": True,
         "discriminator_norm": "group",
         "relativistic": True,
     },
@@ -124,6 +127,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "image_size": 32,
         "residuals": 1,
         "discriminator_norm": "spectral",
+        "skip_excitation": True,
         "condition_on_text": True,
     },
     "cyclegan": {
@@ -187,6 +191,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "df_gan-options": {
         **DF_GAN,
         **OPTIONS,
+        "augment_target": 0.0,
         "discriminator_norm": "spectral",
         "relativistic": True,
         "top_k": 0.5,

@@ -175,7 +175,7 @@ def test_masked_loss_fake_averages_within_each_group() -> None:
     torch.testing.assert_close(masked_loss_fake(logits, torch.ones(6, dtype=torch.bool), 2), loss_fake(logits))
 
 
-ACCURACIES = ("accuracy_real", "accuracy_wrong", "accuracy_fake", "accuracy_matching")
+NOT_LOSSES = ("accuracy_real", "accuracy_wrong", "accuracy_fake", "accuracy_matching", "accepted")
 
 
 class Logits(PairDiscriminator):
@@ -202,11 +202,12 @@ def test_losses_report_accuracies() -> None:
     assert losses.accuracy_fake == 0.25  # 1, -1, 0, 1
     assert losses.accuracy_matching == pytest.approx(2 / 3)  # 2 > 0, -1 > 0, 3 > 0
     same = matching_aware_losses(Logits(), real, fake, condition, pairs, groups=1)
-    assert all(value == getattr(losses, name) for name, value in vars(same).items())
+    assert all(torch.equal(value, getattr(losses, name)) for name, value in vars(same).items())
+    assert losses.accepted.tolist() == [True, False, True, False]
     none = WrongPairs(caption=pairs.caption, keep=torch.zeros(4, dtype=torch.bool))
     assert matching_aware_losses(Logits(), real, fake, condition, none, groups=1).accuracy_matching == 0.0
     alone = unconditional_losses(torch.tensor([1.0, -1.0]), torch.tensor([-2.0, -1.0]))
-    assert (alone.accuracy_real, alone.accuracy_fake) == (0.5, 1.0)
+    assert (alone.accuracy_real, alone.accuracy_fake, alone.accepted.tolist()) == (0.5, 1.0, [True, False])
 
 
 def test_discriminator_losses_have_the_published_values() -> None:
@@ -218,7 +219,7 @@ def test_discriminator_losses_have_the_published_values() -> None:
         fake=loss_fake(fake),
         real_alone=loss_real(real_alone),
         fake_alone=loss_fake(fake_alone),
-        **dict.fromkeys(ACCURACIES, torch.ones(())),
+        **dict.fromkeys(NOT_LOSSES, torch.ones(())),
     )
     assert attngan_discriminator_loss(losses).item() == pytest.approx(1.9574025, abs=1e-6)
     assert matching_aware_loss(losses).item() == pytest.approx(2.1567173, abs=1e-6)
@@ -227,7 +228,7 @@ def test_discriminator_losses_have_the_published_values() -> None:
 def test_stackgan_losses_weight_their_terms() -> None:
     parts = ("real", "wrong", "fake", "real_alone", "fake_alone")
     values = {name: torch.tensor(float(10**i)) for i, name in enumerate(parts)}
-    losses = JointLosses(**values, **dict.fromkeys(ACCURACIES, torch.ones(())))
+    losses = JointLosses(**values, **dict.fromkeys(NOT_LOSSES, torch.ones(())))
     assert stackgan_pp_discriminator_loss(losses).item() == 1 + (10 + 100) / 2 + 1000 + 10000
     released = WrongImageLosses(**vars(losses), wrong_alone=torch.tensor(5.0))
     assert stackgan_v2_released_loss(released).item() == 1 + 10 + 100 + 1000 + 10000 + 5

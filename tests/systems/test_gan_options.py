@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -216,3 +217,58 @@ def test_gradients_pass_through_augmentation_twice() -> None:
         return augmentation.augment(x, draws, augmentation.KINDS).square()
 
     assert torch.autograd.gradcheck(augmented, (images,)) and torch.autograd.gradgradcheck(augmented, (images,))
+
+
+class _StepOfTwoGroups:
+    """What adaptive augmentation uses of `contract.Train`, in step 3 of two groups of 50 images."""
+
+    def __init__(self) -> None:
+        self.kept = torch.zeros(2, 2)
+        self.reports: dict[str, float] = {}
+
+    def memory(self, name: str) -> Tensor:
+        assert name == "augmentation_discriminator"
+        return self.kept
+
+    def noise(self, *shape: int) -> Tensor:
+        return torch.randn(100, *shape)
+
+    def decide(self, rule: Any) -> Any:
+        return rule(3, 300)
+
+    def report(self, name: str, value: Tensor) -> None:
+        self.reports[name] = float(value)
+
+
+def test_adaptive_augmentation_follows_the_share_of_real_images_taken_for_real() -> None:
+    torch.manual_seed(0)
+    options = GanOptions(augment=("color",), augment_target=0.6, augment_ramp_images=2000)
+    assert options.memory_of(["generator", "discriminator"]) == {"augmentation_discriminator": (2,)}
+    train: Any = _StepOfTwoGroups()
+    images = torch.rand(100, 3, 8, 8)
+
+    def augmented_of_each_group() -> list[float]:
+        seen = options.augmented(train, "discriminator", images)
+        return (seen != images).any(3).any(2).any(1).view(2, 50).float().mean(1).tolist()
+
+    assert augmented_of_each_group() == [0, 0]
+    accepted = torch.tensor([True] * 40 + [False] * 10 + [True] * 25 + [False] * 25)  # shares 0.8 and 0.5
+    for _ in range(40):
+        options.adapt_augmentation(train, "discriminator", accepted)
+    probabilities, shares = train.kept.unbind(1)
+    assert shares.tolist() == pytest.approx([0.8, 0.5], abs=1e-3)
+    assert float(probabilities[0]) == 1, "it rises by 0.05 a step, once the average share has passed 0.6"
+    assert float(probabilities[1]) == 0 and train.reports["discriminator/augmented"] == float(probabilities.mean())
+    train.kept[:, 0] = torch.tensor([0.5, 1.0])
+    first, second = augmented_of_each_group()
+    assert 0.3 < first < 0.7 and second == 1
+    train.kept[:, 1] = 0.0
+    for _ in range(15):
+        options.adapt_augmentation(train, "discriminator", torch.zeros(100, dtype=torch.bool))
+    assert train.kept[:, 0].tolist() == pytest.approx([0, 0.25]), "it falls as fast"
+
+
+def test_adaptive_augmentation_needs_something_to_adapt() -> None:
+    with pytest.raises(ValueError, match=r"augment_target: there is nothing to adapt; set augment=\["):
+        GanOptions(augment_target=0.8)
+    assert not GanOptions(augment=("color",)).memory_of(["discriminator"])

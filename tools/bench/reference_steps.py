@@ -199,4 +199,5 @@ def _pair_losses(
         accuracy_wrong=zero,
         accuracy_fake=zero,
         accuracy_matching=zero,
+        accepted=zero,
     )

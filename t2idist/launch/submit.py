@@ -32,9 +32,10 @@ from t2idist.engine.metrics import PROGRESS
 from t2idist.engine.preemption import PreemptionNotice, StopRequested
 from t2idist.launch import callbacks, first_group, gpu_failures, one_job, recovery, resources, shared_folders
 from t2idist.launch.health import WorkerHealth
+from t2idist.launch.pooled_worker import own_accelerator_ids, step_clock, train_in_group
 from t2idist.launch.ray_trainer import NodeInterfaceConfig, RayTrainer
 from t2idist.launch.replica_store import RayReplicaStore
-from t2idist.launch.worker_pool import WorkerPool, own_accelerator_ids, step_clock, train_in_group
+from t2idist.launch.worker_pool import WorkerPool
 from t2idist.observability import logs
 from t2idist.observability.logs import LogContext
 from t2idist.observability.progress import ProgressPrinter

@@ -19,15 +19,13 @@ from torch import nn
 from t2idist import storage
 from t2idist.config import RunConfig
 from t2idist.config.strict import to_dict, to_yaml
-from t2idist.contract import System
 from t2idist.data.loader import LoaderSpec
 from t2idist.data.mixing import data_info, is_unpaired, open_mixed_loader, training_sets
 from t2idist.data.shards import Dataset
-from t2idist.data.single_image import load_images
 from t2idist.data.tokenizer import recorded
 from t2idist.engine import loop
 from t2idist.engine.batches import BatchSource, TrackedBatches, write_ledger
-from t2idist.engine.checkpoint import export, pretrained
+from t2idist.engine.checkpoint import export
 from t2idist.engine.checkpoint.manager import CheckpointManager, CommittedCheckpoint
 from t2idist.engine.checkpoint.replica_protocol import ReplicaStore
 from t2idist.engine.checkpoint.replicas import ReplicaManager
@@ -38,10 +36,7 @@ from t2idist.engine.kernels import allow_tf32, use_deterministic_kernels
 from t2idist.engine.metrics import MetricLogger, append_lines
 from t2idist.engine.noise import derive_seed
 from t2idist.engine.preemption import Poll, PreemptionHandler, StopRequested
-from t2idist.engine.step_graphs import CudaGraphRecorder
-from t2idist.engine.strategy import Precision
-from t2idist.engine.trainer import Trainer
-from t2idist.engine.world import Share, World
+from t2idist.engine.world import World
 from t2idist.evaluate import best_weights
 from t2idist.evaluate.in_training import InTrainingEvaluator
 from t2idist.nn.fast.memory import keep_freed_memory
@@ -50,7 +45,7 @@ from t2idist.observability.logs import LogContext, RecentWarnings
 from t2idist.observability.recovery import Recovery
 from t2idist.observability.tracking import DONE, FAILED, STOPPED
 from t2idist.report import report
-from t2idist.training import accelerator, run_data
+from t2idist.training import accelerator, building, run_data
 from t2idist.training.attempts import AttemptRecord
 from t2idist.training.lifecycle import OnProgress, read_fatal, write_fatal
 from t2idist.training.options import StopAfter
@@ -184,8 +179,8 @@ class _StageWorker:
         self._datasets = stage.open_data()
         self._data_info = data_info(self._datasets)
         self._build_info = stage.build_info(self._data_info)
-        self._system = self._build_system()
-        self._trainer = trainer = self._build_trainer(rollback)
+        self._system = building.build_system(stage, self._build_info, self._datasets[0].vocabulary.words)
+        self._trainer = trainer = building.build_trainer(self._config, stage, self._system, run.world, rollback)
         self._context.log_context.images = lambda: trainer.images
         self._checkpoints = self._open_checkpoints()
         self._replicas = self._open_replicas(rollback)
@@ -239,43 +234,6 @@ class _StageWorker:
             f"stages.{stage.name}: out of memory on {accelerator.describe(self._world.device)} with "
             f"{groups} x {stage.settings.group_size} images at once; lower stages.{stage.name}."
             f"{'micro_batch_groups' if groups > 1 else 'group_size'}; --plan shows what fits"
-        )
-
-    def _build_system(self) -> System:
-        """Build the system and load the weights of earlier exports, of files, and of the export that it fine-tunes."""
-        stage = self._stage
-        torch.manual_seed(derive_seed(stage.seed, stage.name))
-        system = stage.build(self._build_info)
-        for slot in stage.settings.uses:
-            networks = [frozen for frozen in system.frozen.values() if frozen.source == slot]
-            source = export.read(stage.source_url(slot), tuple(frozen.network for frozen in networks))
-            for frozen in networks:
-                where = f"{storage.redact(source.url)}: {frozen.network}"
-                export.load_into(frozen.net, source.weights[frozen.network], where)
-        for role in system.roles.values():
-            if role.pretrained is not None:
-                pretrained.load(role.pretrained, f"stages.{stage.name}.model")
-            load_images(role.images, stage.data, f"stages.{stage.name}.model")
-        if init_from := stage.settings.init_from:
-            vocabulary = self._datasets[0].vocabulary.words
-            pretrained.load_init(system, init_from, vocabulary, f"stages.{stage.name}.init_from")
-        return system
-
-    def _build_trainer(self, rollback: int) -> Trainer:
-        stage = self._stage
-        graphs = self._config.cuda_graphs == "auto" and self._world.device.type == "cuda"
-        return Trainer(
-            self._system,
-            stage=stage.name,
-            seed=derive_seed(stage.seed, "rollback", rollback) if rollback else stage.seed,
-            group_size=stage.settings.group_size,
-            share=Share.of(self._world, stage.settings.groups),
-            world=self._world,
-            precision=Precision(self._config.precision),
-            zero=self._config.zero,
-            gradients=getattr(torch, self._config.gradients),
-            micro_batch_groups=self._config.groups_at_once(stage.settings),
-            recorder=CudaGraphRecorder() if graphs else None,
         )
 
     def _open_checkpoints(self) -> CheckpointManager:

@@ -12,7 +12,7 @@ import pytest
 import ray
 from ray import _raylet
 
-from t2idist.launch import callbacks, health, ray_internals, ray_trainer, recovery, worker_pool
+from t2idist.launch import callbacks, health, pooled_worker, ray_internals, ray_trainer, recovery, worker_pool
 
 ROOT = Path(__file__).parents[2]
 FILES = [
@@ -85,7 +85,7 @@ OURS = [
     *(callbacks.StopOnSigterm, callbacks.PauseBeforeResize, callbacks.CheckNodes, callbacks.StartTimeout),
     *(ray_trainer.SkipDrainingNodes, ray_trainer.FixedLocalScaling, ray_trainer.PooledWorkerGroup),
     *(ray_trainer.InProcessController, ray_trainer.RayTrainer, worker_pool.WorkerPool, recovery.RecordRecovery),
-    *(ray_trainer.NodeInterfaceBackend, callbacks.WatchDrainingNodes, health.WorkerHealth, worker_pool.PooledWorker),
+    *(ray_trainer.NodeInterfaceBackend, callbacks.WatchDrainingNodes, health.WorkerHealth, pooled_worker.PooledWorker),
 ]
 NOT_RAYS = {
     "on_sigterm",

@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from t2idist.launch import callbacks, ray_internals, worker_pool
+from t2idist.launch import callbacks, pooled_worker, ray_internals, worker_pool
 from t2idist.observability import process
 
 ROOT = Path(__file__).parents[2]
 SOURCE = """
 import copy, os, signal, time, ray
 from ray.util.placement_group import placement_group
-from t2idist.launch.worker_pool import PooledWorker, WorkerPool, _Process
+from t2idist.launch.pooled_worker import PooledWorker
+from t2idist.launch.worker_pool import WorkerPool, _Process
 ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
 node = ray.get_runtime_context().get_node_id()
 pool = WorkerPool({"WHOSE": "the run's"}, spares=1, start_seconds=60)
@@ -82,8 +83,8 @@ def test_survivors_keep_their_gpu_and_spares_replace_the_lost(short_folder: str,
 
 def test_spare_process_loads_nothing_if_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "available_memory_share", lambda: 0.05)
-    monkeypatch.setattr(worker_pool, "_load_quietly", lambda: pytest.fail("loaded"))
-    assert worker_pool.PooledWorker({}).prepare() is False
+    monkeypatch.setattr(pooled_worker, "_load_quietly", lambda: pytest.fail("loaded"))
+    assert pooled_worker.PooledWorker({}).prepare() is False
 
 
 def test_available_memory_is_a_share() -> None:
@@ -97,10 +98,10 @@ def test_a_worker_that_raised_is_not_lost() -> None:
 
 
 def test_process_is_not_used_again_after_an_error_of_its_device() -> None:
-    assert worker_pool._is_reusable_after(None)
-    assert worker_pool._is_reusable_after(RuntimeError("Connection closed by peer"))
-    assert not worker_pool._is_reusable_after(torch.AcceleratorError("CUDA error: unspecified launch failure"))
-    assert not worker_pool._is_reusable_after(MemoryError())
+    assert pooled_worker._is_reusable_after(None)
+    assert pooled_worker._is_reusable_after(RuntimeError("Connection closed by peer"))
+    assert not pooled_worker._is_reusable_after(torch.AcceleratorError("CUDA error: unspecified launch failure"))
+    assert not pooled_worker._is_reusable_after(MemoryError())
 
 
 def test_release_ends_a_pause_and_a_new_group_starts_without_requests() -> None:
@@ -133,5 +134,5 @@ def test_nothing_that_a_failed_training_used_is_kept_by_its_errors() -> None:
     try:
         train()
     except OSError as error:
-        worker_pool._clear_frames(error)
+        pooled_worker._clear_frames(error)
         assert kept[0]() is None

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from t2idist.contract import KeepsMemory, System
 
+PREFIX = "memory/"
+"""Of the names of these tensors in the state of a trainer."""
+
 
 class GroupMemory:
     """The tensors that a system declares, for each group of a worker; zeros at first.
@@ -30,7 +33,7 @@ class GroupMemory:
     def state(self) -> dict[str, Tensor]:
         """Return the live tensor of each group by name: ``memory/<group>/<name>``."""
         return {
-            f"memory/{lane}/{name}": of_group
+            f"{PREFIX}{lane}/{name}": of_group
             for name, of_groups in self._tensors.items()
             for lane, of_group in zip(self._lanes, of_groups, strict=True)
         }

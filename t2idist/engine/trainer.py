@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ from t2idist.engine.zero import ZeroStrategy
 from t2idist.nn.fast.layers import clear_cached_casts, use_fast_layers
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -102,8 +104,12 @@ class Trainer:
         self._noted: Inputs | None = None
         self._numbers: Iterator[Tensor] | None = None
         self._launched = False
-        at_once = world.group is None and self._micro_batches is None
-        self.graphs = StepGraphs(self, recorder) if recorder is not None and at_once else None
+        hindrance = "groups in parts" if self._micro_batches else ""
+        if world.group is not None:
+            hindrance = f"{world.size} workers"
+        if recorder is not None and hindrance and world.is_main:
+            logger.info("stage %s runs without CUDA graphs: they cannot have %s", stage, hindrance)
+        self.graphs = StepGraphs(self, recorder) if recorder is not None and not hindrance else None
         """None: every step is launched."""
 
     # -------------------------------------------------------------------------------------------- set-up

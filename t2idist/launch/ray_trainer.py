@@ -149,6 +149,8 @@ class SkipDrainingNodes(ElasticScalingPolicy):  # type: ignore[misc]
         if unprepared and not before:
             self._loading_since = now
         self.liveness.unprepared = unprepared
+        if unprepared and not self._in_use:
+            logger.info("the next group goes on without %d nodes until a process there is ready", len(unprepared))
         if self._in_use and unprepared:
             interval = self._patient.elastic_resize_monitor_interval_s  # type: ignore[attr-defined]
             if count <= self._workers or now < self._loading_since + interval:

@@ -8,16 +8,24 @@ from typing import Any
 from ray.exceptions import RayError
 
 from t2idist.launch.callbacks import call_workers
-from t2idist.launch.ray_internals import ControllerCallback, WorkerGroupCallback
+from t2idist.launch.ray_internals import ControllerCallback, WorkerGroupCallback, WorkerHealthCheckTimeoutError
 from t2idist.launch.worker_pool import is_lost
-from t2idist.observability.recovery import RESIZE, WORKER_FAILED, WORKER_LOST, Recovery
+from t2idist.observability import process
+from t2idist.observability.recovery import (
+    RESIZE,
+    SUBMITTED_AGAIN,
+    WORKER_FAILED,
+    WORKER_LOST,
+    WORKER_SILENT,
+    Recovery,
+)
 
 _of_this_group: list[Recovery] = []
 
 
 # ------------------------------------------------------------ in a worker's process
 def recovery_of_this_group() -> Recovery | None:
-    """Return the recovery that this worker's group ends; None for the first group of a submission."""
+    """Return the recovery that this worker's group ends, or None."""
     return _of_this_group[0] if _of_this_group else None
 
 
@@ -27,15 +35,22 @@ def _set_recovery(recovery: Recovery | None) -> None:
 
 # ------------------------------------------------------------ in the driver or controller
 class RecordRecovery(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
-    """Measures each restart and tells the new workers."""
+    """Measures each restart and tells the new workers.
 
-    def __init__(self) -> None:
+    Args:
+        of_submission: The first group is that of the submission; it ends a recovery if there was an earlier submission.
+    """
+
+    def __init__(self, of_submission: bool) -> None:
+        self._of_submission = of_submission
         self._cause = ""
         self._noticed = self._ended = 0.0
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         errors = worker_group_status.errors.values()
-        if errors:
+        if any(isinstance(error, WorkerHealthCheckTimeoutError) for error in errors):
+            self._begin(WORKER_SILENT)
+        elif errors:
             self._begin(WORKER_LOST if any(is_lost(error) for error in errors) else WORKER_FAILED)
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
@@ -46,14 +61,16 @@ class RecordRecovery(WorkerGroupCallback, ControllerCallback):  # type: ignore[m
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         recovery = None
-        if self._ended:  # it is not the first group
+        if self._of_submission:
+            recovery = Recovery(SUBMITTED_AGAIN, {"start": process.seconds_since_start()})
+        elif self._ended:  # it is not the first group
             seconds = {"end": self._ended - self._noticed, "start": time.monotonic() - self._ended}
             recovery = Recovery(self._cause, seconds)
         try:
             call_workers(worker_group.get_workers(), _set_recovery, recovery)
         except RayError:  # the new group has failed already
             return
-        self._cause = ""
+        self._cause, self._of_submission = "", False
 
     def _begin(self, cause: str) -> None:
         if not self._cause:  # a failure leads to a resize decision too, and a failure of the new group to another

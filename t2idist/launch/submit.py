@@ -98,7 +98,7 @@ def _fit(
     with _Progress(config, on_progress), resources.Reservation(run_url(config), config.cluster) as reservation:
         for retry in range(config.cluster.max_failures + 1):
             try:
-                trainer = _trainer(config, run_id, folder, own, stop, on_sigterm, pool)
+                trainer = _trainer(config, run_id, folder, own, stop, on_sigterm, pool, retry)
                 reservation.acquire(f"train-{trainer.train_run_context.run_id}")  # type: ignore[attr-defined]
                 with on_sigterm.on_sigterm():
                     stopped = trainer.fit().return_value  # type: ignore[attr-defined]
@@ -148,6 +148,7 @@ def _trainer(
     stop: StopAfter | None,
     on_sigterm: callbacks.StopOnSigterm,
     pool: WorkerPool,
+    retry: int,
 ) -> RayTrainer:
     """Build Ray's trainer. `folder` takes Ray's own notes of this attempt; the run's state is in our checkpoints."""
     cluster = config.cluster
@@ -160,7 +161,7 @@ def _trainer(
         callbacks.StartTimeout(cluster.start_seconds),
         callbacks.PauseBeforeResize(cluster.start_seconds, liveness),
         on_sigterm,
-        recovery.RecordRecovery(),
+        recovery.RecordRecovery(of_submission=retry == 0),
         pool,
     ]
     return RayTrainer(

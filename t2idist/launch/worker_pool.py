@@ -114,7 +114,15 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         nodes = placement_group_table(group)["bundles_to_node_id"]
         accelerators = accelerator_ids(group, indices, gpus)
         self._check({nodes[index] for index in indices})
+        waiting = {each.actor: each for each in self._free}
         processes = [self._pop(nodes[index], ids) for index, ids in zip(indices, accelerators, strict=True)]
+        if self.has_trained:
+            reused = [waiting[each] for each in processes if each in waiting]
+            count, stay = len(processes), sum(each.prepared is None for each in reused)
+            logger.info(
+                "group of %d workers: %d processes stay, %d were spare, %d are new",
+                *(count, stay, len(reused) - stay, count - len(reused)),
+            )
         assigned = [each.assign.remote(ids) for each, ids in zip(processes, accelerators, strict=True)]
         try:
             return processes, ray.get(assigned, timeout=self._start_seconds)

@@ -87,11 +87,11 @@ def masked_loss_fake(logits: Tensor, keep: Tensor, groups: int, kind: LogitLoss 
 
 
 class _ScalarsByName:
-    """What the classes of a discriminator's losses share."""
+    """Base of the losses of a discriminator."""
 
     def scalars(self) -> dict[str, Tensor]:
         """Return the losses and accuracies by name."""
-        return {name: value for name, value in vars(self).items() if name != "accepted"}
+        return {name: value for name, value in vars(self).items() if value.dim() == 0}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2idist.nn.blocks import JointConv2d, JointSequential, SkipExcitation, UpConv2d, conv3x3
@@ -41,7 +40,7 @@ def num_doublings(size: int, image_size: int) -> int:
 class Upsampler(nn.Module):
     """Common end of both generators: `ups` upsampling blocks, each halving the channels, and the image layer.
 
-    skip_excitation: scale the last map by the first one (`SkipExcitation`).
+    skip_excitation: scale the last map by the one before the upsampling, averaged to 4x4 (`SkipExcitation`).
     """
 
     def __init__(self, channels: int, ups: int, skip_excitation: bool) -> None:
@@ -58,7 +57,8 @@ class Upsampler(nn.Module):
         for i in range(self.ups):
             features = self.get_submodule(f"upsample{i + 1}")(features)
         if self.excite is not None:
-            features = self.excite(F.adaptive_avg_pool2d(first, INIT_SIZE), features)
+            blocks = first.unflatten(3, (INIT_SIZE, -1)).unflatten(2, (INIT_SIZE, -1))
+            features = self.excite(blocks.mean((3, 5)), features)
         return torch.tanh(upcast(self.img(features)))
 
 

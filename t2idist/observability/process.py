@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 TRAINING_THREAD = "t2idist-rank"
@@ -47,11 +48,37 @@ def reset_priority(thread: int) -> None:
         os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, os.getpid()))
 
 
-def available_memory_share() -> float:
-    """Return the share of this machine's memory that is available; 1 if unknown."""
+def seconds_since_start() -> float:
+    """Return the age of this process; 0 if unknown."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    except (OSError, AttributeError):
+        return 0.0
+
+
+def available_memory_share() -> float:
+    """Return the share of this machine's or, if smaller, this container's memory that is available; 1 if unknown."""
+    of_container = _available_share_of_container(Path("/sys/fs/cgroup"))
+    return min(_available_share_of_machine(Path("/proc/meminfo")), of_container)
+
+
+def _available_share_of_machine(file: Path) -> float:
+    try:
+        lines = file.read_text().splitlines()
     except OSError:
         return 1.0
     kilobytes = {name: int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines)}
     return kilobytes["MemAvailable"] / kilobytes["MemTotal"]
+
+
+def _available_share_of_container(cgroup: Path) -> float:
+    """Of a container with a limit (cgroup v2); the cache of files that it has read is available."""
+    try:
+        limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        counters = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return 1.0
+    if limit == "max":
+        return 1.0
+    return max(0.0, 1 - (int(used) - int(counters.get("inactive_file", 0))) / int(limit))

@@ -43,6 +43,10 @@ def format_count(images: float) -> str:
     return f"{images / 1e6:.2f}M"
 
 
+_NOT_LOSSES = ("accuracy", "augmented", "logit", "norm")
+"""Beginnings of the names of what networks report beside losses."""
+
+
 def summarize_losses(losses: Mapping[str, float]) -> list[str]:
     """Summarize the losses of a step: the sum for each kind of network, such as "G 1.23".
 
@@ -52,7 +56,7 @@ def summarize_losses(losses: Mapping[str, float]) -> list[str]:
     by_network: dict[str, float] = {}
     for name, value in losses.items():
         network, slash, part = name.partition("/")
-        if network in ("val", "lr", "time", "norm") or (slash and part.startswith(("accuracy", "logit", "norm"))):
+        if network in ("val", "lr", "time", "norm") or (slash and part.startswith(_NOT_LOSSES)):
             continue
         by_network[network] = by_network.get(network, 0.0) + value
     sums: dict[str, list[float]] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, Self
 
@@ -22,6 +23,7 @@ METRICS = {
     "t2idist_goodput_ratio": "share of this submission's time spent in steps that were kept",
     "t2idist_workers": "current number of workers",
     "t2idist_restarts": "restarts of the run",
+    "t2idist_recoveries": "restarts in this submission, by cause",
     "t2idist_recovery_seconds": "duration of the last restart, by phase: end, start, restore",
     "t2idist_recovery_images": "images that were repeated after the last restart",
     "t2idist_step_timestamp_seconds": "time of the last reported step",
@@ -37,6 +39,7 @@ LABELS = {
     "t2idist_budget_images": ("stage",),
     "t2idist_loss": ("stage", "name"),
     "t2idist_step_seconds": ("phase",),
+    "t2idist_recoveries": ("cause",),
     "t2idist_recovery_seconds": ("phase",),
 }
 """Labels in addition to run."""
@@ -62,7 +65,7 @@ class Gauges:
     """The gauges of a run's driver."""
 
     def __init__(self, run: str, gauge_type: type[Gauge]) -> None:
-        self._goodput = Goodput(time.time())
+        self._goodput, self._recoveries = Goodput(time.time()), Recoveries()
         self._gauges = {
             name: gauge_type(name, text, ("run", *LABELS.get(name, ()))).set_default_tags({"run": run})
             for name, text in METRICS.items()
@@ -74,6 +77,8 @@ class Gauges:
         for name, labels, value in readings(message):
             self._gauges[name].set(value, dict(zip(LABELS.get(name, ()), labels, strict=True)))
         self._gauges["t2idist_goodput_ratio"].set(self._goodput.update(message, time.time()))
+        for cause, count in self._recoveries.update(message).items():
+            self._gauges["t2idist_recoveries"].set(count, {"cause": cause})
 
 
 def readings(message: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, ...], float]]:
@@ -109,6 +114,21 @@ def readings(message: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, ...],
         yield "t2idist_checkpoint_timestamp_seconds", (), _seconds(checkpoint["time"])
     if "stall_seconds" in checkpoint:
         yield "t2idist_checkpoint_stall_seconds", (), float(checkpoint["stall_seconds"])
+
+
+class Recoveries:
+    """Number of restarts that progress messages have told of, by cause."""
+
+    def __init__(self) -> None:
+        self._restarts = -1
+        self._counts: Counter[str] = Counter()
+
+    def update(self, message: Mapping[str, Any]) -> Mapping[str, int]:
+        """Return the numbers up to this message. All messages after a restart have its record."""
+        if (recovery := message.get("recovery")) and message["restarts"] != self._restarts:
+            self._restarts = message["restarts"]
+            self._counts[recovery["cause"]] += 1
+        return self._counts
 
 
 class Goodput:

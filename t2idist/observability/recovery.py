@@ -6,14 +6,16 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-WORKER_LOST, WORKER_FAILED, RESIZE = "worker lost", "worker failed", "resize"
+WORKER_LOST, WORKER_SILENT, WORKER_FAILED = "worker lost", "worker does not respond", "worker failed"
+RESIZE, SUBMITTED_AGAIN = "resize", "submitted again"
 PHASES = ("end", "start", "restore")
-"""From the notice to the end of the old workers; to the start of the new ones; to the end of their first step."""
+"""From the notice to the end of the old workers; to the start of the new ones (of a new submission, from the start of
+its command); to the end of their first step."""
 
 
 @dataclass
 class Recovery:
-    """A restart of the workers within a submission."""
+    """A restart of the workers, or of the whole run by a new submission."""
 
     cause: str
     seconds: dict[str, float]

@@ -82,7 +82,7 @@ def _facts(run: RunFolder) -> Iterator[tuple[str, str, str]]:
         yield "Images per second", charts.format_short(rate) if rate else "", f"median of {trained[-1].name}"
     if "workers" in run.progress:
         yield "Workers", str(run.progress["workers"]), _hardware(run.versions)
-    yield "Restarts", str(len(run.restarts)), "each from the last checkpoint" if run.restarts else ""
+    yield "Restarts", str(len(run.restarts)), "each from a copy in memory or a checkpoint" if run.restarts else ""
 
 
 def _hardware(versions: Mapping[str, Any]) -> str:

@@ -20,8 +20,8 @@ from t2idist.nn.discriminators import remove_logit_biases
 from t2idist.nn.spectral_norm import add_spectral_norm
 
 CONSTANT = Schedule()
-_AVERAGED_LOGITS = 256
-"""The share of real images that are taken for real is averaged over about so many logits of a group, as in ADA."""
+_AVERAGED_IMAGES = 256
+"""Images of a group over which the share of those that are taken for real is averaged, as in ADA."""
 _LOSSES = {"bce": BCE, "hinge": HINGE, "least_squares": LEAST_SQUARES}
 
 
@@ -41,8 +41,9 @@ class GanOptions:
     augment: tuple[str, ...] = ()
     """Differentiable augmentation of all images that discriminators see (DiffAugment): color, translation, cutout."""
     augment_target: float = 0.0
-    """Adaptive augmentation (ADA; Karras et al. 2020): each image is augmented with a probability, 0 at first, that
-    rises while a discriminator takes more than this share of the real images for real, else falls; 0: it is 1."""
+    """Adaptive augmentation (ADA; Karras et al. 2020): each image is augmented with a probability, 0 at first. It rises
+    while a discriminator takes more than this share of the real images for real, and falls while it takes fewer. If
+    0, every image is augmented."""
     augment_ramp_images: float = 500_000.0
     """That probability rises from 0 to 1 in no fewer images."""
     discriminator_norm: Literal["batch", "group", "instance", "spectral", "none"] = "batch"
@@ -92,7 +93,7 @@ class GanOptions:
             add_spectral_norm(net)
 
     def memory_of(self, roles: Iterable[str]) -> dict[str, tuple[int, ...]]:
-        """Return what each group keeps of the discriminators among the roles (`contract.KeepsMemory.memory`)."""
+        """Return the shape of each discriminator's state of adaptive augmentation (`contract.KeepsMemory.memory`)."""
         discriminators = [role for role in roles if role.startswith("discriminator")]
         return {_memory_name(role): (2,) for role in discriminators if self.augment_target}
 
@@ -108,12 +109,17 @@ class GanOptions:
         chosen = torch.special.ndtr(train.noise(1)) < of_images
         return torch.where(chosen[:, :, None, None], changed, images)
 
-    def adapt_augmentation(self, train: Train, role: str, accepted: Tensor) -> None:
-        """Change each group's probability by the real logits (M,) that the discriminator took for real."""
+    def adapt_augmentation(self, train: Train, role: str, accepted: Tensor, images: int) -> None:
+        """Change the probability of each group.
+
+        Args:
+            accepted: (M,) bool, for each logit of a real image, whether it is taken for real; NaN is not.
+            images: real images of all groups of the worker.
+        """
         memory = train.memory(_memory_name(role))  # (groups, 2): the probability, and the average share
         probability, share = memory.unbind(1)
         of_groups = accepted.view(len(memory), -1).to(memory.dtype)
-        share.lerp_(of_groups.mean(1), min(1.0, of_groups.shape[1] / _AVERAGED_LOGITS))
+        share.lerp_(of_groups.mean(1), min(1.0, images / len(memory) / _AVERAGED_IMAGES))
         images_per_step = train.decide(lambda step, images: images / step if step else 0.0)
         change = images_per_step / self.augment_ramp_images
         probability.add_((share - self.augment_target).sign(), alpha=change).clamp_(0, 1)
@@ -159,7 +165,7 @@ class GanOptions:
     ) -> None:
         """Update a discriminator with ``combine(losses(net, real, fake, *args, kind=...))`` and what penalties are due.
 
-        Reports the penalties and the fields of the losses.
+        Reports the penalties, the losses and the accuracies.
 
         Args:
             logits_of: Called with the discriminator, images and ``args[:1]``; the penalties are of the sum.
@@ -177,7 +183,7 @@ class GanOptions:
             loss = loss + weights[name] * penalty
         train.apply(role, loss)
         if self.augment_target:
-            self.adapt_augmentation(train, role, parts.accepted)
+            self.adapt_augmentation(train, role, parts.accepted, len(real))
         for part, value in parts.scalars().items():
             train.report(f"{role}/{part}{suffix}", value)
 

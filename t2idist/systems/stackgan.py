@@ -75,7 +75,7 @@ class Config(GanOptions):
     """Give the discriminator the sentence vector; as published, it gets the mean of the conditioning Gaussian, which
     the KL divergence pulls to 0."""
     skip_excitation: bool = False
-    """Let the generator's first map scale its last one (FastGAN)."""
+    """Let the generator's map before the upsampling, averaged to 4x4, scale its last one (FastGAN)."""
     compat: Literal["", "authors"] = ""
     """"authors": train as the released code, in what docs/released_code.md lists."""
 

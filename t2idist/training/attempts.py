@@ -8,7 +8,7 @@ from t2idist import storage
 from t2idist.engine import loop
 from t2idist.engine.checkpoint.manager import CommittedCheckpoint
 from t2idist.engine.metrics import PROGRESS, MetricLogger, now
-from t2idist.observability.recovery import Recovery
+from t2idist.observability.recovery import SUBMITTED_AGAIN, Recovery
 
 ATTEMPTS = "attempts.json"
 
@@ -17,7 +17,7 @@ class AttemptRecord:
     """The current attempt.
 
     Args:
-        recovery: The restart that this attempt ends; None for the first one of a submission.
+        recovery: The restart that this attempt ends; one by a new submission counts only if there are earlier attempts.
     """
 
     def __init__(self, run_url: str, workers: int, recovery: Recovery | None) -> None:
@@ -26,7 +26,8 @@ class AttemptRecord:
         self.restarts: int = len(earlier)
         """Attempts before this one."""
         self._attempt: dict[str, Any] = {"time": now(), "workers": workers}
-        self._recovery = recovery
+        is_first = recovery is not None and recovery.cause == SUBMITTED_AGAIN and not earlier
+        self._recovery = None if is_first else recovery
         self._attempts = [*earlier, self._attempt]
         self._write()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 import torch
@@ -18,8 +17,6 @@ from t2idist.engine.strategy import Precision
 from t2idist.engine.trainer import Trainer
 from t2idist.engine.world import Share, World
 from t2idist.training.stages import StageRun
-
-logger = logging.getLogger(__name__)
 
 
 def build_system(stage: StageRun, info: BuildInfo, vocabulary: Sequence[str]) -> System:
@@ -48,7 +45,7 @@ def build_trainer(config: RunConfig, stage: StageRun, system: System, world: Wor
         rollback: How often the stage has gone back to an earlier checkpoint; changes the seed.
     """
     graphs = config.cuda_graphs == "auto" and world.device.type == "cuda"
-    trainer = Trainer(
+    return Trainer(
         system,
         stage=stage.name,
         seed=derive_seed(stage.seed, "rollback", rollback) if rollback else stage.seed,
@@ -61,7 +58,3 @@ def build_trainer(config: RunConfig, stage: StageRun, system: System, world: Wor
         micro_batch_groups=config.groups_at_once(stage.settings),
         recorder=CudaGraphRecorder() if graphs else None,
     )
-    if graphs and trainer.graphs is None and world.is_main:
-        reason = f"there are {world.size} workers" if world.size > 1 else "its groups are computed in parts"
-        logger.warning("cuda_graphs: auto: stage %s runs without CUDA graphs: %s", stage.name, reason)
-    return trainer

@@ -97,6 +97,15 @@ def test_medians_are_of_faults_that_came_alone() -> None:
     assert lines == ["kill_worker: 3 times, first new step after 5.0 s (median; 4.0 to 9.0), at most 2 steps lost"]
 
 
+def test_recorded_recoveries_are_those_that_ended_by_cause() -> None:
+    def attempt(cause: str, *seconds: float) -> dict[str, Any]:
+        phases = dict(zip(("end", "start", "restore"), seconds, strict=False))
+        return {"recovery": {"cause": cause, "seconds": phases, "images_repeated": 0}}
+
+    attempts = [{}, attempt("resize", 0.25, 0.5, 0.25), attempt("worker lost", 1, 2), attempt("resize", 1, 1, 1)]
+    assert chaos.recorded_recoveries(attempts) == ["attempts.json: resize: 2 times, 2.0 s (median; 1.0 to 3.0)"]
+
+
 @pytest.mark.whole
 def test_checks_detect_missing_ledgers_damaged_checkpoints_and_changed_weights(tmp_path: Path) -> None:
     file = write_recipe(tmp_path, report={"ledger": True})

@@ -116,8 +116,12 @@ def test_a_step_that_cannot_be_repeated_is_launched(
     assert other.reduce_reports() == launched.reduce_reports()
 
 
-def test_micro_batches_are_not_recorded() -> None:
+def test_micro_batches_are_not_recorded_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "t2idist")
+    small_systems.trainer(World(), "dcgan", "float64", micro_batch_groups=1)
+    assert "CUDA graphs" not in caplog.text, "nobody asked for them"
     trainer = small_systems.trainer(World(), "dcgan", "float64", micro_batch_groups=1, recorder=Recorder())
+    assert "stage dcgan runs without CUDA graphs: they cannot have groups in parts" in caplog.text
     assert trainer.graphs is None
 
 

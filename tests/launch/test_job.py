@@ -90,7 +90,9 @@ def test_a_submitted_working_directory_trains_on_the_cluster(head_with_token: He
     assert done.returncode == 0, done.stdout + done.stderr
     assert "workers 2" in done.stdout and WARNING not in done.stdout
     check_finished(tmp_path)
-    absent = {"t2idist_device_memory_bytes", "t2idist_recovery_seconds", "t2idist_recovery_images"}
+    absent = {
+        f"t2idist_{name}" for name in ("device_memory_bytes", "recoveries", "recovery_seconds", "recovery_images")
+    }
     assert scraper.names == prometheus.METRICS.keys() - absent  # there is no accelerator, and no restart
     for file in (file for file in tmp_path.rglob("*") if file.is_file()):
         assert head.env["RAY_AUTH_TOKEN"].encode() not in file.read_bytes(), file

@@ -5,18 +5,24 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from t2idist.engine.checkpoint.replica_protocol import CHECKPOINT_THREAD
 from t2idist.launch import callbacks, pooled_worker, ray_internals, worker_pool
+from t2idist.launch.pooled_worker import PooledWorker
 from t2idist.observability import process
 
 ROOT = Path(__file__).parents[2]
 SOURCE = """
-import copy, os, signal, time, ray
+import copy, logging, os, signal, time, ray
+from types import SimpleNamespace
 from ray.util.placement_group import placement_group
 from t2idist.launch.pooled_worker import PooledWorker
 from t2idist.launch.worker_pool import WorkerPool, _Process
@@ -47,10 +53,20 @@ assert "t2idist.training.worker" in ray.get(spare.execute.remote(lambda: list(__
 kept, lost = first
 ray.kill(lost)
 pool._free.append(_Process(kept, node, tuple(facts[0].accelerator_ids["GPU"]), None))
+lines = []
+handler = logging.Handler()
+handler.emit = lambda record: lines.append(record.getMessage())
+logging.getLogger("t2idist").addHandler(handler)
+logging.getLogger("t2idist").setLevel("INFO")
+pool.after_worker_group_training_start(SimpleNamespace(get_workers=list))
 second, again = pool.take(group, [0, 1], 1)
 assert pids(second) == pids([kept, spare]), "the survivor has its GPU again, the spare process that of the lost one"
 assert [fact.accelerator_ids for fact in again] == [fact.accelerator_ids for fact in facts]
 third, _ = pool.take(group, [0], 1)
+assert lines == [
+    "group of 2 workers: 1 processes stay, 1 were spare, 0 are new",
+    "group of 1 workers: 0 processes stay, 0 were spare, 1 are new",
+], lines
 assert not set(pids(third)) & set(pids(second))
 pool.prepare({node})
 (fresh,) = pool._free
@@ -91,6 +107,25 @@ def test_available_memory_is_a_share() -> None:
     assert 0 < process.available_memory_share() < 1
 
 
+def test_available_memory_of_a_container_is_the_rest_of_its_limit(tmp_path: Path) -> None:
+    share = process._available_share_of_container
+    assert share(tmp_path) == 1, "no such files: not a container, or cgroup v1"
+    for name, text in {"max": "1000\n", "current": "950\n", "stat": "anon 800\ninactive_file 100\n"}.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert share(tmp_path) == pytest.approx(0.15), "files that were read can be dropped from memory"
+    (tmp_path / "memory.max").write_text("max\n")
+    assert share(tmp_path) == 1
+
+
+def test_age_of_a_process_is_in_seconds() -> None:
+    code = (
+        "import time; from t2idist.observability import process; time.sleep(0.5); print(process.seconds_since_start())"
+    )
+    begin = time.monotonic()
+    age = float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=60).stdout)
+    assert 0.5 <= age <= time.monotonic() - begin + 0.02
+
+
 def test_a_worker_that_raised_is_not_lost() -> None:
     assert not worker_pool.is_lost(RuntimeError("Connection closed by peer"))
     assert worker_pool.is_lost(ray_internals.WorkerHealthCheckFailedError("ended", RuntimeError()))
@@ -102,6 +137,35 @@ def test_process_is_not_used_again_after_an_error_of_its_device() -> None:
     assert pooled_worker._is_reusable_after(RuntimeError("Connection closed by peer"))
     assert not pooled_worker._is_reusable_after(torch.AcceleratorError("CUDA error: unspecified launch failure"))
     assert not pooled_worker._is_reusable_after(MemoryError())
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        ({}, ""),
+        ({"running": True}, "its training did not end within 0 s"),
+        ({"writer": CHECKPOINT_THREAD}, f"its {CHECKPOINT_THREAD} did not end within 0 s"),
+        ({"deepspeed": True}, "DeepSpeed cannot join another process group"),
+        ({"error": torch.AcceleratorError("CUDA error: an illegal memory access")}, "its device or memory failed"),
+    ],
+)
+def test_a_process_says_why_it_cannot_train_again(
+    state: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = SimpleNamespace(is_running=lambda: state.get("running", False), get_error=lambda: state.get("error"))
+    context = SimpleNamespace(execution_context=SimpleNamespace(training_thread_runner=runner))
+    monkeypatch.setattr(pooled_worker, "get_train_context", lambda: context)
+    monkeypatch.setattr(pooled_worker, "_writer", lambda: state.get("writer", ""))
+    closed: list[set[str]] = []
+    monkeypatch.setattr(pooled_worker.interfaces, "close_connections", closed.append)
+    if state.get("deepspeed"):
+        monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
+    worker = PooledWorker({})
+    monkeypatch.setattr(worker, "get_metadata", lambda: SimpleNamespace(node_ip="10.0.0.1"))
+    said = worker.recycle(0.0, ["10.0.0.1", "10.0.0.2"])
+    callbacks.forget_requests()
+    assert said.startswith(reason) if reason else said == ""
+    assert closed == [{"10.0.0.2"}], "not the connections to its own node"
 
 
 def test_release_ends_a_pause_and_a_new_group_starts_without_requests() -> None:

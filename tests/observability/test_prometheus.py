@@ -54,7 +54,7 @@ def test_alerts_query_the_metrics_of_the_code() -> None:
 def test_progress_message_sets_every_gauge(tmp_path: Path) -> None:
     readings = list(prometheus.readings(progress_message(tmp_path, **{"memory/device_gib": 1.5})))
     names = {name for name, _, _ in readings}
-    assert names | {"t2idist_goodput_ratio"} == set(prometheus.METRICS)
+    assert names | {"t2idist_goodput_ratio", "t2idist_recoveries"} == set(prometheus.METRICS)
     assert all(len(labels) == len(prometheus.LABELS.get(name, ())) for name, labels, _ in readings)
     values = {(name, *labels): value for name, labels, value in readings}
     assert values["t2idist_step_seconds", "train"] == 1.0 and values["t2idist_step_seconds", "data"] == 0.5
@@ -68,6 +68,16 @@ def test_first_progress_message_of_a_stage_is_accepted(tmp_path: Path) -> None:
     names = {name for name, _, _ in prometheus.readings(first)}
     assert "t2idist_images" in names and "t2idist_step_seconds" not in names
     prometheus.Gauges("x", Gauge).update(first)
+
+
+def test_recoveries_are_counted_once_by_cause() -> None:
+    recoveries = prometheus.Recoveries()
+    lost, resize = {"cause": "worker lost"}, {"cause": "resize"}
+    assert recoveries.update({"restarts": 0}) == {}
+    messages = [(1, lost), (1, lost), (2, None), (2, lost), (3, resize), (3, resize)]
+    for restarts, recovery in messages:
+        counts = recoveries.update({"restarts": restarts} | ({"recovery": recovery} if recovery else {}))
+    assert counts == {"worker lost": 2, "resize": 1}
 
 
 def test_goodput_counts_the_seconds_of_kept_steps() -> None:

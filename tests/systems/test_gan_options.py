@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from t2idist.config import CheckpointConfig
 from t2idist.contract import Schedule
+from t2idist.engine.checkpoint.manager import CheckpointManager
 from t2idist.engine.schedule import ema_decay, lr_factor
 from t2idist.engine.world import World
 from t2idist.losses import augmentation
@@ -254,7 +257,7 @@ def test_adaptive_augmentation_follows_the_share_of_real_images_taken_for_real()
     assert augmented_of_each_group() == [0, 0]
     accepted = torch.tensor([True] * 40 + [False] * 10 + [True] * 25 + [False] * 25)  # shares 0.8 and 0.5
     for _ in range(40):
-        options.adapt_augmentation(train, "discriminator", accepted)
+        options.adapt_augmentation(train, "discriminator", accepted, 100)
     probabilities, shares = train.kept.unbind(1)
     assert shares.tolist() == pytest.approx([0.8, 0.5], abs=1e-3)
     assert float(probabilities[0]) == 1, "it rises by 0.05 a step, once the average share has passed 0.6"
@@ -264,8 +267,38 @@ def test_adaptive_augmentation_follows_the_share_of_real_images_taken_for_real()
     assert 0.3 < first < 0.7 and second == 1
     train.kept[:, 1] = 0.0
     for _ in range(15):
-        options.adapt_augmentation(train, "discriminator", torch.zeros(100, dtype=torch.bool))
+        options.adapt_augmentation(train, "discriminator", torch.zeros(100, dtype=torch.bool), 100)
     assert train.kept[:, 0].tolist() == pytest.approx([0, 0.25]), "it falls as fast"
+
+
+@pytest.mark.parametrize("label", [label for label in small_systems.MODELS if label.endswith("-options")])
+def test_adaptive_augmentation_is_under_way_in_the_tests_of_the_engine(label: str) -> None:
+    if not small_systems.MODELS[label]["augment_target"]:
+        return
+    trainer = small_systems.trainer(World(), label, "float64", groups=2)
+    small_systems.run_steps(trainer, 7)
+    kept = {name: value for name, value in trainer.state().items() if "/augmentation_discriminator" in name}
+    assert len(kept) >= 2
+    assert any(0 < float(probability) < 1 for probability, _ in kept.values()), kept
+
+
+def test_a_run_goes_on_from_a_checkpoint_without_adaptive_augmentation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**small_systems.MODELS["gan_cls-options"], "augment_target": 0.0}
+    with monkeypatch.context() as patch:
+        patch.setitem(small_systems.MODELS, "gan_cls-options", settings)
+        without = small_systems.trainer(World(), "gan_cls-options", "float64")
+    small_systems.run_steps(without, 2)
+    checkpoints = CheckpointManager(str(tmp_path), World(), CheckpointConfig(), {})
+    checkpoints.save(without)
+    checkpoints.finish()
+    trainer = small_systems.trainer(World(), "gan_cls-options", "float64")
+    assert CheckpointManager(str(tmp_path), World(), CheckpointConfig(), {}).restore(trainer) is not None
+    assert trainer.step == 2
+    small_systems.run_steps(trainer, 1)
+    state = trainer.state()
+    assert any(float(state[name].abs().sum()) > 0 for name in state if name.startswith("memory/"))
 
 
 def test_adaptive_augmentation_needs_something_to_adapt() -> None:

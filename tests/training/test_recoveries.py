@@ -44,6 +44,8 @@ class Injury:
     after: set[int]
     """Processes that trained after the recovery."""
     attempts: int
+    recoveries: list[dict[str, Any]]
+    """Their records in attempts.json."""
 
 
 class _Run:
@@ -74,8 +76,11 @@ class _Run:
             os.kill(pid, signal.SIGKILL)
         return pids
 
+    def read_attempts(self) -> list[dict[str, Any]]:
+        return list(json.loads((self.at / "attempts.json").read_text()))
+
     def attempts(self) -> int:
-        return len(json.loads((self.at / "attempts.json").read_text()))
+        return len(self.read_attempts())
 
     def steps(self) -> int:
         return images_in_progress(self.at, "attngan") // IMAGES_PER_STEP
@@ -87,7 +92,9 @@ class _Run:
         before, attempts, done = self.pids(), self.attempts(), self.steps()
         killed = kill(self)
         self.wait(lambda: self.attempts() > attempts and self.steps() > done + 5 and len(self.pids()) == WORKERS)
-        return Injury(killed, set(before.values()) - set(killed), set(self.pids().values()), self.attempts() - attempts)
+        recoveries = [attempt["recovery"] for attempt in self.read_attempts()[attempts:]]
+        survivors = set(before.values()) - set(killed)
+        return Injury(killed, survivors, set(self.pids().values()), len(recoveries), recoveries)
 
 
 def recipe(folder: Path, cluster: dict[str, Any]) -> Path:
@@ -134,9 +141,12 @@ def injured() -> Iterator[tuple[Path, Path, dict[str, Injury]]]:
         try:
             run.wait(lambda: run.steps() > 3)
             injuries = {name: run.injure(kill) for name, kill in INJURIES.items()}
-            run.wait((run.at / "attngan/export/export.json").exists)
-            run.kill(1)  # while the first worker writes the report
+            run.wait((run.at / "attngan/export/export.json").exists, 0.0)
+            (run.at / "report.html").unlink(missing_ok=True)  # written every minute, and now by the first worker
+            attempts = run.attempts()
+            run.kill(0)
             assert run.process.wait(120) == 0
+            assert run.attempts() == attempts + 1, "the report was written before the worker was killed"
         finally:
             run.process.kill()
             run.process.wait()
@@ -149,12 +159,22 @@ def injured() -> Iterator[tuple[Path, Path, dict[str, Injury]]]:
 def test_survivors_serve_the_next_group(injured: tuple[Path, Path, dict[str, Injury]], name: str) -> None:
     injury = injured[2][name]
     assert not set(injury.killed) & injury.after
+    for record in injury.recoveries:
+        assert record["cause"] == "worker lost" and record["images_repeated"] >= 0
+        assert name == "during a recovery" or set(record["seconds"]) == {"end", "start", "restore"}
     if name == "during a recovery":  # a worker that waits for the first one to open the group is replaced too
         assert injury.attempts >= 2
         return
     assert injury.attempts == 1
     # not all of them on a busy machine: one whose training does not end within 3 s is replaced
     assert injury.survivors & injury.after, "all survivors were replaced"
+
+
+def test_a_run_whose_first_worker_is_killed_during_the_report_has_a_whole_report(
+    injured: tuple[Path, Path, Any],
+) -> None:
+    page = (injured[1] / "runs/tiny/report.html").read_text()
+    assert page.rstrip().endswith("</html>") and "worker lost" in page
 
 
 def test_no_sample_is_lost_or_repeated_and_the_weights_are_the_same(injured: tuple[Path, Path, Any]) -> None:

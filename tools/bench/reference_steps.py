@@ -190,14 +190,14 @@ def _pair_losses(
     groups: int,
     kind: LogitLoss,
 ) -> PairLosses:
-    zero = condition.new_zeros(())
+    zero, own = condition.new_zeros(()), net.conditional(right, condition)
     return PairLosses(
-        real=adversarial.loss_real(net.conditional(right, condition), kind),
+        real=adversarial.loss_real(own, kind),
         wrong=adversarial.masked_loss_fake(net.conditional(wrong, condition[pairs.caption]), pairs.keep, groups, kind),
         fake=adversarial.loss_fake(net.conditional(generated, condition), kind),
         accuracy_real=zero,
         accuracy_wrong=zero,
         accuracy_fake=zero,
         accuracy_matching=zero,
-        accepted=zero,
+        accepted=own > kind.boundary,
     )

@@ -19,10 +19,10 @@ schedule is a list of WHEN:KIND[:HOST]: WHEN is a step ("30"), or seconds after 
 
 A lost host comes back after --return-seconds at the latest. Printed for each recovery: when the fault was injected,
 when workers ended, when the new group trained, its first new step, and lost steps; then the goodput (steps kept x
-median step time / wall time) and, for each kind of fault that came alone, the median. Checked: the run ends by itself
-(its last driver with status 0), its ledger and its checkpoints are complete, and its exports equal those of an
-undisturbed run of the same recipe on one worker (in float64: in float32, even undisturbed runs on three workers differ
-by 0.1 of a norm after 60 steps). Exit status 1 if a check fails.
+median step time / wall time) and the median for each kind of fault that came alone and for each cause in attempts.json.
+Checked: the run ends by itself (its last driver with status 0), its ledger and its checkpoints are complete, and its
+exports equal those of an undisturbed run of the same recipe on one worker (in float64: in float32, even undisturbed
+runs on three workers differ by 0.1 of a norm after 60 steps). Exit status 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ from t2idist import storage
 from t2idist.config import RunConfig
 from t2idist.config.strict import from_dict, parse_yaml
 from t2idist.observability.command import command
+from t2idist.training.attempts import ATTEMPTS
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the cluster of several hosts is a test helper
@@ -147,6 +148,8 @@ class Result:
     largest_difference: float
     largest_at: str
     warnings: list[str]
+    attempts: list[dict[str, Any]]
+    """contents of attempts.json"""
 
 
 def check_run(history: RunHistory, failures: list[str], reference: str) -> Result:
@@ -183,6 +186,7 @@ def check_run(history: RunHistory, failures: list[str], reference: str) -> Resul
         distance,
         where,
         history.warnings,
+        storage.read_json(storage.join(run_url, ATTEMPTS)),
     )
 
 
@@ -210,8 +214,22 @@ def medians(recoveries: Sequence[Recovery]) -> list[str]:
     return lines
 
 
+def recorded_recoveries(attempts: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a line for each cause in attempts.json: seconds from its notice to the first step of the new group."""
+    causes: dict[str, list[float]] = {}
+    for attempt in attempts:
+        recovery = attempt.get("recovery", {"seconds": {}})
+        if "restore" in recovery["seconds"]:
+            causes.setdefault(recovery["cause"], []).append(sum(recovery["seconds"].values()))
+    return [
+        f"attempts.json: {cause}: {len(seconds)} times, {statistics.median(seconds):.1f} s (median; "
+        f"{min(seconds):.1f} to {max(seconds):.1f})"
+        for cause, seconds in causes.items()
+    ]
+
+
 def print_result(result: Result) -> None:
-    for text in (*result.warnings, *medians(result.recoveries)):
+    for text in (*result.warnings, *medians(result.recoveries), *recorded_recoveries(result.attempts)):
         print(text)
     print(
         f"{result.steps} steps of {result.median_step_seconds:.3f} s in {result.wall_seconds:.1f} s: "

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from t2idist import storage
 from t2idist.config import CheckpointConfig
+from t2idist.engine import memory
 from t2idist.engine.checkpoint import sharded
 from t2idist.engine.checkpoint.format import (
     CorruptCheckpoint,
@@ -206,6 +207,8 @@ def load_checkpoint(
     if marker["workers"] == trainer.world.size:
         local = {key.split("/", 2)[2]: key for key in trainer.local_buffers()}
         targets = {local.get(key, key): value for key, value in state.items()}
+    for name in [key for key in state if key.startswith(memory.PREFIX) and key not in marker["tensors"]]:
+        targets.pop(name).zero_()  # an option that needs it was off before
     sharded.load(targets, url, marker, trainer.world.group, read)
     trainer.finish_load(state)
     trainer.step = marker["step"]

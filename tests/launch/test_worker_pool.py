@@ -22,7 +22,6 @@ from t2idist.observability import process
 ROOT = Path(__file__).parents[2]
 SOURCE = """
 import copy, logging, os, signal, time, ray
-from types import SimpleNamespace
 from ray.util.placement_group import placement_group
 from t2idist.launch.pooled_worker import PooledWorker
 from t2idist.launch.worker_pool import WorkerPool, _Process
@@ -58,7 +57,7 @@ handler = logging.Handler()
 handler.emit = lambda record: lines.append(record.getMessage())
 logging.getLogger("t2idist").addHandler(handler)
 logging.getLogger("t2idist").setLevel("INFO")
-pool.after_worker_group_training_start(SimpleNamespace(get_workers=list))
+pool._started = time.monotonic()  # as after a group has trained
 second, again = pool.take(group, [0, 1], 1)
 assert pids(second) == pids([kept, spare]), "the survivor has its GPU again, the spare process that of the lost one"
 assert [fact.accelerator_ids for fact in again] == [fact.accelerator_ids for fact in facts]

@@ -120,7 +120,7 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
             reused = [waiting[each] for each in processes if each in waiting]
             count, stay = len(processes), sum(each.prepared is None for each in reused)
             logger.info(
-                "group of %d workers: %d processes stay, %d were spare, %d are new",
+                "%d worker processes: %d of the last group, %d spare, %d new",
                 *(count, stay, len(reused) - stay, count - len(reused)),
             )
         assigned = [each.assign.remote(ids) for each, ids in zip(processes, accelerators, strict=True)]

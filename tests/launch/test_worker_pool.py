@@ -63,8 +63,8 @@ assert pids(second) == pids([kept, spare]), "the survivor has its GPU again, the
 assert [fact.accelerator_ids for fact in again] == [fact.accelerator_ids for fact in facts]
 third, _ = pool.take(group, [0], 1)
 assert lines == [
-    "group of 2 workers: 1 processes stay, 1 were spare, 0 are new",
-    "group of 1 workers: 0 processes stay, 0 were spare, 1 are new",
+    "2 worker processes: 1 of the last group, 1 spare, 0 new",
+    "1 worker processes: 0 of the last group, 0 spare, 1 new",
 ], lines
 assert not set(pids(third)) & set(pids(second))
 pool.prepare({node})

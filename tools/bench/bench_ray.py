@@ -4,7 +4,8 @@
 
 All train the recipe's demo with the same groups and number of images, in turns, each into its own folder; the rate is
 the median of the metric lines after the first third. Replicas in memory are off, so that torchrun differs only by Ray.
-Also printed: the time from the command to the first step, to the second.
+Also printed: the time from the command to the first step, to the second, and the largest memory of a worker's process
+and of all processes together, sampled every second (PSS: shared pages are divided among those that share them).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -30,6 +32,12 @@ from t2idist.observability.command import command
 from t2idist.training import worker
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.helpers.runs import processes_with_mark
+
+WORKER = re.compile("ray::[A-Za-z]*Worker|--torchrun=|--local")
+"""Titles of the processes that train."""
 
 
 def load_config(options: argparse.Namespace, folder: Path, workers: int) -> RunConfig:
@@ -55,6 +63,34 @@ def rate(run: Path, stage: str) -> float:
 def first_step(run: Path, config: RunConfig) -> float:
     """Return when the first stage wrote its first metrics: after its first step, if the stage is short."""
     return datetime.datetime.fromisoformat(read_metrics(str(run / next(iter(config.stages))))[0]["time"]).timestamp()
+
+
+def run_and_measure(command: list[str], env: dict[str, str]) -> tuple[float, float]:
+    """Run a command; return the largest memory (MiB) of one of its workers, and of all processes that it started.
+
+    Raises SystemExit if it fails.
+    """
+    mark, worker, total = f"{os.getpid()}-{time.time_ns()}", 0.0, 0.0
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, env={**env, "T2IDIST_MARK": mark}, cwd=ROOT, stdout=log, stderr=log)
+        while process.poll() is None:
+            memory = [(title, pss(pid)) for pid, title in processes_with_mark(mark).items()]
+            total = max(total, sum(each for _, each in memory))
+            worker = max([worker, *(each for title, each in memory if WORKER.search(title))])
+            time.sleep(1.0)
+        if process.returncode:
+            log.seek(0)
+            raise SystemExit(f"{command} failed:\n{log.read()[-3000:]}")
+    return worker, total
+
+
+def pss(pid: int) -> float:
+    """Return the proportional set size of a process in MiB; 0 if it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
 
 
 def under_torchrun(options: argparse.Namespace, folder: Path) -> None:
@@ -97,13 +133,12 @@ def main() -> int:
                     recipe.write_text(to_yaml(config))
                     command = [sys.executable, "-m", "t2idist.run", str(recipe)]
                 start = time.time()
-                process = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
-                if process.returncode:
-                    raise SystemExit(f"{name} failed:\n{process.stderr[-3000:]}")
+                largest, total = run_and_measure(command, env)
                 rates[name].append(rate(run_folder / config.name, options.system))
                 delay = first_step(run_folder / config.name, config) - start
                 print(
-                    f"round {number}: {name:10} {rates[name][-1]:.1f} images/s, first step after {delay:.0f} s",
+                    f"round {number}: {name:10} {rates[name][-1]:.1f} images/s, first step after {delay:.0f} s, "
+                    f"at most {largest:.0f} MiB in a worker's process, {total:.0f} MiB in all",
                     flush=True,
                 )
                 if name == "Ray Train":

@@ -8,7 +8,7 @@ from torch import Tensor
 from t2idist.contract import KeepsMemory, System
 
 PREFIX = "memory/"
-"""Of the names of these tensors in the state of a trainer."""
+"""Prefix of the names of these tensors in the state of a trainer."""
 
 
 class GroupMemory:

@@ -104,12 +104,12 @@ class Trainer:
         self._noted: Inputs | None = None
         self._numbers: Iterator[Tensor] | None = None
         self._launched = False
-        hindrance = "groups in parts" if self._micro_batches else ""
+        reason = "its groups are computed in parts" if self._micro_batches else ""
         if world.group is not None:
-            hindrance = f"{world.size} workers"
-        if recorder is not None and hindrance and world.is_main:
-            logger.info("stage %s runs without CUDA graphs: they cannot have %s", stage, hindrance)
-        self.graphs = StepGraphs(self, recorder) if recorder is not None and not hindrance else None
+            reason = f"it has {world.size} workers"
+        if recorder is not None and reason and world.is_main:
+            logger.info("stage %s runs without CUDA graphs: %s", stage, reason)
+        self.graphs = StepGraphs(self, recorder) if recorder is not None and not reason else None
         """None: every step is launched."""
 
     # -------------------------------------------------------------------------------------------- set-up

@@ -22,8 +22,8 @@ from t2idist.launch.ray_internals import RayTrainWorker, get_train_context
 from t2idist.observability import process
 
 _POLL_SECONDS = 0.05
-_MEMORY_SHARE = 0.1
-"""Of the machine's memory: with less available, no spare process is prepared."""
+_MEMORY_SHARE, _MEMORY_BYTES = 0.1, 0.7e9
+"""Of the memory of the machine or container: with less available, no spare process is prepared."""
 
 _accelerator_ids: list[str] = []
 """Of this worker process: the ids of its GPUs, as Ray counts them."""
@@ -52,7 +52,8 @@ class PooledWorker(RayTrainWorker):  # type: ignore[misc]
 
     def prepare(self) -> bool:
         """Begin to load what training needs, at the lowest priority; return whether there is memory for it."""
-        if process.available_memory_share() < _MEMORY_SHARE:
+        memory = process.memory()
+        if memory.available < max(_MEMORY_SHARE * memory.total, _MEMORY_BYTES):
             return False
         self._loading = threading.Thread(target=_load_quietly, name="prepare", daemon=True)
         self._loading.start()

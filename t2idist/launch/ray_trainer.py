@@ -150,7 +150,9 @@ class SkipDrainingNodes(ElasticScalingPolicy):  # type: ignore[misc]
             self._loading_since = now
         self.liveness.unprepared = unprepared
         if unprepared and not self._in_use:
-            logger.info("no process is ready on %d of %d nodes: the others go on", len(unprepared), len(reserved))
+            logger.info(
+                "no process is ready on %d of %d nodes: continuing without them", len(unprepared), len(reserved)
+            )
         if self._in_use and unprepared:
             interval = self._patient.elastic_resize_monitor_interval_s  # type: ignore[attr-defined]
             if count <= self._workers or now < self._loading_since + interval:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -9,9 +10,10 @@ from ray.exceptions import RayError
 
 from t2idist.launch.callbacks import call_workers
 from t2idist.launch.ray_internals import ControllerCallback, WorkerGroupCallback, WorkerHealthCheckTimeoutError
-from t2idist.launch.worker_pool import is_lost
+from t2idist.launch.worker_pool import WorkerPool, is_lost
 from t2idist.observability import process
 from t2idist.observability.recovery import (
+    CONTROLLER_FAILED,
     RESIZE,
     SUBMITTED_AGAIN,
     WORKER_FAILED,
@@ -24,27 +26,31 @@ _of_this_group: list[Recovery] = []
 
 
 # ------------------------------------------------------------ in a worker's process
-def recovery_of_this_group() -> Recovery | None:
-    """Return the recovery that this worker's group ends, or None."""
-    return _of_this_group[0] if _of_this_group else None
+def take_recovery() -> Recovery | None:
+    """Return, once, the recovery that this worker's group ends."""
+    return _of_this_group.pop() if _of_this_group else None
 
 
-def _set_recovery(recovery: Recovery | None) -> None:
-    _of_this_group[:] = [] if recovery is None else [recovery]
+def _set_recovery(recovery: Recovery) -> None:
+    _of_this_group[:] = [recovery]
 
 
 # ------------------------------------------------------------ in the driver or controller
 class RecordRecovery(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
-    """Measures each restart and tells the new workers.
+    """Measures each restart and passes its record to the new workers.
+
+    The first group of a submission is a restart too; `AttemptRecord` leaves it out if there was no earlier attempt.
 
     Args:
-        of_submission: The first group is that of the submission; it ends a recovery if there was an earlier submission.
+        pool: Knows after the end of a group whether it had lost workers.
+        retry: How often Ray's controller has failed in this submission.
     """
 
-    def __init__(self, of_submission: bool) -> None:
-        self._of_submission = of_submission
-        self._cause = ""
-        self._noticed = self._ended = 0.0
+    def __init__(self, pool: WorkerPool, retry: int) -> None:
+        self._pool = pool
+        self._cause = CONTROLLER_FAILED if retry else SUBMITTED_AGAIN
+        """Of the restart that goes on; empty while a group trains."""
+        self._noticed = self._ended = time.monotonic() - (0.0 if retry else process.seconds_since_start())
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         errors = worker_group_status.errors.values()
@@ -58,19 +64,19 @@ class RecordRecovery(WorkerGroupCallback, ControllerCallback):  # type: ignore[m
 
     def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
         self._ended = time.monotonic()
+        if self._cause == WORKER_FAILED and self._pool.had_lost_workers:  # its peers reported their errors first
+            self._cause = WORKER_LOST
+
+    def after_worker_group_abort(self, worker_group_context: Any) -> None:
+        self._ended = time.monotonic()
 
     def after_worker_group_start(self, worker_group: Any) -> None:
-        recovery = None
-        if self._of_submission:
-            recovery = Recovery(SUBMITTED_AGAIN, {"start": process.seconds_since_start()})
-        elif self._ended:  # it is not the first group
-            seconds = {"end": self._ended - self._noticed, "start": time.monotonic() - self._ended}
-            recovery = Recovery(self._cause, seconds)
-        try:
-            call_workers(worker_group.get_workers(), _set_recovery, recovery)
-        except RayError:  # the new group has failed already
-            return
-        self._cause, self._of_submission = "", False
+        seconds = {"end": self._ended - self._noticed, "start": time.monotonic() - self._ended}
+        with contextlib.suppress(RayError):  # the new group has failed already
+            call_workers(worker_group.get_workers(), _set_recovery, Recovery(self._cause, seconds))
+
+    def after_worker_group_training_start(self, worker_group: Any) -> None:
+        self._cause = ""
 
     def _begin(self, cause: str) -> None:
         if not self._cause:  # a failure leads to a resize decision too, and a failure of the new group to another

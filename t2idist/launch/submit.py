@@ -155,13 +155,13 @@ def _trainer(
     smallest, largest = cluster.workers
     liveness = resources.NodeLiveness(RayReplicaStore(run_id), cluster.start_seconds if smallest == largest else 0)
     hooks: list[Any] = [  # Ray declares another type, which has none of their methods
+        recovery.RecordRecovery(pool, retry),  # before those that wait
         callbacks.CheckNodes(liveness),
         callbacks.WatchDrainingNodes(),
         WorkerHealth(cluster, liveness),
         callbacks.StartTimeout(cluster.start_seconds),
         callbacks.PauseBeforeResize(cluster.start_seconds, liveness),
         on_sigterm,
-        recovery.RecordRecovery(of_submission=retry == 0),
         pool,
     ]
     return RayTrainer(
@@ -203,7 +203,7 @@ def _work(settings: dict[str, Any]) -> str | None:
             poll_preemption=_poll,
             poll_seconds=_POLL_SECONDS,
             pause=callbacks.pause,
-            recovery=recovery.recovery_of_this_group(),
+            recovery=recovery.take_recovery(),
             on_step=step_clock.tick,
             stop_after=stop,
             log_context=log_context,

@@ -79,6 +79,8 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         self.keeps_processes = keeps_processes
         self.starts_in_a_row = -1
         """Groups that were started since one has trained, without the present one."""
+        self.had_lost_workers = False
+        """Whether a process of the group that ended last was lost."""
         self._short_of_memory: dict[str, float] = {}
         """Nodes without the memory for a spare process, and when that was found, as `time.monotonic()`."""
         self._free: list[_Process] = []
@@ -118,10 +120,10 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         processes = [self._pop(nodes[index], ids) for index, ids in zip(indices, accelerators, strict=True)]
         if self.has_trained:
             reused = [waiting[each] for each in processes if each in waiting]
-            count, stay = len(processes), sum(each.prepared is None for each in reused)
+            used_before = sum(each.prepared is None for each in reused)
             logger.info(
-                "%d worker processes: %d of the last group, %d spare, %d new",
-                *(count, stay, len(reused) - stay, count - len(reused)),
+                "new group of workers: %d used before, %d spare, %d new",
+                *(used_before, len(reused) - used_before, len(processes) - len(reused)),
             )
         assigned = [each.assign.remote(ids) for each, ids in zip(processes, accelerators, strict=True)]
         try:
@@ -173,6 +175,7 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         lost = {rank for rank, error in status.errors.items() if is_lost(error)} if status is not None else set()
         workers = worker_group.get_workers()
         self._end_stopped(workers, status)
+        self.had_lost_workers = bool(lost)
         _kill(workers[rank].actor for rank in lost)
         kept = [worker for rank, worker in enumerate(workers) if rank not in lost]
         addresses = [workers[rank].metadata.node_ip for rank in lost] + _silent_addresses(kept)
@@ -186,6 +189,7 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
                 ids = tuple(worker.metadata.accelerator_ids.get("GPU", ()))
                 self._free.append(_Process(worker.actor, worker.metadata.node_id, ids, None))
             else:
+                self.had_lost_workers |= reason is None
                 logger.warning(
                     "a worker on %s is replaced: %s", worker.metadata.node_ip, reason or "it does not respond"
                 )

@@ -1,19 +1,24 @@
-"""The process: names and priorities of its threads, as Linux shows them, and variables of its environment."""
+"""The process: names and priorities of its threads, as Linux shows them, its age, and the memory that is available."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 TRAINING_THREAD = "t2idist-rank"
 """Name of the thread of a worker that trains, followed by the rank of the worker."""
 COMMIT_VARIABLE = "T2IDIST_GIT"
 """Environment variable with the commit of a working directory without .git."""
 _LOWEST_PRIORITY = 19
+_CACHED = ("inactive_file", "active_file", "slab_reclaimable")
+"""Counters of a cgroup's memory that the kernel frees when it is needed."""
 
 
 def name_this_thread(name: str) -> None:
@@ -57,28 +62,34 @@ def seconds_since_start() -> float:
         return 0.0
 
 
-def available_memory_share() -> float:
-    """Return the share of this machine's or, if smaller, this container's memory that is available; 1 if unknown."""
-    of_container = _available_share_of_container(Path("/sys/fs/cgroup"))
-    return min(_available_share_of_machine(Path("/proc/meminfo")), of_container)
+class Memory(NamedTuple):
+    """Bytes of memory."""
+
+    available: float
+    total: float
 
 
-def _available_share_of_machine(file: Path) -> float:
-    try:
-        lines = file.read_text().splitlines()
-    except OSError:
-        return 1.0
-    kilobytes = {name: int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines)}
-    return kilobytes["MemAvailable"] / kilobytes["MemTotal"]
+def memory() -> Memory:
+    """Return the memory of this machine or, if a smaller share of it is available, of the container (cgroup v2)."""
+    known = [*_of_machine(Path("/proc/meminfo")), *_of_containers(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))]
+    return min(known, key=lambda memory: memory.available / memory.total, default=Memory(math.inf, math.inf))
 
 
-def _available_share_of_container(cgroup: Path) -> float:
-    """Of a container with a limit (cgroup v2); the cache of files that it has read is available."""
-    try:
-        limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        counters = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return 1.0
-    if limit == "max":
-        return 1.0
-    return max(0.0, 1 - (int(used) - int(counters.get("inactive_file", 0))) / int(limit))
+def _of_machine(file: Path) -> Iterator[Memory]:
+    with contextlib.suppress(OSError):
+        pairs = (line.partition(":") for line in file.read_text().splitlines())
+        kilobytes = {name: int(value.split()[0]) for name, _, value in pairs}
+        yield Memory(1024.0 * kilobytes["MemAvailable"], 1024.0 * kilobytes["MemTotal"])
+
+
+def _of_containers(root: Path, membership: Path) -> Iterator[Memory]:
+    """Yield the limit of each cgroup that this process is in, and what is left of it; cached files do not count."""
+    with contextlib.suppress(OSError, StopIteration):
+        path = next(line for line in membership.read_text().splitlines() if line.startswith("0::"))[3:]
+        here = root / path.strip("/")
+        for folder in (here, *(each for each in here.parents if each.is_relative_to(root))):
+            with contextlib.suppress(OSError, ValueError):  # no such limit, or "max"
+                limit, used = (float((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
+                counters = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                cached = sum(float(counters.get(name, 0)) for name in _CACHED)
+                yield Memory(max(0.0, limit - used + cached), limit)

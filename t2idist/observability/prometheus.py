@@ -23,7 +23,7 @@ METRICS = {
     "t2idist_goodput_ratio": "share of this submission's time spent in steps that were kept",
     "t2idist_workers": "current number of workers",
     "t2idist_restarts": "restarts of the run",
-    "t2idist_recoveries": "restarts in this submission, by cause",
+    "t2idist_recoveries": "finished recoveries that this driver has seen, by cause",
     "t2idist_recovery_seconds": "duration of the last restart, by phase: end, start, restore",
     "t2idist_recovery_images": "images that were repeated after the last restart",
     "t2idist_step_timestamp_seconds": "time of the last reported step",
@@ -117,14 +117,14 @@ def readings(message: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, ...],
 
 
 class Recoveries:
-    """Number of restarts that progress messages have told of, by cause."""
+    """Number of finished recoveries that progress messages report, by cause."""
 
     def __init__(self) -> None:
         self._restarts = -1
         self._counts: Counter[str] = Counter()
 
     def update(self, message: Mapping[str, Any]) -> Mapping[str, int]:
-        """Return the numbers up to this message. All messages after a restart have its record."""
+        """Return the numbers up to this message. After the first step, messages of its stage have the record."""
         if (recovery := message.get("recovery")) and message["restarts"] != self._restarts:
             self._restarts = message["restarts"]
             self._counts[recovery["cause"]] += 1

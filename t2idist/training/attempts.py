@@ -8,7 +8,7 @@ from t2idist import storage
 from t2idist.engine import loop
 from t2idist.engine.checkpoint.manager import CommittedCheckpoint
 from t2idist.engine.metrics import PROGRESS, MetricLogger, now
-from t2idist.observability.recovery import SUBMITTED_AGAIN, Recovery
+from t2idist.observability.recovery import Recovery
 
 ATTEMPTS = "attempts.json"
 
@@ -17,7 +17,7 @@ class AttemptRecord:
     """The current attempt.
 
     Args:
-        recovery: The restart that this attempt ends; one by a new submission counts only if there are earlier attempts.
+        recovery: The restart that this attempt ends; left out if there was no earlier attempt.
     """
 
     def __init__(self, run_url: str, workers: int, recovery: Recovery | None) -> None:
@@ -26,8 +26,7 @@ class AttemptRecord:
         self.restarts: int = len(earlier)
         """Attempts before this one."""
         self._attempt: dict[str, Any] = {"time": now(), "workers": workers}
-        is_first = recovery is not None and recovery.cause == SUBMITTED_AGAIN and not earlier
-        self._recovery = None if is_first else recovery
+        self._recovery = recovery if earlier else None
         self._attempts = [*earlier, self._attempt]
         self._write()
 

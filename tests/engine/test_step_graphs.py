@@ -121,7 +121,7 @@ def test_micro_batches_are_not_recorded_and_the_log_says_so(caplog: pytest.LogCa
     small_systems.trainer(World(), "dcgan", "float64", micro_batch_groups=1)
     assert "CUDA graphs" not in caplog.text, "nobody asked for them"
     trainer = small_systems.trainer(World(), "dcgan", "float64", micro_batch_groups=1, recorder=Recorder())
-    assert "stage dcgan runs without CUDA graphs: they cannot have groups in parts" in caplog.text
+    assert "stage dcgan runs without CUDA graphs: its groups are computed in parts" in caplog.text
     assert trainer.graphs is None
 
 

@@ -192,7 +192,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "df_gan-options": {
         **DF_GAN,
         **OPTIONS,
-        "augment_target": 0.0,
         "discriminator_norm": "spectral",
         "relativistic": True,
         "top_k": 0.5,

@@ -63,8 +63,8 @@ assert pids(second) == pids([kept, spare]), "the survivor has its GPU again, the
 assert [fact.accelerator_ids for fact in again] == [fact.accelerator_ids for fact in facts]
 third, _ = pool.take(group, [0], 1)
 assert lines == [
-    "2 worker processes: 1 of the last group, 1 spare, 0 new",
-    "1 worker processes: 0 of the last group, 0 spare, 1 new",
+    "new group of workers: 1 used before, 1 spare, 0 new",
+    "new group of workers: 0 used before, 0 spare, 1 new",
 ], lines
 assert not set(pids(third)) & set(pids(second))
 pool.prepare({node})
@@ -96,24 +96,33 @@ def test_survivors_keep_their_gpu_and_spares_replace_the_lost(short_folder: str,
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_spare_process_loads_nothing_if_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "available_memory_share", lambda: 0.05)
+@pytest.mark.parametrize("memory", [(1e9, 20e9), (0.6e9, 2e9)])
+def test_spare_process_loads_nothing_if_memory_is_short(
+    memory: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "memory", lambda: process.Memory(*memory))
     monkeypatch.setattr(pooled_worker, "_load_quietly", lambda: pytest.fail("loaded"))
     assert pooled_worker.PooledWorker({}).prepare() is False
 
 
-def test_available_memory_is_a_share() -> None:
-    assert 0 < process.available_memory_share() < 1
+def test_available_memory_is_a_part_of_the_machines() -> None:
+    memory = process.memory()
+    assert 0 < memory.available < memory.total < 2**60
 
 
-def test_available_memory_of_a_container_is_the_rest_of_its_limit(tmp_path: Path) -> None:
-    share = process._available_share_of_container
-    assert share(tmp_path) == 1, "no such files: not a container, or cgroup v1"
-    for name, text in {"max": "1000\n", "current": "950\n", "stat": "anon 800\ninactive_file 100\n"}.items():
-        (tmp_path / f"memory.{name}").write_text(text)
-    assert share(tmp_path) == pytest.approx(0.15), "files that were read can be dropped from memory"
-    (tmp_path / "memory.max").write_text("max\n")
-    assert share(tmp_path) == 1
+def test_memory_of_a_container_is_what_is_left_of_the_limits_of_its_cgroups(tmp_path: Path) -> None:
+    membership, root, own = tmp_path / "membership", tmp_path / "cgroup", tmp_path / "cgroup/slice/job"
+    assert list(process._of_containers(root, membership)) == []
+    membership.write_text("11:memory:/elsewhere\n0::/slice/job\n")
+    assert list(process._of_containers(root, membership)) == [], "cgroup v1"
+    own.mkdir(parents=True)
+    counters = "anon 700\ninactive_file 100\nactive_file 60\nslab_reclaimable 40\nslab 90\n"
+    for folder, limit in ((own, "1000"), (own.parent, "max")):
+        for name, text in {"max": limit, "current": "950", "stat": counters}.items():
+            (folder / f"memory.{name}").write_text(f"{text}\n")
+    assert list(process._of_containers(root, membership)) == [process.Memory(250, 1000)], "files can be read again"
+    (own.parent / "memory.max").write_text("800\n")
+    assert list(process._of_containers(root, membership))[1] == process.Memory(50, 800)
 
 
 def test_age_of_a_process_is_in_seconds() -> None:
@@ -159,10 +168,14 @@ def test_a_process_says_why_it_cannot_train_again(
     monkeypatch.setattr(pooled_worker.interfaces, "close_connections", closed.append)
     if state.get("deepspeed"):
         monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
+    else:
+        monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
     worker = PooledWorker({})
     monkeypatch.setattr(worker, "get_metadata", lambda: SimpleNamespace(node_ip="10.0.0.1"))
-    said = worker.recycle(0.0, ["10.0.0.1", "10.0.0.2"])
-    callbacks.forget_requests()
+    try:
+        said = worker.recycle(0.0, ["10.0.0.1", "10.0.0.2"])
+    finally:
+        callbacks.forget_requests()
     assert said.startswith(reason) if reason else said == ""
     assert closed == [{"10.0.0.2"}], "not the connections to its own node"
 

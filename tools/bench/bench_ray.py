@@ -5,7 +5,7 @@
 All train the recipe's demo with the same groups and number of images, in turns, each into its own folder; the rate is
 the median of the metric lines after the first third. Replicas in memory are off, so that torchrun differs only by Ray.
 Also printed: the time from the command to the first step, to the second, and the largest memory of a worker's process
-and of all processes together, sampled every second (PSS: shared pages are divided among those that share them).
+and of all processes together, sampled every 5 s (PSS: shared pages are divided among those that share them).
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def run_and_measure(command: list[str], env: dict[str, str]) -> tuple[float, flo
             memory = [(title, pss(pid)) for pid, title in processes_with_mark(mark).items()]
             total = max(total, sum(each for _, each in memory))
             worker = max([worker, *(each for title, each in memory if WORKER.search(title))])
-            time.sleep(1.0)
+            time.sleep(5.0)
         if process.returncode:
             log.seek(0)
             raise SystemExit(f"{command} failed:\n{log.read()[-3000:]}")

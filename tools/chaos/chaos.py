@@ -215,7 +215,7 @@ def medians(recoveries: Sequence[Recovery]) -> list[str]:
 
 
 def recorded_recoveries(attempts: Sequence[dict[str, Any]]) -> list[str]:
-    """Return a line for each cause in attempts.json: seconds from its notice to the first step of the new group."""
+    """Return a line for each cause in attempts.json: seconds up to the first step of the new group."""
     causes: dict[str, list[float]] = {}
     for attempt in attempts:
         recovery = attempt.get("recovery", {"seconds": {}})

@@ -207,8 +207,13 @@ def load_checkpoint(
     if marker["workers"] == trainer.world.size:
         local = {key.split("/", 2)[2]: key for key in trainer.local_buffers()}
         targets = {local.get(key, key): value for key, value in state.items()}
-    for name in [key for key in state if key.startswith(memory.PREFIX) and key not in marker["tensors"]]:
-        targets.pop(name).zero_()  # an option that needs it was off before
+    new = [key for key in state if key.startswith(memory.PREFIX) and key not in marker["tensors"]]
+    for name in new:
+        targets.pop(name).zero_()
+    if new and trainer.world.is_main:
+        logger.info(
+            "%s has no %s: an option that needs it is new", url, ", ".join(sorted({name.split("/")[2] for name in new}))
+        )
     sharded.load(targets, url, marker, trainer.world.group, read)
     trainer.finish_load(state)
     trainer.step = marker["step"]

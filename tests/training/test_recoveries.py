@@ -139,7 +139,7 @@ INJURIES: dict[str, Callable[[_Run], list[int]]] = {
 
 @pytest.fixture(scope="module")
 def injured() -> Iterator[tuple[Path, Path, dict[str, Injury], bool]]:
-    """Folders of the undisturbed and the injured run, the injuries, and whether the report was absent at the last one."""
+    """Folders of the undisturbed and the injured run; the injuries; whether there was no report yet at the last one."""
     with tempfile.TemporaryDirectory(prefix="r") as temporary:
         folders = [Path(temporary) / name for name in ("whole", "injured")]
         for folder in folders:

@@ -116,7 +116,7 @@ def test_memory_of_a_container_is_what_is_left_of_the_limits_of_its_cgroups(tmp_
     membership.write_text("11:memory:/elsewhere\n0::/slice/job\n")
     assert list(process._of_containers(root, membership)) == [], "cgroup v1"
     own.mkdir(parents=True)
-    counters = "anon 700\ninactive_file 100\nactive_file 60\nslab_reclaimable 40\nslab 90\n"
+    counters = "anon 700\ninactive_file 100\nactive_file 60\nslab_reclaimable 40\nslab 90"
     for folder, limit in ((own, "1000"), (own.parent, "max")):
         for name, text in {"max": limit, "current": "950", "stat": counters}.items():
             (folder / f"memory.{name}").write_text(f"{text}\n")

@@ -62,27 +62,27 @@ def seconds_since_start() -> float:
         return 0.0
 
 
-class Memory(NamedTuple):
-    """Bytes of memory."""
+class AvailableMemory(NamedTuple):
+    """Bytes of memory, and how many of them are available."""
 
     available: float
     total: float
 
 
-def memory() -> Memory:
+def memory() -> AvailableMemory:
     """Return the memory of this machine or, if a smaller share of it is available, of the container (cgroup v2)."""
     known = [*_of_machine(Path("/proc/meminfo")), *_of_containers(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))]
-    return min(known, key=lambda memory: memory.available / memory.total, default=Memory(math.inf, math.inf))
+    return min(known, key=lambda memory: memory.available / memory.total, default=AvailableMemory(math.inf, math.inf))
 
 
-def _of_machine(file: Path) -> Iterator[Memory]:
+def _of_machine(file: Path) -> Iterator[AvailableMemory]:
     with contextlib.suppress(OSError):
         pairs = (line.partition(":") for line in file.read_text().splitlines())
         kilobytes = {name: int(value.split()[0]) for name, _, value in pairs}
-        yield Memory(1024.0 * kilobytes["MemAvailable"], 1024.0 * kilobytes["MemTotal"])
+        yield AvailableMemory(1024.0 * kilobytes["MemAvailable"], 1024.0 * kilobytes["MemTotal"])
 
 
-def _of_containers(root: Path, membership: Path) -> Iterator[Memory]:
+def _of_containers(root: Path, membership: Path) -> Iterator[AvailableMemory]:
     """Yield the limit of each cgroup that this process is in, and what is left of it; cached files do not count."""
     with contextlib.suppress(OSError, StopIteration):
         path = next(line for line in membership.read_text().splitlines() if line.startswith("0::"))[3:]
@@ -92,4 +92,4 @@ def _of_containers(root: Path, membership: Path) -> Iterator[Memory]:
                 limit, used = (float((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
                 counters = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
                 cached = sum(float(counters.get(name, 0)) for name in _CACHED)
-                yield Memory(max(0.0, limit - used + cached), limit)
+                yield AvailableMemory(max(0.0, limit - used + cached), limit)

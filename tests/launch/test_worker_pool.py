@@ -100,7 +100,7 @@ def test_survivors_keep_their_gpu_and_spares_replace_the_lost(short_folder: str,
 def test_spare_process_loads_nothing_if_memory_is_short(
     memory: tuple[float, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process, "memory", lambda: process.Memory(*memory))
+    monkeypatch.setattr(process, "memory", lambda: process.AvailableMemory(*memory))
     monkeypatch.setattr(pooled_worker, "_load_quietly", lambda: pytest.fail("loaded"))
     assert pooled_worker.PooledWorker({}).prepare() is False
 
@@ -120,9 +120,11 @@ def test_memory_of_a_container_is_what_is_left_of_the_limits_of_its_cgroups(tmp_
     for folder, limit in ((own, "1000"), (own.parent, "max")):
         for name, text in {"max": limit, "current": "950", "stat": counters}.items():
             (folder / f"memory.{name}").write_text(f"{text}\n")
-    assert list(process._of_containers(root, membership)) == [process.Memory(250, 1000)], "files can be read again"
+    assert list(process._of_containers(root, membership)) == [process.AvailableMemory(250, 1000)], (
+        "files can be read again"
+    )
     (own.parent / "memory.max").write_text("800\n")
-    assert list(process._of_containers(root, membership))[1] == process.Memory(50, 800)
+    assert list(process._of_containers(root, membership))[1] == process.AvailableMemory(50, 800)
 
 
 def test_age_of_a_process_is_in_seconds() -> None:

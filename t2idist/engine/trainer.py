@@ -104,15 +104,21 @@ class Trainer:
         self._noted: Inputs | None = None
         self._numbers: Iterator[Tensor] | None = None
         self._launched = False
-        reason = "its groups are computed in parts" if self._micro_batches else ""
-        if world.group is not None:
-            reason = f"it has {world.size} workers"
-        if recorder is not None and reason and world.is_main:
-            logger.info("stage %s runs without CUDA graphs: %s", stage, reason)
-        self.graphs = StepGraphs(self, recorder) if recorder is not None and not reason else None
+        self.graphs = self._record_steps(recorder) if recorder is not None else None
         """None: every step is launched."""
 
     # -------------------------------------------------------------------------------------------- set-up
+    def _record_steps(self, recorder: Recorder) -> StepGraphs | None:
+        if self.world.group is not None:
+            reason = f"it has {self.world.size} workers"
+        elif self._micro_batches is not None:
+            reason = "its groups are computed in parts"
+        else:
+            return StepGraphs(self, recorder)
+        if self.world.is_main:
+            logger.info("stage %s runs without CUDA graphs: %s", self.noise_source.stage, reason)
+        return None
+
     def _prepare(self, net: nn.Module) -> nn.Module:
         return use_fast_layers(net.to(self.world.device, self.precision.weights))
 

@@ -120,11 +120,9 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         processes = [self._pop(nodes[index], ids) for index, ids in zip(indices, accelerators, strict=True)]
         if self.has_trained:
             reused = [waiting[each] for each in processes if each in waiting]
-            used_before = sum(each.prepared is None for each in reused)
-            logger.info(
-                "new group of workers: %d used before, %d spare, %d new",
-                *(used_before, len(reused) - used_before, len(processes) - len(reused)),
-            )
+            used_before, new = sum(each.prepared is None for each in reused), len(processes) - len(reused)
+            spare = len(reused) - used_before
+            logger.info("new group of workers: %d used before, %d spare, %d new", used_before, spare, new)
         assigned = [each.assign.remote(ids) for each, ids in zip(processes, accelerators, strict=True)]
         try:
             return processes, ray.get(assigned, timeout=self._start_seconds)

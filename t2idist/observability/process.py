@@ -83,7 +83,7 @@ def _of_machine(file: Path) -> Iterator[AvailableMemory]:
 
 
 def _of_containers(root: Path, membership: Path) -> Iterator[AvailableMemory]:
-    """Yield the limit of each cgroup that this process is in, and what is left of it; cached files do not count."""
+    """Yield the memory of each cgroup of this process that has a limit. Cached files count as available."""
     with contextlib.suppress(OSError, StopIteration):
         path = next(line for line in membership.read_text().splitlines() if line.startswith("0::"))[3:]
         here = root / path.strip("/")

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 _OUTCOMES = ("done", "failed", "stopped")
+_NOT_LOSSES = ("accuracy", "augmented", "logit", "norm")
+"""How the names of the other values that networks report begin."""
 _IN_JSON = (
     "time",
     "run",
@@ -41,10 +43,6 @@ def format_count(images: float) -> str:
     if images < 999_950:
         return f"{images / 1000:.1f}k"
     return f"{images / 1e6:.2f}M"
-
-
-_NOT_LOSSES = ("accuracy", "augmented", "logit", "norm")
-"""Beginnings of the names of what networks report beside losses."""
 
 
 def summarize_losses(losses: Mapping[str, float]) -> list[str]:

@@ -11,6 +11,7 @@ and of all processes together, sampled every 5 s (PSS: shared pages are divided 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import os
 import re
@@ -38,6 +39,7 @@ from tests.helpers.runs import processes_with_mark
 
 WORKER = re.compile("ray::[A-Za-z]*Worker|--torchrun=|--local")
 """Titles of the processes that train."""
+_SAMPLE_SECONDS = 5.0
 
 
 def load_config(options: argparse.Namespace, folder: Path, workers: int) -> RunConfig:
@@ -77,7 +79,8 @@ def run_and_measure(command: list[str], env: dict[str, str]) -> tuple[float, flo
             memory = [(title, pss(pid)) for pid, title in processes_with_mark(mark).items()]
             total = max(total, sum(each for _, each in memory))
             worker = max([worker, *(each for title, each in memory if WORKER.search(title))])
-            time.sleep(5.0)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_SAMPLE_SECONDS)
         if process.returncode:
             log.seek(0)
             raise SystemExit(f"{command} failed:\n{log.read()[-3000:]}")

@@ -20,9 +20,9 @@ schedule is a list of WHEN:KIND[:HOST]: WHEN is a step ("30"), or seconds after 
 A lost host comes back after --return-seconds at the latest. Printed for each recovery: when the fault was injected,
 when workers ended, when the new group trained, its first new step, and lost steps; then the goodput (steps kept x
 median step time / wall time) and the median for each kind of fault that came alone and for each cause in attempts.json.
-Checked: the run ends by itself (its last driver with status 0), its ledger and its checkpoints are complete, and its
-exports equal those of an undisturbed run of the same recipe on one worker (in float64: in float32, even undisturbed
-runs on three workers differ by 0.1 of a norm after 60 steps). Exit status 1 if a check fails.
+Checked: the run ends by itself (its last driver with status 0); its ledger and its checkpoints are complete; its
+exports equal those of an undisturbed run of the same recipe on one worker. Both runs are in float64: in float32, even
+undisturbed runs on three workers differ by 0.1 of a norm after 60 steps. Exit status 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -206,12 +206,16 @@ def medians(recoveries: Sequence[Recovery]) -> list[str]:
             kinds.setdefault(re.sub(r" on host \d+| \d+", "", recovery.causes[0]), []).append(recovery)
     lines = []
     for kind, them in kinds.items():
-        seconds = sorted(each.first_step - each.began for each in them if each.first_step is not None)
+        seconds = [each.first_step - each.began for each in them if each.first_step is not None]
         lines.append(
-            f"{kind}: {len(them)} times, first new step after {statistics.median(seconds):.1f} s (median; "
-            f"{seconds[0]:.1f} to {seconds[-1]:.1f}), at most {max(each.lost_steps for each in them)} steps lost"
+            f"{kind}: {len(them)} times, first new step after {_median_and_range(seconds)}, "
+            f"at most {max(each.lost_steps for each in them)} steps lost"
         )
     return lines
+
+
+def _median_and_range(seconds: Sequence[float]) -> str:
+    return f"{statistics.median(seconds):.1f} s (median; {min(seconds):.1f} to {max(seconds):.1f})"
 
 
 def recorded_recoveries(attempts: Sequence[dict[str, Any]]) -> list[str]:
@@ -222,8 +226,7 @@ def recorded_recoveries(attempts: Sequence[dict[str, Any]]) -> list[str]:
         if "restore" in recovery["seconds"]:
             causes.setdefault(recovery["cause"], []).append(sum(recovery["seconds"].values()))
     return [
-        f"attempts.json: {cause}: {len(seconds)} times, {statistics.median(seconds):.1f} s (median; "
-        f"{min(seconds):.1f} to {max(seconds):.1f})"
+        f"attempts.json: {cause}: {len(seconds)} times, {_median_and_range(seconds)}"
         for cause, seconds in causes.items()
     ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -269,6 +269,17 @@ def test_adaptive_augmentation_follows_the_share_of_real_images_taken_for_real()
     for _ in range(15):
         options.adapt_augmentation(train, "discriminator", torch.zeros(100, dtype=torch.bool), 100)
     assert train.kept[:, 0].tolist() == pytest.approx([0, 0.25]), "it falls as fast"
+
+
+def test_patches_of_an_image_do_not_speed_up_adaptive_augmentation() -> None:
+    options = GanOptions(augment=("color",), augment_target=0.6, augment_ramp_images=2000)
+    of_images, of_patches = _StepOfTwoGroups(), _StepOfTwoGroups()
+    accepted = torch.tensor([True] * 45 + [False] * 5 + [True] * 25 + [False] * 25)
+    for _ in range(12):
+        for train, logits in ((of_images, accepted), (of_patches, accepted.repeat_interleave(9))):
+            options.adapt_augmentation(cast(Any, train), "discriminator", logits, 100)
+    assert of_images.kept[0, 0] > 0
+    torch.testing.assert_close(of_patches.kept, of_images.kept)
 
 
 @pytest.mark.parametrize(

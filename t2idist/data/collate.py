@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from t2idist.contract import Batch, Captions
 from t2idist.data.decoded_cache import DecodedCache
 from t2idist.data.pairs import Pairs, halves, outlines
-from t2idist.data.samples import BadSample, EncodedImage, Sample
+from t2idist.data.reader import parse
+from t2idist.data.samples import BadSample, EncodedImage, Sample, StoredSample
 from t2idist.data.shards import SentenceVectorInfo, Split
 from t2idist.data.tokenizer import Vocabulary
 from t2idist.data.transforms import CAPTION, WORD_SUBSET, crop_and_flip, decode, fill_pyramid, shorter_side
@@ -164,8 +165,9 @@ class SampleTransform:
                 fill_pyramid(of_kind, [image[rows] for image in pyramid])
 
     def _fill_row(self, buffer: BatchBuffer, task: RowTask, images: Sequence[NDArray[np.uint32]]) -> None:
-        row, sample = task.row, task.sample
+        row = task.row
         buffer.ids[row] = self.split.keys[task.index]
+        sample = parse(task.sample) if isinstance(task.sample, StoredSample) else task.sample
         if isinstance(sample, BadSample):
             raise ValueError(sample.reason)
         tokens, length, caption = self.encode_caption(task.index, task.bits)

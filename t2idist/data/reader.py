@@ -18,7 +18,7 @@ from t2idist.data.cache import ShardCache
 from t2idist.data.decoded_cache import DecodedCache
 from t2idist.data.order import SampleRange
 from t2idist.data.sample_format import EXTENSIONS, VECTORS
-from t2idist.data.samples import BadSample, EncodedImage, Sample
+from t2idist.data.samples import BadSample, EncodedImage, Sample, StoredSample
 from t2idist.data.shards import Dataset, Shard, inflate
 
 os.environ["WDS_SECURE"] = "1"  # webdataset reads it on import: no pipe: URLs, whatever it is given
@@ -80,17 +80,25 @@ class ShardReader:
         """Read a range of samples, in order; those in the cache of decoded images are not decoded again.
 
         Raises:
-            ValueError: As `read_encoded`.
+            ValueError: As `read_stored`.
         """
         if self._decoded is None:
-            return [*self.read_encoded(samples)]
+            return [*self.read_stored(samples)]
         decoded = self._decoded.find(self._indices(samples))
         found: list[Sample] = [image for image in decoded if image is not None]
         if len(found) == len(decoded):
             return found
-        return [image or sample for image, sample in zip(decoded, self.read_encoded(samples), strict=True)]
+        return [image or sample for image, sample in zip(decoded, self.read_stored(samples), strict=True)]
 
     def read_encoded(self, samples: SampleRange) -> list[EncodedImage | BadSample]:
+        """Read the encoded images of a range of samples, in order.
+
+        Raises:
+            ValueError: As `read_stored`.
+        """
+        return [parse(sample) if isinstance(sample, StoredSample) else sample for sample in self.read_stored(samples)]
+
+    def read_stored(self, samples: SampleRange) -> list[StoredSample | BadSample]:
         """Read a range of samples as they are stored, in order.
 
         If bytes differ from the hashes in the manifest, the range is read once more, from the store.
@@ -100,7 +108,7 @@ class ShardReader:
         """
         shard, indices = self._split.shards[samples.shard], self._indices(samples)
         keys = [self._split.keys[i] for i in indices]
-        data, parts = self._read_parts(shard, indices, self._cache)
+        parts = self._read_parts(shard, indices, self._cache)
         corrupt = self._corrupt(indices, parts)
         if corrupt:
             named = ", ".join(self._split.keys[i] for i in sorted(corrupt)[:5])
@@ -108,16 +116,10 @@ class ShardReader:
                 "%s: wrong bytes of %d samples (%s); reading again", self._location(shard), len(corrupt), named
             )
             self._evict(shard)
-            data, parts = self._read_parts(shard, indices, None)
+            parts = self._read_parts(shard, indices, None)
             corrupt = self._corrupt(indices, parts)
-        if not corrupt:
-            try:
-                images = _parse_samples(keys[0], data)
-                return [images[key] for key in keys]
-            except (KeyError, ValueError, tarfile.TarError, OSError, EOFError):
-                pass  # parsing them one by one shows which sample it is
         return [
-            BadSample("its bytes differ from the manifest's hash") if i in corrupt else _parse_sample(key, part)
+            BadSample("its bytes differ from the manifest's hash") if i in corrupt else StoredSample(key, bytes(part))
             for i, key, part in zip(indices, keys, parts, strict=True)
         ]
 
@@ -125,8 +127,8 @@ class ShardReader:
         first = self._starts[samples.shard] + samples.first
         return range(first, first + samples.count)
 
-    def _read_parts(self, shard: Shard, indices: range, cache: ShardCache | None) -> tuple[bytes, list[memoryview]]:
-        """Return the bytes of all samples together, and a view of each one's."""
+    def _read_parts(self, shard: Shard, indices: range, cache: ShardCache | None) -> list[memoryview]:
+        """Return the bytes of each sample."""
         offsets, lengths = self._split.offsets, self._split.lengths
         start, end = int(offsets[indices[0]]), int(offsets[indices[-1]] + lengths[indices[-1]])
         try:
@@ -138,7 +140,7 @@ class ShardReader:
                 f"{self._location(shard)}: {len(data)} bytes from {start} on; the manifest needs {end - start}"
             )
         view = memoryview(data)
-        return data, [view[offsets[i] - start : offsets[i] - start + lengths[i]] for i in indices]
+        return [view[offsets[i] - start : offsets[i] - start + lengths[i]] for i in indices]
 
     def _corrupt(self, indices: range, parts: list[memoryview]) -> set[int]:
         """Return the samples whose bytes differ from the manifest's hash."""
@@ -180,21 +182,28 @@ class ShardReader:
         return storage.read_bytes(url, start, end, endpoint_url=self._endpoint_url, stop=self._stop)
 
 
-def _parse_samples(first_key: str, data: memoryview | bytes) -> dict[str, EncodedImage]:
-    """Parse the bytes of consecutive samples; returns their images by key."""
-    if bytes(data[: len(first_key) + 1]) != f"{first_key}.".encode():
-        raise ValueError(f"no tar header of sample {first_key} at its offset")  # nor is it a compressed stream
+def parse(sample: StoredSample) -> EncodedImage | BadSample:
+    """Parse the tar members of a sample."""
+    try:
+        return _parse(sample.key, sample.data)
+    except (KeyError, ValueError, tarfile.TarError, OSError, EOFError) as error:
+        return BadSample(f"not readable in its shard: {error!r}"[:200])
+
+
+def _parse(key: str, data: bytes) -> EncodedImage:
+    if data[: len(key) + 1] != f"{key}.".encode():
+        raise ValueError(f"no tar header of sample {key} at its offset")  # nor is it a compressed stream
     _check_members(data)
-    source = [{"url": first_key, "stream": io.BytesIO(data)}]
+    source = [{"url": key, "stream": io.BytesIO(data)}]
     samples = group_by_keys(tar_file_expander(source, select_files=_select_member))
-    return {sample["__key__"]: _encoded_image(sample) for sample in samples}
+    return {sample["__key__"]: _encoded_image(sample) for sample in samples}[key]
 
 
-def _check_members(data: memoryview | bytes) -> None:
+def _check_members(data: bytes) -> None:
     """Raise ValueError for a member that is not a plain file, and for sizes that do not match the bytes."""
     at = 0
     while at < len(data):
-        header = bytes(data[at : at + tarfile.BLOCKSIZE])
+        header = data[at : at + tarfile.BLOCKSIZE]
         name = header[:100].rstrip(b"\0").decode(errors="replace")
         if len(header) < tarfile.BLOCKSIZE or header[156] not in _PLAIN:
             kind = _KINDS.get(header[156], "of an unknown kind") if len(header) == tarfile.BLOCKSIZE else "cut off"
@@ -206,13 +215,6 @@ def _check_members(data: memoryview | bytes) -> None:
         at += tarfile.BLOCKSIZE + size + -size % tarfile.BLOCKSIZE
     if at != len(data):
         raise ValueError("its members do not match its size")
-
-
-def _parse_sample(key: str, data: memoryview) -> EncodedImage | BadSample:
-    try:
-        return _parse_samples(key, data)[key]
-    except (KeyError, ValueError, tarfile.TarError, OSError, EOFError) as error:
-        return BadSample(f"not readable in its shard: {error!r}"[:200])
 
 
 def _select_member(name: str) -> bool:

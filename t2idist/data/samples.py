@@ -9,6 +9,14 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
+class StoredSample:
+    """The tar members of a sample, which are parsed when it is due: a run that resumes reads many before the first."""
+
+    key: str
+    data: bytes
+
+
+@dataclass(frozen=True)
 class EncodedImage:
     """An image as stored."""
 
@@ -38,4 +46,4 @@ class BadSample:
     reason: str
 
 
-Sample = EncodedImage | DecodedImage | BadSample
+Sample = StoredSample | DecodedImage | BadSample

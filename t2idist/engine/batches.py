@@ -78,9 +78,8 @@ class TrackedBatches(Iterator[Batch]):
         self._reported: set[str] = set()
         self._window = (time.monotonic(), source.wait_seconds)
         self._quarantine: dict[str, str] = {}
-        quarantine_url = storage.join(stage_url, QUARANTINE)
-        if world.is_main and storage.exists(quarantine_url):
-            self._quarantine = storage.read_json(quarantine_url)
+        if world.is_main:
+            self._quarantine = storage.read_json_if_present(storage.join(stage_url, QUARANTINE)) or {}
 
     def __next__(self) -> Batch:
         batch = next(self._source)

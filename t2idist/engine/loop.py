@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from t2idist.config import StageConfig
@@ -45,15 +45,23 @@ class Hook:
         """Complete what is still in progress; called once, after the last step."""
 
 
-def run(trainer: Trainer, batches: TrackedBatches, stage: StageConfig, steps: int, hooks: Sequence[Hook]) -> None:
-    """Train until `steps` steps of the stage are done, counted from its start."""
+def run(
+    trainer: Trainer, batches: TrackedBatches, stage: StageConfig, steps: int, open_hooks: Callable[[], Sequence[Hook]]
+) -> None:
+    """Train until `steps` steps of the stage are done, counted from its start.
+
+    Args:
+        open_hooks: returns the hooks. It is called after the first step, because it may wait for storage.
+    """
+    hooks: Sequence[Hook] | None = None
     while trainer.step < steps:
         before = trainer.images
         trainer.run_step(next(batches), statistics_momentum(stage, trainer.step))
         step = FinishedStep(before, trainer.images, last=trainer.step == steps)
+        hooks = open_hooks() if hooks is None else hooks
         for hook in hooks:
             hook.after_step(step)
-    for hook in hooks:
+    for hook in open_hooks() if hooks is None else hooks:
         hook.finish()
 
 

@@ -164,7 +164,7 @@ def read_scores(folder: str) -> list[dict[str, Any]]:
 def read_best(folder: str) -> dict[str, Any] | None:
     """Read the best score of a stage so far: images, metric, value, and its export relative to the stage."""
     url = storage.join(folder, SCORED_FOLDER, BEST_FILE)
-    best: dict[str, Any] | None = storage.read_json(url) if storage.exists(url) else None
+    best: dict[str, Any] | None = storage.read_json_if_present(url)
     return best
 
 

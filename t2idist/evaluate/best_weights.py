@@ -82,9 +82,9 @@ class BestWeights:
 def read(folder: str) -> tuple[HeldOut | None, list[HeldOut]]:
     """Read the score of a stage whose weights are kept, and all of its scores in order of images."""
     url = storage.join(folder, FOLDER, FILE)
-    if not storage.exists(url):
+    record = storage.read_json_if_present(url)
+    if record is None:
         return None, []
-    record = storage.read_json(url)
     scores = [HeldOut(**each) for each in record["scores"]]
     return next((each for each in scores if each.images == record["best"]), None), scores
 

@@ -25,7 +25,7 @@ from t2idist.observability.command import in_main_thread
 logger = logging.getLogger(__name__)
 
 _PAUSE_SECONDS = 60.0
-_POLL_SECONDS = 0.25
+_POLL_SECONDS = 0.1
 _RESPONSE_SECONDS = 10.0
 _PAUSE_RESPONSE_SECONDS = 3.0
 _SHUTDOWN_SECONDS = "5"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from t2idist import storage
 from t2idist.config import ClusterConfig, RunConfig
 from t2idist.launch import connection, resources
 from t2idist.launch.worker_pool import WorkerPool
@@ -25,6 +26,8 @@ def start_pool(config: RunConfig, own_cluster: bool) -> WorkerPool:
         cluster.spare_processes(own_cluster),
         cluster.start_seconds,
         keeps_processes=config.strategy != "deepspeed",
+        run_url=storage.join(config.storage, config.name),  # without the module `stages`, which imports torch
+        systems=[stage.system for stage in config.stages.values()],
     )
     start_first(pool, cluster)
     return pool

@@ -14,12 +14,16 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 _SIOCGIFCONF = 0x8912  # Linux: all IPv4 addresses, with the names of their interfaces
 _IFREQ_BYTES = 40
 _MOST_ADDRESSES = 4096
+_REACHABLE_SECONDS, _REACHABLE_POLL_SECONDS = 5.0, 0.01
 _IPV6_TABLE = Path("/proc/net/if_inet6")
 
 
@@ -31,6 +35,22 @@ def select_node_interface() -> None:
     if name is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # without "=", it is a prefix of names
+
+
+def call_once_reachable(function: Callable[..., T], *arguments: Any, **settings: Any) -> T:
+    """Call a function that joins a process group, once the group's first worker listens; after 5 s in any case.
+
+    torch tries to connect at once, and again only after half a second.
+    """
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    deadline = time.monotonic() + _REACHABLE_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection(address, timeout=_REACHABLE_SECONDS).close()
+            break
+        except OSError:
+            time.sleep(_REACHABLE_POLL_SECONDS)
+    return function(*arguments, **settings)
 
 
 def interface_of(address: str) -> str | None:

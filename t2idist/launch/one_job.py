@@ -38,7 +38,7 @@ def only_one(config: RunConfig) -> Iterator[None]:
     """
     url, context = storage.join(run_url(config), JOB), ray.get_runtime_context()
     mine = {"session": context.get_session_name(), "job": context.get_job_id(), "submission": _submission()}
-    holder = storage.read_json(url) if storage.exists(url) else {}
+    holder = storage.read_json_if_present(url) or {}
     deadline = time.monotonic() + _GRACE_SECONDS
     while _lives(holder, mine):
         if time.monotonic() > deadline:

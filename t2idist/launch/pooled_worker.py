@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import os
 import sys
 import threading
@@ -50,12 +51,17 @@ class PooledWorker(RayTrainWorker):  # type: ignore[misc]
         status = super().poll_status()
         return StepStatus(**vars(status), step_seconds=step_clock.median())
 
-    def prepare(self) -> bool:
-        """Begin to load what training needs, at the lowest priority; return whether there is memory for it."""
+    def prepare(self, run_url: str, systems: Sequence[str]) -> bool:
+        """Begin to load what training needs, at the lowest priority; return whether there is memory for it.
+
+        Args:
+            run_url: As in `warm_up`.
+            systems: As in `warm_up`.
+        """
         memory = process.memory()
         if memory.available < max(_MEMORY_SHARE * memory.total, _MEMORY_BYTES):
             return False
-        self._loading = threading.Thread(target=_load_quietly, name="prepare", daemon=True)
+        self._loading = threading.Thread(target=_load_quietly, args=(run_url, systems), name="prepare", daemon=True)
         self._loading.start()
         return True
 
@@ -146,8 +152,10 @@ def _is_reusable_after(error: BaseException | None) -> bool:
     return not isinstance(cause, torch.AcceleratorError | MemoryError)
 
 
-def _load_quietly() -> None:
+def _load_quietly(run_url: str, systems: Sequence[str]) -> None:
     process.lower_priority_of_this_thread()
     from t2idist.training.warm_up import warm_up
 
-    warm_up()
+    warm_up(run_url, systems)
+    for module in ("t2idist.launch.submit", "ray.tune"):  # what the first messages of a group refer to
+        importlib.import_module(module)

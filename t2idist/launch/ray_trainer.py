@@ -45,6 +45,25 @@ _PLACEMENT_SECONDS = 5.0
 """Ray has placed a group by then, unless a node was lost since its size was decided; doubled at each attempt."""
 
 
+class _FirstWorkerListens:
+    """A worker group in which the others join a process group once the first worker listens."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._group, name)
+
+    def __len__(self) -> int:
+        return len(self._group)
+
+    def execute_single_async(self, rank: int, function: Any, *arguments: Any, **settings: Any) -> Any:
+        if rank == 0:
+            return self._group.execute_single_async(rank, function, *arguments, **settings)
+        call = interfaces.call_once_reachable
+        return self._group.execute_single_async(rank, call, function, *arguments, **settings)
+
+
 class NodeInterfaceBackend(TorchConfig().backend_cls):  # type: ignore[misc]
     """Ray Train's start of the process group, over the interface of each node's address in Ray."""
 
@@ -52,7 +71,7 @@ class NodeInterfaceBackend(TorchConfig().backend_cls):  # type: ignore[misc]
         worker_group.execute(interfaces.select_node_interface)
         # without a usable GPU there is no process group; the worker says so in a sentence and ends the run
         if not backend_config.gpus or all(worker_group.execute(accelerator.is_usable)):
-            super().on_start(worker_group, backend_config)
+            super().on_start(_FirstWorkerListens(worker_group), backend_config)
 
     def on_shutdown(self, worker_group: Any, backend_config: NodeInterfaceConfig) -> None:
         """Do nothing: a worker leaves its process group itself, when its training ends."""

@@ -143,8 +143,9 @@ class Reservation:
 
     def acquire(self, holder: str) -> None:
         """Release the reservation of the previous attempt and note `holder`, the coordinator's name for this one."""
-        previous = storage.read_json(self._url)["holder"] if storage.exists(self._url) else ""
-        self._release(previous)
+        previous = storage.read_json_if_present(self._url)
+        if previous is not None:
+            self._release(previous["holder"])
         storage.write_json(self._url, {"holder": holder})
         self._holder = holder
 

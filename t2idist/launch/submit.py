@@ -241,9 +241,11 @@ def _poll() -> PreemptionNotice | None:
 def _run_id(config: RunConfig) -> str:
     """Return the unique id of this run folder; it is drawn on the first call and stored in the folder."""
     url = storage.join(run_url(config), RUN_ID)
-    if not storage.exists(url):
-        storage.write_json(url, {"id": uuid.uuid4().hex})
-    return str(storage.read_json(url)["id"])
+    stored = storage.read_json_if_present(url)
+    if stored is None:
+        stored = {"id": uuid.uuid4().hex}
+        storage.write_json(url, stored)
+    return str(stored["id"])
 
 
 def _cause(error: BaseException) -> str:

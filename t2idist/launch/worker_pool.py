@@ -70,12 +70,21 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         spares: Prepared processes that every node is to have beside those of the group.
         start_seconds: How long a process may take to start.
         keeps_processes: Whether processes can serve another group.
+        run_url: The run folder.
+        systems: Systems of the stages.
     """
 
     def __init__(
-        self, environment: Mapping[str, str], spares: int, start_seconds: float, keeps_processes: bool = True
+        self,
+        environment: Mapping[str, str],
+        spares: int,
+        start_seconds: float,
+        keeps_processes: bool = True,
+        run_url: str = "",
+        systems: Sequence[str] = (),
     ) -> None:
         self._environment, self._spares, self._start_seconds = dict(environment), spares, start_seconds
+        self._run_url, self._systems = run_url, list(systems)
         self.keeps_processes = keeps_processes
         self.starts_in_a_row = -1
         """Groups that were started since one has trained, without the present one."""
@@ -91,7 +100,9 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
 
     def __deepcopy__(self, memo: object) -> WorkerPool:
         """Return an empty pool: processes are not copied."""
-        return WorkerPool(self._environment, self._spares, self._start_seconds, self.keeps_processes)
+        return WorkerPool(
+            self._environment, self._spares, self._start_seconds, self.keeps_processes, self._run_url, self._systems
+        )
 
     def start_first(self, slots: Mapping[str, int], workers: tuple[int, int]) -> None:
         """Start the processes of the first group, if it will have all of the cluster: they load while it is set up.
@@ -222,7 +233,7 @@ class WorkerPool(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
     def _prepare(self, node: str, count: int) -> None:
         for _ in range(count):
             actor = self._start(node)
-            self._free.append(_Process(actor, node, None, actor.prepare.remote()))
+            self._free.append(_Process(actor, node, None, actor.prepare.remote(self._run_url, self._systems)))
 
     def _start(self, node: str) -> Any:
         strategy = NodeAffinitySchedulingStrategy(node, soft=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -42,6 +43,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+@functools.cache
 def _commit() -> str:
     """Return the commit of the checkout, with "+" if files differ from it.
 

@@ -304,6 +304,14 @@ def write_bytes(url: str, data: bytes | memoryview, *, endpoint_url: str | None 
     _request(url, endpoint_url, lambda filesystem, key: filesystem.pipe_file(key, body))
 
 
+def start_clients(url: str) -> None:
+    """Make the clients of a URL's store, which takes a second or less, so that the first request need not wait."""
+    filesystem, _ = _filesystem(url, None)
+    if _scheme(url) in _S3:
+        filesystem.connect()
+        _s3_client(None, _identity())
+
+
 def exists(url: str, *, endpoint_url: str | None = None) -> bool:
     if _scheme(url) == hub.SCHEME:
         with contextlib.suppress(FileNotFoundError):
@@ -391,6 +399,14 @@ def read_json(url: str, *, endpoint_url: str | None = None) -> Any:
         return json.loads(read_bytes(url, endpoint_url=endpoint_url))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{redact(url)}: not JSON: {error}") from None
+
+
+def read_json_if_present(url: str) -> Any:
+    """Return `read_json` of an object, or None if there is none; one request, where `exists` would be another."""
+    try:
+        return read_json(url)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def write_json(url: str, value: Any, *, endpoint_url: str | None = None) -> None:

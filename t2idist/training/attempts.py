@@ -22,7 +22,7 @@ class AttemptRecord:
 
     def __init__(self, run_url: str, workers: int, recovery: Recovery | None) -> None:
         self._run_url, self._url = run_url, storage.join(run_url, ATTEMPTS)
-        earlier = storage.read_json(self._url) if storage.exists(self._url) else []
+        earlier = storage.read_json_if_present(self._url) or []
         self.restarts: int = len(earlier)
         """Attempts before this one."""
         self._attempt: dict[str, Any] = {"time": now(), "workers": workers}
@@ -33,9 +33,9 @@ class AttemptRecord:
     def resumed(self, stage: str, checkpoint: CommittedCheckpoint) -> None:
         """Record the checkpoint that a stage resumes from."""
         self._attempt.setdefault("resumed", {})[stage] = {"images": checkpoint.images, "from": checkpoint.url}
-        if self._recovery is not None and storage.exists(progress := storage.join(self._run_url, PROGRESS)):
-            message = storage.read_json(progress)
-            if message["stage"] == stage:
+        if self._recovery is not None:
+            message = storage.read_json_if_present(storage.join(self._run_url, PROGRESS))
+            if message is not None and message["stage"] == stage:
                 self._recovery.images_repeated = max(0, message["images"] - checkpoint.images)
         self._write()
 

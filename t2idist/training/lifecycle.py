@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from t2idist import storage
@@ -12,7 +13,7 @@ from t2idist.engine.metrics import now
 from t2idist.engine.preemption import StopRequested
 from t2idist.observability.hook import CommandHook
 from t2idist.observability.logs import redact_secrets
-from t2idist.training.stages import run_url
+from t2idist.training.stages import StageRun, run_url, stages_of
 
 OnProgress = Callable[[dict[str, Any]], None]
 """Called with each progress message of a run."""
@@ -94,8 +95,16 @@ def write_fatal(config: RunConfig, message: str) -> None:
 
 def read_fatal(config: RunConfig) -> str | None:
     """Return the error that no restart can fix, if one was recorded in this submission."""
-    url = _fatal_url(config)
-    return str(storage.read_json(url)["error"]) if storage.exists(url) else None
+    fatal = storage.read_json_if_present(_fatal_url(config))
+    return None if fatal is None else str(fatal["error"])
+
+
+def read_progress(config: RunConfig) -> tuple[str | None, frozenset[str]]:
+    """Return the error that no restart can fix, if there is one, and the stages that are done."""
+    stages = [*stages_of(config)]
+    with ThreadPoolExecutor(1 + len(stages), "progress") as pool:
+        fatal, done = pool.submit(read_fatal, config), pool.map(StageRun.is_done, stages)
+        return fatal.result(), frozenset(stage.name for stage, is_done in zip(stages, done, strict=True) if is_done)
 
 
 def clear_fatal(config: RunConfig) -> None:

@@ -87,9 +87,9 @@ def _lock_and_sign(folder: Path) -> FileLock:
 
 def _check_heartbeat(config: RunConfig) -> None:
     url = storage.join(run_url(config), PROGRESS)
-    if not storage.exists(url):
+    progress = storage.read_json_if_present(url)
+    if progress is None:
         return
-    progress = storage.read_json(url)
     process = progress.get("process") or {}
     age = _age_seconds(progress)
     if progress.get("state") != "training" or not process or age is None or age > HEARTBEAT_SECONDS:

@@ -56,7 +56,8 @@ def find(config: RunConfig, text: str) -> ResumePoint | None:
         ValueError: The checkpoint does not exist or cannot be used.
     """
     note = storage.join(run_url(config), NOTE)
-    if storage.exists(note) and storage.read_json(note)["asked"] == text:
+    earlier = storage.read_json_if_present(note)
+    if earlier is not None and earlier["asked"] == text:
         logger.info("already resumed from %s once (%s); resuming from the latest state", text, storage.redact(note))
         return None
     if text.isdigit():

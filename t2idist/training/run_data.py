@@ -18,11 +18,8 @@ FILE = "data.json"
 
 def read(run_url: str) -> dict[str, list[dict[str, Any]]]:
     """Return the record of a run by stage; empty if there is none."""
-    try:
-        content: dict[str, list[dict[str, Any]]] = storage.read_json(storage.join(run_url, FILE))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    return content
+    content: dict[str, list[dict[str, Any]]] | None = storage.read_json_if_present(storage.join(run_url, FILE))
+    return content or {}
 
 
 def check(run_url: str, stage: str, datasets: Sequence[Dataset]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,7 +38,7 @@ def stored_config(config: RunConfig) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class StageRun:
-    """One stage of a run, by name."""
+    """One stage of a run, by name. What it reads of the exports in `uses`, it reads once."""
 
     config: RunConfig
     name: str
@@ -90,18 +91,20 @@ class StageRun:
             raise ValueError(f"stages.{self.name}.{error}") from None
         return replace(first, vocabulary=vocabulary), *others
 
+    @functools.cached_property
+    def _source_indices(self) -> dict[str, dict[str, Any] | None]:
+        """Indices of the exports in `uses` by slot; None: a stage of this run that is not done."""
+        slots = self.settings.uses
+        return {slot: None if self._is_unfinished(slot) else export.read_index(self.source_url(slot)) for slot in slots}
+
+    def _is_unfinished(self, slot: str) -> bool:
+        """Return whether a slot of `uses` names a stage of this run that has no export yet."""
+        source = StageRun(self.config, self.settings.uses[slot])
+        return source.name in self.config.stages and not source.is_done()
+
     def _source_vocabularies(self) -> dict[str, Vocabulary]:
         """Return the vocabularies of the exports in `uses` by slot, except those of stages that are not done."""
-        return {
-            slot: Vocabulary.from_index(export.read_index(self.source_url(slot)))
-            for slot in self.settings.uses
-            if self._unfinished_source(slot) is None
-        }
-
-    def _unfinished_source(self, slot: str) -> StageRun | None:
-        """Return the stage of this run in a slot of `uses` if it has no export yet."""
-        source = StageRun(self.config, self.settings.uses[slot])
-        return source if source.name in self.config.stages and not source.is_done() else None
+        return {slot: Vocabulary.from_index(index) for slot, index in self._source_indices.items() if index is not None}
 
     def model_config(self) -> Any:
         """Return the system's own settings. Raises ValueError, naming the key, if they are invalid."""
@@ -121,11 +124,11 @@ class StageRun:
         return BuildInfo(self.settings.group_size, self.data.max_words, data, sources)
 
     def _source_info(self, slot: str, data: DataInfo) -> Mapping[str, Any]:
-        source = self._unfinished_source(slot)
-        if source is not None:
+        index = self._source_indices[slot]
+        if index is None:
+            source = StageRun(self.config, self.settings.uses[slot])
             info, settings = source.build_info(data), to_dict(source.model_config())
             return {"system": source.settings.system, "config": settings, "plan": info.describe()}
-        index = export.read_index(self.source_url(slot))
         return {key: index[key] for key in ("system", "config", "plan")}
 
     def build(self, info: BuildInfo) -> System:

@@ -27,7 +27,8 @@ class StoredPosition:
     url: str
 
     def load(self) -> Position | None:
-        return Position(**storage.read_json(self.url)) if storage.exists(self.url) else None
+        position = storage.read_json_if_present(self.url)
+        return None if position is None else Position(**position)
 
     def save(self, position: Position) -> None:
         storage.write_json(self.url, asdict(position))

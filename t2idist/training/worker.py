@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +48,7 @@ from t2idist.observability.tracking import DONE, FAILED, STOPPED
 from t2idist.report import report
 from t2idist.training import accelerator, building, run_data
 from t2idist.training.attempts import AttemptRecord
-from t2idist.training.lifecycle import OnProgress, read_fatal, write_fatal
+from t2idist.training.lifecycle import OnProgress, read_progress, write_fatal
 from t2idist.training.options import StopAfter
 from t2idist.training.stages import StageRun, open_unrecorded_data, run_url, stages_of
 from t2idist.training.trackers import open_trackers
@@ -90,12 +91,13 @@ def main(config: RunConfig, device: torch.device, context: WorkerContext) -> Non
     world = _open_world(device, config.cluster.hung_after_seconds)
     keep_freed_memory()
     context.log_context.run, context.log_context.rank = config.name, world.rank
-    if world.broadcast_object(read_fatal(config)) is not None:
+    fatal, done = world.broadcast_object(read_progress(config) if world.is_main else (None, frozenset()))
+    if fatal is not None:
         return
     try:
         accelerator.prepare(config.cluster.gpus_per_worker)
-        with RecentWarnings() as warnings:
-            _RunWorker(config, world, context, warnings).run()
+        with RecentWarnings() as warnings, ThreadPoolExecutor(1, "records") as records:
+            _RunWorker(config, world, context, warnings, records).run(done)
     except (ValueError, AssertionError, PermissionError) as error:
         message = f"a fault of the program: {error!r}" if isinstance(error, AssertionError) else str(error)
         with contextlib.suppress(OSError):  # if storage is not writable, the worker's own error reports it
@@ -113,34 +115,46 @@ def _open_world(device: torch.device, timeout_seconds: float) -> World:
 
 
 class _RunWorker:
-    """A run on one worker."""
+    """A run on one worker.
 
-    def __init__(self, config: RunConfig, world: World, context: WorkerContext, warnings: RecentWarnings) -> None:
+    Args:
+        records: Runs on the first worker, one after the other, what reads and writes records in parallel to the rest.
+    """
+
+    def __init__(
+        self, config: RunConfig, world: World, context: WorkerContext, warnings: RecentWarnings, records: Executor
+    ) -> None:
         self.world, self.context, self.warnings = world, context, warnings
         self.config = config = accelerator.with_precision(config, world)
         self.environment = environment_info(world.size, world.device)
+        self.records = records
         data = open_unrecorded_data(config)  # on all workers: one that draws data takes longer than others may wait
-        self.attempt = self._record(data) if world.is_main else None
-        """On the first worker."""
-        self.restarts: int = world.broadcast_object(self.attempt.restarts if self.attempt is not None else 0)
+        self._recording = records.submit(self._record, data) if world.is_main else None
+
+    @property
+    def attempt(self) -> AttemptRecord | None:
+        """On the first worker, the record of this attempt, once it is written."""
+        return self._recording.result() if self._recording is not None else None
 
     def _record(self, data: Mapping[str, Sequence[Dataset]]) -> AttemptRecord:
         """Write config, data, environment and this attempt to the run folder."""
         url = run_url(self.config)
         storage.write_bytes(storage.join(url, "config.yaml"), to_yaml(self.config).encode())
-        run_data.record(url, data)
+        if data:
+            run_data.record(url, data)
         storage.write_json(storage.join(url, "versions.json"), self.environment)
         return AttemptRecord(url, self.world.size, self.context.recovery)
 
-    def run(self) -> None:
+    def run(self, done: Collection[str]) -> None:
+        """Train all stages but those that are done."""
         stop_after = self.context.stop_after
         for stage in stages_of(self.config):
-            if not self.world.broadcast_object(stage.is_done()):
+            if stage.name not in done:
                 self.context.log_context.stage = stage.name
                 self._run_stage(stage)
             if stop_after is not None and stop_after.stage == stage.name:
                 break
-        if self.world.is_main:
+        if self.attempt is not None:
             report.write_report(run_url(self.config))
         self.world.barrier()
 
@@ -158,16 +172,32 @@ class _RunWorker:
                     logger.warning("stage %s returns to its last checkpoint: %s", stage.name, diverged)
 
     def progress_facts(self, stage: StageRun) -> dict[str, Any]:
-        """Return the constant values of the stage's progress messages."""
+        """Return the constant values of the stage's progress messages, on the first worker."""
+        assert self.attempt is not None
         return {
             "run": self.config.name,
             "stage": stage.name,
             "stage_index": list(self.config.stages).index(stage.name),
             "stages": len(self.config.stages),
-            "restarts": self.restarts,
+            "restarts": self.attempt.restarts,
             "workers": self.world.size,
             "messages": self.warnings.texts,
         }
+
+
+@dataclass(frozen=True)
+class _StageRecords:
+    """Of a stage, on the first worker."""
+
+    log: MetricLogger
+    evaluator: InTrainingEvaluator
+
+    def close(self, ended: str, finished: bool) -> None:
+        """Write what is left. `ended` as in `MetricLogger.close`, `finished` as in `InTrainingEvaluator.close`."""
+        with contextlib.ExitStack() as stack:  # closed in reverse order: the last scores go to the trackers too
+            stack.callback(self.log.close, ended)
+            stack.callback(self.evaluator.close, finished=finished)
+            self.log.flush()
 
 
 class _StageWorker:
@@ -189,19 +219,11 @@ class _StageWorker:
         """Train from the newest checkpoint to the end of the stage and export it, or to the stop of this submission."""
         stage, trainer = self._stage, self._trainer
         resumed = self._restore()
-        attempt = self._run.attempt
-        if resumed is not None and attempt is not None:
-            logger.info("stage %s resumes from %s images (%s)", stage.name, resumed.images, resumed.url)
-            attempt.resumed(stage.name, resumed)
-        evaluator, log = None, None
-        if self._world.is_main:
-            best_weights.forget_after(stage.url, trainer.images)
-            log = self._open_log()
-            evaluator = self._open_evaluator(log)
-            log.log_state("training")
-        batches, ended = self._open_batches(), FAILED
+        batches, opening, records, ended = self._open_batches(), None, None, FAILED
+        if self._world.is_main:  # in parallel to the first step, for which the other workers wait
+            opening = self._run.records.submit(self._open_records, resumed, trainer.images, trainer.step)
         try:
-            self._train(batches, evaluator, log)
+            self._train(batches, opening)
             ended = DONE if trainer.step >= stage.settings.steps else STOPPED
         except StopRequested:
             ended = STOPPED
@@ -216,15 +238,13 @@ class _StageWorker:
         finally:
             batches.close()
             trainer.close()
-            with contextlib.ExitStack() as stack:  # closed in reverse order: the last scores go to the trackers too
-                if log is not None and evaluator is not None:
-                    stack.callback(log.close, ended)
-                    stack.callback(evaluator.close, finished=trainer.step == stage.settings.steps)
-                    log.flush()
+            if opening is not None and opening.exception() is None:
+                records = opening.result()
+                records.close(ended, finished=trainer.step == stage.settings.steps)
         if trainer.step >= stage.settings.steps:
-            self._export(evaluator, log)
-        elif log is not None:
-            log.log_state("stopped")
+            self._export(records)
+        elif records is not None:
+            records.log.log_state("stopped")
         self._forget_replicas()
 
     def _out_of_memory(self) -> str:
@@ -271,6 +291,18 @@ class _StageWorker:
         self._world.barrier()
         return restored
 
+    def _open_records(self, resumed: CommittedCheckpoint | None, images: int, step: int) -> _StageRecords:
+        """Record from where the stage goes on, remove records of what it does again, and open the others."""
+        attempt, stage = self._run.attempt, self._stage
+        if resumed is not None and attempt is not None:
+            logger.info("stage %s resumes from %s images (%s)", stage.name, resumed.images, resumed.url)
+            attempt.resumed(stage.name, resumed)
+        best_weights.forget_after(stage.url, images)
+        log = self._open_log(images, step)
+        records = _StageRecords(log, self._open_evaluator(log))
+        log.log_state("training")
+        return records
+
     def _open_evaluator(self, log: MetricLogger) -> InTrainingEvaluator:
         stage, device = self._stage, self._world.device
         return InTrainingEvaluator(
@@ -278,13 +310,13 @@ class _StageWorker:
             log.log_pictures, log.log_scores,
         )  # fmt: skip
 
-    def _open_log(self) -> MetricLogger:
+    def _open_log(self, images: int, step: int) -> MetricLogger:
         settings = self._stage.settings
         return MetricLogger(
             run_url(self._config),
             self._stage.name,
-            images=self._trainer.images,
-            step=self._trainer.step,
+            images=images,
+            step=step,
             budget_images=settings.steps * settings.images_per_step,
             metadata={**self._run.progress_facts(self._stage), "checkpoint": self._checkpoints.newest},
             on_progress=self._context.on_progress,
@@ -319,27 +351,33 @@ class _StageWorker:
             ledger=self._config.report.ledger,
         )
 
-    def _train(self, batches: TrackedBatches, evaluator: InTrainingEvaluator | None, log: MetricLogger | None) -> None:
+    def _train(self, batches: TrackedBatches, opening: Future[_StageRecords] | None) -> None:
         context, settings = self._context, self._stage.settings
         stop_after = context.stop_after
         steps = settings.steps if stop_after is None else stop_after.steps(self._stage.name, settings)
         preemption = PreemptionHandler(context.poll_preemption, context.poll_seconds, self._world, context.pause)
-        evaluate = evaluator.evaluate if evaluator is not None else _no_evaluation
-        state = StageState(self._trainer, batches, self._checkpoints, self._replicas, log)
-        hooks = stage_hooks(state, settings, self._config.guard, preemption, evaluate)
-        hooks.append(CallAfterStep(context.on_step))
-        if log is not None and self._run.attempt is not None:
-            hooks += self._run.attempt.recovery_hooks(log)
+
+        def hooks() -> list[loop.Hook]:
+            records = None if opening is None else opening.result()
+            log = None if records is None else records.log
+            evaluate = _no_evaluation if records is None else records.evaluator.evaluate
+            state = StageState(self._trainer, batches, self._checkpoints, self._replicas, log)
+            result = stage_hooks(state, settings, self._config.guard, preemption, evaluate)
+            result.append(CallAfterStep(context.on_step))
+            if log is not None and self._run.attempt is not None:
+                result += self._run.attempt.recovery_hooks(log)
+            return result
+
         loop.run(self._trainer, batches, settings, steps, hooks)
 
-    def _export(self, evaluator: InTrainingEvaluator | None, log: MetricLogger | None) -> None:
+    def _export(self, records: _StageRecords | None) -> None:
         nets = self._trainer.evaluation_nets()
-        if evaluator is not None and log is not None:
-            evaluator.score_last(nets, self._trainer.images)
+        if records is not None:
+            records.evaluator.score_last(nets, self._trainer.images)
             if not self._export_best():
                 export.write(self._stage.export_url, nets, self._export_index(self._trainer.images))
             best_weights.remove(self._stage.url)
-            log.log_state("done")
+            records.log.log_state("done")
         self._world.barrier()
 
     def _export_best(self) -> bool:

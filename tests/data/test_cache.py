@@ -103,7 +103,7 @@ def test_corrupt_copy_is_deleted_and_read_from_the_store(tmp_path: Path, caplog:
     corrupt[len(corrupt) // 2] ^= 1
     (tmp_path / shard.sha256).write_bytes(corrupt)
     with caplog.at_level(logging.WARNING):
-        read = ShardReader(dataset, "train", cache).read(SampleRange(0, 0, 17))
+        read = ShardReader(dataset, "train", cache).read_encoded(SampleRange(0, 0, 17))
     assert all(isinstance(sample, EncodedImage) for sample in read)
     assert "wrong bytes of 1 samples" in caplog.text
     assert cached_files(tmp_path) == set()
@@ -117,7 +117,7 @@ def test_corrupt_stored_shard_is_not_cached_and_its_samples_are_bad(tmp_path: Pa
     data = bytearray(storage.read_bytes(url))
     data[int(dataset.split("train").offsets[5]) + 700] ^= 1
     storage.write_bytes(url, bytes(data))
-    read = ShardReader(dataset, "train", open_cache(dataset, tmp_path)).read(SampleRange(0, 0, 17))
+    read = ShardReader(dataset, "train", open_cache(dataset, tmp_path)).read_encoded(SampleRange(0, 0, 17))
     assert [i for i, sample in enumerate(read) if isinstance(sample, BadSample)] == [5]
     assert cached_files(tmp_path) == set()
 

@@ -105,7 +105,7 @@ def test_later_epochs_are_the_same_and_decode_nothing(
         assert_batches_equal(one, other)
     expected = list(batches(dataset, None, steps))
     monkeypatch.setattr("t2idist.data.collate.decode", lambda *_: pytest.fail("an image is decoded again"))
-    monkeypatch.setattr(ShardReader, "read_encoded", lambda *_: pytest.fail("a shard is read again"))
+    monkeypatch.setattr(ShardReader, "read_stored", lambda *_: pytest.fail("a shard is read again"))
     for one, other in zip(expected, batches(dataset, tmp_path, steps), strict=True):
         assert_batches_equal(one, other)
 

@@ -54,7 +54,7 @@ def test_avatars_are_a_function_of_their_number(avatars: Dataset, tmp_path: Path
     ]
     train = avatars.split("train")
     number = int(train.keys[0].removeprefix("avatar_"))
-    (stored,) = ShardReader(avatars, "train").read(SampleRange(0, 0, 1))
+    (stored,) = ShardReader(avatars, "train").read_encoded(SampleRange(0, 0, 1))
     assert isinstance(stored, EncodedImage) and stored.data == face_renderer(48)(number)
     assert train.captions(0) == list(face(number).captions)
 

@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from t2idist import storage
-from t2idist.data.reader import _parse_sample
-from t2idist.data.samples import BadSample, EncodedImage
+from t2idist.data.reader import parse
+from t2idist.data.samples import BadSample, EncodedImage, StoredSample
 from t2idist.data.shards import Dataset
 from t2idist.data.tokenizer import Vocabulary, tokenize
 from t2idist.data.transforms import decode
@@ -70,7 +70,7 @@ def member(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE) -> tarfile.T
 def test_any_tar_bytes_parse_to_an_image_or_a_reason(folder: Path, changes: list, cut: int) -> None:
     split = Dataset.open(str(folder), check_sizes=False).split("train")
     data = (folder / "train-00000.tar").read_bytes()[: int(split.lengths[0])]
-    sample = _parse_sample("s0000", memoryview(mutate(data, changes)[: len(data) - 64 * cut]))
+    sample = parse(StoredSample("s0000", mutate(data, changes)[: len(data) - 64 * cut]))
     assert isinstance(sample, EncodedImage | BadSample)
 
 
@@ -80,7 +80,7 @@ def test_any_tar_header_parses_to_an_image_or_a_reason(folder: Path, changes: li
     data = (folder / "train-00000.tar").read_bytes()[:4096]
     head = bytearray(mutate(data[:512], changes))
     head[148:156] = b"%06o\0 " % (sum(head[:148]) + 8 * 32 + sum(head[156:512]))  # a valid checksum
-    sample = _parse_sample("s0000", memoryview(bytes(head) + data[512:]))
+    sample = parse(StoredSample("s0000", bytes(head) + data[512:]))
     assert isinstance(sample, EncodedImage | BadSample)
 
 
@@ -155,13 +155,13 @@ def test_any_manifest_bytes_open_or_raise_value_error(folder: Path, changes: lis
     ],
 )
 def test_members_other_than_plain_files_are_rejected(kind: bytes, message: str) -> None:
-    sample = _parse_sample("s0000", memoryview(make_tar([member("s0000.png", 0, kind), member("s0000.json")])))
+    sample = parse(StoredSample("s0000", make_tar([member("s0000.png", 0, kind), member("s0000.json")])))
     assert isinstance(sample, BadSample) and message in sample.reason
 
 
 @pytest.mark.parametrize("name", ["s0000.a/../../x.png", "s0000.\\x.png"])
 def test_member_names_outside_the_folder_are_rejected(name: str) -> None:
-    sample = _parse_sample("s0000", memoryview(make_tar([member(name)])))
+    sample = parse(StoredSample("s0000", make_tar([member(name)])))
     assert isinstance(sample, BadSample) and "is not allowed" in sample.reason
 
 
@@ -174,7 +174,7 @@ class _Bomb:
 def test_pickles_are_never_executed(extension: str) -> None:
     Path("/tmp/t2idist-pickle-was-run").unlink(missing_ok=True)
     data = pickle.dumps(_Bomb())
-    sample = _parse_sample("s0000", memoryview(make_tar([member(f"s0000.{extension}", len(data))], data)))
+    sample = parse(StoredSample("s0000", make_tar([member(f"s0000.{extension}", len(data))], data)))
     assert isinstance(sample, BadSample) and extension in sample.reason
     assert not Path("/tmp/t2idist-pickle-was-run").exists()
     pickle.loads(data)  # the payload works
@@ -183,7 +183,7 @@ def test_pickles_are_never_executed(extension: str) -> None:
 
 def test_member_of_four_gigabytes_is_rejected_without_allocating_memory() -> None:
     tracemalloc.start()
-    sample = _parse_sample("s0000", memoryview(make_tar([member("s0000.json", 4 << 30)], b"{" * 1024)))
+    sample = parse(StoredSample("s0000", make_tar([member("s0000.json", 4 << 30)], b"{" * 1024)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert isinstance(sample, BadSample) and "do not match" in sample.reason

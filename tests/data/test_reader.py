@@ -29,7 +29,7 @@ def test_hostile_member_makes_only_its_own_sample_bad(
     renamed = {"s0002.png": name}
     monkeypatch.setattr(sample_format, "member", lambda n, data: real(renamed.get(n, n), data))
     dataset = write_set(tmp_path / "set", [make_sample(n) for n in range(5)])
-    read = ShardReader(dataset, "train").read(SampleRange(0, 0, 5))
+    read = ShardReader(dataset, "train").read_encoded(SampleRange(0, 0, 5))
     assert [isinstance(sample, BadSample) for sample in read] == [False, False, True, False, False]
     assert isinstance(read[2], BadSample) and message in read[2].reason
 
@@ -39,4 +39,4 @@ def test_gzip_bomb_is_not_decompressed(tmp_path: Path):
     shard = tmp_path / "set" / dataset.split("train").shards[0].name
     shard.write_bytes(gzip.compress(bytes(50_000_000)))
     with pytest.raises(ValueError, match=r"unpacks to .* bytes or more"):
-        ShardReader(dataset, "train").read(SampleRange(0, 0, 5))
+        ShardReader(dataset, "train").read_encoded(SampleRange(0, 0, 5))

@@ -32,7 +32,7 @@ def test_set_reads_back_what_was_written(tmp_path: Path, compress: bool, storage
     assert split.class_ids.tolist() == list(range(40))
     assert dataset.vocabulary.words[0] == "<end>" and set(dataset.vocabulary.words[1:]) == set(WORDS)
     reader = ShardReader(dataset, "train")
-    assert [image.data for image in reader.read(SampleRange(1, 3, 9))] == [s.image for s in samples[20:29]]
+    assert [image.data for image in reader.read_encoded(SampleRange(1, 3, 9))] == [s.image for s in samples[20:29]]
 
 
 def damaged_set(tmp_path: Path, damage: str) -> Path:

@@ -143,7 +143,7 @@ def run_loop(
     )
     state = hooks.StageState(trainer, batches, checkpoints, replicas, log)
     stage_hooks = hooks.stage_hooks(state, stage, GuardConfig(), handler, lambda nets, images_seen, **due: {})
-    loop.run(trainer, batches, stage, stage.steps, stage_hooks)
+    loop.run(trainer, batches, stage, stage.steps, lambda: stage_hooks)
 
 
 def test_loop_logs_losses_counters_and_times(tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def test_load_names_a_tensor_that_the_checkpoint_lacks(tmp_path: Path) -> None:
     train_steps(trainer, 1)
     url = str(save_and_wait(CheckpointManager(str(tmp_path), SINGLE_WORKER, CheckpointConfig(), {}), trainer))
     with pytest.raises(CorruptCheckpoint, match="has no 'x'"):
-        sharded.load({"x": torch.zeros(1)}, url, read_marker(url), None)
+        sharded.load({"x": torch.zeros(1)}, url, read_marker(url), SINGLE_WORKER)
 
 
 def test_grouped_batch_norm_equals_batch_norm_of_each_group() -> None:

@@ -81,7 +81,7 @@ def test_the_set_is_complete(folder: Path, finished: dict[str, bytes], tmp_path:
     numbers = [int(key[1:]) for key in train.keys]
     assert numbers != sorted(numbers) and sum(a > b for a, b in pairwise(numbers)) > 300
     assert train.captions(5)[0] == f"picture number {numbers[5]}"
-    samples = ShardReader(dataset, "train").read(SampleRange(1, 0, 256))
+    samples = ShardReader(dataset, "train").read_encoded(SampleRange(1, 0, 256))
     assert all(isinstance(sample, EncodedImage) for sample in samples)
     description = json.loads(finished["dataset.json"])
     assert description["rejected"] == {

@@ -11,7 +11,9 @@ import socket
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -146,3 +148,24 @@ def test_connections_to_lost_addresses_are_closed_and_others_stay() -> None:
     assert kept.recv(1) == b"x"
     for each in (lost, kept, *accepted, *servers):
         each.close()
+
+
+def test_process_group_is_joined_once_the_first_worker_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as reserved, ThreadPoolExecutor(1) as pool:
+        reserved.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(reserved.getsockname()[1]))
+        join = pool.submit(
+            interfaces.call_once_reachable, lambda rank, *, size: (rank, size, time.monotonic()), 1, size=2
+        )
+        time.sleep(0.3)
+        assert not join.done()
+        reserved.listen()
+        listening = time.monotonic()
+        rank, size, joined = join.result(10)
+    assert (rank, size) == (1, 2) and joined >= listening
+    monkeypatch.setattr(interfaces, "_REACHABLE_SECONDS", 0.1)
+    assert (
+        interfaces.call_once_reachable(lambda: "torch reports that nobody listens")
+        == "torch reports that nobody listens"
+    )

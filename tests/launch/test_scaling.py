@@ -161,7 +161,7 @@ def test_a_group_that_fails_at_its_start_keeps_no_placement_group(
 class Process:
     """Stands for an actor that is loading."""
 
-    prepare = SimpleNamespace(remote=object)
+    prepare = SimpleNamespace(remote=lambda *_: object())
 
 
 def make_pool(monkeypatch: pytest.MonkeyPatch, spares: int = 1, start_seconds: float = 60.0) -> WorkerPool:

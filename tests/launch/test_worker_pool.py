@@ -101,8 +101,8 @@ def test_spare_process_loads_nothing_if_memory_is_short(
     memory: tuple[float, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(process, "memory", lambda: process.AvailableMemory(*memory))
-    monkeypatch.setattr(pooled_worker, "_load_quietly", lambda: pytest.fail("loaded"))
-    assert pooled_worker.PooledWorker({}).prepare() is False
+    monkeypatch.setattr(pooled_worker, "_load_quietly", lambda *_: pytest.fail("loaded"))
+    assert pooled_worker.PooledWorker({}).prepare("", []) is False
 
 
 def test_available_memory_is_a_part_of_the_machines() -> None:

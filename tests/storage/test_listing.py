@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import botocore.session
 import pytest
 
 from t2idist import storage
@@ -109,3 +110,12 @@ def test_a_tree_is_sharded_to_the_same_bytes_from_disk_and_from_a_store(tmp_path
     assert shards == [file.name for file in sorted((tmp_path / "store").glob("*.tar"))] and shards
     for name in (*shards, "dataset.json"):
         assert (tmp_path / "disk" / name).read_bytes() == (tmp_path / "store" / name).read_bytes(), name
+
+
+def test_clients_that_were_started_serve_the_first_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # another environment, which has no clients yet
+    storage.start_clients("s3://bucket/any")
+    monkeypatch.setattr(botocore.session, "get_session", lambda: pytest.fail("another client"))
+    storage.write_bytes("s3://bucket/started", b"1")
+    assert storage.exists("s3://bucket/started") and storage.read_bytes("s3://bucket/started") == b"1"
+    assert storage.read_json_if_present("s3://bucket/missing") is None

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from t2idist import storage
+from t2idist import run, storage
 from t2idist.engine.preemption import StopRequested
 from t2idist.observability import hook
 from t2idist.training import lifecycle, stages
 from tests.helpers.runs import (
+    copy_without_last_stage,
     load_config,
     received_events,
 )
@@ -60,3 +61,17 @@ def test_a_refused_second_job_leaves_the_outcome_to_the_first_one(tmp_path: Path
     with pytest.raises(lifecycle.RunIsTaken), lifecycle.run_lifecycle(config, hook.CommandHook([]), stops=False):
         raise lifecycle.RunIsTaken("name: the Ray job 1 trains the run")
     assert not storage.exists(storage.join(stages.run_url(config), lifecycle.OUTCOME))
+
+
+@pytest.mark.whole
+def test_run_ends_if_the_records_of_a_stage_cannot_be_opened(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, metrics = copy_without_last_stage(finished, tmp_path), tmp_path / "runs/tiny/attngan/metrics.jsonl"
+    metrics.unlink(missing_ok=True)
+    metrics.mkdir(parents=True)
+    assert run.main([str(file), "--local"]) == 1
+    assert str(metrics) in capsys.readouterr().err
+    metrics.rmdir()
+    assert run.main([str(file), "--local"]) == 0
+    assert metrics.is_file()

@@ -125,6 +125,7 @@ def reference_run(file: Path, folder: Path, arguments: Sequence[str]) -> str:
     """Run the same recipe undisturbed on one worker in one process; returns its run folder."""
     line = [sys.executable, "-m", "t2idist.run", str(file), *arguments, f"storage={folder}", "--local"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier run with other settings
     done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"the undisturbed run failed: {done.stderr[-2000:]}")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,11 +91,14 @@ def read(url: str, networks: tuple[str, ...] | None = None) -> Export:
         networks: names of the networks to read; None for all.
     """
     index = read_index(url)
-    weights = {}
-    for name in networks if networks is not None else index["networks"]:
+    names = networks if networks is not None else tuple(index["networks"])
+    for name in names:
         if name not in index["networks"]:
             raise ValueError(f"{storage.redact(url)}: has no network '{name}'; it has {', '.join(index['networks'])}")
-        weights[name] = _read_network(url, index["networks"][name])
+    with ThreadPoolExecutor(max(1, len(names)), "network") as pool:
+        weights = dict(
+            zip(names, pool.map(lambda name: _read_network(url, index["networks"][name]), names), strict=True)
+        )
     known = {"system", "config", "plan", "vocabulary", "images", "networks", "format"}
     meta = {key: value for key, value in index.items() if key not in known}
     return Export(

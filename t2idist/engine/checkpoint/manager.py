@@ -214,7 +214,7 @@ def load_checkpoint(
         logger.info(
             "%s has no %s: an option that needs it is new", url, ", ".join(sorted({name.split("/")[2] for name in new}))
         )
-    sharded.load(targets, url, marker, trainer.world.group, read)
+    sharded.load(targets, url, marker, trainer.world, read)
     trainer.finish_load(state)
     trainer.step = marker["step"]
     return CommittedCheckpoint(url, marker["images"], marker)

@@ -40,6 +40,7 @@ from t2idist import storage
 from t2idist.engine.checkpoint.format import COMMIT, FORMAT, TYPES, CorruptCheckpoint, read_part
 from t2idist.engine.world import World
 
+_READS_AT_ONCE = 8
 CODES = {getattr(torch, name): code for name, code in TYPES.items()}
 DTYPES = {name: getattr(torch, name) for name in TYPES}
 
@@ -175,8 +176,9 @@ class CheckpointReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        files = {self.files[item.storage_index] for item in plan.items}
-        parts = {file: _tensors(file, self.read(file)) for file in sorted(files)}
+        files = sorted({self.files[item.storage_index] for item in plan.items})
+        with ThreadPoolExecutor(_READS_AT_ONCE, "part") as pool:
+            parts = dict(zip(files, pool.map(lambda file: _tensors(file, self.read(file)), files), strict=True))
         for item in plan.items:
             name = item.storage_index.fqn
             target = planner.resolve_tensor(item)
@@ -212,8 +214,10 @@ def _quiet() -> Iterator[None]:
             log.setLevel(level)
 
 
-def load(state: dict[str, Tensor], url: str, marker: dict[str, Any], group: Any, read: ReadPart | None = None) -> None:
-    """Load the tensors of `state` in place. A collective if `group` is not None.
+def load(
+    state: dict[str, Tensor], url: str, marker: dict[str, Any], world: World, read: ReadPart | None = None
+) -> None:
+    """Load the tensors of `state` in place, all of them on every worker. A collective.
 
     Args:
         read: returns a part by its name. By default it is the file under `url`, checked against the marker.
@@ -224,11 +228,15 @@ def load(state: dict[str, Tensor], url: str, marker: dict[str, Any], group: Any,
     _check_names(state, url, marker)
     planner = DefaultLoadPlanner(flatten_state_dict=False)
     reader = CheckpointReader(marker, read or (lambda name: read_part(url, name, marker["files"][name])))
+    causes: list[str] = []
     try:
         with _quiet():
-            load_state(state, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
+            load_state(state, storage_reader=reader, planner=planner, no_dist=True)
     except CheckpointException as error:
-        raise CorruptCheckpoint("; ".join(sorted({str(cause) for cause, _ in error.failures.values()}))) from None
+        causes = [str(cause) for cause, _ in error.failures.values()]
+    everywhere = {cause for of_worker in world.all_gather_object(causes) for cause in of_worker}
+    if everywhere:
+        raise CorruptCheckpoint("; ".join(sorted(everywhere)))
 
 
 def _check_names(state: dict[str, Tensor], url: str, marker: dict[str, Any]) -> None:

@@ -115,7 +115,7 @@ class BatchBuffer:
 
 @dataclass(frozen=True)
 class SampleTransform:
-    """The transform from an encoded sample to a row of a batch."""
+    """The transform from a sample to a row of a batch."""
 
     split: Split
     vocabulary: Vocabulary

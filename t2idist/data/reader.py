@@ -1,4 +1,4 @@
-"""Read ranges of samples as encoded images.
+"""Read ranges of samples, and parse the tar members of each.
 
 The bytes come from our own storage layer; of webdataset, only the stage that expands tar members is used.
 """

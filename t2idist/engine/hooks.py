@@ -73,13 +73,23 @@ class StageState:
 
 
 def stage_hooks(
-    state: StageState, stage: StageConfig, guard: GuardConfig, preemption: PreemptionHandler, evaluate: EvaluateFn
+    state: StageState,
+    stage: StageConfig,
+    guard: GuardConfig,
+    preemption: PreemptionHandler,
+    evaluate: EvaluateFn,
+    began: float,
+    step: int,
 ) -> list[Hook]:
     """Return the hooks of a stage, in the order in which they follow a step.
 
     An evaluation comes before all that stores the state, because a run that resumes from a state does not evaluate it.
+
+    Args:
+        began: as in `StepTimer`.
+        step: as in `StepTimer`.
     """
-    timer = StepTimer(state)
+    timer = StepTimer(state, began, step)
     return [
         ReportMetrics(state, stage, guard, timer),
         EvaluateNetworks(state, stage, evaluate, timer),
@@ -100,11 +110,16 @@ class CallAfterStep(Hook):
 
 
 class StepTimer:
-    """Measures the mean duration of a step, and of its parts, between two reports."""
+    """Measures the mean duration of a step, and of its parts, between two reports.
 
-    def __init__(self, state: StageState) -> None:
+    Args:
+        began: when the training began, as `time.monotonic()`.
+        step: steps done then.
+    """
+
+    def __init__(self, state: StageState, began: float, step: int) -> None:
         self._state = state
-        self._since = (time.monotonic(), state.trainer.step)
+        self._since = (began, step)
         self._seconds = {"time/pictures": 0.0, "time/checkpoint": 0.0}
 
     @contextlib.contextmanager

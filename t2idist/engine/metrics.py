@@ -38,6 +38,7 @@ class MetricLogger:
         step: steps done so far.
         metadata: constant values of every progress message (run, stage, workers, restarts, ...).
         on_progress: called with each progress message.
+        started: when the training began, as `time.monotonic()` (None: now).
         trackers: get the metrics and sample images, as TensorBoard does; ended by `close`.
     """
 
@@ -52,6 +53,7 @@ class MetricLogger:
         metadata: dict[str, Any],
         on_progress: Callable[[dict[str, Any]], None] | None,
         progress_every_seconds: float = 2.0,
+        started: float | None = None,
         trackers: Sequence[Tracker] = (),
     ) -> None:
         self.run_url, self.url = run_url, storage.join(run_url, stage)
@@ -65,7 +67,8 @@ class MetricLogger:
         self._trackers: tuple[Tracker, ...] = (TensorBoard(self.url, step), *trackers)
         for tracker in self._trackers:
             tracker.earlier(tuple(self.lines))
-        self._started = self._reported = self._flushed = time.monotonic()
+        self._reported = self._flushed = time.monotonic()
+        self._started = self._reported if started is None else started
         self._start_images = images
         self._window = (self._started, images)
         self._rate = 0.0

@@ -23,7 +23,7 @@ T = TypeVar("T")
 _SIOCGIFCONF = 0x8912  # Linux: all IPv4 addresses, with the names of their interfaces
 _IFREQ_BYTES = 40
 _MOST_ADDRESSES = 4096
-_REACHABLE_SECONDS, _REACHABLE_POLL_SECONDS = 5.0, 0.01
+_REACHABLE_SECONDS, _CONNECT_SECONDS, _REACHABLE_POLL_SECONDS = 5.0, 0.5, 0.01
 _IPV6_TABLE = Path("/proc/net/if_inet6")
 
 
@@ -38,7 +38,7 @@ def select_node_interface() -> None:
 
 
 def call_once_reachable(function: Callable[..., T], *arguments: Any, **settings: Any) -> T:
-    """Call a function that joins a process group, once the group's first worker listens; after 5 s in any case.
+    """Call a function that joins a process group, once the group's first worker listens, or after about 5 s.
 
     torch tries to connect at once, and again only after half a second.
     """
@@ -46,7 +46,7 @@ def call_once_reachable(function: Callable[..., T], *arguments: Any, **settings:
     deadline = time.monotonic() + _REACHABLE_SECONDS
     while time.monotonic() < deadline:
         try:
-            socket.create_connection(address, timeout=_REACHABLE_SECONDS).close()
+            socket.create_connection(address, timeout=_CONNECT_SECONDS).close()
             break
         except OSError:
             time.sleep(_REACHABLE_POLL_SECONDS)

@@ -153,6 +153,9 @@ def _is_reusable_after(error: BaseException | None) -> bool:
 
 
 def _load_quietly(run_url: str, systems: Sequence[str]) -> None:
+    from t2idist import storage
+
+    storage.start_event_loop()
     process.lower_priority_of_this_thread()
     from t2idist.training.warm_up import warm_up
 

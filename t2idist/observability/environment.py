@@ -43,19 +43,23 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-@functools.cache
 def _commit() -> str:
     """Return the commit of the checkout, with "+" if files differ from it.
 
     Without a checkout (an installed package, or a Ray job, whose working directory is uploaded without .git), the value
     of `COMMIT_VARIABLE`, else "unknown".
     """
-    root = Path(t2idist.__file__).parent.parent
+    return _described(Path(t2idist.__file__).parent.parent) or os.environ.get(COMMIT_VARIABLE, "unknown")[:64]
+
+
+@functools.cache
+def _described(root: Path) -> str:
+    """Return git's description of a checkout; "" if it is none."""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
     try:
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get(COMMIT_VARIABLE, "unknown")[:64]
+        return ""
 
 
 def _cpu() -> str:

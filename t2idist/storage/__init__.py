@@ -22,6 +22,7 @@ from t2idist.storage.objects import (
     sha256,
     size,
     start_clients,
+    start_event_loop,
     write_bytes,
     write_json,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "sha256",
     "size",
     "start_clients",
+    "start_event_loop",
     "write_bytes",
     "write_json",
 ]

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
+import fsspec.asyn
 
 from t2idist.storage import hub
 from t2idist.storage.renewal import Renewal, generation
@@ -302,6 +303,11 @@ def write_bytes(url: str, data: bytes | memoryview, *, endpoint_url: str | None 
         return
     body = data if isinstance(data, bytes) else bytes(data)  # clients accept nothing else
     _request(url, endpoint_url, lambda filesystem, key: filesystem.pipe_file(key, body))
+
+
+def start_event_loop() -> None:
+    """Start the thread of all requests but reads; it keeps the priority of the thread that calls this."""
+    fsspec.asyn.get_loop()
 
 
 def start_clients(url: str) -> None:

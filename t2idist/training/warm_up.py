@@ -12,7 +12,7 @@ from torch import nn
 from t2idist import storage
 from t2idist.systems import load as load_system
 
-MODULES = ("torch.utils.tensorboard", "torch._dynamo", "t2idist.training.worker")
+MODULES = ("torch.utils.tensorboard", "torch._dynamo", "botocore.session", "s3fs", "t2idist.training.worker")
 
 
 def warm_up(run_url: str, systems: Sequence[str]) -> None:

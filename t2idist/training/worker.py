@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
+import sys
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +50,7 @@ from t2idist.observability.tracking import DONE, FAILED, STOPPED
 from t2idist.report import report
 from t2idist.training import accelerator, building, run_data
 from t2idist.training.attempts import AttemptRecord
+from t2idist.training.background import in_background
 from t2idist.training.lifecycle import OnProgress, read_progress, write_fatal
 from t2idist.training.options import StopAfter
 from t2idist.training.stages import StageRun, open_unrecorded_data, run_url, stages_of
@@ -96,8 +99,8 @@ def main(config: RunConfig, device: torch.device, context: WorkerContext) -> Non
         return
     try:
         accelerator.prepare(config.cluster.gpus_per_worker)
-        with RecentWarnings() as warnings, ThreadPoolExecutor(1, "records") as records:
-            _RunWorker(config, world, context, warnings, records).run(done)
+        with RecentWarnings() as warnings:
+            _RunWorker(config, world, context, warnings).run(done)
     except (ValueError, AssertionError, PermissionError) as error:
         message = f"a fault of the program: {error!r}" if isinstance(error, AssertionError) else str(error)
         with contextlib.suppress(OSError):  # if storage is not writable, the worker's own error reports it
@@ -115,26 +118,19 @@ def _open_world(device: torch.device, timeout_seconds: float) -> World:
 
 
 class _RunWorker:
-    """A run on one worker.
+    """A run on one worker."""
 
-    Args:
-        records: Runs on the first worker, one after the other, what reads and writes records in parallel to the rest.
-    """
-
-    def __init__(
-        self, config: RunConfig, world: World, context: WorkerContext, warnings: RecentWarnings, records: Executor
-    ) -> None:
+    def __init__(self, config: RunConfig, world: World, context: WorkerContext, warnings: RecentWarnings) -> None:
         self.world, self.context, self.warnings = world, context, warnings
         self.config = config = accelerator.with_precision(config, world)
         self.environment = environment_info(world.size, world.device)
-        self.records = records
         data = open_unrecorded_data(config)  # on all workers: one that draws data takes longer than others may wait
-        self._recording = records.submit(self._record, data) if world.is_main else None
+        self._recording = in_background(self._record, data) if world.is_main else None
 
-    @property
-    def attempt(self) -> AttemptRecord | None:
-        """On the first worker, the record of this attempt, once it is written."""
-        return self._recording.result() if self._recording is not None else None
+    def wait_for_attempt(self) -> AttemptRecord:
+        """Return, on the first worker, the record of this attempt, once it is written."""
+        assert self._recording is not None, "only the first worker keeps records"
+        return self._recording.result()
 
     def _record(self, data: Mapping[str, Sequence[Dataset]]) -> AttemptRecord:
         """Write config, data, environment and this attempt to the run folder."""
@@ -148,13 +144,19 @@ class _RunWorker:
     def run(self, done: Collection[str]) -> None:
         """Train all stages but those that are done."""
         stop_after = self.context.stop_after
-        for stage in stages_of(self.config):
-            if stage.name not in done:
-                self.context.log_context.stage = stage.name
-                self._run_stage(stage)
-            if stop_after is not None and stop_after.stage == stage.name:
-                break
-        if self.attempt is not None:
+        try:
+            for stage in stages_of(self.config):
+                if stage.name not in done:
+                    self.context.log_context.stage = stage.name
+                    self._run_stage(stage)
+                if stop_after is not None and stop_after.stage == stage.name:
+                    break
+        except Exception:
+            if self._recording is not None:  # so that it does not overwrite the record of the next attempt
+                self._recording.exception()
+            raise
+        if self.world.is_main:
+            self.wait_for_attempt()
             report.write_report(run_url(self.config))
         self.world.barrier()
 
@@ -173,13 +175,12 @@ class _RunWorker:
 
     def progress_facts(self, stage: StageRun) -> dict[str, Any]:
         """Return the constant values of the stage's progress messages, on the first worker."""
-        assert self.attempt is not None
         return {
             "run": self.config.name,
             "stage": stage.name,
             "stage_index": list(self.config.stages).index(stage.name),
             "stages": len(self.config.stages),
-            "restarts": self.attempt.restarts,
+            "restarts": self.wait_for_attempt().restarts,
             "workers": self.world.size,
             "messages": self.warnings.texts,
         }
@@ -220,10 +221,11 @@ class _StageWorker:
         stage, trainer = self._stage, self._trainer
         resumed = self._restore()
         batches, opening, records, ended = self._open_batches(), None, None, FAILED
+        began, step = time.monotonic(), trainer.step
         if self._world.is_main:  # in parallel to the first step, for which the other workers wait
-            opening = self._run.records.submit(self._open_records, resumed, trainer.images, trainer.step)
+            opening = in_background(self._open_records, resumed, began, trainer.images, step)
         try:
-            self._train(batches, opening)
+            self._train(batches, opening, began, step)
             ended = DONE if trainer.step >= stage.settings.steps else STOPPED
         except StopRequested:
             ended = STOPPED
@@ -238,7 +240,8 @@ class _StageWorker:
         finally:
             batches.close()
             trainer.close()
-            if opening is not None and opening.exception() is None:
+            interrupted = isinstance(sys.exception(), KeyboardInterrupt)  # perhaps because storage does not respond
+            if opening is not None and (opening.done() or not interrupted) and opening.exception() is None:
                 records = opening.result()
                 records.close(ended, finished=trainer.step == stage.settings.steps)
         if trainer.step >= stage.settings.steps:
@@ -291,14 +294,14 @@ class _StageWorker:
         self._world.barrier()
         return restored
 
-    def _open_records(self, resumed: CommittedCheckpoint | None, images: int, step: int) -> _StageRecords:
+    def _open_records(self, resumed: CommittedCheckpoint | None, began: float, images: int, step: int) -> _StageRecords:
         """Record from where the stage goes on, remove records of what it does again, and open the others."""
-        attempt, stage = self._run.attempt, self._stage
-        if resumed is not None and attempt is not None:
+        stage = self._stage
+        if resumed is not None:
             logger.info("stage %s resumes from %s images (%s)", stage.name, resumed.images, resumed.url)
-            attempt.resumed(stage.name, resumed)
+            self._run.wait_for_attempt().resumed(stage.name, resumed)
         best_weights.forget_after(stage.url, images)
-        log = self._open_log(images, step)
+        log = self._open_log(began, images, step)
         records = _StageRecords(log, self._open_evaluator(log))
         log.log_state("training")
         return records
@@ -310,7 +313,7 @@ class _StageWorker:
             log.log_pictures, log.log_scores,
         )  # fmt: skip
 
-    def _open_log(self, images: int, step: int) -> MetricLogger:
+    def _open_log(self, began: float, images: int, step: int) -> MetricLogger:
         settings = self._stage.settings
         return MetricLogger(
             run_url(self._config),
@@ -320,6 +323,7 @@ class _StageWorker:
             budget_images=settings.steps * settings.images_per_step,
             metadata={**self._run.progress_facts(self._stage), "checkpoint": self._checkpoints.newest},
             on_progress=self._context.on_progress,
+            started=began,
             trackers=open_trackers(self._stage, self._run.environment),
         )
 
@@ -351,7 +355,7 @@ class _StageWorker:
             ledger=self._config.report.ledger,
         )
 
-    def _train(self, batches: TrackedBatches, opening: Future[_StageRecords] | None) -> None:
+    def _train(self, batches: TrackedBatches, opening: Future[_StageRecords] | None, began: float, step: int) -> None:
         context, settings = self._context, self._stage.settings
         stop_after = context.stop_after
         steps = settings.steps if stop_after is None else stop_after.steps(self._stage.name, settings)
@@ -362,10 +366,10 @@ class _StageWorker:
             log = None if records is None else records.log
             evaluate = _no_evaluation if records is None else records.evaluator.evaluate
             state = StageState(self._trainer, batches, self._checkpoints, self._replicas, log)
-            result = stage_hooks(state, settings, self._config.guard, preemption, evaluate)
+            result = stage_hooks(state, settings, self._config.guard, preemption, evaluate, began, step)
             result.append(CallAfterStep(context.on_step))
-            if log is not None and self._run.attempt is not None:
-                result += self._run.attempt.recovery_hooks(log)
+            if log is not None:
+                result += self._run.wait_for_attempt().recovery_hooks(log)
             return result
 
         loop.run(self._trainer, batches, settings, steps, hooks)

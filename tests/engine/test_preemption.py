@@ -142,7 +142,7 @@ def run_loop(
         ToySource(), SINGLE_WORKER, share, url, step=0, attempt="a", max_bad=1.0, epoch_images=99, ledger=True
     )
     state = hooks.StageState(trainer, batches, checkpoints, replicas, log)
-    stage_hooks = hooks.stage_hooks(state, stage, GuardConfig(), handler, lambda nets, images_seen, **due: {})
+    stage_hooks = hooks.stage_hooks(state, stage, GuardConfig(), handler, lambda nets, images_seen, **due: {}, 0.0, 0)
     loop.run(trainer, batches, stage, stage.steps, lambda: stage_hooks)
 
 

@@ -40,7 +40,7 @@ from t2idist import storage
 from t2idist.engine.checkpoint.format import COMMIT, FORMAT, TYPES, CorruptCheckpoint, read_part
 from t2idist.engine.world import World
 
-_READS_AT_ONCE = 8
+_READS_AT_ONCE = 3
 CODES = {getattr(torch, name): code for name, code in TYPES.items()}
 DTYPES = {name: getattr(torch, name) for name in TYPES}
 

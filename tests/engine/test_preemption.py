@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -248,3 +249,34 @@ def test_sigterm_saves_and_the_same_command_resumes_bitwise(tmp_path: Path) -> N
     resumed = run_command(str(write_recipe(tmp_path / "interrupted")), "--local", *settings)
     assert resumed.returncode == 0 and f"resumes from {int(checkpoint.name[:12])} images" in resumed.stderr
     assert export_bytes(tmp_path / "interrupted", "damsm") == export_bytes(tmp_path / "uninterrupted", "damsm")
+
+
+@pytest.mark.parametrize(
+    ("done", "expected"), [(0, ["opened at 1", 1, 2, "finished"]), (2, ["opened at 2", "finished"])]
+)
+def test_hooks_are_opened_once_after_the_first_step(done: int, expected: list[Any]) -> None:
+    calls: list[Any] = []
+
+    class Hook(loop.Hook):
+        def after_step(self, step: loop.FinishedStep) -> None:
+            calls.append(step.images)
+
+        def finish(self) -> None:
+            calls.append("finished")
+
+    class Trainer:
+        step = done
+        images = property(lambda self: self.step)
+
+        def run_step(self, batch: None, momentum: float) -> None:
+            self.step += 1
+
+    trainer: Any = Trainer()
+
+    def open_hooks() -> list[loop.Hook]:
+        calls.append(f"opened at {trainer.step}")
+        return [Hook()]
+
+    batches: Any = iter([None, None])
+    loop.run(trainer, batches, StageConfig("toy", 1, 1, images=2), 2, open_hooks)
+    assert calls == expected

@@ -125,6 +125,21 @@ def test_damaged_replica_is_not_restored(tmp_path: Path, caplog: pytest.LogCaptu
     assert "not used" in caplog.text
 
 
+def restore_where_the_last_worker_reads_nothing(world: World, folder: Path) -> CommittedCheckpoint | None:
+    class Store(FolderReplicaStore):
+        def get(self, key: str, info: ReplicaInfo) -> bytes:
+            if world.rank == world.size - 1:
+                raise OSError("not stored")
+            return super().get(key, info)
+
+    return ReplicaManager(Store(folder), "gan/0", world, EVERY_STEP, "b").restore(make_trainer(world), -1)
+
+
+def test_replicas_that_one_worker_cannot_read_are_restored_by_none(workers: Workers, tmp_path: Path) -> None:
+    workers.run(2, train_and_copy, tmp_path, 1)
+    assert workers.run(2, restore_where_the_last_worker_reads_nothing, tmp_path) == [None, None]
+
+
 def copied_steps(world: World, folder: Path, put_seconds: float, steps: int, step_seconds: float) -> list[int]:
     """Return the steps that are copied in a run of `steps` short steps, in which the store is slow."""
 

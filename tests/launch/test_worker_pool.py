@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import fsspec.asyn
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ from t2idist.engine.checkpoint.replica_protocol import CHECKPOINT_THREAD
 from t2idist.launch import callbacks, pooled_worker, ray_internals, worker_pool
 from t2idist.launch.pooled_worker import PooledWorker
 from t2idist.observability import process
+from t2idist.training import warm_up
 
 ROOT = Path(__file__).parents[2]
 SOURCE = """
@@ -103,6 +106,22 @@ def test_spare_process_loads_nothing_if_memory_is_short(
     monkeypatch.setattr(process, "memory", lambda: process.AvailableMemory(*memory))
     monkeypatch.setattr(pooled_worker, "_load_quietly", lambda *_: pytest.fail("loaded"))
     assert pooled_worker.PooledWorker({}).prepare("", []) is False
+
+
+def test_requests_of_a_spare_process_do_not_get_its_low_priority(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fsspec.asyn, "loop", [None])
+    monkeypatch.setattr(fsspec.asyn, "iothread", [None])
+    monkeypatch.setattr(warm_up, "warm_up", lambda run_url, systems: None)
+    monkeypatch.setattr(pooled_worker.importlib, "import_module", lambda name: None)
+    loading = threading.Thread(target=pooled_worker._load_quietly, args=("", []))
+    loading.start()
+    loading.join(30)
+    requests = fsspec.asyn.iothread[0].native_id
+    assert os.getpriority(os.PRIO_PROCESS, requests) == os.getpriority(os.PRIO_PROCESS, os.getpid())
+
+
+def test_what_is_wrong_with_a_run_does_not_keep_a_spare_process_from_loading(tmp_path: Path) -> None:
+    warm_up.warm_up("s3://user:wrong@host/runs", ["no_such_system", "tests.no_such_module", "attngan"])
 
 
 def test_available_memory_is_a_part_of_the_machines() -> None:

@@ -75,3 +75,12 @@ def test_run_ends_if_the_records_of_a_stage_cannot_be_opened(
     metrics.rmdir()
     assert run.main([str(file), "--local"]) == 0
     assert metrics.is_file()
+
+
+def test_progress_of_a_run_is_its_fatal_error_and_the_stages_that_are_done(tmp_path: Path) -> None:
+    config = load_config(tmp_path)
+    assert lifecycle.read_progress(config) == (None, frozenset())
+    lifecycle.write_fatal(config, "no space")
+    first = next(stages.stages_of(config))
+    storage.write_json(storage.join(first.export_url, "export.json"), {})
+    assert lifecycle.read_progress(config) == ("no space", {first.name})

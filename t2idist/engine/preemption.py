@@ -61,12 +61,12 @@ class PreemptionHandler:
     Args:
         poll: None if there is no source of notices.
         poll_seconds: approximate time between two polls; 0 polls after every step.
-        pause: reports that this worker is ready to be replaced and blocks until it is ended or, failing that, until
-            the resize is called off. Required if notices can announce a resize.
+        pause: reports that this worker is ready to be replaced and blocks until its group ends, at most so many
+            seconds. Required if notices can announce a resize.
     """
 
     def __init__(
-        self, poll: Poll | None, poll_seconds: float, world: World, pause: Callable[[], None] | None = None
+        self, poll: Poll | None, poll_seconds: float, world: World, pause: Callable[[float], None] | None = None
     ) -> None:
         self._poll, self._world, self._pause = poll, world, pause
         self._cadence = Cadence(world, poll_seconds)
@@ -91,7 +91,7 @@ class PreemptionHandler:
         if notice.resize:
             assert self._pause is not None
             state.replicate_or_save()
-            self._pause()
+            self._pause(_GRACE_SECONDS)
             return
         if not self._saved and self._world.is_main:
             logger.warning("a node of this run will be shut down%s; saving", _time_left(notice.seconds_left))
@@ -104,7 +104,8 @@ class PreemptionHandler:
             state.finish()
             if notice.seconds_left == 0:
                 raise StopRequested(f"saved at {trainer.images} images")
-            time.sleep(max(0.0, notice.seconds_left + _GRACE_SECONDS - (time.monotonic() - began)))
+            wait = self._pause or time.sleep
+            wait(max(0.0, notice.seconds_left + _GRACE_SECONDS - (time.monotonic() - began)))
         elif not self._saved:
             state.save()
         self._saved = True

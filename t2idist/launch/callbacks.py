@@ -24,7 +24,6 @@ from t2idist.observability.command import in_main_thread
 
 logger = logging.getLogger(__name__)
 
-_PAUSE_SECONDS = 60.0
 _POLL_SECONDS = 0.1
 _RESPONSE_SECONDS = 10.0
 _PAUSE_RESPONSE_SECONDS = 3.0
@@ -34,6 +33,8 @@ _DRAINING_POLL_SECONDS = 2.0
 # set in a worker's process by its controller or driver, read by its training loop
 _stop_requested, _pause_requested, _released = threading.Event(), threading.Event(), threading.Event()
 _paused = threading.Event()
+_stopped: list[float] = []
+"""When this worker did its last step before it paused, as `time.monotonic()`. Empty: it trains."""
 _shutdown_times: list[float] = []
 """When the first draining node of the group is shut down, as `time.time()`; math.inf: unknown. Empty: none drains."""
 
@@ -44,8 +45,10 @@ def stop_requested() -> bool:
     return _stop_requested.is_set()
 
 
-def pause_requested() -> bool:
-    """Return whether this worker has been asked to pause."""
+def must_pause() -> bool:
+    """Return whether this worker has been asked to pause; if so, it does no further step."""
+    if _pause_requested.is_set() and not _stopped:
+        _stopped.append(time.monotonic())
     return _pause_requested.is_set()
 
 
@@ -58,17 +61,18 @@ class GroupEnded(Exception):
     """The worker group has ended; the process serves another one."""
 
 
-def pause() -> None:
-    """Report that this worker is paused, and wait for the end of its group, at most a minute.
+def pause(seconds: float) -> None:
+    """Report that this worker is paused, and wait for the end of its group, at most so long.
 
     Raises:
         GroupEnded: the group has ended.
     """
     _paused.set()
-    if _released.wait(_PAUSE_SECONDS):
+    if _released.wait(seconds):
         raise GroupEnded
     _pause_requested.clear()
     _paused.clear()
+    _stopped.clear()
 
 
 def release() -> None:
@@ -81,6 +85,7 @@ def forget_requests() -> None:
     for event in (_stop_requested, _pause_requested, _released, _paused):
         event.clear()
     _shutdown_times.clear()
+    _stopped.clear()
 
 
 @contextlib.contextmanager
@@ -101,10 +106,12 @@ def _set_shutdown_time(time_or_none: float | None) -> None:
     _shutdown_times[:] = [] if time_or_none is None else [time_or_none]
 
 
-def _request_pause() -> bool:
-    """Run in a worker's process in parallel to its training; returns whether the worker is paused."""
+def _request_pause() -> float | None:
+    """Run in a worker's process in parallel to its training; returns for how long it has paused, None if it has not."""
     _pause_requested.set()
-    return _paused.is_set()
+    if not _paused.is_set():
+        return None
+    return time.monotonic() - _stopped[0] if _stopped else 0.0
 
 
 # ------------------------------------------------------------ in the driver or controller
@@ -189,6 +196,8 @@ class PauseBeforeResize(_RunningWorkers, ControllerCallback):  # type: ignore[mi
     def __init__(self, within_seconds: float, liveness: NodeLiveness) -> None:
         super().__init__()
         self._within_seconds, self._liveness = within_seconds, liveness
+        self.stopped = -math.inf
+        """When the workers did their last step before the last pause, as `time.monotonic()`."""
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
         self._workers = []
@@ -200,7 +209,9 @@ class PauseBeforeResize(_RunningWorkers, ControllerCallback):  # type: ignore[mi
         nodes = {worker.metadata.node_id for worker in self._workers}
         while time.monotonic() < deadline:
             try:
-                if all(call_workers(self._workers, _request_pause, seconds=_PAUSE_RESPONSE_SECONDS)):
+                paused = call_workers(self._workers, _request_pause, seconds=_PAUSE_RESPONSE_SECONDS)
+                if None not in paused:
+                    self.stopped = time.monotonic() - paused[0]  # the first worker decides for all
                     return
             except GetTimeoutError:
                 if self._liveness.ping() & nodes:  # a node has just been lost; the others resume from a replica

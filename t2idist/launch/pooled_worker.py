@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import logging
 import os
 import sys
 import threading
@@ -20,7 +21,7 @@ from t2idist.engine.checkpoint.replica_protocol import CHECKPOINT_THREAD, REPLIC
 from t2idist.launch import callbacks, interfaces
 from t2idist.launch.health import StepClock, StepStatus
 from t2idist.launch.ray_internals import RayTrainWorker, get_train_context
-from t2idist.observability import process
+from t2idist.observability import logs, process
 
 _POLL_SECONDS = 0.05
 _MEMORY_SHARE, _MEMORY_BYTES = 0.1, 0.7e9
@@ -155,6 +156,7 @@ def _is_reusable_after(error: BaseException | None) -> bool:
 def _load_quietly(run_url: str, systems: Sequence[str]) -> None:
     from t2idist import storage
 
+    logs.configure(logging.WARNING)
     storage.start_event_loop()
     process.lower_priority_of_this_thread()
     from t2idist.training.warm_up import warm_up

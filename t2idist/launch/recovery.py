@@ -8,7 +8,7 @@ from typing import Any
 
 from ray.exceptions import RayError
 
-from t2idist.launch.callbacks import call_workers
+from t2idist.launch.callbacks import PauseBeforeResize, call_workers
 from t2idist.launch.ray_internals import ControllerCallback, WorkerGroupCallback, WorkerHealthCheckTimeoutError
 from t2idist.launch.worker_pool import WorkerPool, is_lost
 from t2idist.observability import process
@@ -43,11 +43,12 @@ class RecordRecovery(WorkerGroupCallback, ControllerCallback):  # type: ignore[m
 
     Args:
         pool: Knows after the end of a group whether it had lost workers.
+        pause: Knows when workers stopped before a resize; its time counts from then.
         retry: How often Ray's controller has failed in this submission.
     """
 
-    def __init__(self, pool: WorkerPool, retry: int) -> None:
-        self._pool = pool
+    def __init__(self, pool: WorkerPool, pause: PauseBeforeResize, retry: int) -> None:
+        self._pool, self._pause = pool, pause
         self._cause = CONTROLLER_FAILED if retry else SUBMITTED_AGAIN
         """Of the restart that goes on; empty while a group trains."""
         self._noticed = self._ended = time.monotonic() - (0.0 if retry else process.seconds_since_start())
@@ -66,6 +67,8 @@ class RecordRecovery(WorkerGroupCallback, ControllerCallback):  # type: ignore[m
         self._ended = time.monotonic()
         if self._cause == WORKER_FAILED and self._pool.had_lost_workers:  # its peers reported their errors first
             self._cause = WORKER_LOST
+        if self._cause == RESIZE:
+            self._noticed = max(self._noticed, self._pause.stopped)
 
     def after_worker_group_abort(self, worker_group_context: Any) -> None:
         self._ended = time.monotonic()

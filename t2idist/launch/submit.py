@@ -154,13 +154,14 @@ def _trainer(
     cluster = config.cluster
     smallest, largest = cluster.workers
     liveness = resources.NodeLiveness(RayReplicaStore(run_id), cluster.start_seconds if smallest == largest else 0)
+    pause = callbacks.PauseBeforeResize(cluster.start_seconds, liveness)
     hooks: list[Any] = [  # Ray declares another type, which has none of their methods
-        recovery.RecordRecovery(pool, retry),  # before those that wait
+        recovery.RecordRecovery(pool, pause, retry),  # before those that wait
         callbacks.CheckNodes(liveness),
         callbacks.WatchDrainingNodes(),
         WorkerHealth(cluster, liveness),
         callbacks.StartTimeout(cluster.start_seconds),
-        callbacks.PauseBeforeResize(cluster.start_seconds, liveness),
+        pause,
         on_sigterm,
         pool,
     ]
@@ -232,7 +233,7 @@ def _poll() -> PreemptionNotice | None:
     """Return a notice if the run is to stop, its nodes are draining, or a resize is due."""
     if callbacks.stop_requested():
         return PreemptionNotice(0.0)
-    if callbacks.pause_requested():
+    if callbacks.must_pause():
         return PreemptionNotice(math.inf, resize=True)
     seconds = callbacks.seconds_to_shutdown()
     return None if seconds is None else PreemptionNotice(seconds)

@@ -71,7 +71,7 @@ class WorkerContext:
     """Returns whether this worker, or another one of the run, is about to be shut down."""
     poll_seconds: float = 0.0
     """Time between two polls (0: after every step)."""
-    pause: Callable[[], None] | None = None
+    pause: Callable[[float], None] | None = None
     """Called to wait for the replacement of this worker (see `PreemptionHandler`)."""
     recovery: Recovery | None = None
     """The restart that this group of workers ends."""

@@ -168,7 +168,7 @@ class WorkerReplaced(Exception):
     """Raised where Ray would end the worker."""
 
 
-def raise_replaced() -> None:
+def raise_replaced(seconds: float) -> None:
     raise WorkerReplaced
 
 
@@ -203,12 +203,18 @@ def test_training_continues_if_a_resize_is_called_off() -> None:
     trainer, calls = make_trainer(SINGLE_WORKER), []
     results = iter([PreemptionNotice(math.inf, resize=True), None, PreemptionNotice(math.inf, resize=True)])
     handler = PreemptionHandler(
-        lambda: next(results), 0.0, SINGLE_WORKER, lambda: calls.append(("paused", trainer.step))
+        lambda: next(results), 0.0, SINGLE_WORKER, lambda seconds: calls.append(("paused", trainer.step))
     )
     for _ in range(3):
         train_steps(trainer, 1)
         handler.check(trainer, FakeSaver(replicate_or_save=lambda: calls.append(("copied", trainer.step))))
     assert calls == [("copied", 1), ("paused", 1), ("copied", 3), ("paused", 3)]
+
+
+def test_worker_that_waits_for_the_shutdown_of_a_node_serves_the_next_group_once_its_own_ends() -> None:
+    handler = PreemptionHandler(lambda: PreemptionNotice(3.0), 0.0, SINGLE_WORKER, raise_replaced)
+    with pytest.raises(WorkerReplaced):
+        handler.check(make_trainer(SINGLE_WORKER), FakeSaver(lambda: None, lambda: None))
 
 
 def test_slow_steps_wait_at_the_last_poll_before_the_shutdown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

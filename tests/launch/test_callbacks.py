@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import signal
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,14 +56,14 @@ def test_sigterm_asks_the_running_workers_to_stop_and_those_that_replace_them(mo
 class _Worker:
     """Runs functions in this process; `answers` are the results, one per call."""
 
-    def __init__(self, *answers: bool) -> None:
+    def __init__(self, *answers: float | None) -> None:
         self.answers, self.metadata = list(answers), SimpleNamespace(node_id="node")
 
 
 def test_resize_waits_until_all_workers_are_paused(monkeypatch: pytest.MonkeyPatch) -> None:
     functions = []
 
-    def call(workers: list[_Worker], function: object, seconds: float) -> list[bool]:
+    def call(workers: list[_Worker], function: object, seconds: float) -> list[float | None]:
         functions.append(function)
         return [worker.answers.pop(0) for worker in workers]
 
@@ -71,10 +72,11 @@ def test_resize_waits_until_all_workers_are_paused(monkeypatch: pytest.MonkeyPat
     callback = callbacks.PauseBeforeResize(10.0, SimpleNamespace(ping=set))
     callback.before_controller_execute_resize_decision(None)
     assert functions == []  # no workers yet
-    workers = _Worker(False, True, True), _Worker(False, False, True)
+    workers = _Worker(None, 1.0, 100.0), _Worker(None, None, 0.0)
     callback.after_worker_group_training_start(SimpleNamespace(get_workers=lambda: workers))
     callback.before_controller_execute_resize_decision(None)
     assert functions == [callbacks._request_pause] * 3
+    assert 100 <= time.monotonic() - callback.stopped < 101, "the first worker decides for all"
     callback.before_controller_execute_failure_decision(None)
     callback.before_controller_execute_resize_decision(None)
     assert len(functions) == 3  # after a failure nobody is asked
@@ -86,11 +88,11 @@ def test_resize_waits_for_a_busy_worker_but_not_for_a_lost_node(
 ) -> None:
     calls = []
 
-    def call(workers: list[_Worker], function: object, seconds: float) -> list[bool]:
+    def call(workers: list[_Worker], function: object, seconds: float) -> list[float]:
         calls.append(seconds)
         if len(calls) == 1:
             raise GetTimeoutError("no response")
-        return [True]
+        return [0.0]
 
     monkeypatch.setattr(callbacks, "call_workers", call)
     monkeypatch.setattr(callbacks, "_POLL_SECONDS", 0.01)
@@ -107,3 +109,18 @@ def test_workers_are_not_placed_on_nodes_that_are_left_out() -> None:
     liveness.silent, liveness.unprepared = {"b"}, {"a"}
     selector = check.on_controller_start_worker_group(scaling_config=None, num_workers=2)
     assert selector == {ray_internals.RAY_NODE_ID_KEY: "!in(a,b)"}
+
+
+def test_pause_counts_from_the_last_step() -> None:
+    try:
+        assert not callbacks.must_pause() and callbacks._request_pause() is None
+        assert callbacks.must_pause() and callbacks._request_pause() is None, "it copies its state first"
+        callbacks._stopped[0] -= 5
+        assert callbacks.must_pause()
+        callbacks._paused.set()
+        paused = callbacks._request_pause()
+        assert paused is not None and 5 <= paused < 6
+        callbacks.pause(0.0)
+        assert not callbacks.must_pause(), "the resize was called off"
+    finally:
+        callbacks.forget_requests()

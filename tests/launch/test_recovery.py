@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +32,8 @@ class Run:
         monkeypatch.setattr(recovery, "time", SimpleNamespace(monotonic=lambda: self.now))
         monkeypatch.setattr(recovery.process, "seconds_since_start", lambda: 7.0)
         monkeypatch.setattr(recovery, "call_workers", self._call)
-        self.record = RecordRecovery(self.pool, retry)
+        self.pause: Any = SimpleNamespace(stopped=-math.inf)
+        self.record = RecordRecovery(self.pool, self.pause, retry)
 
     def _call(self, workers: list[Any], function: object, sent: Recovery) -> None:
         if not self.responds:
@@ -73,6 +75,10 @@ def test_each_restart_has_its_cause_and_seconds(monkeypatch: pytest.MonkeyPatch)
     run._then("before_controller_execute_resize_decision", None)
     run._then("after_worker_group_shutdown", None)
     assert run.start() == record("resize", 1, 2)
+    run._then("before_controller_execute_resize_decision", None)
+    run.pause.stopped = run.now - 0.25
+    run._then("after_worker_group_shutdown", None)
+    assert run.start() == record("resize", 0.25, 2), "the workers trained until they stopped"
 
 
 def test_a_worker_whose_peers_reported_their_errors_first_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:

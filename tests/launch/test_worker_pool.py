@@ -206,9 +206,9 @@ def test_release_ends_a_pause_and_a_new_group_starts_without_requests() -> None:
     callbacks._request_pause()
     callbacks.release()
     with pytest.raises(callbacks.GroupEnded):
-        callbacks.pause()
+        callbacks.pause(60)
     callbacks.forget_requests()
-    assert not callbacks.stop_requested() and not callbacks.pause_requested()
+    assert not callbacks.stop_requested() and not callbacks.must_pause()
 
 
 def test_nothing_that_a_failed_training_used_is_kept_by_its_errors() -> None:

@@ -61,8 +61,8 @@ class PreemptionHandler:
     Args:
         poll: None if there is no source of notices.
         poll_seconds: approximate time between two polls; 0 polls after every step.
-        pause: reports that this worker is ready to be replaced and blocks until its group ends, at most so many
-            seconds. Required if notices can announce a resize.
+        pause: called with seconds, before a resize and before a node is shut down: reports that this worker is ready
+            to be replaced, and blocks for at most these seconds. None: it sleeps; no notice announces a resize then.
     """
 
     def __init__(
@@ -93,6 +93,10 @@ class PreemptionHandler:
             state.replicate_or_save()
             self._pause(_GRACE_SECONDS)
             return
+        if notice.seconds_left == 0:
+            state.save()
+            state.finish()
+            raise StopRequested(f"saved at {trainer.images} images")
         if not self._saved and self._world.is_main:
             logger.warning("a node of this run will be shut down%s; saving", _time_left(notice.seconds_left))
         began = time.monotonic()
@@ -102,8 +106,6 @@ class PreemptionHandler:
             self._saved_last = True
             state.save()
             state.finish()
-            if notice.seconds_left == 0:
-                raise StopRequested(f"saved at {trainer.images} images")
             wait = self._pause or time.sleep
             wait(max(0.0, notice.seconds_left + _GRACE_SECONDS - (time.monotonic() - began)))
         elif not self._saved:

@@ -34,7 +34,7 @@ _DRAINING_POLL_SECONDS = 2.0
 _stop_requested, _pause_requested, _released = threading.Event(), threading.Event(), threading.Event()
 _paused = threading.Event()
 _stopped: list[float] = []
-"""When this worker did its last step before it paused, as `time.monotonic()`. Empty: it trains."""
+"""When this worker found that it must pause before a resize, as `time.monotonic()`. Empty: it need not."""
 _shutdown_times: list[float] = []
 """When the first draining node of the group is shut down, as `time.time()`; math.inf: unknown. Empty: none drains."""
 
@@ -46,7 +46,7 @@ def stop_requested() -> bool:
 
 
 def must_pause() -> bool:
-    """Return whether this worker has been asked to pause; if so, it does no further step."""
+    """Return whether this worker has been asked to pause. Once that is so on the first worker, the group stops."""
     if _pause_requested.is_set() and not _stopped:
         _stopped.append(time.monotonic())
     return _pause_requested.is_set()
@@ -62,17 +62,23 @@ class GroupEnded(Exception):
 
 
 def pause(seconds: float) -> None:
-    """Report that this worker is paused, and wait for the end of its group, at most so long.
+    """Report that this worker is paused, and wait at most `seconds` for the end of its group.
+
+    The wait ends sooner if the worker is to stop, or if the resize or the shutdown of a node is called off.
 
     Raises:
         GroupEnded: the group has ended.
     """
     _paused.set()
-    if _released.wait(seconds):
-        raise GroupEnded
-    _pause_requested.clear()
-    _paused.clear()
-    _stopped.clear()
+    deadline = time.monotonic() + seconds
+    while not _released.wait(_POLL_SECONDS):
+        called_off = not _pause_requested.is_set() and not _shutdown_times
+        if called_off or _stop_requested.is_set() or time.monotonic() >= deadline:
+            _pause_requested.clear()
+            _paused.clear()
+            _stopped.clear()
+            return
+    raise GroupEnded
 
 
 def release() -> None:
@@ -107,7 +113,11 @@ def _set_shutdown_time(time_or_none: float | None) -> None:
 
 
 def _request_pause() -> float | None:
-    """Run in a worker's process in parallel to its training; returns for how long it has paused, None if it has not."""
+    """Run in a worker's process in parallel to its training.
+
+    Returns:
+        For how many seconds the worker has done no step before this resize; None if it has not paused.
+    """
     _pause_requested.set()
     if not _paused.is_set():
         return None

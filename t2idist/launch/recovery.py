@@ -43,7 +43,7 @@ class RecordRecovery(WorkerGroupCallback, ControllerCallback):  # type: ignore[m
 
     Args:
         pool: Knows after the end of a group whether it had lost workers.
-        pause: Knows when workers stopped before a resize; its time counts from then.
+        pause: Knows when workers stopped before a resize: the seconds of the resize count from then.
         retry: How often Ray's controller has failed in this submission.
     """
 

@@ -9,8 +9,8 @@ from typing import Any
 WORKER_LOST, WORKER_SILENT, WORKER_FAILED = "worker lost", "worker does not respond", "worker failed"
 RESIZE, SUBMITTED_AGAIN, CONTROLLER_FAILED = "resize", "submitted again", "controller failed"
 PHASES = ("end", "start", "restore")
-"""From the notice to the end of the old workers (0 in a new submission); to the start of the new ones (in a new
-submission, from the start of its command); to the end of their first step."""
+"""From the notice, or the last step before a resize, to the end of the old workers (0 in a new submission); to the
+start of the new ones (in a new submission, from the start of its command); to the end of their first step."""
 
 
 @dataclass

@@ -103,9 +103,8 @@ def _request(
 ) -> T:
     """Return `call(filesystem, key)`, with retries, and with new clients where the keys have expired."""
     _filesystem(url, endpoint_url)  # refuses a wrong URL at once
-    return retry(
-        lambda: call(*_filesystem(url, endpoint_url)), redact(url), stop, _renewal(url, endpoint_url)
-    )  # fmt: skip
+    renewal = _renewal(url, endpoint_url)
+    return retry(lambda: call(*_filesystem(url, endpoint_url)), redact(url), stop, renewal)
 
 
 def _renewal(url: str, endpoint_url: str | None) -> Renewal:
@@ -323,15 +322,13 @@ def exists(url: str, *, endpoint_url: str | None = None) -> bool:
         with contextlib.suppress(FileNotFoundError):
             return hub.local_file(url).exists()
         return False
-    path = local_path(url)
-    if path is not None:
+    if (path := local_path(url)) is not None:
         return path.exists()
     return _request(url, endpoint_url, lambda filesystem, key: bool(filesystem.exists(key)))
 
 
 def size(url: str, *, endpoint_url: str | None = None) -> int:
-    path = local_path(url)
-    if path is not None:
+    if (path := local_path(url)) is not None:
         return path.stat().st_size
     return _request(url, endpoint_url, lambda filesystem, key: int(filesystem.size(key)))
 

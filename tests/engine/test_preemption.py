@@ -211,6 +211,16 @@ def test_training_continues_if_a_resize_is_called_off() -> None:
     assert calls == [("copied", 1), ("paused", 1), ("copied", 3), ("paused", 3)]
 
 
+def test_run_stops_when_it_is_asked_to_after_it_has_waited_for_a_shutdown() -> None:
+    notices, saves = iter([PreemptionNotice(3.0), PreemptionNotice(0.0)]), []
+    handler = PreemptionHandler(lambda: next(notices), 0.0, SINGLE_WORKER, lambda seconds: None)
+    trainer, saver = make_trainer(SINGLE_WORKER), FakeSaver(lambda: saves.append("saved"), lambda: None)
+    handler.check(trainer, saver)
+    with pytest.raises(StopRequested):
+        handler.check(trainer, saver)
+    assert saves == ["saved", "saved"]
+
+
 def test_worker_that_waits_for_the_shutdown_of_a_node_serves_the_next_group_once_its_own_ends() -> None:
     handler = PreemptionHandler(lambda: PreemptionNotice(3.0), 0.0, SINGLE_WORKER, raise_replaced)
     with pytest.raises(WorkerReplaced):

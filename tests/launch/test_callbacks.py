@@ -6,6 +6,8 @@ import os
 import queue
 import signal
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -122,5 +124,20 @@ def test_pause_counts_from_the_last_step() -> None:
         assert paused is not None and 5 <= paused < 6
         callbacks.pause(0.0)
         assert not callbacks.must_pause(), "the resize was called off"
+    finally:
+        callbacks.forget_requests()
+
+
+@pytest.mark.parametrize("end", [lambda: callbacks._set_shutdown_time(None), callbacks._request_stop])
+def test_wait_for_a_shutdown_ends_if_it_is_called_off_or_the_run_is_to_stop(end: Callable[[], None]) -> None:
+    try:
+        callbacks._set_shutdown_time(time.time() + 60)
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(callbacks.pause, 60.0)
+            time.sleep(0.3)
+            assert callbacks._paused.is_set() and not waiting.done()
+            end()
+            waiting.result(10)
+        assert not callbacks._paused.is_set()
     finally:
         callbacks.forget_requests()

@@ -215,7 +215,9 @@ def test_run_stops_when_it_is_asked_to_after_it_has_waited_for_a_shutdown() -> N
     notices, saves = iter([PreemptionNotice(3.0), PreemptionNotice(0.0)]), []
     handler = PreemptionHandler(lambda: next(notices), 0.0, SINGLE_WORKER, lambda seconds: None)
     trainer, saver = make_trainer(SINGLE_WORKER), FakeSaver(lambda: saves.append("saved"), lambda: None)
+    train_steps(trainer, 1)
     handler.check(trainer, saver)
+    train_steps(trainer, 1)
     with pytest.raises(StopRequested):
         handler.check(trainer, saver)
     assert saves == ["saved", "saved"]

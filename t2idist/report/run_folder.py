@@ -176,10 +176,8 @@ def grids_of(folder: str) -> list[ImageFile]:
 
 def read_json_or(url: str, name: str, default: Any) -> Any:
     """Read a JSON file of a folder; return `default` if there is none."""
-    try:
-        return storage.read_json(storage.join(url, name))
-    except FileNotFoundError:
-        return default
+    value = storage.read_json_if_present(storage.join(url, name))
+    return default if value is None else value
 
 
 def read_lines(url: str) -> list[Mapping[str, Any]]:

@@ -125,9 +125,8 @@ def _words(space: Mapping[str, str]) -> str:
 
 def read(url: str) -> Sweep | None:
     """Read the state of the sweep in folder `url`; None if there is none."""
-    try:
-        values = storage.read_json(storage.join(url, FILE))
-    except (FileNotFoundError, NotADirectoryError):
+    values = storage.read_json_if_present(storage.join(url, FILE))
+    if values is None:
         return None
     try:
         return from_dict(Sweep, values)
